@@ -1,0 +1,343 @@
+"""The contract: every choice on which MoE implementations differ, named once and read by both frameworks.
+
+Standard library only, so that `torch_ref` can import it without jax. Each dataclass is frozen and checks
+itself when it is made; a bad value raises ValueError with the field, the value and what is allowed.
+Letters (B, T, S, E, K, C ...) are those of `dims.py`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal, get_args, get_origin
+
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
+Order = Literal["score_then_select", "select_then_softmax"]
+Renormalise = Literal["none", "sum", "eps"]
+ClusterScore = Literal["max", "top2_sum"]
+ClusterFill = Literal["neg_inf", "zero"]
+Noise = Literal["none", "learned_gaussian", "input_jitter"]
+Priority = Literal["token", "choice", "probability"]
+Activation = Literal["relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
+Dispatcher = Literal["auto", "einsum", "gather", "grouped"]
+
+
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Raises ValueError "name=value: must be allowed" unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def _check_literals(config: object) -> None:
+    for one in dataclasses.fields(config):  # type: ignore[arg-type]
+        if get_origin(one.type) is Literal:
+            allowed = get_args(one.type)
+            value = getattr(config, one.name)
+            require(value in allowed, one.name, value, "one of " + ", ".join(map(repr, allowed)))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive_int(**values: object) -> None:
+    for name, value in values.items():
+        require(_is_int(value) and value >= 1, name, value, "an integer of at least 1")  # type: ignore[operator]
+
+
+def _rate(**values: float) -> None:
+    for name, value in values.items():
+        require(0 <= value < 1, name, value, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How logits become chosen experts and their weights."""
+
+    score: Score = "softmax"  # how a logit becomes a score (sigmoid: DeepSeek-V3; sqrt_softplus: DeepSeek-V4)
+    order: Order = "score_then_select"  # or top-k on raw logits, then softmax over the K chosen (makeMoE, gpt-oss)
+    renormalise: Renormalise = "none"  # chosen weights: as they are, / sum, or / (sum + eps)
+    renormalise_eps: float = 1e-20  # used by renormalise="eps" (DeepSeek-V3's value)
+    scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
+    bias: bool = False  # a bias in the router's linear map
+    correction_bias: bool = False  # [E], added to scores for selection only (DeepSeek-V3); never trained by gradient
+    num_clusters: int = 1  # cluster-limited top-k: experts in this many equal clusters (n_group) ...
+    top_clusters: int = 1  # ... of which only the best this many may be chosen from (topk_group)
+    cluster_score: ClusterScore = "top2_sum"  # a cluster's score: its best expert (V2) or its best two summed (V3)
+    cluster_fill: ClusterFill = "neg_inf"  # what the scores of the other clusters become (V3: -inf, V2: 0)
+    dtype: Literal["float32", "input"] = "float32"  # of the linear map; "float32" is fp32 or wider. Scores: fp32 or wider
+    weight_dtype: Literal["float32", "input"] = "float32"  # weights kept wide, or rounded to the input's dtype (Qwen)
+    noise: Noise = "none"  # learned softplus noise on the logits (makeMoE), or multiplicative jitter on the input
+    noise_at_evaluation: bool = False  # makeMoE: True
+    jitter_eps: float = 0.0  # input_jitter draws from U(1 - eps, 1 + eps)
+    jitter_scope: Literal["router", "block"] = "router"  # experts see the clean input (Switch) or the jittered (Mixtral)
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _positive_int(num_clusters=self.num_clusters, top_clusters=self.top_clusters)
+        require(self.top_clusters <= self.num_clusters, "top_clusters", self.top_clusters, f"at most num_clusters={self.num_clusters}")
+        require(self.renormalise_eps > 0, "renormalise_eps", self.renormalise_eps, "above 0")
+        require(self.scale > 0, "scale", self.scale, "above 0")
+        require(0 <= self.jitter_eps < 1, "jitter_eps", self.jitter_eps, "at least 0 and below 1")
+        jitters = self.noise == "input_jitter"
+        require(jitters == (self.jitter_eps > 0), "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
+        if self.order == "select_then_softmax":
+            require(self.score == "softmax", "score", self.score, "'softmax' when order='select_then_softmax'")
+            require(not self.correction_bias, "correction_bias", True, "False when order='select_then_softmax'")
+            require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when order='select_then_softmax'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """How many tokens an expert takes from one group, and who is dropped when more want it.
+
+    The queue length is computed once, in exact rational arithmetic with the factor as the decimal written:
+    C = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))). Where an original computes in
+    floats the answer can differ by one: makeMoE's int(100 * 0.29) is 28, here floor(100 * 29/100) is 29.
+    """
+
+    factor: float | str | Fraction = 1.0
+    rounding: Literal["floor", "ceil"] = "floor"
+    multiple: int = 1  # round up to a multiple of this (V-MoE: 4)
+    minimum: int = 0  # at least this many slots (flaxformer: 4)
+    clamp: bool = True  # at most S: a token meets an expert once
+    counts_top_k: bool = True  # K in the formula (V-MoE, makeMoE) or not (Switch, GShard, flaxformer)
+    group: Literal["batch", "sequence", "fixed"] = "batch"  # whose tokens compete: all B*T, one sequence, or group_size in a row
+    group_size: int | None = None  # for group="fixed"; the last group may be short, its capacity is that of a full one
+    priority: Priority = "token"  # token order; first choices before second ones; or the highest weight first
+    renormalise_after_drop: bool = False  # survivors take over the weight of a token's dropped choices (GShard)
+    below_one: Literal["error", "drop_all"] = "error"  # C = 0: refuse, or drop every token as makeMoE does on short prompts
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        try:
+            exact = self.exact_factor
+        except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+            raise ValueError(f"factor={self.factor!r}: must be a number above 0") from None
+        require(exact > 0, "factor", self.factor, "a number above 0")
+        _positive_int(multiple=self.multiple)
+        require(_is_int(self.minimum) and self.minimum >= 0, "minimum", self.minimum, "an integer of at least 0")
+        fixed = self.group == "fixed"
+        require(fixed == (self.group_size is not None), "group_size", self.group_size, "set exactly when group='fixed'")
+        if fixed:
+            _positive_int(group_size=self.group_size)
+
+    @property
+    def exact_factor(self) -> Fraction:
+        """The factor as the decimal that was written: 0.29 is 29/100, not the nearest double."""
+        return self.factor if isinstance(self.factor, Fraction) else Fraction(str(self.factor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """The feed-forward network of every expert: act(x up + b) down + b, or (act(x gate) * (x up)) down."""
+
+    activation: Activation = "silu"
+    gated: bool = True  # SwiGLU and kin
+    bias: bool = False
+    clamp: float | None = None  # gate to at most this, up to within +- this, before the activation (gpt-oss: 7)
+    up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
+    weight_on: Literal["output", "input"] = "output"  # the routing weight multiplies the answer, or the input (Llama 4)
+    dropout: float = 0.0  # on an expert's answer (makeMoE)
+    shared_dim: int = 0  # width of the shared expert that every token meets; 0: none
+    shared_gate: bool = False  # its answer is multiplied by sigmoid(x . gate) (Qwen2-MoE)
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _rate(dropout=self.dropout)
+        require(self.clamp is None or self.clamp > 0, "clamp", self.clamp, "None or above 0")
+        require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
+        require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
+        require(_is_int(self.shared_dim) and self.shared_dim >= 0, "shared_dim", self.shared_dim, "an integer of at least 0")
+        require(not self.shared_gate or self.shared_dim > 0, "shared_gate", True, "False without a shared expert (shared_dim=0)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """The load-balancing loss E * sum_e f_e P_e (Switch Transformers, eq. 4-6; Mixtral in Hugging Face)."""
+
+    f_sums_to: Literal["one", "k"] = "one"  # f = share of assignments (balanced loss 1), or of tokens (Hugging Face: K)
+    pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of the layers' losses, or f and P averaged first (HF)
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One sparse MoE layer, whole. Made by `jax_moe.presets`; changed by `dataclasses.replace` and `with_capacity`."""
+
+    model_dim: int
+    expert_dim: int
+    num_experts: int
+    top_k: int
+    router: RouterConfig = field(default_factory=RouterConfig)
+    capacity: CapacityConfig | None = None  # None: dropless
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    dispatcher: Dispatcher = "auto"  # how JAX moves tokens; never changes an answer
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _positive_int(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=self.num_experts, top_k=self.top_k)
+        require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most num_experts={self.num_experts}")
+        clusters, top = self.router.num_clusters, self.router.top_clusters
+        require(self.num_experts % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={self.num_experts}")
+        width = self.num_experts // clusters
+        require(self.top_k <= top * width, "top_k", self.top_k, f"at most {top * width}, the experts in top_clusters={top}")
+        two = clusters == 1 or self.router.cluster_score != "top2_sum" or width >= 2
+        require(two, "cluster_score", self.router.cluster_score, "'max' when a cluster holds one expert")
+        require(self.capacity is not None or self.dispatcher != "gather", "dispatcher", "gather", "'einsum', 'grouped' or 'auto' without a capacity")
+        require(self.capacity is None or self.dispatcher != "grouped", "dispatcher", "grouped", "'einsum', 'gather' or 'auto' with a capacity")
+
+    def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
+        """This contract with another capacity; `None` makes it dropless. `settings` are fields of CapacityConfig."""
+        if factor is None:
+            require(not settings, "capacity_factor", None, "a number when " + ", ".join(settings) + " is set")
+            return dataclasses.replace(self, capacity=None)
+        base = self.capacity or CapacityConfig()
+        return dataclasses.replace(self, capacity=dataclasses.replace(base, factor=factor, **settings))  # type: ignore[arg-type]
+
+    def group_size(self, batch_size: int, num_positions: int) -> int:
+        """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions."""
+        if self.capacity is None or self.capacity.group == "batch":
+            return batch_size * num_positions
+        if self.capacity.group == "sequence":
+            return num_positions
+        assert self.capacity.group_size is not None
+        return self.capacity.group_size
+
+    def expert_capacity(self, group_size: int) -> int:
+        """C, an expert's slots in a group of S tokens; dropless: S. Raises ValueError below one (see `below_one`)."""
+        if self.capacity is None:
+            return group_size
+        rule = self.capacity
+        share = Fraction(group_size * (self.top_k if rule.counts_top_k else 1), self.num_experts) * rule.exact_factor
+        slots = share.numerator // share.denominator
+        if rule.rounding == "ceil" and share.denominator != 1:
+            slots += 1
+        slots = max(-(-slots // rule.multiple) * rule.multiple, rule.minimum)
+        if rule.clamp:
+            slots = min(slots, group_size)
+        if slots < 1 and rule.below_one == "error":
+            raise ValueError(
+                f"capacity factor={rule.factor}: must give at least one slot; {group_size} tokens, top_k={self.top_k}, "
+                f"num_experts={self.num_experts} give {float(share):.3g} slots an expert"
+            )
+        return slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftMoEConfig:
+    """Soft MoE (Puigcerver et al. 2023, arXiv 2308.00951, eq. 1-3): every slot is a mix of all tokens.
+
+    Experts are MLPs model_dim -> hidden_dims -> model_dim. It mixes positions, so a causal model may not use it.
+    """
+
+    model_dim: int
+    num_experts: int
+    num_slots: int  # per expert
+    hidden_dims: tuple[int, ...] | None = None  # None: one hidden layer of model_dim
+    hidden_activation: Activation = "relu"
+    output_activation: Activation = "identity"
+    layer_norm: bool = True  # after each hidden linear map, before its activation
+    output_layer_norm: bool = False  # after the last linear map, before its activation
+    residual: bool = True  # around each layer of an expert whose two widths agree
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _positive_int(model_dim=self.model_dim, num_experts=self.num_experts, num_slots=self.num_slots)
+        hidden = (self.model_dim,) if self.hidden_dims is None else tuple(self.hidden_dims)
+        for width in hidden:
+            require(_is_int(width) and width >= 1, "hidden_dims", self.hidden_dims, "integers of at least 1")
+        object.__setattr__(self, "hidden_dims", hidden)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """model_dim, the hidden widths, model_dim."""
+        assert self.hidden_dims is not None
+        return (self.model_dim, *self.hidden_dims, self.model_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head attention. makeMoE divides scores by sqrt(model_dim), everyone else by sqrt(head_dim)."""
+
+    model_dim: int
+    num_heads: int
+    projections: Literal["per_head", "fused"] = "per_head"  # stored apart (heads.0.key ...) or as one qkv map
+    scale: Literal["head_dim", "model_dim"] = "head_dim"
+    causal: bool = True
+    dropout: float = 0.0  # on attention weights, and on the output projection
+
+    def __post_init__(self) -> None:
+        _check_literals(self)
+        _positive_int(model_dim=self.model_dim, num_heads=self.num_heads)
+        divides = self.model_dim % self.num_heads == 0
+        require(divides, "num_heads", self.num_heads, f"a divisor of model_dim={self.model_dim}")
+        _rate(dropout=self.dropout)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def score_scale(self) -> float:
+        return float(self.head_dim if self.scale == "head_dim" else self.model_dim) ** -0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Pre-norm transformer block: x += attention(norm(x)); x += moe(norm(x))."""
+
+    attention: AttentionConfig
+    moe: MoEConfig | SoftMoEConfig
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        same = self.attention.model_dim == self.moe.model_dim
+        require(same, "model_dim", self.moe.model_dim, f"the attention's model_dim={self.attention.model_dim}")
+        leaks = self.attention.causal and isinstance(self.moe, SoftMoEConfig)
+        require(not leaks, "moe", "SoftMoEConfig", "a MoEConfig in a causal block: Soft MoE mixes every position into every other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeMoEConfig:
+    """The character language model of makeMoE; the defaults are its published run (8,996,545 parameters)."""
+
+    vocab_size: int = 65
+    block_size: int = 32
+    model_dim: int = 128
+    num_heads: int = 8
+    num_layers: int = 8
+    num_experts: int = 8
+    top_k: int = 2
+    capacity_factor: float | None = 1.0  # None: dropless
+    dropout: float = 0.1
+    noise: bool = True  # the learned router noise; False: a plain top-k router
+    dispatcher: Dispatcher = "auto"
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "block_size", "model_dim", "num_heads", "num_layers", "num_experts", "top_k")
+        _positive_int(**{name: getattr(self, name) for name in sizes})
+        _ = self.block  # raises on what the parts refuse
+
+    @property
+    def block(self) -> BlockConfig:
+        from jax_moe import presets
+
+        attention = AttentionConfig(
+            model_dim=self.model_dim, num_heads=self.num_heads, scale="model_dim", dropout=self.dropout
+        )
+        moe = presets.makemoe(
+            model_dim=self.model_dim, num_experts=self.num_experts, top_k=self.top_k,
+            capacity_factor=self.capacity_factor, dropout=self.dropout, noise=self.noise,
+        )
+        return BlockConfig(attention=attention, moe=dataclasses.replace(moe, dispatcher=self.dispatcher))
+
+    @property
+    def moe(self) -> MoEConfig:
+        moe = self.block.moe
+        assert isinstance(moe, MoEConfig)
+        return moe
+
+

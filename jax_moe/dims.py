@@ -1,0 +1,31 @@
+"""The letters, one glossary for the whole repository, and the array types written with them.
+
+B sequences            T positions            U positions attended to   G routing groups
+S tokens in a group    E experts              K choices per token       C slots per expert per group
+D model width          F expert width         V vocabulary              L layers
+H query heads          J key/value heads      A head width              R rows sorted by expert
+N expert clusters      (G * S >= B * T: the last group may be padded)
+
+A tensor is named role + dims (`weight_GSK`); einsum letters, types and suffixes agree. Lower case is this device's
+share. "Axis" is a mesh's, "dim" is a tensor's.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from jax import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped
+else:
+    try:
+        from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped
+    except ImportError:  # shapes are checked under pytest only; without jaxtyping they are plain documentation
+
+        class _Unchecked:
+            def __class_getitem__(cls, item: object) -> Any:
+                return Any
+
+        Bool = Float = Int = Key = Shaped = _Unchecked
+        PRNGKeyArray = Any
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "PRNGKeyArray", "Shaped"]

@@ -1,0 +1,152 @@
+"""Named contracts. Each is one published model's choices; sizes default to that model's and can be overridden.
+
+Standard library only. Sources stand in each docstring; "HF" is Hugging Face transformers 5.23.
+"""
+
+from jax_moe.config import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
+
+_HF_BALANCE = BalanceConfig(f_sums_to="k", pooled="over_layers")
+
+
+def makemoe(
+    model_dim: int = 128, expert_dim: int | None = None, num_experts: int = 8, top_k: int = 2,
+    capacity_factor: float | None = 1.0, dropout: float = 0.1, noise: bool = True,
+) -> MoEConfig:
+    """makeMoE (AviSoori1x/makeMoE): top-k of noisy logits, softmax over the chosen, ReLU experts of 4x width.
+
+    Capacity floor(B*T*K/E * factor) over the whole batch, token order, weights kept after a drop. The noise stays on
+    at evaluation. `noise=False` is its plain top-k router.
+    """
+    router = RouterConfig(
+        order="select_then_softmax", bias=True,
+        noise="learned_gaussian" if noise else "none", noise_at_evaluation=noise,
+    )
+    expert = ExpertConfig(activation="relu", gated=False, bias=True, dropout=dropout)
+    capacity = None if capacity_factor is None else CapacityConfig(factor=capacity_factor, below_one="drop_all")
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=4 * model_dim if expert_dim is None else expert_dim,
+        num_experts=num_experts, top_k=top_k, router=router, expert=expert, capacity=capacity,
+    )
+
+
+def mixtral(
+    model_dim: int = 4096, expert_dim: int = 14336, num_experts: int = 8, top_k: int = 2, jitter_eps: float = 0.0
+) -> MoEConfig:
+    """Mixtral (arXiv 2401.04088; HF): softmax over all in fp32, top-2, divided by their sum, SwiGLU, dropless."""
+    router = RouterConfig(
+        renormalise="sum", dtype="input", noise="input_jitter" if jitter_eps else "none", jitter_eps=jitter_eps,
+        jitter_scope="block",
+    )
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, balance=_HF_BALANCE
+    )
+
+
+def switch(
+    model_dim: int = 768, expert_dim: int = 3072, num_experts: int = 8, top_k: int = 1,
+    capacity_factor: float | None = 1.25, jitter_eps: float = 0.01,
+) -> MoEConfig:
+    """Switch Transformer (arXiv 2101.03961, section 2.2): top-1 by softmax probability, weight = that probability.
+
+    Capacity ceil(S/E * factor) per sequence in token order (eq. 3); input jitter seen by the router only.
+    """
+    router = RouterConfig(noise="input_jitter" if jitter_eps else "none", jitter_eps=jitter_eps)
+    capacity = None
+    if capacity_factor is not None:
+        capacity = CapacityConfig(factor=capacity_factor, rounding="ceil", group="sequence", counts_top_k=False)
+    expert = ExpertConfig(activation="relu", gated=False)
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, capacity=capacity,
+        expert=expert,
+    )
+
+
+def vmoe(
+    model_dim: int = 768, expert_dim: int = 3072, num_experts: int = 8, top_k: int = 2, capacity_factor: float | None = 1.05
+) -> MoEConfig:
+    """V-MoE (arXiv 2106.05974; google-research/vmoe): softmax over all, top-k, weights not renormalised.
+
+    Capacity ceil(S*K*factor/E) per sequence, rounded up to a multiple of 4, first choices first. The router's fixed
+    Gaussian noise of V-MoE's training (std 1/E) is given as arrays where it is wanted.
+    """
+    capacity = None
+    if capacity_factor is not None:
+        capacity = CapacityConfig(factor=capacity_factor, rounding="ceil", multiple=4, group="sequence", priority="choice")
+    expert = ExpertConfig(activation="gelu_tanh", gated=False, bias=True)
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, capacity=capacity, expert=expert
+    )
+
+
+def qwen2_moe(
+    model_dim: int = 2048, expert_dim: int = 1408, num_experts: int = 60, top_k: int = 4, shared_dim: int = 5632,
+    renormalise: bool = False,
+) -> MoEConfig:
+    """Qwen2-MoE (HF): softmax over all, top-k, renormalised only if asked; a shared expert with a sigmoid gate."""
+    router = RouterConfig(renormalise="sum" if renormalise else "none", dtype="input", weight_dtype="input")
+    expert = ExpertConfig(shared_dim=shared_dim, shared_gate=shared_dim > 0)
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, expert=expert,
+        balance=_HF_BALANCE,
+    )
+
+
+def qwen3_moe(
+    model_dim: int = 2048, expert_dim: int = 768, num_experts: int = 128, top_k: int = 8, renormalise: bool = True
+) -> MoEConfig:
+    """Qwen3-MoE (HF): as Qwen2-MoE, renormalised in the released models, no shared expert."""
+    return qwen2_moe(model_dim, expert_dim, num_experts, top_k, shared_dim=0, renormalise=renormalise)
+
+
+def olmoe(model_dim: int = 2048, expert_dim: int = 1024, num_experts: int = 64, top_k: int = 8) -> MoEConfig:
+    """OLMoE (arXiv 2409.02060; HF): softmax over all, top-8 of 64, not renormalised, dropless."""
+    return qwen2_moe(model_dim, expert_dim, num_experts, top_k, shared_dim=0, renormalise=False)
+
+
+def deepseek_v3(
+    model_dim: int = 7168, expert_dim: int = 2048, num_experts: int = 256, top_k: int = 8, shared_dim: int | None = None,
+    num_clusters: int = 8, top_clusters: int = 4, scale: float = 2.5,
+) -> MoEConfig:
+    """DeepSeek-V3 (arXiv 2412.19437, eq. 12-16; HF): sigmoid scores, correction bias for selection, 4 of 8 clusters.
+
+    Weights are the scores without bias, / (sum + 1e-20), times 2.5; one shared expert as wide as a routed one.
+    """
+    router = RouterConfig(
+        score="sigmoid", correction_bias=True, num_clusters=num_clusters, top_clusters=top_clusters,
+        renormalise="eps", scale=scale, weight_dtype="input",
+    )
+    expert = ExpertConfig(shared_dim=expert_dim if shared_dim is None else shared_dim)
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, expert=expert
+    )
+
+
+def glm4_moe(
+    model_dim: int = 4096, expert_dim: int = 1408, num_experts: int = 128, top_k: int = 8, shared_dim: int | None = None,
+    scale: float = 1.0,
+) -> MoEConfig:
+    """GLM4-MoE (HF): DeepSeek-V3's router with a single cluster."""
+    return deepseek_v3(model_dim, expert_dim, num_experts, top_k, shared_dim, num_clusters=1, top_clusters=1, scale=scale)
+
+
+def gpt_oss(model_dim: int = 2880, expert_dim: int = 2880, num_experts: int = 32, top_k: int = 4) -> MoEConfig:
+    """gpt-oss (HF): biased router, top-4 of the logits, softmax over them; clamped (up + 1) * g * sigmoid(1.702 g)."""
+    router = RouterConfig(order="select_then_softmax", bias=True, dtype="input", weight_dtype="input")
+    expert = ExpertConfig(activation="quick_gelu", bias=True, clamp=7.0, up_offset=1.0)
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, expert=expert,
+        balance=_HF_BALANCE,
+    )
+
+
+def granite_moe(model_dim: int = 1536, expert_dim: int = 512, num_experts: int = 40, top_k: int = 8) -> MoEConfig:
+    """Granite-MoE (HF): top-k of the logits, fp32 softmax over them, SwiGLU."""
+    router = RouterConfig(order="select_then_softmax", dtype="input", weight_dtype="input")
+    return MoEConfig(
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, balance=_HF_BALANCE
+    )
+
+
+NAMES = (
+    "makemoe", "mixtral", "switch", "vmoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "granite_moe",
+)
