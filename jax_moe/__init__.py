@@ -1,1 +1,45 @@
-"""Mixture of Experts in JAX."""
+"""Mixture of Experts in JAX, provably equal to `torch_ref` in PyTorch.
+
+Names load on first use, so `import jax_moe.config` pulls in neither jax nor flax.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Attention": "attention",
+    "AttentionConfig": "config",
+    "Block": "block",
+    "BlockConfig": "config",
+    "MakeMoE": "models.makemoe",
+    "MakeMoEConfig": "config",
+    "MoE": "moe",
+    "MoEConfig": "config",
+    "MoEStats": "losses",
+    "Randomness": "block",
+    "Routing": "routing",
+    "SoftMoE": "soft_moe",
+    "SoftMoEConfig": "config",
+    "from_torch": "porting",
+    "generate": "generation",
+    "to_torch": "porting",
+}
+_MODULES = ("config", "presets", "losses")
+
+__all__ = [*_HOMES, "presets"]  # noqa: PLE0604
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"jax_moe.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"jax_moe.{name}")
+    else:
+        raise AttributeError(f"module 'jax_moe' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,149 @@
+"""Routing -> expert buffers, and back: groups, queues, drops, and the dense one-hot reference.
+
+A dispatcher is a function (x_GSD, routing, slots, moves) -> y_GSD; the faster ones live in `kernels/` under the same
+signature. All of them share `assign_slots`, so they drop the same tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe.config import MoEConfig, Priority
+from jax_moe.dims import Array, Bool, Float, Int, Shaped
+from jax_moe.routing import Routing, safe_denominator, wide
+
+
+class Slots(NamedTuple):
+    """Where each choice stands in its expert's queue, after drops."""
+
+    slot_GSK: Int[Array, "G S K"]  # 0 .. C-1; exactly C for a choice that was dropped or belongs to padding
+    weight_GSK: Float[Array, "G S K"]  # 0 for a dropped choice
+
+
+class Moves(NamedTuple):
+    """What a dispatcher needs besides the tokens."""
+
+    config: MoEConfig
+    capacity: int
+    apply: Callable  # (x_GECD, expert_E or None) -> y_GECD: the experts; expert_E names whose weights serve each E
+    dropout: Callable | None  # (y) -> y with fresh dropout, in whatever shape the dispatcher holds answers
+    keep_GSKD: Bool[Array, "G S K D"] | None  # given dropout mask instead
+
+
+def split_groups(x_BT: Shaped[Array, "B T *rest"], group_size: int) -> Shaped[Array, "G S *rest"]:
+    """Tokens in flat order cut into groups of S; the last group is padded with zeros."""
+    B, T, *rest = x_BT.shape
+    num_groups = -(-B * T // group_size)
+    flat = x_BT.reshape(B * T, *rest)
+    if num_groups * group_size != B * T:
+        flat = jnp.pad(flat, [(0, num_groups * group_size - B * T)] + [(0, 0)] * len(rest))
+    return flat.reshape(num_groups, group_size, *rest)
+
+
+def merge_groups(x_GS: Shaped[Array, "G S *rest"], batch_size: int, num_positions: int) -> Shaped[Array, "B T *rest"]:
+    """Inverse of `split_groups`."""
+    G, S, *rest = x_GS.shape
+    return x_GS.reshape(G * S, *rest)[: batch_size * num_positions].reshape(batch_size, num_positions, *rest)
+
+
+def queue_positions(
+    expert_GSK: Int[Array, "G S K"],
+    weight_GSK: Float[Array, "G S K"],
+    num_experts: int,
+    priority: Priority,
+    mask_GS: Bool[Array, "G S"] | None = None,
+) -> Int[Array, "G S K"]:
+    """How many choices stand before this one in its expert's queue (int32: bf16 counts collide above 256)."""
+    G, S, K = expert_GSK.shape
+    taken_GSKE = jax.nn.one_hot(expert_GSK, num_experts, dtype=jnp.int32)
+    if mask_GS is not None:
+        taken_GSKE *= mask_GS[..., None, None]
+    if priority == "choice":
+        taken_GRE = taken_GSKE.swapaxes(1, 2).reshape(G, K * S, num_experts)
+        before_GRE = jnp.cumsum(taken_GRE, axis=1) - taken_GRE
+        before_GSKE = before_GRE.reshape(G, K, S, num_experts).swapaxes(1, 2)
+    else:
+        taken_GRE = taken_GSKE.reshape(G, S * K, num_experts)
+        if priority == "probability":
+            order_GR = jnp.argsort(-jax.lax.stop_gradient(weight_GSK).reshape(G, S * K), axis=1, stable=True)
+            taken_GRE = jnp.take_along_axis(taken_GRE, order_GR[..., None], axis=1)
+        before_GRE = jnp.cumsum(taken_GRE, axis=1) - taken_GRE
+        if priority == "probability":
+            before_GRE = jnp.take_along_axis(before_GRE, jnp.argsort(order_GR, axis=1)[..., None], axis=1)
+        before_GSKE = before_GRE.reshape(G, S, K, num_experts)
+    return jnp.take_along_axis(before_GSKE, expert_GSK[..., None], axis=-1)[..., 0]
+
+
+def assign_slots(
+    routing: Routing,
+    config: MoEConfig,
+    capacity: int,
+    mask_GS: Bool[Array, "G S"] | None = None,
+    capacity_limit: Int[Array, ""] | None = None,
+) -> Slots:
+    """Drops what does not fit. `capacity_limit`, at most `capacity`, is a traced queue length for growing prompts."""
+    priority = config.capacity.priority if config.capacity else "token"
+    position_GSK = queue_positions(routing.expert_GSK, routing.weight_GSK, config.num_experts, priority, mask_GS)
+    kept_GSK = position_GSK < (capacity if capacity_limit is None else capacity_limit)
+    if mask_GS is not None:
+        kept_GSK &= mask_GS[..., None]
+    weight_GSK = jnp.where(kept_GSK, routing.weight_GSK, 0)
+    if config.capacity is not None and config.capacity.renormalise_after_drop:
+        total_GS1 = weight_GSK.sum(axis=-1, keepdims=True)
+        weight_GSK = weight_GSK / safe_denominator(total_GS1) * config.router.scale
+    return Slots(jnp.where(kept_GSK, position_GSK, capacity), weight_GSK)
+
+
+def round_weights(slots: Slots, config: MoEConfig, dtype: jnp.dtype) -> Slots:
+    """Weights rounded to the input's dtype where the contract says so (Qwen), and kept wide where not (Mixtral)."""
+    if config.router.weight_dtype == "float32":
+        return slots
+    return slots._replace(weight_GSK=slots.weight_GSK.astype(dtype).astype(slots.weight_GSK.dtype))
+
+
+def apply_keep(y: Float[Array, "*any"], keep: Bool[Array, "*any"], rate: float) -> Float[Array, "*any"]:
+    """Dropout with a given mask: kept entries divided by 1 - rate, the others 0."""
+    return jnp.where(keep, y / (1 - rate), jnp.zeros_like(y))
+
+
+def _finish(y_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Moves) -> Float[Array, "G E C D"]:
+    if keep_GECD is not None:
+        return apply_keep(y_GECD, keep_GECD > 0, moves.config.expert.dropout)
+    return y_GECD if moves.dropout is None else moves.dropout(y_GECD)
+
+
+def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+    """The reference: one-hot dispatch and combine tensors [G, S, E, C] contracted by einsum (GShard, arXiv 2006.16668).
+
+    Costs S * E * C * D twice besides the experts, so keep groups bounded. Dropless needs no slots: every expert sees
+    every token (E / K times the work) and the combine tensor is [G, S, E].
+    """
+    config, dtype = moves.config, x_GSD.dtype
+    kept_GSK = slots.slot_GSK < moves.capacity
+    expert_GSKE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=dtype) * kept_GSK[..., None].astype(dtype)
+    weight_GSKE = slots.weight_GSK[..., None] * expert_GSKE.astype(slots.weight_GSK.dtype)
+    on_input = config.expert.weight_on == "input"
+    if config.capacity is None:
+        dispatch_GSE, combine_GSE = expert_GSKE.sum(axis=2), weight_GSKE.sum(axis=2)
+        x_GESD = jnp.broadcast_to(x_GSD[:, None], (x_GSD.shape[0], config.num_experts, *x_GSD.shape[1:]))
+        if on_input:
+            x_GESD = (combine_GSE.swapaxes(1, 2)[..., None] * x_GESD).astype(dtype)
+        keep = None if moves.keep_GSKD is None else jnp.einsum("GSKE,GSKD->GESD", expert_GSKE, moves.keep_GSKD.astype(dtype))
+        y_GESD = _finish(moves.apply(x_GESD, None), keep, moves).astype(wide(dtype))
+        factor_GSE = dispatch_GSE.astype(wide(dtype)) if on_input else combine_GSE
+        return jnp.einsum("GSE,GESD->GSD", factor_GSE, y_GESD).astype(dtype)
+    slot_GSKC = jax.nn.one_hot(slots.slot_GSK, moves.capacity, dtype=dtype)  # all zeros at slot C: dropped
+    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
+    combine_GSEC = jnp.einsum("GSKE,GSKC->GSEC", weight_GSKE, slot_GSKC.astype(weight_GSKE.dtype))
+    if on_input:
+        x_GECD = jnp.einsum("GSEC,GSD->GECD", combine_GSEC, x_GSD.astype(combine_GSEC.dtype)).astype(dtype)
+    else:
+        x_GECD = jnp.einsum("GSEC,GSD->GECD", dispatch_GSEC, x_GSD)
+    keep = None
+    if moves.keep_GSKD is not None:
+        keep = jnp.einsum("GSKE,GSKC,GSKD->GECD", expert_GSKE, slot_GSKC, moves.keep_GSKD.astype(dtype))
+    y_GECD = _finish(moves.apply(x_GECD, None), keep, moves).astype(wide(dtype))
+    factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
+    return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)

@@ -1,0 +1,91 @@
+"""The feed-forward network over all experts at once: weights stacked as [E, D, F] and [E, F, D]."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.config import Activation, ExpertConfig, MoEConfig
+from jax_moe.dims import Array, Float, Int
+
+Weights = Mapping[str, Array]
+
+
+def activate(name: Activation, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` is x * sigmoid(1.702 x)."""
+    if name == "relu":
+        return jax.nn.relu(x)
+    if name == "silu":
+        return jax.nn.silu(x)
+    if name == "gelu":
+        return jax.nn.gelu(x, approximate=False)
+    if name == "gelu_tanh":
+        return jax.nn.gelu(x, approximate=True)
+    if name == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return x
+
+
+def clamp_above(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
+    """min(x, bound) with torch.clamp's gradient: 1 up to and at the bound (jnp.clip splits it there)."""
+    return jnp.where(x > bound, jnp.full_like(x, bound), x)
+
+
+def hidden_units(
+    up_GECF: Float[Array, "G E C F"], gate_GECF: Float[Array, "G E C F"] | None, config: ExpertConfig
+) -> Float[Array, "G E C F"]:
+    """act(up), or act(gate) * (up + offset) with both clamped first where the contract says so."""
+    if gate_GECF is None:
+        return activate(config.activation, up_GECF)
+    if config.clamp is not None:
+        gate_GECF = clamp_above(gate_GECF, config.clamp)
+        up_GECF = -clamp_above(-clamp_above(up_GECF, config.clamp), config.clamp)
+    return activate(config.activation, gate_GECF) * (up_GECF + config.up_offset)
+
+
+def expert_ffn(x_GECD: Float[Array, "G E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "G E C D"]:
+    """Every expert's answer. Weights: up, down, [gate], [up_bias, gate_bias, down_bias], each with leading E."""
+
+    def linear(pattern: str, x: Array, name: str) -> Array:
+        y = jnp.einsum(pattern, x, weights[name].astype(x.dtype))
+        return y + weights[f"{name}_bias"].astype(x.dtype)[:, None, :] if config.bias else y
+
+    up_GECF = linear("GECD,EDF->GECF", x_GECD, "up")
+    gate_GECF = linear("GECD,EDF->GECF", x_GECD, "gate") if config.gated else None
+    return linear("GECF,EFD->GECD", hidden_units(up_GECF, gate_GECF, config), "down")
+
+
+def take_experts(weights: Weights, expert_E: Int[Array, " e"] | None) -> Weights:
+    """The weights of the named experts, in that order; all of them for None."""
+    return weights if expert_E is None else {name: value[expert_E] for name, value in weights.items()}
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks. Parameters `up`, `gate` [E, D, F], `down` [E, F, D] and, with biases, `*_bias`."""
+
+    def __init__(
+        self, num_experts: int, model_dim: int, expert_dim: int, config: ExpertConfig, *, rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32, kernel_init: nnx.Initializer | None = None,
+    ):
+        # batch_axis: without it the initializer would count E as part of each expert's fan-in
+        init = kernel_init or jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
+        shapes = {"up": (model_dim, expert_dim), "down": (expert_dim, model_dim)}
+        if config.gated:
+            shapes["gate"] = (model_dim, expert_dim)
+        for name, (rows, columns) in sorted(shapes.items()):
+            setattr(self, name, nnx.Param(init(rngs.params(), (num_experts, rows, columns), param_dtype)))
+            if config.bias:
+                # torch.nn.Linear's own: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+                bound = rows**-0.5
+                bias = jax.random.uniform(rngs.params(), (num_experts, columns), param_dtype, -bound, bound)
+                setattr(self, f"{name}_bias", nnx.Param(bias))
+
+    def weights(self) -> Weights:
+        """The parameters as plain arrays."""
+        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+
+
+def make_experts(config: MoEConfig, **kwargs: object) -> Experts:
+    """The routed experts of a layer."""
+    return Experts(config.num_experts, config.model_dim, config.expert_dim, config.expert, **kwargs)  # type: ignore[arg-type]

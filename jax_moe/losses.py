@@ -1,0 +1,127 @@
+"""Losses and statistics of routing, all returned as values and all blind to padding."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+
+from jax_moe.config import BalanceConfig, MoEConfig
+from jax_moe.dims import Array, Bool, Float, Int
+from jax_moe.dispatch import Slots
+from jax_moe.routing import Routing, safe_denominator
+
+
+class MoEStats(NamedTuple):
+    """What one layer reports, over its unpadded tokens; a stack of layers reports each field with a leading L."""
+
+    load_balance_loss: Float[Array, "*L"]  # E * sum_e f_e P_e
+    router_z_loss: Float[Array, "*L"]  # mean over tokens of logsumexp(logits)^2
+    dropped_fraction: Float[Array, "*L"]  # share of the tokens' K choices that found no slot
+    expert_load_E: Float[Array, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
+    router_entropy: Float[Array, "*L"]  # mean over tokens of the entropy of softmax(logits), in nats
+    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of softmax(logits)
+    importance_cv2: Float[Array, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
+    load_cv2: Float[Array, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
+
+
+def masked_mean(x_GS: Float[Array, "G S *rest"], mask_GS: Bool[Array, "G S"] | None) -> Float[Array, "*rest"]:
+    """Mean over the unpadded tokens; 0 if there are none."""
+    if mask_GS is None:
+        return x_GS.mean(axis=(0, 1))
+    keep = mask_GS.reshape(mask_GS.shape + (1,) * (x_GS.ndim - 2)).astype(x_GS.dtype)
+    return (x_GS * keep).sum(axis=(0, 1)) / safe_denominator(keep.sum())
+
+
+def expert_load(
+    expert_GSK: Int[Array, "G S K"], num_experts: int, dtype: jnp.dtype, mask_GS: Bool[Array, "G S"] | None = None
+) -> Float[Array, " E"]:
+    """Share of all choices that named each expert; sums to 1."""
+    share_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=dtype).mean(axis=2)
+    return masked_mean(share_GSE, mask_GS)
+
+
+def load_balance_loss(
+    load_E: Float[Array, "*L E"], prob_E: Float[Array, "*L E"], top_k: int, config: BalanceConfig
+) -> Float[Array, "*L"]:
+    """E * sum_e f_e P_e (Switch Transformers, eq. 4): 1 when balanced, or K where f sums to K (Hugging Face)."""
+    num_experts = load_E.shape[-1]
+    f_E = load_E * top_k if config.f_sums_to == "k" else load_E
+    return num_experts * (f_E * prob_E).sum(axis=-1)
+
+
+def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Array, ""]:
+    """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
+    if config.balance.pooled == "per_layer":
+        return stats.load_balance_loss.mean()
+    load_E, prob_E = stats.expert_load_E, stats.router_prob_E
+    load_E, prob_E = (x.reshape(-1, x.shape[-1]).mean(axis=0) for x in (load_E, prob_E))
+    return load_balance_loss(load_E, prob_E, config.top_k, config.balance)
+
+
+def router_z_loss(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None) -> Float[Array, ""]:
+    """mean logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return masked_mean(jax.nn.logsumexp(logits_GSE, axis=-1) ** 2, mask_GS)
+
+
+def router_entropy(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None) -> Float[Array, ""]:
+    """Mean entropy of softmax(logits) in nats: ln E when undecided, 0 when certain."""
+    log_GSE = jax.nn.log_softmax(logits_GSE, axis=-1)
+    return masked_mean(-(jnp.exp(log_GSE) * log_GSE).sum(axis=-1), mask_GS)
+
+
+def squared_cv(x_E: Float[Array, " E"]) -> Float[Array, ""]:
+    """Squared coefficient of variation, population variance / mean^2 (Shazeer et al. 2017, eq. 7 and 11)."""
+    return x_E.var() / safe_denominator(x_E.mean() ** 2)
+
+
+def importance(
+    expert_GSK: Int[Array, "G S K"], weight_GSK: Float[Array, "G S K"], num_experts: int,
+    mask_GS: Bool[Array, "G S"] | None = None,
+) -> Float[Array, " E"]:
+    """Weight each expert was given before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
+    given_GSE = (weight_GSK[..., None] * jax.nn.one_hot(expert_GSK, num_experts, dtype=weight_GSK.dtype)).sum(axis=2)
+    if mask_GS is not None:
+        given_GSE = given_GSE * mask_GS[..., None].astype(given_GSE.dtype)
+    return given_GSE.sum(axis=(0, 1))
+
+
+def smooth_load(
+    clean_GSE: Float[Array, "G S E"], noisy_GSE: Float[Array, "G S E"], scale_GSE: Float[Array, "G S E"], top_k: int,
+    mask_GS: Bool[Array, "G S"] | None = None,
+) -> Float[Array, " E"]:
+    """Expected tokens of each expert if its noise were drawn again (Shazeer et al. 2017, eq. 8-10); has a gradient.
+
+    An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
+    """
+    G, S, E = noisy_GSE.shape
+    if top_k == E:
+        chance_GSE = jnp.ones_like(clean_GSE)
+    else:
+        best = jax.lax.top_k(noisy_GSE, top_k + 1)[0]
+        inside_GSE = noisy_GSE > best[..., top_k, None]
+        bar_GSE = jnp.where(inside_GSE, best[..., top_k, None], best[..., top_k - 1, None])
+        chance_GSE = norm.cdf((clean_GSE - bar_GSE) / scale_GSE)
+    if mask_GS is not None:
+        chance_GSE = chance_GSE * mask_GS[..., None].astype(chance_GSE.dtype)
+    return chance_GSE.sum(axis=(0, 1))
+
+
+def layer_stats(
+    routing: Routing, slots: Slots, config: MoEConfig, capacity: int, mask_GS: Bool[Array, "G S"] | None = None
+) -> MoEStats:
+    """All of a layer's losses and statistics."""
+    dtype = routing.logits_GSE.dtype
+    load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
+    prob_E = masked_mean(jax.nn.softmax(routing.logits_GSE, axis=-1), mask_GS)
+    dropped_GS = (slots.slot_GSK == capacity).astype(dtype).mean(axis=-1)
+    return MoEStats(
+        load_balance_loss=load_balance_loss(load_E, prob_E, config.top_k, config.balance),
+        router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
+        dropped_fraction=masked_mean(dropped_GS, mask_GS),
+        expert_load_E=load_E,
+        router_entropy=router_entropy(routing.logits_GSE, mask_GS),
+        router_prob_E=prob_E,
+        importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
+        load_cv2=squared_cv(load_E),
+    )

@@ -1,0 +1,80 @@
+"""The makeMoE character language model (AviSoori1x/makeMoE), its layers stacked and scanned."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.block import Block, Randomness
+from jax_moe.config import MakeMoEConfig
+from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.losses import MoEStats
+from jax_moe.soft_moe import layer_norm
+
+
+def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    """N(0, 2 / fan_in) with fan_in the second last dim, each expert on its own (torch's kaiming_normal_)."""
+    return jax.random.normal(key, shape, dtype) * jnp.asarray((2 / shape[-2]) ** 0.5, dtype)
+
+
+class MakeMoE(nnx.Module):
+    """Token and position embeddings, blocks, a final norm and a head. Parameters of `blocks` have a leading L."""
+
+    def __init__(self, config: MakeMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        normal = jax.nn.initializers.normal(1.0)
+        embed = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
+        self.token_embedding = nnx.Embed(config.vocab_size, config.model_dim, **embed)
+        self.position_embedding = nnx.Embed(config.block_size, config.model_dim, **embed)
+        make = nnx.vmap(lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal))
+        self.blocks = make(rngs.fork(split=config.num_layers))
+        self.final_norm = layer_norm(config.model_dim, rngs, param_dtype)
+        bound = config.model_dim**-0.5
+        self.head = nnx.Linear(
+            config.model_dim, config.vocab_size, kernel_init=kaiming_normal, param_dtype=param_dtype, rngs=rngs,
+            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        )
+
+    def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: object) -> Float[Array, "B T V"]:
+        """Logits; arguments as in `logits_and_stats`."""
+        return self.logits_and_stats(tokens_BT, **kwargs)[0]  # type: ignore[arg-type]
+
+    def logits_and_stats(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        randomness: Randomness | None = None,
+        capacity_limit: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T V"], MoEStats]:
+        """Logits of the next character, and the statistics of every layer (leading L).
+
+        Without a key deterministic; with one the contract's noise and, when training, dropout. `randomness` gives the
+        draws instead, each with a leading L. Raises ValueError for T above block_size or a token outside the vocabulary.
+        """
+        self.check_tokens(tokens_BT)
+        x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(jnp.arange(tokens_BT.shape[1]))
+        graphdef, weights = nnx.split(self.blocks)
+        keys = None if key is None else jax.random.split(key, self.config.num_layers)
+
+        def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, MoEStats | None]:
+            weights, key, draws = scanned
+            block = nnx.merge(graphdef, weights)
+            return block(
+                x_BTD, key=key, training=training, mask_BT=mask_BT, randomness=draws, capacity_limit=capacity_limit
+            )
+
+        x_BTD, stats = jax.lax.scan(layer, x_BTD, (weights, keys, randomness))
+        return self.head(self.final_norm(x_BTD)), stats
+
+    def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
+        """Raises ValueError for a sequence that is too long or, outside jit, a token that is not in the vocabulary."""
+        config = self.config
+        if not 1 <= tokens_BT.shape[1] <= config.block_size:
+            raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}")
+        if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size:
+            low, high = int(tokens_BT.min()), int(tokens_BT.max())
+            if low < 0 or high >= config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token {bad}: must be 0 to {config.vocab_size - 1} (vocab_size={config.vocab_size})")

@@ -1,0 +1,176 @@
+"""MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.config import ExpertConfig, MoEConfig
+from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
+from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
+from jax_moe.kernels import choose_dispatcher
+from jax_moe.losses import MoEStats, layer_stats
+from jax_moe.routing import Routing, noise_scale, route, router_logits, wide
+
+
+class CorrectionBias(nnx.Variable):
+    """The selection-only bias of a router: not a Param, so no gradient and no optimizer touches it."""
+
+
+class Router(nnx.Module):
+    """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias]."""
+
+    def __init__(
+        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32, kernel_init: nnx.Initializer | None = None
+    ):
+        init = kernel_init or jax.nn.initializers.lecun_normal()
+        learned = config.router.noise == "learned_gaussian"
+        bound = config.model_dim**-0.5
+        for prefix in ("", "noise_") if learned else ("",):
+            kernel = init(rngs.params(), (config.model_dim, config.num_experts), param_dtype)
+            setattr(self, f"{prefix}kernel", nnx.Param(kernel))
+            if config.router.bias:
+                bias = jax.random.uniform(rngs.params(), (config.num_experts,), param_dtype, -bound, bound)
+                setattr(self, f"{prefix}bias", nnx.Param(bias))
+        if config.router.correction_bias:
+            self.correction_bias = CorrectionBias(jnp.zeros((config.num_experts,), jnp.float32))
+
+    def weight(self, name: str) -> Array | None:
+        """A parameter as a plain array, or None where the contract has none."""
+        value = getattr(self, name, None)
+        return None if value is None else value[...]
+
+
+class MoE(nnx.Module):
+    """A sparse mixture-of-experts layer under one contract.
+
+    Args:
+        config: the contract, from `jax_moe.presets`.
+        rngs: parameter initialisation; `rngs.params`.
+        param_dtype: dtype of the stored parameters. Experts compute in the input's dtype.
+        kernel_init: initializer of all kernels; the experts' is called with [E, rows, columns]
+            (default: fan-in scaled normal, each expert on its own).
+    """
+
+    def __init__(
+        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
+    ):
+        self.config = config
+        kwargs = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
+        self.router = Router(config, **kwargs)
+        self.experts = make_experts(config, **kwargs)
+        if config.expert.shared_dim:
+            self.shared = Experts(1, config.model_dim, config.expert.shared_dim, _shared(config.expert), **kwargs)
+            if config.expert.shared_gate:
+                init = jax.nn.initializers.lecun_normal()
+                self.shared_gate = nnx.Param(init(rngs.params(), (config.model_dim, 1), param_dtype))
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        noise_BTE: Float[Array, "B T E"] | None = None,
+        jitter_BTD: Float[Array, "B T D"] | None = None,
+        keep_BTKD: Bool[Array, "B T K D"] | None = None,
+        expert_BTK: Int[Array, "B T K"] | None = None,
+        capacity_limit: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MoEStats]:
+        """The layer's answer in the input's dtype, and its statistics.
+
+        Without a key and without arrays the call is deterministic: no noise, no dropout. With a key it follows the
+        contract, as in training or (`training=False`) as at evaluation. Arrays take the place of draws:
+        `noise_BTE` unit Gaussians (added to the logits as they are where the contract has no learned noise),
+        `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives dropout.
+        `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
+        `expert_BTK` replays choices. Raises ValueError if x_BTD is not model_dim wide, or capacity is below one slot.
+        """
+        routed = self.routing(
+            x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
+            expert_BTK=expert_BTK, capacity_limit=capacity_limit,
+        )
+        x_GSD, routing, slots, capacity, mask_GS = routed
+        rate, dropout = self.config.expert.dropout, None
+        if rate > 0 and keep_BTKD is None and key is not None and training:
+            dropout = nnx.Dropout(rate)
+            dropout_key = jax.random.fold_in(key, 1)
+        moves = Moves(
+            config=self.config, capacity=capacity, apply=self._apply_experts,
+            dropout=None if dropout is None else lambda y: dropout(y, deterministic=False, rngs=dropout_key),
+            keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
+        )
+        dispatcher = choose_dispatcher(self.config)
+        y_GSD = dispatcher(x_GSD, routing, round_weights(slots, self.config, x_BTD.dtype), moves)
+        if self.config.expert.shared_dim:
+            y_GSD += self._shared_answer(x_GSD, mask_GS)
+        stats = layer_stats(routing, slots, self.config, capacity, mask_GS)
+        return merge_groups(y_GSD, *x_BTD.shape[:2]), stats
+
+    def routing(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        noise_BTE: Float[Array, "B T E"] | None = None,
+        jitter_BTD: Float[Array, "B T D"] | None = None,
+        expert_BTK: Int[Array, "B T K"] | None = None,
+        capacity_limit: Int[Array, ""] | None = None,
+    ) -> tuple[Array, Routing, Slots, int, Array | None]:
+        """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
+        config, router = self.config, self.config.router
+        if x_BTD.shape[-1] != config.model_dim:
+            raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={config.model_dim}")
+        B, T, _ = x_BTD.shape
+        noisy = key is not None and (training or router.noise_at_evaluation)
+        if router.noise == "learned_gaussian" and noise_BTE is None and noisy:
+            noise_BTE = jax.random.normal(jax.random.fold_in(key, 0), (B, T, config.num_experts), wide(x_BTD.dtype))
+        if router.noise == "input_jitter" and jitter_BTD is None and noisy:
+            low, high = 1 - router.jitter_eps, 1 + router.jitter_eps
+            jitter_BTD = jax.random.uniform(jax.random.fold_in(key, 2), x_BTD.shape, wide(x_BTD.dtype), low, high)
+        S = config.group_size(B, T)
+        capacity = config.expert_capacity(S)
+        padded = mask_BT is not None or B * T % S != 0
+        mask_GS = split_groups(jnp.ones((B, T), bool) if mask_BT is None else mask_BT, S) if padded else None
+        router_input_BTD = x_BTD if jitter_BTD is None else (x_BTD * jitter_BTD).astype(x_BTD.dtype)
+        if router.jitter_scope == "block":
+            x_BTD = router_input_BTD
+        logits_BTE = self._logits(router_input_BTD, noise_BTE)
+        replay = None if expert_BTK is None else split_groups(expert_BTK, S)
+        correction = self.router.weight("correction_bias")
+        routing = route(split_groups(logits_BTE, S), config, correction, replay)
+        slots = assign_slots(routing, config, capacity, mask_GS, capacity_limit)
+        return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
+
+    def _logits(self, x_BTD: Array, noise_BTE: Array | None) -> Array:
+        weight, dtype = self.router.weight, self.config.router.dtype
+        kernel = weight("kernel")
+        assert kernel is not None
+        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype)
+        if noise_BTE is None:
+            return logits_BTE
+        noise_BTE = noise_BTE.astype(logits_BTE.dtype)
+        if self.config.router.noise == "learned_gaussian":
+            noise_kernel = weight("noise_kernel")
+            assert noise_kernel is not None
+            noise_BTE = noise_BTE * noise_scale(router_logits(x_BTD, noise_kernel, weight("noise_bias"), dtype))
+        return logits_BTE + noise_BTE
+
+    def _apply_experts(self, x_GECD: Array, expert_E: Array | None) -> Array:
+        return expert_ffn(x_GECD, take_experts(self.experts.weights(), expert_E), self.config.expert)
+
+    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
+        y_GSD = expert_ffn(x_GSD[:, None], self.shared.weights(), _shared(self.config.expert))[:, 0]
+        if self.config.expert.shared_gate:
+            y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
+        return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)
+
+
+def _shared(config: ExpertConfig) -> ExpertConfig:
+    return dataclasses.replace(config, shared_dim=0, shared_gate=False, dropout=0.0)

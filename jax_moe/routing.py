@@ -1,0 +1,111 @@
+"""Logits -> Routing: which experts each token goes to, and how much of each answer it keeps."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe.config import MoEConfig, RouterConfig
+from jax_moe.dims import Array, Float, Int
+
+
+class Routing(NamedTuple):
+    """What the router decided, before anything is dropped."""
+
+    expert_GSK: Int[Array, "G S K"]  # the k-th choice of each token
+    weight_GSK: Float[Array, "G S K"]  # how much of that expert's answer to keep; fp32 or wider
+    logits_GSE: Float[Array, "G S E"]  # what was chosen from, noise included; the losses read it
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """fp32, or fp64 for fp64: the dtype of scores, weights, sums over choices and losses."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def router_logits(
+    x_GSD: Float[Array, "G S D"],
+    kernel_DE: Float[Array, "D E"],
+    bias_E: Float[Array, " E"] | None,
+    dtype: Literal["float32", "input"] = "float32",
+) -> Float[Array, "G S E"]:
+    """x W + b, computed in fp32 or wider, or in the input's dtype and then widened."""
+    compute = wide(x_GSD.dtype) if dtype == "float32" else x_GSD.dtype
+    logits_GSE = jnp.einsum("GSD,DE->GSE", x_GSD.astype(compute), kernel_DE.astype(compute))
+    if bias_E is not None:
+        logits_GSE += bias_E.astype(compute)
+    return logits_GSE.astype(wide(x_GSD.dtype))
+
+
+def noise_scale(noise_logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+    """Standard deviation of the learned noise, softplus(x W_noise) (Shazeer et al. 2017, arXiv 1701.06538, eq. 4)."""
+    return jax.nn.softplus(noise_logits_GSE)
+
+
+def expert_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
+    """Scores of all experts; the logits themselves where the softmax comes after the choice."""
+    if config.order == "select_then_softmax":
+        return logits_GSE
+    if config.score == "softmax":
+        return jax.nn.softmax(logits_GSE, axis=-1)
+    if config.score == "sigmoid":
+        return jax.nn.sigmoid(logits_GSE)
+    return jnp.sqrt(jax.nn.softplus(logits_GSE))
+
+
+def limit_to_clusters(score_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
+    """Scores with every expert outside the token's best `top_clusters` clusters filled by -inf or 0."""
+    G, S, E = score_GSE.shape
+    score_GSNe = score_GSE.reshape(G, S, config.num_clusters, E // config.num_clusters)
+    if config.cluster_score == "max":
+        cluster_GSN = score_GSNe.max(axis=-1)
+    else:
+        cluster_GSN = jax.lax.top_k(score_GSNe, 2)[0].sum(axis=-1)
+    _, chosen = jax.lax.top_k(cluster_GSN, config.top_clusters)
+    keep_GSN = jax.nn.one_hot(chosen, config.num_clusters, dtype=jnp.bool_).any(axis=-2)
+    fill = -jnp.inf if config.cluster_fill == "neg_inf" else 0.0
+    return jnp.where(keep_GSN[..., None], score_GSNe, fill).reshape(G, S, E)
+
+
+def select_experts(
+    score_GSE: Float[Array, "G S E"], config: MoEConfig, correction_bias_E: Float[Array, " E"] | None = None
+) -> Int[Array, "G S K"]:
+    """The K best experts of each token, best first; on equal scores the lower index wins."""
+    choice_GSE = jax.lax.stop_gradient(score_GSE)
+    if correction_bias_E is not None:
+        choice_GSE += jax.lax.stop_gradient(correction_bias_E).astype(choice_GSE.dtype)
+    if config.router.num_clusters > 1:
+        choice_GSE = limit_to_clusters(choice_GSE, config.router)
+    return jax.lax.top_k(choice_GSE, config.top_k)[1]
+
+
+def choice_weights(
+    score_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"], config: RouterConfig
+) -> Float[Array, "G S K"]:
+    """The weight of each choice: its score (or a softmax over the K), renormalised and scaled as the contract says."""
+    weight_GSK = jnp.take_along_axis(score_GSE, expert_GSK, axis=-1)
+    if config.order == "select_then_softmax":
+        weight_GSK = jax.nn.softmax(weight_GSK, axis=-1)
+    if config.renormalise != "none":
+        total_GS1 = weight_GSK.sum(axis=-1, keepdims=True)
+        if config.renormalise == "eps":
+            total_GS1 += config.renormalise_eps
+        weight_GSK /= safe_denominator(total_GS1)
+    return weight_GSK * config.scale
+
+
+def safe_denominator(total: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """`total`, or 1 where it is 0, so that neither the quotient nor its gradient is NaN."""
+    return jnp.where(total == 0, jnp.ones_like(total), total)
+
+
+def route(
+    logits_GSE: Float[Array, "G S E"],
+    config: MoEConfig,
+    correction_bias_E: Float[Array, " E"] | None = None,
+    expert_GSK: Int[Array, "G S K"] | None = None,
+) -> Routing:
+    """Choices and weights; `expert_GSK` given replays another run's choices and only the weights are computed."""
+    score_GSE = expert_scores(logits_GSE, config.router)
+    if expert_GSK is None:
+        expert_GSK = select_experts(score_GSE, config, correction_bias_E)
+    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)

@@ -1,0 +1,93 @@
+"""Soft MoE: every slot reads a mix of all tokens, every token reads a mix of all slots."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.config import SoftMoEConfig
+from jax_moe.dims import Array, Bool, Float
+from jax_moe.experts import activate
+from jax_moe.routing import wide
+
+LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
+
+
+def soft_weights(
+    x_BTD: Float[Array, "B T D"], phi_DEC: Float[Array, "D E C"], mask_BT: Bool[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
+    """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
+
+    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
+    finite: its slots read the plain mean of the tokens. C counts slots per expert.
+    """
+    compute = wide(x_BTD.dtype)
+    logits_BTEC = jnp.einsum("BTD,DEC->BTEC", x_BTD.astype(compute), phi_DEC.astype(compute))
+    if mask_BT is not None:
+        logits_BTEC = jnp.where(mask_BT[..., None, None], logits_BTEC, -jnp.finfo(compute).max)
+    combine_BTEC = jax.nn.softmax(logits_BTEC.reshape(*logits_BTEC.shape[:2], -1), axis=-1).reshape(logits_BTEC.shape)
+    return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
+
+
+class SoftExpert(nnx.Module):
+    """An MLP of any depth: linear, [layer norm], activation; with a residual where the two widths agree."""
+
+    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        widths, init = config.widths, jax.nn.initializers.orthogonal(scale=0.01)
+        linears = [
+            nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+            for rows, columns in zip(widths[:-1], widths[1:], strict=True)
+        ]
+        self.fcs, self.last_fc = nnx.List(linears[:-1]), linears[-1]
+        if config.layer_norm:
+            self.layer_norms = nnx.List([layer_norm(width, rngs, param_dtype) for width in widths[1:-1]])
+        if config.output_layer_norm:
+            self.last_ln = layer_norm(widths[-1], rngs, param_dtype)
+
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
+        """The MLP's answer, in the input's dtype."""
+        config = self.config
+        for i, fc in enumerate(self.fcs):
+            h = fc(x)
+            if config.layer_norm:
+                h = self.layer_norms[i](h)
+            h = activate(config.hidden_activation, h).astype(x.dtype)
+            x = x + h if config.residual and x.shape == h.shape else h
+        y = self.last_fc(x)
+        if config.output_layer_norm:
+            y = self.last_ln(y)
+        y = activate(config.output_activation, y).astype(x.dtype)
+        return x + y if config.residual and x.shape == y.shape else y
+
+
+def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: jnp.dtype, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
+    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
+
+
+class SoftMoE(nnx.Module):
+    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1) and `experts`, stacked over E.
+
+    Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
+    """
+
+    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        shape = (config.model_dim, config.num_experts, config.num_slots)
+        self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
+        make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))
+        self.experts = make(rngs.fork(split=config.num_experts))
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
+        mean of slots, to be ignored. Raises ValueError if x_BTD is not model_dim wide."""
+        if x_BTD.shape[-1] != self.config.model_dim:
+            raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={self.config.model_dim}")
+        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi[...], mask_BT)
+        compute = dispatch_BTEC.dtype
+        x_EBCD = jnp.einsum("BTEC,BTD->EBCD", dispatch_BTEC, x_BTD.astype(compute)).astype(x_BTD.dtype)
+        graphdef, weights = nnx.split(self.experts)
+        y_EBCD = jax.vmap(lambda weights, x_BCD: nnx.merge(graphdef, weights)(x_BCD))(weights, x_EBCD)
+        return jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, y_EBCD.astype(compute)).astype(x_BTD.dtype)
