@@ -76,7 +76,7 @@ class SoftMoE(nnx.Module):
         shape = (config.model_dim, config.num_experts, config.num_slots)
         self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
         make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))
-        self.experts = make(rngs.fork(split=config.num_experts))
+        self.experts = make(rngs.split(config.num_experts))
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None

@@ -26,7 +26,7 @@ class MakeMoE(nnx.Module):
         self.token_embedding = nnx.Embed(config.vocab_size, config.model_dim, **embed)
         self.position_embedding = nnx.Embed(config.block_size, config.model_dim, **embed)
         make = nnx.vmap(lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal))
-        self.blocks = make(rngs.fork(split=config.num_layers))
+        self.blocks = make(rngs.split(config.num_layers))
         self.final_norm = layer_norm(config.model_dim, rngs, param_dtype)
         bound = config.model_dim**-0.5
         self.head = nnx.Linear(
