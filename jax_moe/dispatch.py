@@ -27,7 +27,7 @@ class Moves(NamedTuple):
 
     config: MoEConfig
     capacity: int
-    apply: Callable  # (x_GECD, expert_E or None) -> y_GECD: the experts; expert_E names whose weights serve each E
+    apply: Callable  # (x_ECD, expert_E or None) -> y_ECD: the experts; expert_E names whose weights serve each E
     dropout: Callable | None  # (y) -> y with fresh dropout, in whatever shape the dispatcher holds answers
     keep_GSKD: Bool[Array, "G S K D"] | None  # given dropout mask instead
 
@@ -108,7 +108,10 @@ def apply_keep(y: Float[Array, "*any"], keep: Bool[Array, "*any"], rate: float) 
     return jnp.where(keep, y / (1 - rate), jnp.zeros_like(y))
 
 
-def _finish(y_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Moves) -> Float[Array, "G E C D"]:
+def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Moves) -> Float[Array, "G E C D"]:
+    G, E, C, D = x_GECD.shape
+    y_ERD = moves.apply(x_GECD.swapaxes(0, 1).reshape(E, G * C, D), None)
+    y_GECD = y_ERD.reshape(E, G, C, D).swapaxes(0, 1).astype(wide(x_GECD.dtype))
     if keep_GECD is not None:
         return apply_keep(y_GECD, keep_GECD > 0, moves.config.expert.dropout)
     return y_GECD if moves.dropout is None else moves.dropout(y_GECD)
@@ -131,7 +134,7 @@ def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
         if on_input:
             x_GESD = (combine_GSE.swapaxes(1, 2)[..., None] * x_GESD).astype(dtype)
         keep = None if moves.keep_GSKD is None else jnp.einsum("GSKE,GSKD->GESD", expert_GSKE, moves.keep_GSKD.astype(dtype))
-        y_GESD = _finish(moves.apply(x_GESD, None), keep, moves).astype(wide(dtype))
+        y_GESD = _answers(x_GESD, keep, moves)
         factor_GSE = dispatch_GSE.astype(wide(dtype)) if on_input else combine_GSE
         return jnp.einsum("GSE,GESD->GSD", factor_GSE, y_GESD).astype(dtype)
     slot_GSKC = jax.nn.one_hot(slots.slot_GSK, moves.capacity, dtype=dtype)  # all zeros at slot C: dropped
@@ -144,6 +147,6 @@ def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
     keep = None
     if moves.keep_GSKD is not None:
         keep = jnp.einsum("GSKE,GSKC,GSKD->GECD", expert_GSKE, slot_GSKC, moves.keep_GSKD.astype(dtype))
-    y_GECD = _finish(moves.apply(x_GECD, None), keep, moves).astype(wide(dtype))
+    y_GECD = _answers(x_GECD, keep, moves)
     factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
     return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)

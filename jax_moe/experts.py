@@ -33,27 +33,27 @@ def clamp_above(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
 
 
 def hidden_units(
-    up_GECF: Float[Array, "G E C F"], gate_GECF: Float[Array, "G E C F"] | None, config: ExpertConfig
-) -> Float[Array, "G E C F"]:
+    up_ECF: Float[Array, "E C F"], gate_ECF: Float[Array, "E C F"] | None, config: ExpertConfig
+) -> Float[Array, "E C F"]:
     """act(up), or act(gate) * (up + offset) with both clamped first where the contract says so."""
-    if gate_GECF is None:
-        return activate(config.activation, up_GECF)
+    if gate_ECF is None:
+        return activate(config.activation, up_ECF)
     if config.clamp is not None:
-        gate_GECF = clamp_above(gate_GECF, config.clamp)
-        up_GECF = -clamp_above(-clamp_above(up_GECF, config.clamp), config.clamp)
-    return activate(config.activation, gate_GECF) * (up_GECF + config.up_offset)
+        gate_ECF = clamp_above(gate_ECF, config.clamp)
+        up_ECF = -clamp_above(-clamp_above(up_ECF, config.clamp), config.clamp)
+    return activate(config.activation, gate_ECF) * (up_ECF + config.up_offset)
 
 
-def expert_ffn(x_GECD: Float[Array, "G E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "G E C D"]:
+def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "E C D"]:
     """Every expert's answer. Weights: up, down, [gate], [up_bias, gate_bias, down_bias], each with leading E."""
 
     def linear(pattern: str, x: Array, name: str) -> Array:
         y = jnp.einsum(pattern, x, weights[name].astype(x.dtype))
         return y + weights[f"{name}_bias"].astype(x.dtype)[:, None, :] if config.bias else y
 
-    up_GECF = linear("GECD,EDF->GECF", x_GECD, "up")
-    gate_GECF = linear("GECD,EDF->GECF", x_GECD, "gate") if config.gated else None
-    return linear("GECF,EFD->GECD", hidden_units(up_GECF, gate_GECF, config), "down")
+    up_ECF = linear("ECD,EDF->ECF", x_ECD, "up")
+    gate_ECF = linear("ECD,EDF->ECF", x_ECD, "gate") if config.gated else None
+    return linear("ECF,EFD->ECD", hidden_units(up_ECF, gate_ECF, config), "down")
 
 
 def take_experts(weights: Weights, expert_E: Int[Array, " e"] | None) -> Weights:

@@ -162,11 +162,12 @@ class MoE(nnx.Module):
             noise_BTE = noise_BTE * noise_scale(router_logits(x_BTD, noise_kernel, weight("noise_bias"), dtype))
         return logits_BTE + noise_BTE
 
-    def _apply_experts(self, x_GECD: Array, expert_E: Array | None) -> Array:
-        return expert_ffn(x_GECD, take_experts(self.experts.weights(), expert_E), self.config.expert)
+    def _apply_experts(self, x_ECD: Array, expert_E: Array | None) -> Array:
+        return expert_ffn(x_ECD, take_experts(self.experts.weights(), expert_E), self.config.expert)
 
     def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
-        y_GSD = expert_ffn(x_GSD[:, None], self.shared.weights(), _shared(self.config.expert))[:, 0]
+        y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), _shared(self.config.expert))
+        y_GSD = y_GSD.reshape(x_GSD.shape)
         if self.config.expert.shared_gate:
             y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
         return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)

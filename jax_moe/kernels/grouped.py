@@ -6,8 +6,9 @@ Work is K * S rows plus at most one block an expert, whatever E is; the one-hot 
 import jax.numpy as jnp
 
 from jax_moe.dims import Array, Float, Int
-from jax_moe.dispatch import Moves, Slots, apply_keep
-from jax_moe.routing import Routing, wide
+from jax_moe.dispatch import Moves, Slots
+from jax_moe.kernels.moves import choice_of_place, combine_choices, places_to_choices, tokens_to_places, weight_of_place
+from jax_moe.routing import Routing
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -34,21 +35,15 @@ def block_plan(
 def grouped_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
     """Same answer as `einsum_dispatch` without a capacity; padding's choices keep weight 0."""
     G, S, D = x_GSD.shape
-    config, dtype, K = moves.config, x_GSD.dtype, routing.expert_GSK.shape[-1]
-    on_input = config.expert.weight_on == "input"
     expert_R = routing.expert_GSK.reshape(-1)
-    rows = block_rows(expert_R.shape[0], config.num_experts)
-    place_R, expert_of_block, num_blocks = block_plan(expert_R, config.num_experts, rows)
-    choice_of_place = jnp.full((num_blocks * rows,), G * S * K, jnp.int32).at[place_R].set(jnp.arange(G * S * K, dtype=jnp.int32))
-    x_place = x_GSD.reshape(G * S, D).at[choice_of_place // K].get(mode="fill", fill_value=0)
-    if on_input:
-        weight = slots.weight_GSK.reshape(-1).at[choice_of_place].get(mode="fill", fill_value=0)
-        x_place = (x_place * weight[:, None]).astype(dtype)
-    y_blocks = moves.apply(x_place.reshape(1, num_blocks, rows, D), expert_of_block)
-    if moves.keep_GSKD is None and moves.dropout is not None:
+    rows = block_rows(expert_R.shape[0], moves.config.num_experts)
+    place_R, expert_of_block, num_blocks = block_plan(expert_R, moves.config.num_experts, rows)
+    choice_P, place_SK = choice_of_place(place_R, num_blocks * rows), place_R.reshape(G * S, -1)
+    x_PD = tokens_to_places(x_GSD.reshape(G * S, D), choice_P, place_SK)
+    if moves.config.expert.weight_on == "input":
+        x_PD = weight_of_place(x_PD, slots, choice_P)
+    y_blocks = moves.apply(x_PD.reshape(num_blocks, rows, D), expert_of_block)
+    if moves.dropout is not None:
         y_blocks = moves.dropout(y_blocks)
-    y_GSKD = y_blocks.reshape(num_blocks * rows, D)[place_R].reshape(G, S, K, D).astype(wide(dtype))
-    if moves.keep_GSKD is not None:
-        y_GSKD = apply_keep(y_GSKD, moves.keep_GSKD, config.expert.dropout)
-    factor_GSK = (slots.slot_GSK < moves.capacity).astype(wide(dtype)) if on_input else slots.weight_GSK
-    return jnp.einsum("GSK,GSKD->GSD", factor_GSK, y_GSKD).astype(dtype)
+    y_SKD = places_to_choices(y_blocks.reshape(num_blocks * rows, D), choice_P, place_SK)
+    return combine_choices(y_SKD.reshape(G, S, -1, D), slots, moves)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jax_moe.block import Block, Randomness
@@ -74,7 +75,8 @@ class MakeMoE(nnx.Module):
         if not 1 <= tokens_BT.shape[1] <= config.block_size:
             raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}")
         if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size:
-            low, high = int(tokens_BT.min()), int(tokens_BT.max())
+            values = np.asarray(tokens_BT)  # numpy: a constant inside somebody's jit is checked too
+            low, high = int(values.min()), int(values.max())
             if low < 0 or high >= config.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"token {bad}: must be 0 to {config.vocab_size - 1} (vocab_size={config.vocab_size})")

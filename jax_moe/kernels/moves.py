@@ -1,0 +1,82 @@
+"""Moving rows between tokens and places, forward and backward by gather alone.
+
+A place is a row of an expert's buffer. Each choice (a token's k-th) owns at most one place and each place at most one
+choice, so the gradient of a gather is the gather the other way; XLA's own would be a scatter-add, slow on CPU and TPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe.dims import Array, Float, Int
+from jax_moe.dispatch import Moves, Slots, apply_keep
+from jax_moe.routing import wide
+
+
+def choice_of_place(place_R: Int[Array, " R"], num_places: int) -> Int[Array, " P"]:
+    """The flat choice s * K + k that owns each place; R where a place is empty. Choices at `num_places` own none."""
+    R = place_R.shape[0]
+    return jnp.full((num_places,), R, jnp.int32).at[place_R].set(jnp.arange(R, dtype=jnp.int32), mode="drop")
+
+
+def _rows(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def tokens_to_places(
+    x_SD: Float[Array, "S D"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
+) -> Float[Array, "P D"]:
+    """Each place's token; zeros in an empty place."""
+    return _rows(x_SD, choice_P // place_SK.shape[1])
+
+
+def _tokens_forward(x_SD: Array, choice_P: Array, place_SK: Array) -> tuple[Array, tuple]:
+    return tokens_to_places(x_SD, choice_P, place_SK), (choice_P, place_SK)
+
+
+def _tokens_backward(saved: tuple, g_PD: Array) -> tuple:
+    choice_P, place_SK = saved
+    return _rows(g_PD, place_SK).sum(axis=1), _no_gradient(choice_P), _no_gradient(place_SK)
+
+
+@jax.custom_vjp
+def places_to_choices(
+    y_PD: Float[Array, "P D"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
+) -> Float[Array, "S K D"]:
+    """Each choice's place; zeros for a choice that owns none."""
+    return _rows(y_PD, place_SK)
+
+
+def _places_forward(y_PD: Array, choice_P: Array, place_SK: Array) -> tuple[Array, tuple]:
+    return places_to_choices(y_PD, choice_P, place_SK), (choice_P, place_SK)
+
+
+def _places_backward(saved: tuple, g_SKD: Array) -> tuple:
+    choice_P, place_SK = saved
+    return _rows(g_SKD.reshape(-1, g_SKD.shape[-1]), choice_P), _no_gradient(choice_P), _no_gradient(place_SK)
+
+
+def _no_gradient(x: Array) -> np.ndarray:
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+tokens_to_places.defvjp(_tokens_forward, _tokens_backward)
+places_to_choices.defvjp(_places_forward, _places_backward)
+
+
+def weight_of_place(x_PD: Float[Array, "P D"], slots: Slots, choice_P: Int[Array, " P"]) -> Float[Array, "P D"]:
+    """Rows times the weight of the choice that owns them, for experts that are weighted on their input."""
+    weight_P = _rows(slots.weight_GSK.reshape(-1), choice_P)
+    return (x_PD * weight_P[:, None]).astype(x_PD.dtype)
+
+
+def combine_choices(y_GSKD: Float[Array, "G S K D"], slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+    """The weighted sum of each token's choices, in fp32 or wider, as the input's dtype."""
+    dtype, compute = y_GSKD.dtype, wide(y_GSKD.dtype)
+    y_GSKD = y_GSKD.astype(compute)
+    if moves.keep_GSKD is not None:
+        y_GSKD = apply_keep(y_GSKD, moves.keep_GSKD, moves.config.expert.dropout)
+    on_input = moves.config.expert.weight_on == "input"
+    factor_GSK = (slots.slot_GSK < moves.capacity).astype(compute) if on_input else slots.weight_GSK
+    return jnp.einsum("GSK,GSKD->GSD", factor_GSK, y_GSKD).astype(dtype)
