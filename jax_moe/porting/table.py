@@ -1,0 +1,88 @@
+"""The language of porting tables: rows of (their name, their dims, our path, our dims), and how rows compose.
+
+Dims are words separated by spaces. A word is a letter (`D`), a group stored as one axis (`(H A)`, last fastest) or a
+part of an axis (`0/2`: index 0 of 2). An index in a name (`experts.{e}.up.weight`) is either a dim of ours (`e D F`:
+their E tensors are stacked in one of ours) or an index in our path (`fcs.{i}.kernel`). Sizes come from our shapes.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight: what theirs is called and how it lies in memory, where ours is and how it lies."""
+
+    theirs: str
+    their_dims: str
+    ours: str
+    our_dims: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of theirs that holds no weight (a mask): written by us, checked on loading, absent from gradients.
+
+    `value` makes it from the sizes of its dims; a letter's size and an index's range come from the rows.
+    """
+
+    theirs: str
+    their_dims: str
+    value: Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One way in which one project names the weights of one module."""
+
+    name: str
+    rows: tuple[Row, ...]
+    constants: tuple[Constant, ...] = ()
+
+
+def words(dims: str) -> list[list[str]]:
+    """The axes of `dims`, each the list of its words: "e (0/2 F) D" is [[e], [0/2, F], [D]]."""
+    axes = re.findall(r"\([^()]*\)|[^\s()]+", dims)
+    return [axis.strip("()").split() for axis in axes]
+
+
+def part(word: str) -> tuple[int, int] | None:
+    """(index, count) of a word like `0/2`; None for a letter."""
+    found = re.fullmatch(r"(\d+)/(\d+)", word)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def name_indices(pattern: str) -> list[str]:
+    """The letters in braces, in order."""
+    return re.findall(r"\{(\w+)\}", pattern)
+
+
+def under(rows: tuple[Row, ...], theirs: str, ours: str) -> tuple[Row, ...]:
+    """The same rows for a module that sits inside another, under these two prefixes."""
+    return tuple(replace(row, theirs=theirs + row.theirs, ours=ours + row.ours) for row in rows)
+
+
+def stacked(rows: tuple[Row, ...], theirs: str, ours: str, index: str) -> tuple[Row, ...]:
+    """As `under`, for a list of modules whose weights ours stacks: `index`, in braces in `theirs`, leads our dims."""
+    return tuple(replace(row, our_dims=f"{index} {row.our_dims}") for row in under(rows, theirs, ours))
+
+
+def linear(theirs: str, ours: str, kernel: str = "kernel", bias: str = "bias") -> tuple[Row, ...]:
+    """torch.nn.Linear [out, in] and flax's kernel [in, out]."""
+    return (
+        Row(f"{theirs}.weight", "O I", f"{ours}{kernel}", "I O"),
+        Row(f"{theirs}.bias", "O", f"{ours}{bias}", "O"),
+    )
+
+
+def layer_norm(theirs: str, ours: str) -> tuple[Row, ...]:
+    """torch.nn.LayerNorm and flax's."""
+    return Row(f"{theirs}.weight", "D", f"{ours}.scale", "D"), Row(f"{theirs}.bias", "D", f"{ours}.bias", "D")
+
+
+def embedding(theirs: str, ours: str, rows: str) -> Row:
+    """torch.nn.Embedding and flax's Embed; `rows` is the letter of the table's length."""
+    return Row(f"{theirs}.weight", f"{rows} D", f"{ours}.embedding", f"{rows} D")
