@@ -1,1 +1,32 @@
-"""Mixture of Experts in PyTorch, plain."""
+"""Mixture of Experts in PyTorch, plain: what `jax_moe` does in batches, by loops that one can read."""
+
+from jax_moe import presets
+from torch_ref.attention import Attention
+from torch_ref.block import Block, Randomness
+from torch_ref.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig, SoftMoEConfig
+from torch_ref.generation import generate
+from torch_ref.losses import MoEStats
+from torch_ref.models.makemoe import MakeMoE
+from torch_ref.models.mixtral_block import MixtralSparseMoeBlock
+from torch_ref.moe import MoE
+from torch_ref.routing import Routing
+from torch_ref.soft_moe import SoftMoE
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Block",
+    "BlockConfig",
+    "MakeMoE",
+    "MakeMoEConfig",
+    "MixtralSparseMoeBlock",
+    "MoE",
+    "MoEConfig",
+    "MoEStats",
+    "Randomness",
+    "Routing",
+    "SoftMoE",
+    "SoftMoEConfig",
+    "generate",
+    "presets",
+]

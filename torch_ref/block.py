@@ -1,0 +1,66 @@
+"""The transformer block: attention and a mixture of experts, each behind a norm and inside a residual."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from torch_ref.attention import Attention
+from torch_ref.config import BlockConfig, SoftMoEConfig
+from torch_ref.dims import Bool, Float, Tensor
+from torch_ref.losses import MoEStats
+from torch_ref.moe import MoE
+from torch_ref.soft_moe import SoftMoE, normed
+
+
+class Randomness(NamedTuple):
+    """Draws given as arrays; a stack of blocks takes each with a leading L. None: drawn as training and contract say."""
+
+    noise_BTE: Float[Tensor, "*L B T E"] | None = None  # unit Gaussians for the router
+    attention_keep_BHTU: Bool[Tensor, "*L B H T U"] | None = None  # True where dropout lets a value through
+    output_keep_BTD: Bool[Tensor, "*L B T D"] | None = None
+    expert_keep_BTKD: Bool[Tensor, "*L B T K D"] | None = None
+
+
+def block_forward(
+    x_BTD: Float[Tensor, "B T D"],
+    attention_norm: nn.LayerNorm,
+    attention: nn.Module,
+    moe_norm: nn.LayerNorm,
+    moe: nn.Module,
+    mask_BT: Bool[Tensor, "B T"] | None = None,
+    randomness: Randomness | None = None,
+) -> tuple[Float[Tensor, "B T D"], MoEStats | None]:
+    """x += attention(norm(x)); x += moe(norm(x)). Statistics are None for Soft MoE, which has none."""
+    draws = randomness or Randomness()
+    x_BTD = x_BTD + attention(
+        normed(x_BTD, attention_norm), mask_BT=mask_BT, attention_keep_BHTU=draws.attention_keep_BHTU,
+        output_keep_BTD=draws.output_keep_BTD,
+    )
+    if isinstance(moe, SoftMoE):
+        return x_BTD + moe(normed(x_BTD, moe_norm), mask_BT), None
+    y_BTD, stats = moe(
+        normed(x_BTD, moe_norm), mask_BT=mask_BT, noise_BTE=draws.noise_BTE, keep_BTKD=draws.expert_keep_BTKD
+    )
+    return x_BTD + y_BTD, stats
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += moe(norm(x)). `moe` is sparse or, where nothing is causal, soft."""
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.config = config
+        self.attention_norm = nn.LayerNorm(config.attention.model_dim, eps=config.norm_eps)
+        self.attention = Attention(config.attention)
+        self.moe_norm = nn.LayerNorm(config.attention.model_dim, eps=config.norm_eps)
+        self.moe = SoftMoE(config.moe) if isinstance(config.moe, SoftMoEConfig) else MoE(config.moe)
+
+    def forward(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        *,
+        mask_BT: Bool[Tensor, "B T"] | None = None,
+        randomness: Randomness | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], MoEStats | None]:
+        """The block's answer and its MoE's statistics (None for Soft MoE). Randomness as in `MoE` and `Attention`."""
+        return block_forward(x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT, randomness)

@@ -1,0 +1,29 @@
+"""The letters of `jax_moe/dims.py` over torch tensors.
+
+B sequences            T positions            U positions attended to   G routing groups
+S tokens in a group    E experts              K choices per token       C slots per expert per group
+D model width          F expert width         V vocabulary              L layers
+H query heads          J key/value heads      A head width              R rows of one expert
+N expert clusters      (G * S >= B * T: the last group may be padded)
+
+A tensor is named role + dims (`weight_GSK`); types and suffixes agree.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+else:
+    try:
+        from jaxtyping import Bool, Float, Int, Shaped
+    except ImportError:  # shapes are checked under pytest only; without jaxtyping they are plain documentation
+
+        class _Unchecked:
+            def __class_getitem__(cls, item: object) -> Any:
+                return Any
+
+        Bool = Float = Int = Shaped = _Unchecked
+
+__all__ = ["Bool", "Float", "Int", "Shaped", "Tensor"]

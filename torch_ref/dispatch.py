@@ -1,0 +1,119 @@
+"""Routing -> experts, and back: groups, queues and drops, by plain loops over groups and experts."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from torch_ref.config import MoEConfig, Priority
+from torch_ref.dims import Bool, Float, Int, Shaped, Tensor
+from torch_ref.routing import Routing, safe_denominator, wide
+
+
+class Slots(NamedTuple):
+    """Where each choice stands in its expert's queue, after drops."""
+
+    slot_GSK: Int[Tensor, "G S K"]  # 0 .. C-1; exactly C for a choice that was dropped or belongs to padding
+    weight_GSK: Float[Tensor, "G S K"]  # 0 for a dropped choice
+
+
+class Moves(NamedTuple):
+    """What a dispatcher needs besides the tokens."""
+
+    config: MoEConfig
+    capacity: int
+    experts: Sequence[Callable]  # each x_RD -> y_RD
+    training: bool  # dropout is drawn
+    keep_GSKD: Bool[Tensor, "G S K D"] | None  # given dropout mask instead
+
+
+def split_groups(x_BT: Shaped[Tensor, "B T *rest"], group_size: int) -> Shaped[Tensor, "G S *rest"]:
+    """Tokens in flat order cut into groups of S; the last group is padded with zeros."""
+    flat = x_BT.flatten(0, 1)
+    short = -flat.shape[0] % group_size
+    if short:
+        flat = torch.cat([flat, flat.new_zeros(short, *flat.shape[1:])])
+    return flat.unflatten(0, (-1, group_size))
+
+
+def merge_groups(x_GS: Shaped[Tensor, "G S *rest"], batch_size: int, num_positions: int) -> Shaped[Tensor, "B T *rest"]:
+    """Inverse of `split_groups`."""
+    return x_GS.flatten(0, 1)[: batch_size * num_positions].unflatten(0, (batch_size, num_positions))
+
+
+def expert_queue(
+    expert_SK: Int[Tensor, "S K"], weight_SK: Float[Tensor, "S K"], expert: int, priority: Priority,
+    mask_S: Bool[Tensor, " S"] | None = None,
+) -> Int[Tensor, " R"]:
+    """The choices (token * K + k) in one group that want this expert, in the order in which it takes them."""
+    wants_SK = expert_SK == expert
+    if mask_S is not None:
+        wants_SK = wants_SK & mask_S[:, None]
+    if priority == "choice":
+        k_R, token_R = wants_SK.T.nonzero(as_tuple=True)  # nonzero walks row by row: all first choices, then all second
+        return token_R * expert_SK.shape[1] + k_R
+    queue_R = wants_SK.flatten().nonzero().squeeze(1)
+    if priority == "probability":
+        order_R = torch.sort(weight_SK.detach().flatten()[queue_R], descending=True, stable=True).indices
+        queue_R = queue_R[order_R]
+    return queue_R
+
+
+def assign_slots(
+    routing: Routing, config: MoEConfig, capacity: int, mask_GS: Bool[Tensor, "G S"] | None = None
+) -> Slots:
+    """Lets every expert of every group take the first C of its queue; drops the others."""
+    priority = config.capacity.priority if config.capacity else "token"
+    slot_GSK = torch.full_like(routing.expert_GSK, capacity)
+    for g, slot_SK in enumerate(slot_GSK):
+        slot_R = slot_SK.view(-1)
+        mask_S = None if mask_GS is None else mask_GS[g]
+        for expert in range(config.num_experts):
+            queue_R = expert_queue(routing.expert_GSK[g], routing.weight_GSK[g], expert, priority, mask_S)[:capacity]
+            slot_R[queue_R] = torch.arange(queue_R.shape[0], device=queue_R.device)
+    weight_GSK = routing.weight_GSK.masked_fill(slot_GSK == capacity, 0)
+    if config.capacity is not None and config.capacity.renormalise_after_drop:
+        weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True)) * config.router.scale
+    return Slots(slot_GSK, weight_GSK)
+
+
+def round_weights(slots: Slots, config: MoEConfig, dtype: torch.dtype) -> Slots:
+    """Weights rounded to the input's dtype where the contract says so (Qwen), and kept wide where not (Mixtral)."""
+    if config.router.weight_dtype == "float32":
+        return slots
+    return slots._replace(weight_GSK=slots.weight_GSK.to(dtype).to(slots.weight_GSK.dtype))
+
+
+def apply_keep(y: Float[Tensor, "*any"], keep: Bool[Tensor, "*any"], rate: float) -> Float[Tensor, "*any"]:
+    """Dropout with a given mask: kept entries divided by 1 - rate, the others 0."""
+    return (y / (1 - rate)).masked_fill(~keep, 0)
+
+
+def loop_dispatch(x_GSD: Float[Tensor, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Tensor, "G S D"]:
+    """One expert after the other: its rows are picked, answered, weighted and added back, as makeMoE does.
+
+    An expert without rows is called all the same: its gradient is then zeros and not None, which optimizers skip.
+    """
+    config, dtype = moves.config, x_GSD.dtype
+    num_choices = routing.expert_GSK.shape[-1]
+    x_flat, weight_flat = x_GSD.flatten(0, 1), slots.weight_GSK.flatten()
+    # a dropped choice belongs to nobody
+    owner_flat = routing.expert_GSK.masked_fill(slots.slot_GSK == moves.capacity, -1).flatten()
+    keep_flat = None if moves.keep_GSKD is None else moves.keep_GSKD.flatten(0, 2)
+    sum_flat = torch.zeros(x_flat.shape, dtype=wide(dtype), device=x_flat.device)
+    for e, expert in enumerate(moves.experts):
+        choice_R = (owner_flat == e).nonzero().squeeze(1)
+        token_R = choice_R // num_choices
+        x_RD, weight_R1 = x_flat[token_R], weight_flat[choice_R, None]
+        if config.expert.weight_on == "input":
+            x_RD = (x_RD * weight_R1).to(dtype)
+        y_RD = expert(x_RD)
+        if keep_flat is not None:
+            y_RD = apply_keep(y_RD, keep_flat[choice_R], config.expert.dropout)
+        elif config.expert.dropout > 0:
+            y_RD = F.dropout(y_RD, config.expert.dropout, moves.training)
+        if config.expert.weight_on == "output":
+            y_RD = y_RD * weight_R1
+        sum_flat.index_add_(0, token_R, y_RD.to(sum_flat.dtype))
+    return sum_flat.to(dtype).view_as(x_GSD)

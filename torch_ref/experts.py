@@ -1,0 +1,63 @@
+"""The feed-forward network of one expert, as three linear maps."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torch_ref.config import Activation, ExpertConfig, MoEConfig
+from torch_ref.dims import Float, Tensor
+
+
+def activate(name: Activation, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` is x * sigmoid(1.702 x)."""
+    if name == "relu":
+        return F.relu(x)
+    if name == "silu":
+        return F.silu(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return x
+
+
+def linear(x: Float[Tensor, "*any X"], layer: nn.Linear) -> Float[Tensor, "*any Y"]:
+    """`layer(x)` in the input's dtype, whatever dtype the parameters are stored in."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+def expert_ffn(
+    x_RD: Float[Tensor, "*any D"], up: nn.Linear, down: nn.Linear, gate: nn.Linear | None, config: ExpertConfig
+) -> Float[Tensor, "*any D"]:
+    """One expert's answer: act(x up) down, or (act(x gate) * (x up + offset)) down, both clamped first where asked."""
+    up_RF = linear(x_RD, up)
+    if gate is None:
+        return linear(activate(config.activation, up_RF), down)
+    gate_RF = linear(x_RD, gate)
+    if config.clamp is not None:
+        gate_RF = gate_RF.clamp(max=config.clamp)
+        up_RF = up_RF.clamp(min=-config.clamp, max=config.clamp)
+    return linear(activate(config.activation, gate_RF) * (up_RF + config.up_offset), down)
+
+
+class Expert(nn.Module):
+    """One feed-forward network: `up` [F, D], `down` [D, F] and, where the contract is gated, `gate` [F, D]."""
+
+    def __init__(self, model_dim: int, expert_dim: int, config: ExpertConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(model_dim, expert_dim, bias=config.bias) if config.gated else None
+        self.up = nn.Linear(model_dim, expert_dim, bias=config.bias)
+        self.down = nn.Linear(expert_dim, model_dim, bias=config.bias)
+
+    def forward(self, x_RD: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:
+        """The answer, in the input's dtype."""
+        return expert_ffn(x_RD, self.up, self.down, self.gate, self.config)
+
+
+def make_experts(config: MoEConfig) -> nn.ModuleList:
+    """The routed experts of a layer."""
+    return nn.ModuleList([Expert(config.model_dim, config.expert_dim, config.expert) for _ in range(config.num_experts)])

@@ -1,0 +1,127 @@
+"""Losses and statistics of routing, all returned as values and all blind to padding."""
+
+from typing import NamedTuple
+
+import torch
+
+from torch_ref.config import BalanceConfig, MoEConfig
+from torch_ref.dims import Bool, Float, Int, Shaped, Tensor
+from torch_ref.dispatch import Slots
+from torch_ref.routing import Routing, safe_denominator
+
+
+class MoEStats(NamedTuple):
+    """What one layer reports, over its unpadded tokens; a stack of layers reports each field with a leading L."""
+
+    load_balance_loss: Float[Tensor, "*L"]  # E * sum_e f_e P_e
+    router_z_loss: Float[Tensor, "*L"]  # mean over tokens of logsumexp(logits)^2
+    dropped_fraction: Float[Tensor, "*L"]  # share of the tokens' K choices that found no slot
+    expert_load_E: Float[Tensor, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
+    router_entropy: Float[Tensor, "*L"]  # mean over tokens of the entropy of softmax(logits), in nats
+    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of softmax(logits)
+    importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
+    load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
+
+
+def real_tokens(x_GS: Shaped[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Shaped[Tensor, "R *rest"]:
+    """The unpadded tokens, one a row."""
+    return x_GS.flatten(0, 1) if mask_GS is None else x_GS[mask_GS]
+
+
+def masked_mean(x_GS: Float[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Float[Tensor, "*rest"]:
+    """Mean over the unpadded tokens; 0 if there are none."""
+    rows = real_tokens(x_GS, mask_GS)
+    return rows.sum(dim=0) / max(rows.shape[0], 1)
+
+
+def expert_load(
+    expert_GSK: Int[Tensor, "G S K"], num_experts: int, dtype: torch.dtype, mask_GS: Bool[Tensor, "G S"] | None = None
+) -> Float[Tensor, " E"]:
+    """Share of all choices that named each expert; sums to 1."""
+    named = real_tokens(expert_GSK, mask_GS).flatten()
+    return torch.bincount(named, minlength=num_experts).to(dtype) / max(named.shape[0], 1)
+
+
+def load_balance_loss(
+    load_E: Float[Tensor, "*L E"], prob_E: Float[Tensor, "*L E"], top_k: int, config: BalanceConfig
+) -> Float[Tensor, "*L"]:
+    """E * sum_e f_e P_e (Switch Transformers, eq. 4): 1 when balanced, or K where f sums to K (Hugging Face)."""
+    num_experts = load_E.shape[-1]
+    f_E = load_E * top_k if config.f_sums_to == "k" else load_E
+    return num_experts * (f_E * prob_E).sum(dim=-1)
+
+
+def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Tensor, ""]:
+    """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
+    if config.balance.pooled == "per_layer":
+        return stats.load_balance_loss.mean()
+    num_experts = config.num_experts
+    load_E = stats.expert_load_E.reshape(-1, num_experts).mean(dim=0)
+    prob_E = stats.router_prob_E.reshape(-1, num_experts).mean(dim=0)
+    return load_balance_loss(load_E, prob_E, config.top_k, config.balance)
+
+
+def router_z_loss(logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None) -> Float[Tensor, ""]:
+    """mean logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return masked_mean(logits_GSE.logsumexp(dim=-1) ** 2, mask_GS)
+
+
+def router_entropy(logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None) -> Float[Tensor, ""]:
+    """Mean entropy of softmax(logits) in nats: ln E when undecided, 0 when certain."""
+    log_GSE = logits_GSE.log_softmax(dim=-1)
+    return masked_mean(-(log_GSE.exp() * log_GSE).sum(dim=-1), mask_GS)
+
+
+def squared_cv(x_E: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+    """Squared coefficient of variation, population variance / mean^2 (Shazeer et al. 2017, eq. 7 and 11)."""
+    return x_E.var(correction=0) / safe_denominator(x_E.mean() ** 2)
+
+
+def importance(
+    expert_GSK: Int[Tensor, "G S K"], weight_GSK: Float[Tensor, "G S K"], num_experts: int,
+    mask_GS: Bool[Tensor, "G S"] | None = None,
+) -> Float[Tensor, " E"]:
+    """Weight each expert was given before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
+    named = real_tokens(expert_GSK, mask_GS).flatten()
+    given = real_tokens(weight_GSK, mask_GS).flatten()
+    return given.new_zeros(num_experts).index_add(0, named, given)
+
+
+def smooth_load(
+    clean_GSE: Float[Tensor, "G S E"], noisy_GSE: Float[Tensor, "G S E"], scale_GSE: Float[Tensor, "G S E"], top_k: int,
+    mask_GS: Bool[Tensor, "G S"] | None = None,
+) -> Float[Tensor, " E"]:
+    """Expected tokens of each expert if its noise were drawn again (Shazeer et al. 2017, eq. 8-10); has a gradient.
+
+    An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
+    """
+    num_experts = clean_GSE.shape[-1]
+    clean_RE, noisy_RE, scale_RE = (real_tokens(x, mask_GS) for x in (clean_GSE, noisy_GSE, scale_GSE))
+    if top_k == num_experts:
+        return torch.ones_like(clean_RE).sum(dim=0)
+    load = []
+    for e in range(num_experts):
+        others = torch.cat([noisy_RE[:, :e], noisy_RE[:, e + 1 :]], dim=1)
+        bar_R = others.sort(dim=1, descending=True, stable=True).values[:, top_k - 1]
+        load.append(torch.special.ndtr((clean_RE[:, e] - bar_R) / scale_RE[:, e]).sum())
+    return torch.stack(load)
+
+
+def layer_stats(
+    routing: Routing, slots: Slots, config: MoEConfig, capacity: int, mask_GS: Bool[Tensor, "G S"] | None = None
+) -> MoEStats:
+    """All of a layer's losses and statistics."""
+    dtype = routing.logits_GSE.dtype
+    load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
+    prob_E = masked_mean(routing.logits_GSE.softmax(dim=-1), mask_GS)
+    dropped_GS = (slots.slot_GSK == capacity).to(dtype).mean(dim=-1)
+    return MoEStats(
+        load_balance_loss=load_balance_loss(load_E, prob_E, config.top_k, config.balance),
+        router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
+        dropped_fraction=masked_mean(dropped_GS, mask_GS),
+        expert_load_E=load_E,
+        router_entropy=router_entropy(routing.logits_GSE, mask_GS),
+        router_prob_E=prob_E,
+        importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
+        load_cv2=squared_cv(load_E),
+    )

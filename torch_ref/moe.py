@@ -1,0 +1,199 @@
+"""MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed.
+
+The work is in `moe_routing` and `moe_forward`, which take a layer's weights as `Parts`; the modules here and in `models/`
+differ only in the names they keep their weights under.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from torch_ref.config import MoEConfig
+from torch_ref.dims import Bool, Float, Int, Tensor
+from torch_ref.dispatch import Moves, Slots, assign_slots, loop_dispatch, merge_groups, round_weights, split_groups
+from torch_ref.experts import Expert, linear, make_experts
+from torch_ref.losses import MoEStats, layer_stats
+from torch_ref.routing import Routing, noise_scale, route, router_logits, wide
+
+
+class Parts(NamedTuple):
+    """The weights of one layer, whatever names they are stored under."""
+
+    config: MoEConfig
+    router: nn.Linear
+    noise_router: nn.Linear | None
+    correction_bias_E: Float[Tensor, " E"] | None
+    experts: Sequence[Callable]
+    shared: Callable | None = None
+    shared_gate: nn.Linear | None = None
+
+
+def moe_logits(x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts) -> Float[Tensor, "B T E"]:
+    """The router's logits, with the noise on them: scaled by softplus(x W_noise) where it is learned, else as it is."""
+
+    def logits_of(layer: nn.Linear) -> Tensor:
+        return router_logits(x_BTD, layer.weight.T, layer.bias, parts.config.router.dtype)
+
+    logits_BTE = logits_of(parts.router)
+    if noise_BTE is None:
+        return logits_BTE
+    noise_BTE = noise_BTE.to(logits_BTE.dtype)
+    if parts.noise_router is not None:
+        noise_BTE = noise_BTE * noise_scale(logits_of(parts.noise_router))
+    return logits_BTE + noise_BTE
+
+
+def moe_routing(
+    x_BTD: Float[Tensor, "B T D"],
+    parts: Parts,
+    *,
+    training: bool,
+    mask_BT: Bool[Tensor, "B T"] | None = None,
+    noise_BTE: Float[Tensor, "B T E"] | None = None,
+    jitter_BTD: Float[Tensor, "B T D"] | None = None,
+    expert_BTK: Int[Tensor, "B T K"] | None = None,
+) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
+    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are)."""
+    config, router = parts.config, parts.config.router
+    if x_BTD.shape[-1] != config.model_dim:
+        raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={config.model_dim}")
+    B, T, _ = x_BTD.shape
+    noisy = training or router.noise_at_evaluation
+    draws: dict[str, Any] = {"dtype": wide(x_BTD.dtype), "device": x_BTD.device}
+    if router.noise == "learned_gaussian" and noise_BTE is None and noisy:
+        noise_BTE = torch.randn(B, T, config.num_experts, **draws)
+    if router.noise == "input_jitter" and jitter_BTD is None and noisy:
+        jitter_BTD = torch.empty(x_BTD.shape, **draws).uniform_(1 - router.jitter_eps, 1 + router.jitter_eps)
+    router_input_BTD = x_BTD if jitter_BTD is None else (x_BTD * jitter_BTD).to(x_BTD.dtype)
+    if router.jitter_scope == "block":
+        x_BTD = router_input_BTD
+    S = config.group_size(B, T)
+    capacity = config.expert_capacity(S)
+    mask_GS = None
+    if mask_BT is not None or B * T % S != 0:
+        mask_GS = split_groups(torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if mask_BT is None else mask_BT, S)
+    logits_GSE = split_groups(moe_logits(router_input_BTD, noise_BTE, parts), S)
+    replay = None if expert_BTK is None else split_groups(expert_BTK, S)
+    routing = route(logits_GSE, config, parts.correction_bias_E, replay)
+    return split_groups(x_BTD, S), routing, assign_slots(routing, config, capacity, mask_GS), capacity, mask_GS
+
+
+def moe_forward(
+    x_BTD: Float[Tensor, "B T D"],
+    parts: Parts,
+    *,
+    training: bool,
+    mask_BT: Bool[Tensor, "B T"] | None = None,
+    keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
+    **arrays: Tensor | None,
+) -> tuple[Float[Tensor, "B T D"], MoEStats, Routing]:
+    """The layer's answer in the input's dtype, its statistics, and what the router decided. Arguments as in `MoE`."""
+    config = parts.config
+    routed = moe_routing(x_BTD, parts, training=training, mask_BT=mask_BT, **arrays)
+    x_GSD, routing, slots, capacity, mask_GS = routed
+    given = keep_BTKD is not None and config.expert.dropout > 0
+    keep_GSKD = split_groups(keep_BTKD, x_GSD.shape[1]) if given else None
+    moves = Moves(config, capacity, parts.experts, training, keep_GSKD)
+    y_GSD = loop_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
+    if parts.shared is not None:
+        shared_GSD = parts.shared(x_GSD)
+        if parts.shared_gate is not None:
+            shared_GSD = shared_GSD * linear(x_GSD, parts.shared_gate).sigmoid()
+        if mask_GS is not None:
+            shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
+        y_GSD = y_GSD + shared_GSD
+    stats = layer_stats(routing, slots, config, capacity, mask_GS)
+    return merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing
+
+
+class Router(nn.Module):
+    """The router's weights: `linear`, [`noise_linear`] and, never trained by gradient, the buffer [`correction_bias`]."""
+
+    correction_bias: Tensor | None
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        router = config.router
+        self.linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias)
+        learned = router.noise == "learned_gaussian"
+        self.noise_linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias) if learned else None
+        bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if router.correction_bias else None
+        self.register_buffer("correction_bias", bias_E)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
+        """`.to(dtype)` and its like, but the correction bias stays fp32: bf16 would round which experts are chosen."""
+        before = self.correction_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.correction_bias is not None and self.correction_bias.dtype != torch.float32:
+            self.correction_bias = before.to(self.correction_bias.device)
+        return self
+
+
+class MoE(nn.Module):
+    """A sparse mixture-of-experts layer under one contract, from `jax_moe.presets`.
+
+    Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
+    [`shared.{gate,up,down}`], [`shared_gate`]. Initialised as torch initialises nn.Linear.
+    """
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.router = Router(config)
+        self.experts = make_experts(config)
+        self.shared = self.shared_gate = None
+        if config.expert.shared_dim:
+            inner = dataclasses.replace(config.expert, shared_dim=0, shared_gate=False)
+            self.shared = Expert(config.model_dim, config.expert.shared_dim, inner)
+            if config.expert.shared_gate:
+                self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
+
+    def parts(self) -> Parts:
+        """The weights, for `moe_forward`."""
+        router = self.router
+        return Parts(
+            self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
+            self.shared, self.shared_gate,
+        )
+
+    def forward(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        *,
+        mask_BT: Bool[Tensor, "B T"] | None = None,
+        noise_BTE: Float[Tensor, "B T E"] | None = None,
+        jitter_BTD: Float[Tensor, "B T D"] | None = None,
+        keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
+        expert_BTK: Int[Tensor, "B T K"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
+        """The layer's answer in the input's dtype, and its statistics.
+
+        Noise and dropout follow `self.training` and the contract (noise that stays on at evaluation does). Arrays take
+        the place of draws: `noise_BTE` unit Gaussians (zeros silence the noise; added to the logits as they are where the
+        contract has no learned noise), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives.
+        `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
+        `expert_BTK` replays choices. Raises ValueError if x_BTD is not model_dim wide, or capacity is below one slot.
+        """
+        y_BTD, stats, _ = moe_forward(
+            x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
+            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK,
+        )
+        return y_BTD, stats
+
+    def routing(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        *,
+        mask_BT: Bool[Tensor, "B T"] | None = None,
+        noise_BTE: Float[Tensor, "B T E"] | None = None,
+        jitter_BTD: Float[Tensor, "B T D"] | None = None,
+        expert_BTK: Int[Tensor, "B T K"] | None = None,
+    ) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
+        """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
+        return moe_routing(
+            x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
+            expert_BTK=expert_BTK,
+        )

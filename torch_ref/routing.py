@@ -1,0 +1,122 @@
+"""Logits -> Routing: which experts each token goes to, and how much of each answer it keeps."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from torch_ref.config import MoEConfig, RouterConfig
+from torch_ref.dims import Float, Int, Tensor
+
+
+class Routing(NamedTuple):
+    """What the router decided, before anything is dropped."""
+
+    expert_GSK: Int[Tensor, "G S K"]  # the k-th choice of each token
+    weight_GSK: Float[Tensor, "G S K"]  # how much of that expert's answer to keep; fp32 or wider
+    logits_GSE: Float[Tensor, "G S E"]  # what was chosen from, noise included; the losses read it
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: the dtype of scores, weights, sums over choices and losses."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def router_logits(
+    x_GSD: Float[Tensor, "G S D"],
+    kernel_DE: Float[Tensor, "D E"],
+    bias_E: Float[Tensor, " E"] | None,
+    dtype: Literal["float32", "input"] = "float32",
+) -> Float[Tensor, "G S E"]:
+    """x W + b, computed in fp32 or wider, or in the input's dtype and then widened."""
+    compute = wide(x_GSD.dtype) if dtype == "float32" else x_GSD.dtype
+    bias_E = None if bias_E is None else bias_E.to(compute)
+    return F.linear(x_GSD.to(compute), kernel_DE.T.to(compute), bias_E).to(wide(x_GSD.dtype))
+
+
+def softplus(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """ln(1 + e^x), exact in fp64: torch's own threshold of 20 drops e^-20 = 2e-9, that of 40 drops less than rounding."""
+    return F.softplus(x, threshold=40)
+
+
+def noise_scale(noise_logits_GSE: Float[Tensor, "G S E"]) -> Float[Tensor, "G S E"]:
+    """Standard deviation of the learned noise, softplus(x W_noise) (Shazeer et al. 2017, arXiv 1701.06538, eq. 4)."""
+    return softplus(noise_logits_GSE)
+
+
+def expert_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
+    """Scores of all experts; the logits themselves where the softmax comes after the choice."""
+    if config.order == "select_then_softmax":
+        return logits_GSE
+    if config.score == "softmax":
+        return logits_GSE.softmax(dim=-1)
+    if config.score == "sigmoid":
+        return logits_GSE.sigmoid()
+    return softplus(logits_GSE).sqrt()
+
+
+def best_first(score: Float[Tensor, "*any X"], count: int) -> Int[Tensor, "*any Y"]:
+    """Indices of the `count` highest, best first; on equal scores the lower index wins, which torch.topk does not promise."""
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def limit_to_clusters(score_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
+    """Scores with every expert outside the token's best `top_clusters` clusters filled by -inf or 0."""
+    clusters = score_GSE.chunk(config.num_clusters, dim=-1)
+    counted = 1 if config.cluster_score == "max" else 2
+    cluster_GSN = torch.stack(
+        [cluster.sort(dim=-1, descending=True).values[..., :counted].sum(dim=-1) for cluster in clusters], dim=-1
+    )
+    chosen = best_first(cluster_GSN, config.top_clusters)
+    fill = -torch.inf if config.cluster_fill == "neg_inf" else 0.0
+    limited = []
+    for n, cluster in enumerate(clusters):
+        outside_GS1 = (chosen != n).all(dim=-1, keepdim=True)
+        limited.append(cluster.masked_fill(outside_GS1, fill))
+    return torch.cat(limited, dim=-1)
+
+
+def select_experts(
+    score_GSE: Float[Tensor, "G S E"], config: MoEConfig, correction_bias_E: Float[Tensor, " E"] | None = None
+) -> Int[Tensor, "G S K"]:
+    """The K best experts of each token, best first; on equal scores the lower index wins."""
+    choice_GSE = score_GSE.detach()
+    if correction_bias_E is not None:
+        choice_GSE = choice_GSE + correction_bias_E.detach().to(choice_GSE.dtype)
+    if config.router.num_clusters > 1:
+        choice_GSE = limit_to_clusters(choice_GSE, config.router)
+    return best_first(choice_GSE, config.top_k)
+
+
+def choice_weights(
+    score_GSE: Float[Tensor, "G S E"], expert_GSK: Int[Tensor, "G S K"], config: RouterConfig
+) -> Float[Tensor, "G S K"]:
+    """The weight of each choice: its score (or a softmax over the K), renormalised and scaled as the contract says."""
+    weight_GSK = score_GSE.gather(-1, expert_GSK)
+    if config.order == "select_then_softmax":
+        weight_GSK = weight_GSK.softmax(dim=-1)
+    if config.renormalise == "sum":
+        weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True))
+    if config.renormalise == "eps":
+        weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True) + config.renormalise_eps)
+    return weight_GSK * config.scale
+
+
+def safe_denominator(total: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """`total`, or 1 where it is 0, so that neither the quotient nor its gradient is NaN."""
+    return total.masked_fill(total == 0, 1)
+
+
+def route(
+    logits_GSE: Float[Tensor, "G S E"],
+    config: MoEConfig,
+    correction_bias_E: Float[Tensor, " E"] | None = None,
+    expert_GSK: Int[Tensor, "G S K"] | None = None,
+) -> Routing:
+    """Choices and weights; `expert_GSK` given replays another run's choices and only the weights are computed."""
+    score_GSE = expert_scores(logits_GSE, config.router)
+    if expert_GSK is None:
+        expert_GSK = select_experts(score_GSE, config, correction_bias_E)
+    else:
+        expert_GSK = expert_GSK.long()
+    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)

@@ -1,0 +1,91 @@
+"""Soft MoE: every slot reads a mix of all tokens, every token reads a mix of all slots."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torch_ref.config import SoftMoEConfig
+from torch_ref.dims import Bool, Float, Tensor
+from torch_ref.experts import activate, linear
+from torch_ref.routing import wide
+
+
+def soft_weights(
+    x_BTD: Float[Tensor, "B T D"], phi_DEC: Float[Tensor, "D E C"], mask_BT: Bool[Tensor, "B T"] | None = None
+) -> tuple[Float[Tensor, "B T E C"], Float[Tensor, "B T E C"]]:
+    """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
+
+    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
+    finite: its slots read the plain mean of the tokens. C counts slots per expert.
+    """
+    compute = wide(x_BTD.dtype)
+    logits = x_BTD.to(compute) @ phi_DEC.to(compute).flatten(1)  # [B, T, E * C]
+    if mask_BT is not None:
+        logits = logits.masked_fill(~mask_BT[..., None], -torch.finfo(compute).max)
+    num_experts_and_slots = phi_DEC.shape[1:]
+    return logits.softmax(dim=1).unflatten(2, num_experts_and_slots), logits.softmax(dim=2).unflatten(2, num_experts_and_slots)
+
+
+def normed(x: Float[Tensor, "*any D"], norm: nn.LayerNorm) -> Float[Tensor, "*any D"]:
+    """The layer norm in fp32 or wider, its result in the input's dtype."""
+    compute = wide(x.dtype)
+    weight, bias = norm.weight.to(compute), norm.bias.to(compute)
+    return F.layer_norm(x.to(compute), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+class SoftExpert(nn.Module):
+    """An MLP of any depth: linear, [layer norm], activation; with a residual where the two widths agree."""
+
+    def __init__(self, config: SoftMoEConfig):
+        super().__init__()
+        self.config = config
+        *hidden, last = zip(config.widths[:-1], config.widths[1:], strict=True)
+        self.fcs = nn.ModuleList([nn.Linear(rows, columns) for rows, columns in hidden])
+        self.layer_norms = nn.ModuleList([nn.LayerNorm(columns) for _, columns in hidden] if config.layer_norm else [])
+        self.last_fc = nn.Linear(*last)
+        self.last_ln = nn.LayerNorm(config.model_dim) if config.output_layer_norm else None
+        for layer in (*self.fcs, self.last_fc):
+            nn.init.orthogonal_(layer.weight, gain=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BCD: Float[Tensor, "B C D"]) -> Float[Tensor, "B C D"]:
+        """The MLP's answer, in the input's dtype."""
+        norms = self.layer_norms if self.config.layer_norm else [None] * len(self.fcs)
+        for fc, norm in zip(self.fcs, norms, strict=True):
+            x_BCD = self._layer(x_BCD, fc, norm, self.config.hidden_activation)
+        return self._layer(x_BCD, self.last_fc, self.last_ln, self.config.output_activation)
+
+    def _layer(self, x: Tensor, fc: nn.Linear, norm: nn.LayerNorm | None, activation: str) -> Tensor:
+        h = linear(x, fc)
+        if norm is not None:
+            h = normed(h, norm)
+        h = activate(activation, h)  # type: ignore[arg-type]
+        return x + h if self.config.residual and fc.in_features == fc.out_features else h
+
+
+class SoftMoE(nn.Module):
+    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1) and `experts`, one after the other.
+
+    Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
+    """
+
+    def __init__(self, config: SoftMoEConfig):
+        super().__init__()
+        self.config = config
+        self.phi = nn.Parameter(torch.randn(config.model_dim, config.num_experts, config.num_slots))
+        self.experts = nn.ModuleList([SoftExpert(config) for _ in range(config.num_experts)])
+
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], mask_BT: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
+        mean of slots, to be ignored. Raises ValueError if x_BTD is not model_dim wide."""
+        if x_BTD.shape[-1] != self.config.model_dim:
+            raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={self.config.model_dim}")
+        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi, mask_BT)
+        sum_BTD = torch.zeros_like(x_BTD, dtype=dispatch_BTEC.dtype)
+        for e, expert in enumerate(self.experts):
+            x_BCD = dispatch_BTEC[:, :, e].transpose(1, 2) @ x_BTD.to(dispatch_BTEC.dtype)
+            y_BCD = expert(x_BCD.to(x_BTD.dtype))
+            sum_BTD = sum_BTD + combine_BTEC[:, :, e] @ y_BCD.to(sum_BTD.dtype)
+        return sum_BTD.to(x_BTD.dtype)
