@@ -26,7 +26,7 @@ _HOMES = {
 }
 _MODULES = ("config", "presets", "losses")
 
-__all__ = [*_HOMES, "presets"]  # noqa: PLE0604
+__all__ = [*_HOMES, "presets"]
 __version__ = "0.1.0"
 
 

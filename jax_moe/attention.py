@@ -6,7 +6,7 @@ from flax import nnx
 
 from jax_moe.config import AttentionConfig
 from jax_moe.dims import Array, Bool, Float, PRNGKeyArray
-from jax_moe.dispatch import apply_keep
+from jax_moe.dropout import dropout, fold
 from jax_moe.routing import wide
 
 
@@ -67,19 +67,3 @@ class Attention(nnx.Module):
         heads_BTHA = jnp.einsum("BHTU,BUHA->BTHA", weights_BHTU, v)
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
         return dropout(y_BTD, rate, fold(key, 1), output_keep_BTD)
-
-
-def fold(key: PRNGKeyArray | None, number: int) -> PRNGKeyArray | None:
-    """A key of its own for the numbered use; None stays None."""
-    return None if key is None else jax.random.fold_in(key, number)
-
-
-def dropout(
-    x: Float[Array, "*any"], rate: float, key: PRNGKeyArray | None, keep: Bool[Array, "*any"] | None
-) -> Float[Array, "*any"]:
-    """Dropout by the given mask, else by a mask drawn from the key, else none."""
-    if rate == 0 or (key is None and keep is None):
-        return x
-    if keep is None:
-        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return apply_keep(x, keep, rate)

@@ -1,13 +1,14 @@
 """The transformer block: attention and a mixture of experts, each behind a norm and inside a residual."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_moe.attention import Attention, fold
+from jax_moe.attention import Attention
 from jax_moe.config import BlockConfig, SoftMoEConfig
 from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dropout import fold
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
 from jax_moe.soft_moe import SoftMoE, layer_norm
@@ -30,7 +31,7 @@ class Block(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config
-        kwargs = {"rngs": rngs, "param_dtype": param_dtype}
+        kwargs: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype}
         self.attention_norm = layer_norm(config.attention.model_dim, rngs, param_dtype, config.norm_eps)
         self.attention = Attention(config.attention, kernel_init=kernel_init, **kwargs)
         self.moe_norm = layer_norm(config.attention.model_dim, rngs, param_dtype, config.norm_eps)

@@ -74,7 +74,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         _check_literals(self)
         _positive_int(num_clusters=self.num_clusters, top_clusters=self.top_clusters)
-        require(self.top_clusters <= self.num_clusters, "top_clusters", self.top_clusters, f"at most num_clusters={self.num_clusters}")
+        limit = self.num_clusters
+        require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
         require(self.renormalise_eps > 0, "renormalise_eps", self.renormalise_eps, "above 0")
         require(self.scale > 0, "scale", self.scale, "above 0")
         require(0 <= self.jitter_eps < 1, "jitter_eps", self.jitter_eps, "at least 0 and below 1")
@@ -186,8 +187,8 @@ class MoEConfig:
         require(self.top_k <= top * width, "top_k", self.top_k, f"at most {top * width}, the experts in top_clusters={top}")
         two = clusters == 1 or self.router.cluster_score != "top2_sum" or width >= 2
         require(two, "cluster_score", self.router.cluster_score, "'max' when a cluster holds one expert")
-        require(self.capacity is not None or self.dispatcher != "gather", "dispatcher", "gather", "'einsum', 'grouped' or 'auto' without a capacity")
-        require(self.capacity is None or self.dispatcher != "grouped", "dispatcher", "grouped", "'einsum', 'gather' or 'auto' with a capacity")
+        other, when = ("gather", "without") if self.capacity is None else ("grouped", "with")
+        require(self.dispatcher != other, "dispatcher", other, f"another than {other!r} {when} a capacity")
 
     def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
         """This contract with another capacity; `None` makes it dropless. `settings` are fields of CapacityConfig."""
@@ -297,7 +298,8 @@ class BlockConfig:
         same = self.attention.model_dim == self.moe.model_dim
         require(same, "model_dim", self.moe.model_dim, f"the attention's model_dim={self.attention.model_dim}")
         leaks = self.attention.causal and isinstance(self.moe, SoftMoEConfig)
-        require(not leaks, "moe", "SoftMoEConfig", "a MoEConfig in a causal block: Soft MoE mixes every position into every other")
+        allowed = "a MoEConfig in a causal block: Soft MoE mixes every position into every other"
+        require(not leaks, "moe", "SoftMoEConfig", allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

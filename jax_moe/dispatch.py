@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jax_moe.config import MoEConfig, Priority
 from jax_moe.dims import Array, Bool, Float, Int, Shaped
+from jax_moe.dropout import apply_keep
 from jax_moe.routing import Routing, safe_denominator, wide
 
 
@@ -101,11 +102,6 @@ def round_weights(slots: Slots, config: MoEConfig, dtype: jnp.dtype) -> Slots:
     if config.router.weight_dtype == "float32":
         return slots
     return slots._replace(weight_GSK=slots.weight_GSK.astype(dtype).astype(slots.weight_GSK.dtype))
-
-
-def apply_keep(y: Float[Array, "*any"], keep: Bool[Array, "*any"], rate: float) -> Float[Array, "*any"]:
-    """Dropout with a given mask: kept entries divided by 1 - rate, the others 0."""
-    return jnp.where(keep, y / (1 - rate), jnp.zeros_like(y))
 
 
 def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Moves) -> Float[Array, "G E C D"]:

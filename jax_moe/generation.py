@@ -8,6 +8,7 @@ from flax import nnx
 
 from jax_moe.config import require
 from jax_moe.dims import Array, Float, Int, PRNGKeyArray
+from jax_moe.dropout import fold
 from jax_moe.models.makemoe import MakeMoE
 
 
@@ -84,7 +85,7 @@ def _generate(
         end = prompt_length + i
         length = jnp.minimum(end, block_size)
         window = jax.lax.dynamic_slice_in_dim(tokens, end - length, block_size, axis=1)
-        step_key = None if key is None else jax.random.fold_in(key, i)
+        step_key = fold(key, i)
         logits_BTV = model(
             window, key=step_key, training=False, capacity_limit=limit_of_length[length],
             mask_BT=jnp.broadcast_to(jnp.arange(block_size) < length, window.shape),
@@ -94,7 +95,7 @@ def _generate(
             chosen_B = jnp.argmax(logits_BV, axis=-1)
         else:
             logits_BV = filter_logits(logits_BV / temperature.astype(logits_BV.dtype), top_k, top_p)
-            chosen_B = jax.random.categorical(jax.random.fold_in(step_key, 1), logits_BV)
+            chosen_B = jax.random.categorical(fold(step_key, 1), logits_BV)
         return jax.lax.dynamic_update_slice_in_dim(tokens, chosen_B[:, None].astype(tokens.dtype), end, axis=1)
 
     return jax.lax.fori_loop(0, max_new_tokens, step, padded)[:, :total]

@@ -94,8 +94,7 @@ def smooth_load(
 
     An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
     """
-    G, S, E = noisy_GSE.shape
-    if top_k == E:
+    if top_k == noisy_GSE.shape[-1]:
         chance_GSE = jnp.ones_like(clean_GSE)
     else:
         best = jax.lax.top_k(noisy_GSE, top_k + 1)[0]

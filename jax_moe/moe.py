@@ -1,6 +1,8 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flax import nnx
 from jax_moe.config import ExpertConfig, MoEConfig
 from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
+from jax_moe.dropout import dropout, fold
 from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
@@ -23,7 +26,8 @@ class Router(nnx.Module):
     """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias]."""
 
     def __init__(
-        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32, kernel_init: nnx.Initializer | None = None
+        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
     ):
         init = kernel_init or jax.nn.initializers.lecun_normal()
         learned = config.router.noise == "learned_gaussian"
@@ -59,7 +63,7 @@ class MoE(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config
-        kwargs = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
+        kwargs: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
         self.router = Router(config, **kwargs)
         self.experts = make_experts(config, **kwargs)
         if config.expert.shared_dim:
@@ -95,13 +99,11 @@ class MoE(nnx.Module):
             expert_BTK=expert_BTK, capacity_limit=capacity_limit,
         )
         x_GSD, routing, slots, capacity, mask_GS = routed
-        rate, dropout = self.config.expert.dropout, None
-        if rate > 0 and keep_BTKD is None and key is not None and training:
-            dropout = nnx.Dropout(rate)
-            dropout_key = jax.random.fold_in(key, 1)
+        rate, dropout_key = self.config.expert.dropout, fold(key, 1) if training else None
+        drawn = rate > 0 and keep_BTKD is None and dropout_key is not None
         moves = Moves(
             config=self.config, capacity=capacity, apply=self._apply_experts,
-            dropout=None if dropout is None else lambda y: dropout(y, deterministic=False, rngs=dropout_key),
+            dropout=partial(dropout, rate=rate, key=dropout_key) if drawn else None,
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
         dispatcher = choose_dispatcher(self.config)
@@ -128,12 +130,12 @@ class MoE(nnx.Module):
         if x_BTD.shape[-1] != config.model_dim:
             raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={config.model_dim}")
         B, T, _ = x_BTD.shape
-        noisy = key is not None and (training or router.noise_at_evaluation)
-        if router.noise == "learned_gaussian" and noise_BTE is None and noisy:
-            noise_BTE = jax.random.normal(jax.random.fold_in(key, 0), (B, T, config.num_experts), wide(x_BTD.dtype))
-        if router.noise == "input_jitter" and jitter_BTD is None and noisy:
+        noise_key = fold(key, 0) if training or router.noise_at_evaluation else None
+        if router.noise == "learned_gaussian" and noise_BTE is None and noise_key is not None:
+            noise_BTE = jax.random.normal(noise_key, (B, T, config.num_experts), wide(x_BTD.dtype))
+        if router.noise == "input_jitter" and jitter_BTD is None and noise_key is not None:
             low, high = 1 - router.jitter_eps, 1 + router.jitter_eps
-            jitter_BTD = jax.random.uniform(jax.random.fold_in(key, 2), x_BTD.shape, wide(x_BTD.dtype), low, high)
+            jitter_BTD = jax.random.uniform(noise_key, x_BTD.shape, wide(x_BTD.dtype), low, high)
         S = config.group_size(B, T)
         capacity = config.expert_capacity(S)
         padded = mask_BT is not None or B * T % S != 0

@@ -148,5 +148,6 @@ def granite_moe(model_dim: int = 1536, expert_dim: int = 512, num_experts: int =
 
 
 NAMES = (
-    "makemoe", "mixtral", "switch", "vmoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "granite_moe",
+    "makemoe", "mixtral", "switch", "vmoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss",
+    "granite_moe",
 )

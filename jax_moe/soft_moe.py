@@ -1,5 +1,7 @@
 """Soft MoE: every slot reads a mix of all tokens, every token reads a mix of all slots."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,7 +38,7 @@ class SoftExpert(nnx.Module):
         widths, init = config.widths, jax.nn.initializers.orthogonal(scale=0.01)
         linears = [
             nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
-            for rows, columns in zip(widths[:-1], widths[1:], strict=True)
+            for rows, columns in pairwise(widths)
         ]
         self.fcs, self.last_fc = nnx.List(linears[:-1]), linears[-1]
         if config.layer_norm:

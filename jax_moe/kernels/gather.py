@@ -1,6 +1,5 @@
 """Capacity buffers filled and emptied by index: the same slots as the one-hot reference without its S * E * C * D."""
 
-import jax
 import jax.numpy as jnp
 
 from jax_moe.dims import Array, Float

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe.dims import Array, Float, Int
-from jax_moe.dispatch import Moves, Slots, apply_keep
+from jax_moe.dispatch import Moves, Slots
+from jax_moe.dropout import apply_keep
 from jax_moe.routing import wide
 
 

@@ -1,5 +1,7 @@
 """The makeMoE character language model (AviSoori1x/makeMoE), its layers stacked and scanned."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ class MakeMoE(nnx.Module):
     def __init__(self, config: MakeMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
         self.config = config
         normal = jax.nn.initializers.normal(1.0)
-        embed = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
+        embed: dict[str, Any] = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
         self.token_embedding = nnx.Embed(config.vocab_size, config.model_dim, **embed)
         self.position_embedding = nnx.Embed(config.block_size, config.model_dim, **embed)
         make = nnx.vmap(lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal))
@@ -59,7 +61,7 @@ class MakeMoE(nnx.Module):
         graphdef, weights = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
-        def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, MoEStats | None]:
+        def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, Any]:
             weights, key, draws = scanned
             block = nnx.merge(graphdef, weights)
             return block(

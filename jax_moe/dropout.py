@@ -1,0 +1,36 @@
+"""Dropout by a given mask or by a drawn one."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def fold(key: PRNGKeyArray | None, number: int | Int[Array, ""]) -> PRNGKeyArray | None:
+    """A key of its own for the numbered use; None stays None."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def draw_keep(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*any"]:
+    """True with probability 1 - rate, to 16 bits: 0.1 is drawn as 6554 / 65536.
+
+    One threefry word serves two neighbours in the last dim: drawing masks is a large part of a small model's step.
+    """
+    *rest, last = shape
+    words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*rest, -1)[..., :last]
+    return halves >= jnp.uint16(min(round(rate * 65536), 65535))
+
+
+def apply_keep(x: Float[Array, "*any"], keep: Bool[Array, "*any"], rate: float) -> Float[Array, "*any"]:
+    """Kept entries divided by 1 - rate, the others 0."""
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def dropout(
+    x: Float[Array, "*any"], rate: float, key: PRNGKeyArray | None, keep: Bool[Array, "*any"] | None = None
+) -> Float[Array, "*any"]:
+    """Dropout by the given mask, else by a mask drawn from the key, else none."""
+    if rate == 0 or (key is None and keep is None):
+        return x
+    return apply_keep(x, draw_keep(key, rate, x.shape) if keep is None else keep, rate)
