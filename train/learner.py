@@ -1,0 +1,44 @@
+"""What the run asks of a framework, and the numbers an evaluation gives."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the batches of one split."""
+
+    loss: float  # cross entropy, nats per character
+    dropped_fraction_L: list[float]
+    expert_load_LE: list[list[float]]
+    router_entropy_L: list[float]
+    load_balance_loss_L: list[float]
+
+
+class Learner(Protocol):
+    """A model with its optimizer. Every draw is a function of (seed, step), so a learner is its weights and moments."""
+
+    num_parameters: int
+    device: str  # in words
+
+    def train_step(self, step: int, tokens_BT1: np.ndarray) -> Any:
+        """One update; a handle of its loss that `float` waits for."""
+
+    def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
+        """The mean over batches, without dropout."""
+
+    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
+        """Writes a checkpoint that appears whole or not at all."""
+
+    def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
+        """Loads the newest checkpoint; its step and settings. Raises ValueError if there is none or it cannot be read."""
+
+    def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
+        """The prompt and `length` new tokens."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights under makeMoE's names."""

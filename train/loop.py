@@ -1,0 +1,225 @@
+"""A run: read, check, train with evaluations and checkpoints, then plots and a sample. No framework is named here."""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from safetensors.numpy import save_file
+
+from train import data, metrics, run_folder
+from train.configs import PRESETS
+from train.configs.settings import Start, TrainConfig, check, flat, model_config
+from train.interrupt import Interrupt
+from train.learner import Learner
+from train.logger import Logger, check_logger, open_logger
+from train.plots import plot_run
+from train.progress import Display, Meter, clock, display
+
+SHOW_EVERY = 10  # steps between looks at the loss, so that the device never waits for us
+INTERRUPTED = 130
+
+
+class Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+@dataclass
+class Run:
+    """A run about to train."""
+
+    config: TrainConfig
+    folder: Path
+    text: data.Text
+    learner: Learner
+    start: int
+    rows: list[metrics.Row]
+
+    def batch(self, use: data.Use, step: int, number: int = 0) -> np.ndarray:
+        """Tokens [B, T + 1]."""
+        config = self.config
+        return data.batch(self.text, config.seed, use, step, config.batch_size, config.model.block_size, number)
+
+
+def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path]:
+    """Settings from the command line, those of the run to be resumed, and the folder. Raises ValueError."""
+    asks_help = {"-h", "--help"} & set(arguments)
+    start, _ = tyro.cli(Start, args=arguments, add_help=False, return_unknown_args=True)
+    folder = Path() if asks_help else run_folder.choose(start)
+    saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
+    defaults = dataclasses.replace(saved or PRESETS[start.preset], preset=start.preset, out=None, resume=False)
+    config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+    return dataclasses.replace(config, out=str(folder)), saved, folder
+
+
+def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run:
+    """Everything that can be wrong with a request is found here, as ValueError, before anything is written."""
+    check(config)
+    check_logger(config)
+    if config.framework == "torch" and find_spec("torch") is None:
+        raise ValueError("framework='torch': needs PyTorch; `pip install 'jax-moe[torch]'`")
+    if saved is not None:
+        run_folder.check_same(config, saved, folder)
+    text = data.load_text(config.data, config.model.block_size)
+    text.encode(config.sample_prompt)
+    model = model_config(config, len(text.vocabulary))
+    about = {
+        "model": dataclasses.asdict(model), "parameters": None,
+        "text": {"source": text.source, "sha256": text.sha256, "vocabulary": text.vocabulary},
+    }
+    if saved is None:
+        run_folder.claim(folder)
+    else:
+        known = run_folder.read_config(folder)["text"]["sha256"]
+        if known != text.sha256:
+            raise ValueError(f"data={text.source!r}: must be the text that {folder} was trained on (sha256 {known[:12]}...)")
+    try:
+        learner = make_learner(config, model)
+        start, rows = 0, []
+        if saved is not None:
+            start, rows = _restore(config, learner, folder)
+    except BaseException:
+        run_folder.release(folder)
+        raise
+    run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
+    return Run(config, folder, text, learner, start, rows)
+
+
+def make_learner(config: TrainConfig, model: Any) -> Learner:
+    """The framework that the settings name, imported only now."""
+    if config.framework == "torch":
+        from train.torch_learner import TorchLearner
+
+        return TorchLearner(config, model)
+    from train.jax_learner import JaxLearner
+
+    return JaxLearner(config, model)
+
+
+def _restore(config: TrainConfig, learner: Learner, folder: Path) -> tuple[int, list[metrics.Row]]:
+    step, settings = learner.restore(folder / "checkpoints")
+    run_folder.check_same(config, run_folder.from_flat(settings), folder / "checkpoints")
+    return step, metrics.keep_until(folder, step)
+
+
+def train(run: Run) -> int:
+    """Trains to the end or to a signal; the exit code."""
+    config, logger = run.config, open_logger(run.folder, run.config)
+    with Interrupt() as stop, display(run.start, config.steps) as show:
+        show.line(f"{run.folder}: {run.learner.num_parameters:,} parameters, {run.learner.device}, {run.text.source}, "
+                  f"{len(run.text.vocabulary)} characters")
+        done = _steps(run, logger, stop, show)
+    logger.close(finished=done == config.steps)
+    if done < config.steps:
+        print(f"stopped and saved at step {done} of {config.steps}; to go on: {resume_command(run.folder)}", flush=True)
+        return INTERRUPTED
+    finish(run)
+    return 0
+
+
+def resume_command(folder: Path) -> str:
+    """What the user types to continue."""
+    return f"python {sys.argv[0]} --resume --out {folder}"
+
+
+def _steps(run: Run, logger: Logger, stop: Interrupt, show: Display) -> int:
+    """The loop; how many steps the run has done, all of them saved."""
+    config, learner, meter = run.config, run.learner, Meter()
+    evaluated = {row["step"] for row in run.rows}
+    saved, loss = run.start if run.start else -1, None
+    for step in range(run.start, config.steps + 1):
+        if (step % config.eval_every == 0 or step == config.steps) and step not in evaluated:
+            meter.pause()
+            row = evaluate(run, step, meter.rate(), stop)
+            if row is not None:
+                run.rows.append(row)
+                metrics.append(run.folder, row)
+                logger.log(row)
+                show.line(describe(row, meter, config))
+            meter.clear()
+        if step == config.steps or stop.requested:
+            break
+        previous, loss = loss, learner.train_step(step, run.batch("train", step))
+        if previous is None:
+            float(loss)  # compilation is over
+            meter.clear()
+        else:
+            meter.tokens += config.batch_size * config.model.block_size
+            if step % SHOW_EVERY == 0:
+                show.show(step, float(previous), meter.rate())
+        due = (step + 1) % config.checkpoint_every == 0
+        if due or step + 1 == config.steps or (step + 1) % config.eval_every == 0 or stop.requested:
+            _finite(float(loss), step)  # also waits, so that the meter counts whole steps
+        if due or step + 1 == config.steps:
+            meter.pause()
+            learner.save(run.folder / "checkpoints", step + 1, flat(config))
+            saved = step + 1
+            meter.resume()
+    if saved != step:
+        learner.save(run.folder / "checkpoints", step, flat(config))
+    return step
+
+
+def evaluate(run: Run, step: int, rate: float | None, stop: Interrupt) -> metrics.Row | None:
+    """A row of metrics, or None if a signal came: the evaluation is then done again on resuming."""
+    config, results = run.config, {}
+    last = step == config.steps and config.final_eval_batches is not None
+    number = config.final_eval_batches if last else config.eval_batches
+    for use in ("eval_train", "eval_val"):
+        batches = (run.batch(use, step, i) for i in range(number or 0) if not stop.requested)
+        results[use] = run.learner.evaluate(step, use, batches)
+    if stop.requested:
+        return None
+    _finite(results["eval_train"].loss, step)
+    return metrics.make_row(step, results["eval_train"], results["eval_val"], rate)
+
+
+def _finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"step {step}: the loss is {loss}; a lower learning_rate or clip_norm=1.0 may help")
+
+
+def describe(row: metrics.Row, meter: Meter, config: TrainConfig) -> str:
+    """The evaluation in one line."""
+    text = f"step {row['step']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}"
+    rate = meter.rate()
+    if rate is None:
+        return text
+    left = (config.steps - row["step"]) * config.batch_size * config.model.block_size / rate
+    return f"{text} ({rate:,.0f} tokens/s, {clock(left)} left)"
+
+
+def finish(run: Run) -> None:
+    """Plots, weights under makeMoE's names, and a sample, printed and saved."""
+    config, folder = run.config, run.folder
+    plot_run(folder, run.rows)
+    weights = {name: np.ascontiguousarray(value) for name, value in run.learner.weights().items()}
+    part = folder / ".model.safetensors"
+    save_file(weights, part, metadata={"format": "pt"})
+    part.replace(folder / "model.safetensors")
+    tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
+    sample = run.text.decode(tokens)
+    metrics.write_whole(folder / "sample.txt", sample + "\n")
+    print(f"\n{sample}\n\nwrote {folder}", flush=True)
+
+
+def main() -> int:
+    """The command; its exit code. What is wrong with a request is one line on stderr."""
+    try:
+        try:
+            run = prepare(*read_settings(sys.argv[1:]))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return train(run)
+    except (Diverged, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped at once, nothing more was saved", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,111 @@
+"""Plots of a run: loss curves, and the load of every expert over time. As a command it lays runs over each other."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train import metrics
+
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
+
+
+def _axes_style(axes: object) -> None:
+    axes.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
+    axes.grid(True, color="#e2e8f0", linewidth=0.8)  # type: ignore[attr-defined]
+    axes.set_axisbelow(True)  # type: ignore[attr-defined]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG beside, then renames it."""
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, dpi=150, format="png")
+    part.replace(path)
+
+
+def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
+    """Train (thin, dashed) and validation (solid) loss by step, one colour a run."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    _axes_style(axes)
+    for number, (name, rows) in enumerate(runs.items()):
+        colour, prefix = COLOURS[number % len(COLOURS)], f"{name}: " if len(runs) > 1 else ""
+        step = [row["step"] for row in rows]
+        axes.plot(step, [row["train_loss"] for row in rows], "--", color=colour, linewidth=1.2, alpha=0.8, label=f"{prefix}train")
+        last = rows[-1]["val_loss"]
+        axes.plot(step, [row["val_loss"] for row in rows], color=colour, linewidth=1.8, label=f"{prefix}validation ({last:.3f} at the end)")
+    # The first steps are far above the rest; the curve of interest starts at step 1 of the evaluations.
+    later = [row[key] for rows in runs.values() for row in rows[1:] for key in ("train_loss", "val_loss")]
+    if later:
+        low, high = min(later), max(later)
+        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.15 * (high - low + 0.1))
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross entropy, nats per character")
+    axes.legend(frameon=False)
+    return figure
+
+
+def load_figure(rows: Sequence[metrics.Row]) -> Figure:
+    """One panel a layer: share of choices each expert got, times the number of experts (1 is balanced), over time."""
+    load_RLE = np.array([row["expert_load"] for row in rows])
+    L, E = load_RLE.shape[1:]
+    step = np.array([row["step"] for row in rows])
+    columns = min(4, L)
+    lines = math.ceil(L / columns)
+    figure = Figure(figsize=(2.6 * columns + 1.2, 2.0 * lines + 0.9), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    image = None
+    for layer, axes in enumerate(grid.flat):
+        if layer >= L:
+            axes.set_visible(False)
+            continue
+        logs_ER = np.log2(np.maximum(load_RLE[:, layer].T * E, 1e-6))
+        image = axes.pcolormesh(step, np.arange(E), logs_ER, cmap="RdBu_r", vmin=-2, vmax=2, shading="nearest")
+        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.set_yticks(range(0, E, max(1, E // 8)))
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("expert", fontsize=10)
+    bar = figure.colorbar(image, ax=grid, ticks=[-2, -1, 0, 1, 2], extend="both", shrink=0.9)
+    bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
+    bar.set_label("load, times the balanced share")
+    return figure
+
+
+def plot_run(folder: Path, rows: Sequence[metrics.Row]) -> None:
+    """loss.png and expert_load.png."""
+    save(loss_figure({folder.name: rows}), folder / "loss.png")
+    save(load_figure(rows), folder / "expert_load.png")
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Lays the loss curves of runs over each other."""
+
+    compare: tuple[Path, ...]
+    """Run folders, then the PNG to write."""
+
+
+def main() -> int:
+    """`python train/plots.py --compare RUN_A RUN_B OUT.png`."""
+    import tyro
+
+    folders = tyro.cli(Plots, prog="plots.py").compare
+    try:
+        if len(folders) < 2 or folders[-1].suffix != ".png":
+            raise ValueError("compare: must be run folders followed by a file that ends in .png")
+        save(loss_figure({str(folder): metrics.read(folder) for folder in folders[:-1]}), folders[-1])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
