@@ -28,9 +28,34 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     where = f"cannot load into {type(layer).__name__} (layout {plan.table.name})"
     check(plan, arrays, where, None if cast else dtypes)
     ours = to_ours(plan, arrays)
-    values = {path: _place(ours[path].astype(dtypes[path], copy=False), v, path) for path, v in variables.items()}
-    state_of_layer = nnx.state(layer)
-    new = [(keys, v.replace(values[_path(keys)])) for keys, v in nnx.to_flat_state(state_of_layer)]
+    return _fill(layer, {path: value.astype(dtypes[path], copy=False) for path, value in ours.items()})
+
+
+def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
+    """Loads {our path: array} into the layer, in place; as strict as `from_torch`."""
+    variables = _variables(layer)
+    error = PortError(
+        f"cannot load into {type(layer).__name__}",
+        missing=[path for path in variables if path not in weights],
+        unexpected=[path for path in weights if path not in variables],
+        misshapen=[
+            f"{path} is {weights[path].shape}, must be {v.shape}"
+            for path, v in variables.items() if path in weights and weights[path].shape != v.shape
+        ],
+        mistyped=[
+            f"{path} is {weights[path].dtype}, must be {v.dtype}"
+            for path, v in variables.items() if path in weights and weights[path].dtype != v.dtype
+        ],
+    )
+    if error:
+        raise error
+    return _fill(layer, weights)
+
+
+def _fill(layer: Module, values: Mapping[str, np.ndarray]) -> Module:
+    """Puts every checked value in its place, all or (on an error) none."""
+    flat = nnx.to_flat_state(nnx.state(layer))
+    new = [(keys, v.replace(_place(values[_path(keys)], v, _path(keys)))) for keys, v in flat]
     nnx.update(layer, nnx.from_flat_state(new))
     return layer
 
@@ -47,7 +72,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
         shapes = {path: v.shape for path, v in variables.items()}
         plan = _choose_plan(layer, shapes, None, layout)
         return to_theirs(plan, {path: np.asarray(v[...]) for path, v in variables.items()})
-    arrays = _flatten(tree)
+    arrays = flatten(tree)
     expected = _tree_shapes(variables, set(arrays))
     error = PortError(
         f"tree does not fit {type(layer).__name__} (layout {table_name})",
@@ -63,16 +88,16 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
     return to_theirs(_choose_plan(layer, expected, None, layout), arrays, constants=False)
 
 
-def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str | None = None) -> dict[str, Any]:
+def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str | None = None) -> dict[Any, Any]:
     """The inverse of `to_torch(layer, tree)`: a nested dict shaped like the layer's parameters, dtypes as given."""
     arrays = {str(name): _to_numpy(value) for name, value in state.items()}
     expected = _tree_shapes(_variables(layer), set())
     plan = _choose_plan(layer, expected, set(arrays), layout)
     check(plan, arrays, f"tree does not fit {type(layer).__name__} (layout {plan.table.name})", constants=False)
     ours = to_ours(plan, arrays)
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for keys, v in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
-        node = tree
+        node: dict[Any, Any] = tree
         for key in keys[:-1]:
             node = node.setdefault(key, {})
         node[keys[-1]] = _place(ours[_path(keys)], v, _path(keys))
@@ -85,7 +110,8 @@ def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: s
     if layout is not None:
         known = [table for table in tables if table.name == layout]
         if not known:
-            raise ValueError(f"layout={layout!r}: must be one of {', '.join(repr(t.name) for t in tables)} for {type(layer).__name__}")
+            allowed = ", ".join(repr(table.name) for table in tables)
+            raise ValueError(f"layout={layout!r}: must be one of {allowed} for {type(layer).__name__}")
         return make_plan(known[0], shapes)
     plans, errors = [], []
     for table in tables:
@@ -113,7 +139,8 @@ def _tree_shapes(variables: dict[str, nnx.Variable], present: set[str]) -> dict[
     return {path: v.shape for path, v in variables.items() if isinstance(v, nnx.Param) or path in present}
 
 
-def _flatten(tree: Any) -> dict[str, np.ndarray]:
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """{our path: array} of an nnx.State or a nested dict."""
     flat = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree)[0]
     return {".".join(_key(k) for k in keys if _key(k)): np.asarray(value) for keys, value in flat}
 

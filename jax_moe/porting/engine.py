@@ -137,7 +137,8 @@ def to_theirs(plan: Plan, ours: Arrays, constants: bool = True) -> dict[str, np.
         if piece.theirs not in theirs:
             theirs[piece.theirs] = np.empty(plan.their_shapes[piece.theirs], value.dtype)
         elif theirs[piece.theirs].dtype != value.dtype:
-            raise PortError(plan.table.name, mistyped=[f"{piece.theirs} would hold {value.dtype} and {theirs[piece.theirs].dtype}"])
+            both = f"{piece.theirs} would hold {value.dtype} and {theirs[piece.theirs].dtype}"
+            raise PortError(f"layout {plan.table.name}", mistyped=[both])
         view = theirs[piece.theirs].reshape(piece.split)
         view[piece.their_index] = value[piece.our_index].transpose(np.argsort(piece.order))
     if constants and plan.constants:

@@ -1,0 +1,173 @@
+"""A module with its contract, in memory and as a folder: `config.json` and `weights.safetensors` in JAX layout."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from jax_moe.config import MakeMoEConfig, MoEConfig, SoftMoEConfig
+from jax_moe.models.makemoe import MakeMoE
+from jax_moe.moe import MoE
+from jax_moe.porting.api import flatten, from_torch, load_ours, to_torch
+from jax_moe.porting.config_files import config_from_json, config_to_json
+from jax_moe.porting.files import read_safetensors, read_state, verify, write_safetensors, writing
+from jax_moe.porting.recognise import Choices, config_of, recognise
+from jax_moe.soft_moe import SoftMoE
+
+FORMAT, VERSION = "jax_moe", 1
+MODULES: dict[str, tuple[type[nnx.Module], type]] = {
+    "makemoe": (MakeMoE, MakeMoEConfig),
+    "makemoe_layer": (MoE, MoEConfig),
+    "mixtral": (MoE, MoEConfig),
+    "moe": (MoE, MoEConfig),
+    "soft_moe": (SoftMoE, SoftMoEConfig),
+}
+LAYOUTS = {"makemoe": "makemoe", "makemoe_layer": "makemoe", "mixtral": "mixtral", "moe": "torch_ref", "soft_moe": "soft_moe"}
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A module, the family whose names it is written under, and its characters if it is a language model that has them."""
+
+    family: str
+    module: nnx.Module
+    characters: str | None = None
+
+    @property
+    def config(self) -> Any:
+        """The contract."""
+        return self.module.config
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """{our path: array}."""
+        return flatten(nnx.state(self.module))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """{their name: array}."""
+        return to_torch(self.module, layout=LAYOUTS[self.family])
+
+
+def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = False, dtype: str | None = None) -> Checkpoint:
+    """A checkpoint from a folder of ours, or from a `.pt` or `.safetensors` file under a family's own names.
+
+    `choices` say what a file's weights do not tell; a folder knows. Raises ValueError for what is not a whole checkpoint,
+    of no known family, or holds NaN or infinity.
+    """
+    choices = choices or Choices()
+    if path.is_dir():
+        if choices.given():
+            raise ValueError(f"{', '.join(choices.given())}: must be left out for a folder, config.json has them")
+        return _load_folder(path, allow_nonfinite, dtype)
+    state = read_state(path)
+    family = recognise({name: value.shape for name, value in state.items()})
+    if family is None:
+        raise ValueError(f"{path}: must be a makeMoE, Mixtral block or Soft MoE checkpoint; has {', '.join(list(state)[:8])}, ...")
+    _refuse_nonfinite(path, state, allow_nonfinite)
+    try:
+        config = config_of(family, {name: value.shape for name, value in state.items()}, choices)
+        state = _converted(state, dtype)
+        module = abstract_module(family, config, _float_dtype(state))
+        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None:
+    """Writes the folder whole or not at all, once its weights read back bit for bit."""
+    weights = checkpoint.weights
+    about: dict[str, Any] = {
+        "format": FORMAT, "version": VERSION, "family": checkpoint.family, "config": config_to_json(checkpoint.config),
+    }
+    if checkpoint.characters is not None:
+        about["characters"] = checkpoint.characters
+    with writing(path, overwrite, replaceable=is_folder) as part:
+        part.mkdir()
+        write_safetensors(part / "weights.safetensors", weights)
+        (part / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        verify(weights, read_safetensors(part / "weights.safetensors"), path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder that `save` wrote."""
+    try:
+        return path.is_dir() and read_about(path)["format"] == FORMAT
+    except ValueError:
+        return False
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """config.json. Raises ValueError if it is not there, not JSON or not ours."""
+    file = path / "config.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: must be JSON ({error})") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise ValueError(f'{file}: must say "format": "{FORMAT}" and "version": {VERSION}')
+    if about.get("family") not in MODULES:
+        raise ValueError(f"{file}: family={about.get('family')!r}: must be one of {', '.join(MODULES)}")
+    characters = about.get("characters")
+    if characters is not None and not (isinstance(characters, str) and len(set(characters)) == len(characters)):
+        raise ValueError(f"{file}: characters must be a string without repeats")
+    return about
+
+
+def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
+    """The module with shapes and dtypes but no numbers yet; `from_torch` fills it."""
+    make = MODULES[family][0]
+    return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
+
+
+def _load_folder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
+    about = read_about(path)
+    weights = read_state(path / "weights.safetensors")
+    _refuse_nonfinite(path, weights, allow_nonfinite)
+    config = config_from_json(MODULES[about["family"]][1], about.get("config"), f"{path / 'config.json'}: config")
+    weights = _converted(weights, dtype)
+    try:
+        module = load_ours(abstract_module(about["family"], config, _float_dtype(weights)), weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    characters = about.get("characters")
+    if characters is not None and len(characters) != config.vocab_size:
+        raise ValueError(f"{path}: characters must be vocab_size={config.vocab_size} long, has {len(characters)}")
+    return Checkpoint(about["family"], module, characters)
+
+
+def _converted(state: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
+    """Every float as `dtype`; the correction bias stays as it is."""
+    if dtype is None:
+        return dict(state)
+    floats = set(DTYPES.values())
+    return {
+        name: value.astype(DTYPES[dtype]) if value.dtype in floats and not name.endswith("correction_bias") else value
+        for name, value in state.items()
+    }
+
+
+def _float_dtype(state: Mapping[str, np.ndarray]) -> np.dtype:
+    """The commonest float dtype, so that loading names the ones that differ; fp64 needs jax's x64 mode."""
+    found = [value.dtype for value in state.values() if value.dtype in DTYPES.values()]
+    dtype = max(set(found), key=lambda one: (found.count(one), str(one))) if found else np.dtype(np.float32)
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("holds float64: jax needs jax_enable_x64 for it")
+    return dtype
+
+
+def _refuse_nonfinite(path: Path, state: Mapping[str, np.ndarray], allow: bool) -> None:
+    floats = {name: value for name, value in state.items() if value.dtype in DTYPES.values()}
+    bad = [] if allow else [name for name, value in floats.items() if not np.isfinite(value).all()]
+    if bad:
+        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise ValueError(f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (--allow-nonfinite takes them as they are)")

@@ -1,0 +1,114 @@
+"""State dicts on disk: `.safetensors` and `.pt`, written beside and renamed only after they read back bit for bit."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+PT_SUFFIXES = (".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *PT_SUFFIXES)
+
+
+def read_state(path: Path) -> dict[str, np.ndarray]:
+    """{name: array} of a `.safetensors`, `.pt`, `.pth` or `.bin` file. Raises ValueError if it is not one or cut short."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: must be a file")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix in PT_SUFFIXES:
+        from jax_moe.porting.torch_files import read_pt
+
+        return read_pt(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """One tensor after the other, so that the file is never held twice."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short") from None
+
+
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+    """Every array is made contiguous first: of a transposed view the library would write other numbers, silently."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}, path)
+
+
+def write_state(path: Path, state: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:
+    """Writes `path` whole or not at all, by its ending, and only once it reads back bit for bit."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+
+    def write(part: Path) -> None:
+        if path.suffix in PT_SUFFIXES:
+            from jax_moe.porting.torch_files import write_pt
+
+            write_pt(part, state)
+        else:
+            write_safetensors(part, state)
+        verify(state, read_state(part), path)
+
+    with writing(path, overwrite) as part:
+        write(part)
+
+
+def verify(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray], path: Path) -> None:
+    """Raises ValueError, naming the tensors, unless both hold the same names, dtypes, shapes and bits."""
+    wrong = [name for name in {**written, **read} if name not in written or name not in read or not same_bits(written[name], read[name])]
+    if wrong:
+        raise ValueError(f"{path}: must read back as written; differs in {', '.join(sorted(wrong)[:20])}")
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal dtype, shape and bytes; a NaN equals itself."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@contextmanager
+def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to `path` at the end, removed on any error.
+
+    Raises ValueError if `path` exists and may not be overwritten, or if the folder cannot be written.
+    """
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise ValueError(f"{path}: exists already; --overwrite replaces it")
+        if not replaceable(path):
+            raise ValueError(f"{path}: exists and is not a checkpoint; it is not replaced")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: cannot be written, {path.parent} is not a folder")
+    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    try:
+        yield part
+        if path.is_dir():
+            old = path.with_name(f"{part.name}.old")
+            os.replace(path, old)
+            os.replace(part, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
