@@ -22,6 +22,7 @@ from jax_moe.porting.recognise import Choices, config_of, recognise
 from jax_moe.soft_moe import SoftMoE
 
 FORMAT, VERSION = "jax_moe", 1
+RUN = "run"  # a folder of train/train.py: the model's contract in config.json, its weights under makeMoE's names
 MODULES: dict[str, tuple[type[nnx.Module], type]] = {
     "makemoe": (MakeMoE, MakeMoEConfig),
     "makemoe_layer": (MoE, MoEConfig),
@@ -44,7 +45,7 @@ class Checkpoint:
     @property
     def config(self) -> Any:
         """The contract."""
-        return self.module.config
+        return self.module.config  # type: ignore[attr-defined]
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -70,7 +71,8 @@ def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = 
     state = read_state(path)
     family = recognise({name: value.shape for name, value in state.items()})
     if family is None:
-        raise ValueError(f"{path}: must be a makeMoE, Mixtral block or Soft MoE checkpoint; has {', '.join(list(state)[:8])}, ...")
+        has = ", ".join(list(state)[:8])
+        raise ValueError(f"{path}: must be a makeMoE, Mixtral block or Soft MoE checkpoint; its names begin with {has}")
     _refuse_nonfinite(path, state, allow_nonfinite)
     try:
         config = config_of(family, {name: value.shape for name, value in state.items()}, choices)
@@ -113,6 +115,8 @@ def read_about(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: must be JSON ({error})") from None
+    if isinstance(about, dict) and "format" not in about and "settings" in about and "model" in about:
+        return {**about, "format": RUN}
     if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
         raise ValueError(f'{file}: must say "format": "{FORMAT}" and "version": {VERSION}')
     if about.get("family") not in MODULES:
@@ -131,6 +135,8 @@ def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
 
 def _load_folder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
     about = read_about(path)
+    if about["format"] == RUN:
+        return _load_run(path, about, allow_nonfinite, dtype)
     weights = read_state(path / "weights.safetensors")
     _refuse_nonfinite(path, weights, allow_nonfinite)
     config = config_from_json(MODULES[about["family"]][1], about.get("config"), f"{path / 'config.json'}: config")
@@ -143,6 +149,21 @@ def _load_folder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkp
     if characters is not None and len(characters) != config.vocab_size:
         raise ValueError(f"{path}: characters must be vocab_size={config.vocab_size} long, has {len(characters)}")
     return Checkpoint(about["family"], module, characters)
+
+
+def _load_run(path: Path, about: dict[str, Any], allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
+    file = path / "model.safetensors"
+    if not file.exists():
+        raise ValueError(f"{path}: must be a finished run, has no model.safetensors yet")
+    state = _converted(read_state(file), dtype)
+    _refuse_nonfinite(path, state, allow_nonfinite)
+    config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
+    try:
+        module = from_torch(abstract_module("makemoe", config, _float_dtype(state)), state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    text = about.get("text")
+    return Checkpoint("makemoe", module, text.get("vocabulary") if isinstance(text, dict) else None)
 
 
 def _converted(state: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
@@ -161,7 +182,7 @@ def _float_dtype(state: Mapping[str, np.ndarray]) -> np.dtype:
     found = [value.dtype for value in state.values() if value.dtype in DTYPES.values()]
     dtype = max(set(found), key=lambda one: (found.count(one), str(one))) if found else np.dtype(np.float32)
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError("holds float64: jax needs jax_enable_x64 for it")
+        raise ValueError("holds float64: jax needs JAX_ENABLE_X64=1 for it")
     return dtype
 
 

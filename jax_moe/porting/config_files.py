@@ -31,8 +31,8 @@ def config_from_json(kind: type, values: Any, where: str) -> Any:
     ]
     missing = [name for name in required if name not in values]
     if unknown or missing:
-        faults = [f"unknown fields {', '.join(unknown)}"] * bool(unknown) + [f"missing fields {', '.join(missing)}"] * bool(missing)
-        raise ValueError(f"{where}: {'; '.join(faults)} (of {kind.__name__})")
+        faults = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
+        raise ValueError(f"{where}: {'; '.join(faults)} (fields of {kind.__name__})")
     hints = get_type_hints(kind)
     built = {name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     try:

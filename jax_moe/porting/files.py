@@ -39,7 +39,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError):
         raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short") from None
 
@@ -71,7 +71,8 @@ def write_state(path: Path, state: Mapping[str, np.ndarray], *, overwrite: bool 
 
 def verify(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray], path: Path) -> None:
     """Raises ValueError, naming the tensors, unless both hold the same names, dtypes, shapes and bits."""
-    wrong = [name for name in {**written, **read} if name not in written or name not in read or not same_bits(written[name], read[name])]
+    both = written.keys() & read.keys()
+    wrong = {*(written.keys() ^ read.keys()), *(name for name in both if not same_bits(written[name], read[name]))}
     if wrong:
         raise ValueError(f"{path}: must read back as written; differs in {', '.join(sorted(wrong)[:20])}")
 
@@ -81,12 +82,8 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@contextmanager
-def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to `path` at the end, removed on any error.
-
-    Raises ValueError if `path` exists and may not be overwritten, or if the folder cannot be written.
-    """
+def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
+    """Raises ValueError if `path` exists and may not be replaced, or lies in no folder."""
     if path.exists() or path.is_symlink():
         if not overwrite:
             raise ValueError(f"{path}: exists already; --overwrite replaces it")
@@ -94,6 +91,15 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
             raise ValueError(f"{path}: exists and is not a checkpoint; it is not replaced")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: cannot be written, {path.parent} is not a folder")
+
+
+@contextmanager
+def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to `path` at the end, removed on any error.
+
+    Raises ValueError if `path` exists and may not be overwritten, or if the folder cannot be written.
+    """
+    check_target(path, overwrite, replaceable)
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
     try:
         yield part
