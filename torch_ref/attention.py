@@ -49,8 +49,8 @@ class Head(nn.Module):
         self.key = nn.Linear(config.model_dim, config.head_dim, bias=False)
         self.query = nn.Linear(config.model_dim, config.head_dim, bias=False)
         self.value = nn.Linear(config.model_dim, config.head_dim, bias=False)
-        stored = block_size is not None and config.causal
-        self.register_buffer("tril", torch.ones(block_size, block_size).tril() if stored else None)
+        tril = None if block_size is None or not config.causal else torch.ones(block_size, block_size).tril()
+        self.register_buffer("tril", tril)
 
 
 class Attention(nn.Module):
@@ -78,6 +78,7 @@ class Attention(nn.Module):
         T = x_BTD.shape[1]
         result = []
         for head in self.heads:
+            assert isinstance(head, Head)
             tril_TU = None if head.tril is None else head.tril[:T, :T]
             result.append((linear(x_BTD, head.query), linear(x_BTD, head.key), linear(x_BTD, head.value), tril_TU))
         return result

@@ -9,7 +9,7 @@ from torch_ref.models.makemoe import MakeMoE
 
 
 def filter_logits(
-    logits_BV: Float[Tensor, "B V"], top_k: int | None = None, top_p: float | None = None
+    logits_BV: Float[Tensor, "B V"], top_k: int | None = None, top_p: float | int | None = None
 ) -> Float[Tensor, "B V"]:
     """Logits with -inf outside the top-k and the nucleus: the fewest best tokens whose probabilities reach top_p.
 
@@ -30,7 +30,7 @@ def filter_logits(
     return torch.stack(filtered)
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(max_new_tokens: int, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
     """Raises ValueError for settings that cannot be sampled with."""
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     require(temperature >= 0, "temperature", temperature, "0 (greedy) or above")
@@ -43,9 +43,9 @@ def generate(
     tokens_BT: Int[Tensor, "B T"],
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | int | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "B new"]:
     """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the best one (lower index on ties).
@@ -86,7 +86,7 @@ def router_noise(
 
 
 def next_token(
-    logits_BV: Float[Tensor, "B V"], temperature: float, top_k: int | None, top_p: float | None,
+    logits_BV: Float[Tensor, "B V"], temperature: float | int, top_k: int | None, top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int[Tensor, "B 1"]:
     """The best token, or one drawn from the filtered softmax."""

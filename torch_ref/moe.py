@@ -94,8 +94,7 @@ def moe_forward(
     config = parts.config
     routed = moe_routing(x_BTD, parts, training=training, mask_BT=mask_BT, **arrays)
     x_GSD, routing, slots, capacity, mask_GS = routed
-    given = keep_BTKD is not None and config.expert.dropout > 0
-    keep_GSKD = split_groups(keep_BTKD, x_GSD.shape[1]) if given else None
+    keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
     moves = Moves(config, capacity, parts.experts, training, keep_GSKD)
     y_GSD = loop_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
     if parts.shared is not None:

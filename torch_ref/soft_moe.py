@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_ref.config import SoftMoEConfig
+from torch_ref.config import Activation, SoftMoEConfig
 from torch_ref.dims import Bool, Float, Tensor
 from torch_ref.experts import activate, linear
 from torch_ref.routing import wide
@@ -50,16 +50,17 @@ class SoftExpert(nn.Module):
 
     def forward(self, x_BCD: Float[Tensor, "B C D"]) -> Float[Tensor, "B C D"]:
         """The MLP's answer, in the input's dtype."""
-        norms = self.layer_norms if self.config.layer_norm else [None] * len(self.fcs)
-        for fc, norm in zip(self.fcs, norms, strict=True):
+        for i, fc in enumerate(self.fcs):
+            norm = self.layer_norms[i] if self.config.layer_norm else None
+            assert isinstance(fc, nn.Linear) and isinstance(norm, nn.LayerNorm | None)
             x_BCD = self._layer(x_BCD, fc, norm, self.config.hidden_activation)
         return self._layer(x_BCD, self.last_fc, self.last_ln, self.config.output_activation)
 
-    def _layer(self, x: Tensor, fc: nn.Linear, norm: nn.LayerNorm | None, activation: str) -> Tensor:
+    def _layer(self, x: Tensor, fc: nn.Linear, norm: nn.LayerNorm | None, activation: Activation) -> Tensor:
         h = linear(x, fc)
         if norm is not None:
             h = normed(h, norm)
-        h = activate(activation, h)  # type: ignore[arg-type]
+        h = activate(activation, h)
         return x + h if self.config.residual and fc.in_features == fc.out_features else h
 
 
