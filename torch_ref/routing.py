@@ -52,7 +52,9 @@ def expert_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> F
         return logits_GSE.softmax(dim=-1)
     if config.score == "sigmoid":
         return logits_GSE.sigmoid()
-    return softplus(logits_GSE).sqrt()
+    score_GSE = softplus(logits_GSE)
+    vanished = score_GSE == 0  # the root's gradient there is 0 * inf
+    return score_GSE.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
 
 
 def best_first(score: Float[Tensor, "*any X"], count: int) -> Int[Tensor, "*any Y"]:
