@@ -55,8 +55,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if any(get_origin(option) is Literal for option in options):
         return value
     plain = tuple(option for option in options if option in (int, float, str, bool))
-    if float in plain:
-        plain += (int,)
+    if float in plain and int not in plain and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         names = " or ".join(dict.fromkeys(getattr(option, "__name__", str(option)) for option in options))
         raise ValueError(f"{where}={value!r}: must be {names}")

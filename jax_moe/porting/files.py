@@ -83,8 +83,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
-    """Raises ValueError if `path` exists and may not be replaced, or lies in no folder."""
-    if path.exists() or path.is_symlink():
+    """Raises ValueError if `path` exists and may not be replaced, or cannot be written."""
+    try:
+        there = path.exists() or path.is_symlink()
+    except OSError as error:  # a name that the file system does not allow
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    if there:
         if not overwrite:
             raise ValueError(f"{path}: exists already; --overwrite replaces it")
         if not replaceable(path):

@@ -19,9 +19,10 @@ from jax_moe.porting.checkpoint import Checkpoint, abstract_module
 from jax_moe.porting.files import same_bits
 from jax_moe.porting.torch_files import import_torch, numpy_to_tensor
 
-# Largest |difference| / largest |value| of a tensor; fp32 sums in another order, the worst of many gradients is named.
+# Largest |difference| / largest |value| of a tensor. Measured on the published makeMoE size, untrained:
+# outputs 1.5e-15 and 7.5e-7, the worst of 1,800 gradients 6.4e-15 and 3.9e-6.
 OUTPUT_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-GRADIENT_TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
+GRADIENT_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 CPU = "cpu"
 
 
