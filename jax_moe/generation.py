@@ -32,7 +32,7 @@ def filter_logits(
 
 
 def check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, has_key: bool
+    max_new_tokens: int, temperature: float | int, top_k: int | None, top_p: float | int | None, has_key: bool
 ) -> None:
     """Raises ValueError for settings that cannot be sampled with."""
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
@@ -47,9 +47,9 @@ def generate(
     tokens_BT: Int[Array, "B T"],
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | int | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Int[Array, "B new"]:
     """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the best one (lower index on ties).

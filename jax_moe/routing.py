@@ -30,10 +30,13 @@ def router_logits(
 ) -> Float[Array, "G S E"]:
     """x W + b, computed in fp32 or wider, or in the input's dtype and then widened."""
     compute = wide(x_GSD.dtype) if dtype == "float32" else x_GSD.dtype
-    logits_GSE = jnp.einsum("GSD,DE->GSE", x_GSD.astype(compute), kernel_DE.astype(compute))
+    accumulate = wide(x_GSD.dtype)
+    logits_GSE = jnp.einsum(
+        "GSD,DE->GSE", x_GSD.astype(compute), kernel_DE.astype(compute), preferred_element_type=accumulate
+    )
     if bias_E is not None:
-        logits_GSE += bias_E.astype(compute)
-    return logits_GSE.astype(wide(x_GSD.dtype))
+        logits_GSE += bias_E.astype(compute).astype(accumulate)
+    return logits_GSE.astype(compute).astype(accumulate)  # rounded once, as a fused linear map does
 
 
 def noise_scale(noise_logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
@@ -49,7 +52,14 @@ def expert_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Fl
         return jax.nn.softmax(logits_GSE, axis=-1)
     if config.score == "sigmoid":
         return jax.nn.sigmoid(logits_GSE)
-    return jnp.sqrt(jax.nn.softplus(logits_GSE))
+    score_GSE = jax.nn.softplus(logits_GSE)
+    # a score that underflowed to 0 has gradient 0, where sqrt's own would be 0 * inf
+    return jnp.where(score_GSE > 0, jnp.sqrt(jnp.where(score_GSE > 0, score_GSE, 1)), 0)
+
+
+def best_first(score: Float[Array, "*any X"], count: int) -> Int[Array, "*any Y"]:
+    """Indices of the `count` highest, best first; on equal scores the lower index wins, +0 and -0 being equal."""
+    return jax.lax.top_k(jnp.where(score == 0, jnp.zeros_like(score), score), count)[1]
 
 
 def limit_to_clusters(score_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
@@ -60,8 +70,7 @@ def limit_to_clusters(score_GSE: Float[Array, "G S E"], config: RouterConfig) ->
         cluster_GSN = score_GSNe.max(axis=-1)
     else:
         cluster_GSN = jax.lax.top_k(score_GSNe, 2)[0].sum(axis=-1)
-    _, chosen = jax.lax.top_k(cluster_GSN, config.top_clusters)
-    keep_GSN = jax.nn.one_hot(chosen, config.num_clusters, dtype=jnp.bool_).any(axis=-2)
+    keep_GSN = jax.nn.one_hot(best_first(cluster_GSN, config.top_clusters), config.num_clusters, dtype=jnp.bool_).any(axis=-2)
     fill = -jnp.inf if config.cluster_fill == "neg_inf" else 0.0
     return jnp.where(keep_GSN[..., None], score_GSNe, fill).reshape(G, S, E)
 
@@ -75,7 +84,7 @@ def select_experts(
         choice_GSE += jax.lax.stop_gradient(correction_bias_E).astype(choice_GSE.dtype)
     if config.router.num_clusters > 1:
         choice_GSE = limit_to_clusters(choice_GSE, config.router)
-    return jax.lax.top_k(choice_GSE, config.top_k)[1]
+    return best_first(choice_GSE, config.top_k)
 
 
 def choice_weights(

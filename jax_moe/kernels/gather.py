@@ -12,6 +12,8 @@ def gather_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
     """Same answer as `einsum_dispatch`: each slot reads its token, each choice reads its slot."""
     G, S, D = x_GSD.shape
     E, C = moves.config.num_experts, moves.capacity
+    if C == 0:  # a short prompt under `below_one="drop_all"`: there is no slot to read
+        return jnp.zeros_like(x_GSD)
     # places run over experts, then groups, then slots, so that an expert's rows lie together
     group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
     place_GSK = jnp.where(slots.slot_GSK < C, (routing.expert_GSK * G + group_G11) * C + slots.slot_GSK, E * G * C)
