@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -66,7 +67,7 @@ def generate(command: Generate) -> int:
     require(command.prompt != "", "prompt", "", "at least one character")
     from jax_moe.generation import generate as continue_text
 
-    tokens = np.asarray([[characters.index(one) for one in command.prompt]], np.int32)
+    tokens = jnp.asarray([[characters.index(one) for one in command.prompt]], jnp.int32)
     key = None if command.temperature == 0 else jax.random.key(command.seed)
     answer = continue_text(
         checkpoint.module, tokens, max_new_tokens=command.max_new_tokens, temperature=command.temperature,  # type: ignore[arg-type]
