@@ -59,12 +59,13 @@ class JaxLearner:
         sharding.put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # refuses a batch that does not divide
         self.key = jax.random.key(config.seed)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self.graphdef: nnx.GraphDef
         self.graphdef, _, rest = nnx.split(nnx.eval_shape(self._make_model), nnx.Param, ...)
         assert not jax.tree.leaves(rest), "a MakeMoE holds parameters only"
         whole = sharding.replicated(self.mesh)
         self.state: State = jax.jit(self._initial_state, out_shardings=whole)()
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
-        self.device = " + ".join(f"{device.platform}:{device.id}" for device in self.mesh.devices.flat)
+        self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
         self._step = jax.jit(self._update, donate_argnums=0)
         self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
 
@@ -104,7 +105,7 @@ class JaxLearner:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(self.key, EVALUATE), step), _USES[use])
         L, E = self.model.num_layers, self.model.num_experts
         shapes = {name: (L, E) if name.endswith("_E") else (L,) for name in MoEStats._fields}
-        zeros = {"loss": np.float32(0), "stats": MoEStats(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})}
+        zeros = {"loss": jnp.zeros(()), "stats": MoEStats(**{name: jnp.zeros(shape) for name, shape in shapes.items()})}
         total = jax.device_put(zeros, sharding.replicated(self.mesh))
         number = -1
         for number, tokens_BT1 in enumerate(batches):

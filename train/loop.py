@@ -25,7 +25,7 @@ SHOW_EVERY = 10  # steps between looks at the loss, so that the device never wai
 INTERRUPTED = 130
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The loss is no longer a number."""
 
 
@@ -80,7 +80,7 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
             raise ValueError(f"data={text.source!r}: must be the text that {folder} was trained on (sha256 {known[:12]}...)")
     try:
         learner = make_learner(config, model)
-        start, rows = 0, []
+        start, rows = 0, list[metrics.Row]()
         if saved is not None:
             start, rows = _restore(config, learner, folder)
     except BaseException:
@@ -181,7 +181,7 @@ def evaluate(run: Run, step: int, rate: float | None, stop: Interrupt) -> metric
 
 def _finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise Diverged(f"step {step}: the loss is {loss}; a lower learning_rate or clip_norm=1.0 may help")
+        raise DivergedError(f"step {step}: the loss is {loss}; a lower learning_rate or clip_norm=1.0 may help")
 
 
 def describe(row: metrics.Row, meter: Meter, config: TrainConfig) -> str:
@@ -217,7 +217,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return train(run)
-    except (Diverged, OSError) as error:
+    except (DivergedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -38,10 +38,10 @@ def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
     for number, (name, rows) in enumerate(runs.items()):
         colour, prefix = COLOURS[number % len(COLOURS)], f"{name}: " if len(runs) > 1 else ""
         step = [row["step"] for row in rows]
-        axes.plot(step, [row["train_loss"] for row in rows], "--", color=colour, linewidth=1.2, alpha=0.8, label=f"{prefix}train")
-        last = rows[-1]["val_loss"]
-        axes.plot(step, [row["val_loss"] for row in rows], color=colour, linewidth=1.8, label=f"{prefix}validation ({last:.3f} at the end)")
-    # The first steps are far above the rest; the curve of interest starts at step 1 of the evaluations.
+        train, val = ([row[key] for row in rows] for key in ("train_loss", "val_loss"))
+        axes.plot(step, train, "--", color=colour, linewidth=1.2, alpha=0.8, label=f"{prefix}train")
+        axes.plot(step, val, color=colour, linewidth=1.8, label=f"{prefix}validation, {val[-1]:.3f} at the end")
+    # The loss before the first step is far above the rest and would flatten it.
     later = [row[key] for rows in runs.values() for row in rows[1:] for key in ("train_loss", "val_loss")]
     if later:
         low, high = min(later), max(later)
@@ -61,7 +61,6 @@ def load_figure(rows: Sequence[metrics.Row]) -> Figure:
     lines = math.ceil(L / columns)
     figure = Figure(figsize=(2.6 * columns + 1.2, 2.0 * lines + 0.9), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    image = None
     for layer, axes in enumerate(grid.flat):
         if layer >= L:
             axes.set_visible(False)

@@ -90,7 +90,7 @@ class TrainConfig(Start):
     batch_size: int = 16
     """Sequences per step."""
     num_devices: int | None = None
-    """Devices to split a batch over; by default the most that divide it (JAX only)."""
+    """Devices to split a batch over; by default the most that divide it (JAX only). Changes rounding only."""
     eval_every: int = 100
     """Steps between evaluations of both splits; also before the first step and after the last."""
     eval_batches: int = 20
@@ -115,7 +115,8 @@ class TrainConfig(Start):
 
 # A resumed run may change these; everything else decides its numbers.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "num_devices", "checkpoint_every", "logger", "sample_length", "sample_temperature", "sample_prompt",
+    "preset", "out", "resume", "num_devices", "checkpoint_every", "logger",
+    "sample_length", "sample_temperature", "sample_prompt",
 }
 
 
@@ -142,8 +143,8 @@ def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
     if model.moe.expert_capacity(tokens) < 1:
         least = Fraction(model.num_experts, tokens * model.top_k)
         raise ValueError(
-            f"capacity_factor={model.capacity_factor}: must be at least {ceil(least * 10**6) / 10**6:g}, which gives an expert one "
-            f"slot for {tokens} tokens, top_k={model.top_k}, num_experts={model.num_experts}"
+            f"capacity_factor={model.capacity_factor}: must be at least {ceil(least * 10**6) / 10**6:g}, which gives an expert "
+            f"one slot for {tokens} tokens, top_k={model.top_k}, num_experts={model.num_experts}"
         )
     return model
 
