@@ -1,0 +1,91 @@
+"""The measured parity table. `python -m parity_tests.table` writes it into README.md; `--update` measures it anew first."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from parity_tests.cases import CASES
+from parity_tests.checks import COLUMNS, MEASURED, Column, Runs, measured, worst_measured
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+PACKAGES = ("jax", "flax", "torch", "optax", "numpy")
+
+
+def measure_all() -> dict:
+    """Every cell's error, or why there is none; raises MismatchError at an error above the project's limit."""
+    cells: dict[str, dict[str, float | str]] = {}
+    for number, case in enumerate(CASES):
+        runs = Runs(case)
+        cells[case.name] = {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
+        print(f"{number + 1}/{len(CASES)} {case.name}", file=sys.stderr)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions,
+        "cells": cells,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside, then renamed: never half a file."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def cell(column: Column, value: float | str) -> str:
+    """An error, "exact", or the footnote's dash."""
+    if isinstance(value, str):
+        return "-"
+    return "exact" if column.limit == 0 else f"{value:.0e}"
+
+
+def render() -> str:
+    """The table as markdown, from measured.json alone."""
+    found = measured()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [
+        f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, JAX against PyTorch "
+        "(bf16: both against fp64); the first seven columns and the AdamW steps are in fp64.",
+        "",
+        "| | " + " | ".join(column.name for column in COLUMNS) + " |",
+        "|---|" + "---|" * len(COLUMNS),
+        "| *allowed* | " + " | ".join("exact" if c.limit == 0 else f"{c.tolerance:.0e}" for c in COLUMNS) + " |",
+        "| *worst measured* | " + " | ".join(cell(c, worst_measured(c.name)) for c in COLUMNS) + " |",
+    ]
+    for case in CASES:
+        row = found["cells"].get(case.name, {})
+        lines.append(f"| {case.name} | " + " | ".join(cell(c, row.get(c.name, "?")) for c in COLUMNS) + " |")
+    reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
+    lines += ["", "A dash: " + "; ".join(reasons) + "."]
+    return "\n".join(lines)
+
+
+def between_markers(text: str) -> str | None:
+    """What README holds between the markers; None without them."""
+    if BEGIN not in text or END not in text:
+        return None
+    return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
+
+
+def main() -> None:
+    """Measures if asked, then rewrites README's block."""
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.table", description=__doc__)
+    parser.add_argument("--update", action="store_true", help="measure every cell again (minutes) and store it")
+    if parser.parse_args().update:
+        write_text(MEASURED, json.dumps(measure_all(), indent=1) + "\n")
+        measured.cache_clear()
+    text = README.read_text()
+    if between_markers(text) is None:
+        sys.exit(f"README.md: must hold the lines {BEGIN} and {END}")
+    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+    write_text(README, f"{head}{BEGIN}\n{render()}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The two packages say the same: file by file the public names, the argument names and the shapes agree.
+
+What may differ stands in the tables below with its reason, and nothing may stand there that does not differ.
+"""
+
+import ast
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = (
+    "routing.py", "dispatch.py", "experts.py", "losses.py", "moe.py", "soft_moe.py", "attention.py", "block.py",
+    "generation.py", "models/makemoe.py",
+)
+SHAPED = ("Bool", "Float", "Int", "Shaped", "Key")
+
+# Arguments that only one framework needs, whatever the function.
+JAX_ARGUMENTS = {
+    "rngs": "torch draws initial weights from its global generator",
+    "param_dtype": "torch modules are converted with .to(dtype)",
+    "kernel_init": "torch modules are initialised after they are made",
+    "key": "torch draws from its global generator",
+    "training": "torch has module.train() and module.eval()",
+    "capacity_limit": "torch has no fixed shapes: a growing prompt is simply longer",
+}
+TORCH_ARGUMENTS = {
+    "training": "module.training, handed on to a pure function",
+    "generator": "torch's way to a stream of random numbers",
+}
+# Public names of one side alone: {file: {name: reason}}.
+JAX_ONLY: dict[str, dict[str, str]] = {}
+TORCH_ONLY: dict[str, dict[str, str]] = {}
+# Same name, other arguments or shapes: {file: {"name" or "name(argument)": reason}}.
+DIFFERENT: dict[str, dict[str, str]] = {}
+
+
+@dataclass
+class Signature:
+    """Argument names in order, the names with a shape and that shape (`return` for the answer)."""
+
+    arguments: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def shapes_in(annotation: ast.expr | None) -> tuple[str, ...]:
+    """Float[Array, "B T D"] -> ("Float B T D",), in order of appearance; empty where no shape is written."""
+    if annotation is None:
+        return ()
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return shapes_in(ast.parse(annotation.value, mode="eval").body)
+    found: list[str] = []
+    if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name) and annotation.value.id in SHAPED:
+        assert isinstance(annotation.slice, ast.Tuple)
+        shape = annotation.slice.elts[1]
+        assert isinstance(shape, ast.Constant)
+        return (f"{annotation.value.id} {str(shape.value).strip()}",)
+    for child in ast.iter_child_nodes(annotation):
+        if isinstance(child, ast.expr):
+            found.extend(shapes_in(child))
+    return tuple(found)
+
+
+def signature(node: ast.FunctionDef) -> Signature:
+    """Of a function or method, without self."""
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    arguments = [argument for argument in arguments if argument.arg not in ("self", "cls")]
+    shapes = {argument.arg: shapes_in(argument.annotation) for argument in arguments}
+    return Signature([a.arg for a in arguments], shapes | {"return": shapes_in(node.returns)})
+
+
+def public(path: Path) -> dict[str, Signature]:
+    """Functions, classes, methods, and the fields of tuples, by name; `__call__` is named `forward`."""
+    found: dict[str, Signature] = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            found[node.name] = signature(node)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found[node.name] = Signature()
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    found[node.name].arguments.append(item.target.id)
+                    found[node.name].shapes[item.target.id] = shapes_in(item.annotation)
+                elif isinstance(item, ast.FunctionDef) and (not item.name.startswith("_") or item.name in ("__init__", "__call__")):
+                    name = "forward" if item.name == "__call__" else item.name
+                    found[f"{node.name}.{name}"] = signature(item)
+    return found
+
+
+def differences(ours: dict[str, Signature], theirs: dict[str, Signature]) -> tuple[set[str], set[str], dict[str, str]]:
+    """(names in JAX only, names in torch only, {name or name(argument): how it differs})."""
+    changed: dict[str, str] = {}
+    for name in sorted(set(ours) & set(theirs)):
+        mine = [a for a in ours[name].arguments if a not in JAX_ARGUMENTS]
+        other = [a for a in theirs[name].arguments if a not in TORCH_ARGUMENTS]
+        if mine != other:
+            changed[name] = f"arguments {mine} and {other}"
+        for argument in sorted(set(ours[name].shapes) & set(theirs[name].shapes)):
+            a, b = ours[name].shapes[argument], theirs[name].shapes[argument]
+            if a != b and argument not in JAX_ARGUMENTS:
+                changed[f"{name}({argument})"] = f"shapes {a} and {b}"
+    return set(ours) - set(theirs), set(theirs) - set(ours), changed
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_file_says_the_same(file: str) -> None:
+    jax_only, torch_only, changed = differences(public(ROOT / "jax_moe" / file), public(ROOT / "torch_ref" / file))
+    assert sorted(jax_only) == sorted(JAX_ONLY.get(file, {})), "names in jax_moe alone"
+    assert sorted(torch_only) == sorted(TORCH_ONLY.get(file, {})), "names in torch_ref alone"
+    assert sorted(changed) == sorted(DIFFERENT.get(file, {})), f"differing: {changed}"
+
+
+def test_tables_name_no_file_that_is_not_compared() -> None:
+    assert {*JAX_ONLY, *TORCH_ONLY, *DIFFERENT} <= set(FILES)
+
+
+def test_letters_are_one_glossary() -> None:
+    """dims.py explains the same letters; the words may differ where torch has no devices."""
+
+    def letters(path: Path) -> set[str]:
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        return {word for line in text.splitlines() for word in line.split() if len(word) == 1 and word.isupper() and word != "A"}
+
+    assert letters(ROOT / "jax_moe/dims.py") == letters(ROOT / "torch_ref/dims.py") != set()
+
+
+def test_a_difference_is_seen() -> None:
+    ours = {"f": Signature(["x_BT", "size"], {"x_BT": ("Float B T",), "return": ("Float B",)}), "g": Signature()}
+    theirs = {"f": Signature(["x_BT", "width"], {"x_BT": ("Float T B",), "return": ("Float B",)}), "h": Signature()}
+    jax_only, torch_only, changed = differences(ours, theirs)
+    assert (jax_only, torch_only) == ({"g"}, {"h"})
+    assert changed == {"f": "arguments ['x_BT', 'size'] and ['x_BT', 'width']", "f(x_BT)": "shapes ('Float B T',) and ('Float T B',)"}
