@@ -17,10 +17,12 @@ _HOMES = {
     "MoEConfig": "config",
     "MoEStats": "losses",
     "Randomness": "block",
+    "PortError": "porting",
     "Routing": "routing",
     "SoftMoE": "soft_moe",
     "SoftMoEConfig": "config",
     "from_torch": "porting",
+    "from_torch_tree": "porting",
     "generate": "generation",
     "to_torch": "porting",
 }

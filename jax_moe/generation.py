@@ -1,9 +1,11 @@
 """Text from a model: sampling, and makeMoE's sliding window inside one jitted loop."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jax_moe.config import require
@@ -44,7 +46,7 @@ def check_sampling(
 
 def generate(
     model: MakeMoE,
-    tokens_BT: Int[Array, "B T"],
+    tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"],
     *,
     max_new_tokens: int,
     temperature: float | int = 1.0,
@@ -73,7 +75,7 @@ def generate(
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "greedy", "top_k", "top_p"))
 def _generate(
-    graphdef: nnx.GraphDef, weights: nnx.State, tokens_BT: Array, limit_of_length: Array, temperature: Array,
+    graphdef: nnx.GraphDef, weights: Any, tokens_BT: Array, limit_of_length: Array, temperature: Array,
     key: PRNGKeyArray | None, *, max_new_tokens: int, greedy: bool, top_k: int | None, top_p: float | None,
 ) -> Array:
     model = nnx.merge(graphdef, weights)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.config import SoftMoEConfig
-from jax_moe.dims import Array, Bool, Float
+from jax_moe.dims import Array, Bool, Float, PRNGKeyArray
 from jax_moe.experts import activate
 from jax_moe.routing import wide
 
@@ -30,12 +30,17 @@ def soft_weights(
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
 
 
+def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    """Orthogonal with gain 0.01, drawn in fp32 or wider (there is no QR in bf16)."""
+    return jax.nn.initializers.orthogonal(scale=0.01)(key, shape, wide(dtype)).astype(dtype)
+
+
 class SoftExpert(nnx.Module):
     """An MLP of any depth: linear, [layer norm], activation; with a residual where the two widths agree."""
 
     def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
         self.config = config
-        widths, init = config.widths, jax.nn.initializers.orthogonal(scale=0.01)
+        widths, init = config.widths, orthogonal
         linears = [
             nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
             for rows, columns in pairwise(widths)
