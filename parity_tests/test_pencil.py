@@ -1,6 +1,7 @@
 """Every JAX dispatcher against answers worked by hand (`pencil.py` tells the story)."""
 
 import dataclasses
+from collections.abc import Iterator
 from math import exp, log
 
 import jax
@@ -17,9 +18,14 @@ from jax_moe.soft_moe import soft_weights
 from parity_tests import pencil
 from parity_tests.pencil import Scenario, layer
 
-WIDE = jnp.dtype("float64" if jax.config.jax_enable_x64 else "float32")
-# measured: 5e-16 in fp64 and 2.9e-7 in fp32, relative to the largest entry of an answer
-RTOL = 2e-15 if jax.config.jax_enable_x64 else 1e-6
+WIDE = jnp.dtype("float64")
+RTOL = 2e-15  # of the largest entry of an answer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fp64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
 
 
 def agree(got: object, want: object, rtol: float = RTOL) -> None:
