@@ -8,7 +8,6 @@ from jax_moe import presets
 from jax_moe.config import (
     AttentionConfig,
     BlockConfig,
-    CapacityConfig,
     ExpertConfig,
     MakeMoEConfig,
     MoEConfig,

@@ -74,7 +74,7 @@ def make_inputs(case: Case, router: Arrays | None = None, experts: Arrays | None
         clear &= tie_free(case.config, router, pool, case.margin)
     rows = np.flatnonzero(clear)[: B * T]
     if len(rows) < B * T:
-        raise ValueError(f"{case.name}: only {len(rows)} of {len(clear)} candidates are clear of ties and kinks: {B * T} are needed")
+        raise ValueError(f"{case.name}: {len(rows)} of {len(clear)} candidates are clear of ties and kinks, {B * T} are needed")
     given = {name: value[rows] for name, value in pool.items()}
     return {**draws(case), **{name: value.reshape(B, T, -1) for name, value in given.items()}}
 

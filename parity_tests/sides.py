@@ -228,10 +228,10 @@ class JaxSide:
         *forward, (gradients, moved) = self.raw(given, weights, 0.0)
         outcome = self._forward(*forward)
         outcome.parameter_gradients = self.named(gradients)
-        outcome.input_gradient = {"x": _numpy(value) for value in moved.values()}
+        outcome.input_gradient = _moved(moved)
         if outcome.statistics:
             gradients, moved = self.raw(given, np.zeros_like(weights), 1.0)[-1]
-            outcome.loss_gradients = self.named(gradients) | {"x": _numpy(value) for value in moved.values()}
+            outcome.loss_gradients = self.named(gradients) | _moved(moved)
         return outcome
 
     def forward_eagerly(self, given: Arrays) -> Outcome:
@@ -257,6 +257,10 @@ class JaxSide:
 def _numpy(value: Any) -> np.ndarray:
     value = np.array(value)  # a copy: jax's own is read-only
     return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
+
+
+def _moved(gradients: Mapping[str, jax.Array]) -> Arrays:
+    return {"x": _numpy(gradients["x_BTD"])} if gradients else {}
 
 
 def _tokens(case: Case, choice_GSK: Any) -> np.ndarray:

@@ -5,6 +5,8 @@ printed as the smallest contract that shows it.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import pytest
 
@@ -22,7 +24,7 @@ from jax_moe.config import (
     RouterConfig,
     SoftMoEConfig,
 )
-from parity_tests.cases import Case
+from parity_tests.cases import Case, Draw, Mask
 from parity_tests.checks import COLUMN, Runs
 
 CHECKED = ("experts and slots", "forward", "statistics", "input gradient", "parameter gradients", "loss gradients")
@@ -125,25 +127,20 @@ def moe_cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def dense_cases(draw: st.DrawFn) -> Case:
-    """Soft MoE or attention."""
+def dense_layers(draw: st.DrawFn) -> Callable[[], SoftMoEConfig | AttentionConfig]:
+    """Soft MoE or attention; made by the test, since the check of a tuple's type draws from `random`."""
     if draw(st.booleans()):
-        config: SoftMoEConfig | AttentionConfig = SoftMoEConfig(
-            model_dim=draw(st.integers(2, 4)), num_experts=draw(st.integers(1, 3)), num_slots=draw(st.integers(1, 3)),
+        return functools.partial(
+            SoftMoEConfig, model_dim=draw(st.integers(2, 4)),
+            num_experts=draw(st.integers(1, 3)), num_slots=draw(st.integers(1, 3)),
             hidden_dims=draw(st.none() | st.lists(st.integers(2, 5), max_size=3).map(tuple)),
             hidden_activation=draw(ACTIVATIONS), output_activation=draw(ACTIVATIONS), layer_norm=draw(st.booleans()),
             output_layer_norm=draw(st.booleans()), residual=draw(st.booleans()),
         )
-    else:
-        heads = draw(st.integers(1, 3))
-        config = AttentionConfig(
-            model_dim=heads * draw(st.integers(1, 3)), num_heads=heads, causal=draw(st.booleans()),
-            projections=draw(st.sampled_from(["per_head", "fused"])), scale=draw(st.sampled_from(["head_dim", "model_dim"])),
-        )
-    mask = draw(st.sampled_from([None, "ragged", "row", "all"]))
-    return Case(
-        f"drawn {draw(st.integers(0, 99))}", config, batch_size=draw(st.integers(1, 3)), num_positions=draw(st.integers(1, 5)),
-        draws=("mask",) if mask else (), mask=mask or "ragged",
+    heads = draw(st.integers(1, 3))
+    return functools.partial(
+        AttentionConfig, model_dim=heads * draw(st.integers(1, 3)), num_heads=heads, causal=draw(st.booleans()),
+        projections=draw(st.sampled_from(["per_head", "fused"])), scale=draw(st.sampled_from(["head_dim", "model_dim"])),
     )
 
 
@@ -161,6 +158,9 @@ def test_any_sparse_layer(case: Case) -> None:
     check(case)
 
 
-@given(dense_cases())
-def test_any_soft_layer_or_attention(case: Case) -> None:
-    check(case)
+@given(dense_layers(), st.integers(1, 3), st.integers(1, 5), st.sampled_from([None, "ragged", "row", "all"]), st.integers(0, 99))
+def test_any_soft_layer_or_attention(
+    config: Callable[[], SoftMoEConfig | AttentionConfig], batch_size: int, num_positions: int, mask: Mask | None, seed: int
+) -> None:
+    draws: tuple[Draw, ...] = ("mask",) if mask else ()
+    check(Case(f"drawn {seed}", config(), batch_size, num_positions, draws, mask or "ragged"))
