@@ -91,7 +91,7 @@ def always(case: Case) -> None:
 
 def needs_layer(case: Case) -> str | None:
     if isinstance(case.config, BlockConfig | MakeMoEConfig) and case.moe is not None:
-        return "routed inside; see the load under statistics"
+        return "routed inside: see the load under statistics"
     return needs_router(case)
 
 
