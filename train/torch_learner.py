@@ -117,7 +117,7 @@ class TorchLearner:
             loaded = torch.load(path, map_location=self.torch_device, weights_only=True)
             model, optimizer, settings = loaded["model"], loaded["optimizer"], loaded["settings"]
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise checkpoint.damaged(path, error) from None
+            raise checkpoint.damaged(path, str(error) or type(error).__name__) from None
         try:
             self.model.load_state_dict(model)
             self.optimizer.load_state_dict(optimizer)

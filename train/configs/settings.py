@@ -143,7 +143,7 @@ def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
     if model.moe.expert_capacity(tokens) < 1:
         least = Fraction(model.num_experts, tokens * model.top_k)
         raise ValueError(
-            f"capacity_factor={model.capacity_factor}: must be at least {ceil(least * 10**6) / 10**6:g}, which gives an expert "
+            f"capacity_factor={model.capacity_factor}: must be at least {ceil(least * 10**6) / 10**6:.10g}, which gives an expert "
             f"one slot for {tokens} tokens, top_k={model.top_k}, num_experts={model.num_experts}"
         )
     return model

@@ -1,0 +1,104 @@
+"""`--framework torch` against JAX: same weights, same batches, and with nothing random the same curve."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
+
+from train import data, loop, metrics  # noqa: E402
+from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, model_config  # noqa: E402
+from train.jax_learner import JaxLearner  # noqa: E402
+from train.torch_learner import TorchLearner  # noqa: E402
+
+TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))
+CONFIG = TrainConfig(
+    steps=10, batch_size=8, seed=3,
+    model=ModelSettings(block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=4, dropout=0.0, noise=False),
+    optimizer=OptimizerSettings(
+        clip_norm=1.0, warmup_steps=3, decay="cosine", final_learning_rate=1e-4, balance_loss_weight=0.01,
+        router_z_loss_weight=0.001,
+    ),
+)
+
+
+def curve(learner: Any, text: data.Text, config: TrainConfig) -> tuple[list[float], dict[str, np.ndarray], Any]:
+    """Ten losses, the weights after them, and an evaluation."""
+
+    def batch(use: data.Use, step: int) -> np.ndarray:
+        return data.batch(text, config.seed, use, step, config.batch_size, config.model.block_size)
+
+    losses = [float(learner.train_step(step, batch("train", step))) for step in range(config.steps)]
+    return losses, learner.weights(), learner.evaluate(10, "eval_val", [batch("eval_val", 10)])
+
+
+def test_ten_steps_are_the_same_in_both() -> None:
+    text = data.tokenize(TEXT, "here", 8)
+    model = model_config(CONFIG, len(text.vocabulary))
+    ours, theirs = JaxLearner(CONFIG, model), TorchLearner(CONFIG, model)
+    start = ours.weights()
+    for name, value in theirs.weights().items():
+        np.testing.assert_array_equal(value, start[name], err_msg=name)
+    (loss_j, weights_j, mean_j), (loss_t, weights_t, mean_t) = curve(ours, text, CONFIG), curve(theirs, text, CONFIG)
+    np.testing.assert_allclose(loss_j, loss_t, rtol=1e-6)
+    assert loss_j[0] - loss_j[-1] > 0.1
+    for name, value in weights_t.items():
+        np.testing.assert_allclose(weights_j[name], value, rtol=0, atol=1e-5, err_msg=name)
+    assert mean_j.dropped_fraction_L == mean_t.dropped_fraction_L and max(mean_j.dropped_fraction_L) > 0
+    assert mean_j.loss == pytest.approx(mean_t.loss, rel=1e-6)
+    for name in ("expert_load_LE", "router_entropy_L", "load_balance_loss_L"):
+        np.testing.assert_allclose(getattr(mean_j, name), getattr(mean_t, name), rtol=1e-5)
+
+
+def test_noise_is_off_at_evaluation_where_asked() -> None:
+    config = dataclasses.replace(CONFIG, eval_noise=False, model=dataclasses.replace(CONFIG.model, noise=True))
+    text = data.tokenize(TEXT, "here", 8)
+    model = model_config(config, len(text.vocabulary))
+    batches = [data.batch(text, 1, "eval_val", 0, 8, 8)]
+    ours = JaxLearner(config, model).evaluate(0, "eval_val", batches)
+    theirs = TorchLearner(config, model).evaluate(0, "eval_val", batches)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    assert ours.dropped_fraction_L == theirs.dropped_fraction_L
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    settings = (
+        "--framework torch --data text.txt --steps 6 --eval-every 2 --eval-batches 1 --checkpoint-every 4 "
+        "--batch-size 8 --num-layers 1 --model-dim 16 --num-heads 2 --num-experts 4 --block-size 8 "
+        "--warmup-steps 0 --sample-length 5 --out run"
+    )
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train/train.py", *(words or settings.split())])
+        code = loop.main()
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def test_torch_runs_resume_bit_for_bit_and_refuse_damage(command) -> None:
+    assert command() == (0, "")
+    folder = Path("run")
+    rows, weights = metrics.read(folder), (folder / "model.safetensors").read_bytes()
+    (folder / "checkpoints" / "6.pt").unlink()
+    assert command("--resume", "--out", "run") == (0, "")
+    without_clock = [[{**row, "tokens_per_second": None} for row in some] for some in (rows, metrics.read(folder))]
+    assert without_clock[0] == without_clock[1]
+    assert (folder / "model.safetensors").read_bytes() == weights
+    written = json.loads((folder / "config.json").read_text())
+    written["settings"]["model_dim"] = 32
+    (folder / "config.json").write_text(json.dumps(written))
+    code, error = command("--resume", "--out", "run")
+    assert code == 2 and "6.pt: must be of this model" in error and error.count("\n") == 1
+    path = folder / "checkpoints" / "6.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    code, error = command("--resume", "--out", "run")
+    assert code == 2 and "6.pt: must be a whole checkpoint" in error and error.count("\n") == 1
