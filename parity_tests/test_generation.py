@@ -10,6 +10,7 @@ from flax import nnx
 
 from jax_moe import MakeMoE, MakeMoEConfig, generate
 from jax_moe.generation import filter_logits
+from parity_tests.filled import filled
 
 TINY = MakeMoEConfig(
     vocab_size=5, block_size=4, model_dim=4, num_heads=2, num_layers=1, num_experts=2, top_k=1, capacity_factor=None
@@ -68,10 +69,14 @@ def test_filter_against_the_plain_loop(top_k: int | None, top_p: float | None) -
     )
 
 
+def tiny(seed: int) -> MakeMoE:
+    return filled(lambda: MakeMoE(TINY, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32")), seed)
+
+
 @pytest.fixture(scope="module")
 def dice() -> MakeMoE:
     """A model that says the same whatever it reads: 1/10, 1/2, 3/20, 1/4, and never the last token."""
-    model = MakeMoE(TINY, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32"))
+    model = tiny(0)
     model.head.kernel[...] = jnp.zeros((4, 5), jnp.float32)
     model.head.bias[...] = jnp.asarray([*map(log, SHARES), -1e9], jnp.float32)
     return model
@@ -100,7 +105,7 @@ def test_tokens_are_drawn_as_often_as_they_should(dice: MakeMoE, settings: dict,
 
 @pytest.fixture(scope="module")
 def model() -> MakeMoE:
-    return MakeMoE(TINY, rngs=nnx.Rngs(1), param_dtype=jnp.dtype("float32"))
+    return tiny(1)
 
 
 def test_greedy_is_argmax_over_the_window(model: MakeMoE) -> None:

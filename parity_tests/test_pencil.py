@@ -16,6 +16,7 @@ from jax_moe.config import AttentionConfig, BalanceConfig, CapacityConfig, Exper
 from jax_moe.presets import gpt_oss
 from jax_moe.soft_moe import soft_weights
 from parity_tests import pencil
+from parity_tests.filled import filled
 from parity_tests.pencil import Scenario, layer
 
 WIDE = jnp.dtype("float64")
@@ -217,7 +218,7 @@ def test_balance_loss_per_layer_or_pooled() -> None:
 # --- Soft MoE and attention -----------------------------------------------------------------------------------------
 def soft_layer(residual: bool) -> SoftMoE:
     config = SoftMoEConfig(model_dim=2, num_experts=2, num_slots=1, hidden_dims=(), layer_norm=False, residual=residual)
-    soft = SoftMoE(config, rngs=nnx.Rngs(0), param_dtype=WIDE)
+    soft = filled(lambda: SoftMoE(config, rngs=nnx.Rngs(0), param_dtype=WIDE))
     soft.phi[...] = jnp.asarray(pencil.SOFT_PHI, WIDE)
     soft.experts.last_fc.kernel[...] = jnp.asarray(np.stack([np.eye(2) * f for f in pencil.SOFT_FACTORS]), WIDE)
     soft.experts.last_fc.bias[...] = jnp.zeros((2, 2), WIDE)
@@ -239,7 +240,7 @@ def test_soft_moe() -> None:
 @pytest.mark.parametrize("projections", ["per_head", "fused"])
 def test_attention(scale: str, projections: str) -> None:
     config = AttentionConfig(model_dim=4, num_heads=4, scale=scale, projections=projections)
-    attention = Attention(config, rngs=nnx.Rngs(0), param_dtype=WIDE)
+    attention = filled(lambda: Attention(config, rngs=nnx.Rngs(0), param_dtype=WIDE))
     maps = np.zeros((3, 4, 4, 1))  # query, key, value: [D, H, A]
     maps[0, 0, 0] = maps[1, 1, 0] = maps[2, 2, 0] = 1
     if projections == "fused":

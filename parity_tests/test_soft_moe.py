@@ -11,6 +11,7 @@ from flax import nnx
 from jax_moe import AttentionConfig, SoftMoE, SoftMoEConfig
 from jax_moe.block import Block
 from jax_moe.config import BlockConfig
+from parity_tests.filled import filled
 
 CONFIG = SoftMoEConfig(model_dim=6, num_experts=3, num_slots=2, hidden_dims=(6, 5))
 MASK = np.asarray([[True, True, False, True, False], [True, True, True, True, True], [False] * 5])
@@ -23,7 +24,7 @@ def fp64() -> Iterator[None]:
 
 
 def soft(config: SoftMoEConfig = CONFIG) -> SoftMoE:
-    return SoftMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64"))
+    return filled(lambda: SoftMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64")))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ def test_one_slot_and_one_token() -> None:
 
 def test_a_causal_block_refuses_it() -> None:
     attention = AttentionConfig(model_dim=6, num_heads=2, causal=False)
-    block = Block(BlockConfig(attention=attention, moe=CONFIG), rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64"))
+    config = BlockConfig(attention=attention, moe=CONFIG)
+    block = filled(lambda: Block(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64")))
     y, stats = block(inputs()[:1])
     assert y.shape == (1, 5, 6) and stats is None
     with pytest.raises(ValueError, match=r"^moe='SoftMoEConfig': must be a MoEConfig in a causal block"):

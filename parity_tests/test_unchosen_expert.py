@@ -17,6 +17,7 @@ from flax import nnx
 
 from jax_moe import MakeMoE, MakeMoEConfig, MoE, presets
 from jax_moe.config import MoEConfig
+from parity_tests.filled import filled
 
 UNCHOSEN = [1, 3]  # of five experts
 MAKEMOE = presets.makemoe(6, num_experts=5, capacity_factor=None)
@@ -36,7 +37,7 @@ def fp64() -> Iterator[None]:
 
 
 def layer_of(config: MoEConfig) -> MoE:
-    layer = MoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64"))
+    layer = filled(lambda: MoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64")))
     layer.router.kernel[...] = jnp.asarray(KERNEL)
     return layer
 
@@ -114,10 +115,10 @@ def test_over_a_run_every_expert_gets_a_gradient() -> None:
     config = MakeMoEConfig(
         vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=8, top_k=2, dropout=0.0
     )
-    model = MakeMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32"))
+    model = filled(lambda: MakeMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32")))
     graphdef, weights = nnx.split(model)
     optimizer = optax.adamw(1e-2)
-    text = np.random.default_rng(1).integers(0, 11, size=(20, 1, 9)).astype(np.int32)
+    text = np.random.default_rng(1).integers(0, 11, size=(60, 2, 9)).astype(np.int32)
 
     @jax.jit
     def run(weights: nnx.State) -> jax.Array:
