@@ -115,10 +115,10 @@ def test_over_a_run_every_expert_gets_a_gradient() -> None:
     config = MakeMoEConfig(
         vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=8, top_k=2, dropout=0.0
     )
-    model = filled(lambda: MakeMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32")))
-    graphdef, weights = nnx.split(model)
+    # its own initialisation: with a router biased enough, noise or not, an expert can starve for the whole run
+    graphdef, weights = nnx.split(MakeMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32")))
     optimizer = optax.adamw(1e-2)
-    text = np.random.default_rng(1).integers(0, 11, size=(60, 2, 9)).astype(np.int32)
+    text = np.random.default_rng(1).integers(0, 11, size=(20, 2, 9)).astype(np.int32)
 
     @jax.jit
     def run(weights: nnx.State) -> jax.Array:
