@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.config import AttentionConfig
-from jax_moe.dims import Array, Bool, Float, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray
 from jax_moe.dropout import dropout, fold
 from jax_moe.routing import wide
 
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: AttentionConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        self, config: AttentionConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config

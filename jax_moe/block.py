@@ -7,7 +7,7 @@ from flax import nnx
 
 from jax_moe.attention import Attention
 from jax_moe.config import BlockConfig, SoftMoEConfig
-from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dropout import fold
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
@@ -27,7 +27,7 @@ class Block(nnx.Module):
     """x += attention(norm(x)); x += moe(norm(x)). `moe` is sparse or, where nothing is causal, soft."""
 
     def __init__(
-        self, config: BlockConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        self, config: BlockConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config

@@ -2,13 +2,14 @@
 
 Standard library only, so that `torch_ref` can import it without jax. Each dataclass is frozen and checks
 itself when it is made; a bad value raises ValueError with the field, the value and what is allowed.
-Letters (B, T, S, E, K, C ...) are those of `dims.py`.
+Letters (B, T, S, E, K, C ...) are those of `dims.py`. Longer than most files: one place to read a whole contract.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, get_args, get_origin
+from typing import Literal, TypeGuard, get_args, get_origin
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 Order = Literal["score_then_select", "select_then_softmax"]
@@ -44,9 +45,23 @@ def _positive_int(**values: object) -> None:
         require(_is_int(value) and value >= 1, name, value, "an integer of at least 1")  # type: ignore[operator]
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _rate(**values: float) -> None:
     for name, value in values.items():
-        require(0 <= value < 1, name, value, "at least 0 and below 1")
+        require(_is_number(value) and 0 <= value < 1, name, value, "a number of at least 0 and below 1")
+
+
+def _above_zero(**values: float) -> None:
+    for name, value in values.items():
+        require(_is_number(value) and value > 0, name, value, "a number above 0")
+
+
+def _flags(config: object, *names: str) -> None:
+    for name in names:
+        require(isinstance(getattr(config, name), bool), name, getattr(config, name), "True or False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +91,9 @@ class RouterConfig:
         _positive_int(num_clusters=self.num_clusters, top_clusters=self.top_clusters)
         limit = self.num_clusters
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
-        require(self.renormalise_eps > 0, "renormalise_eps", self.renormalise_eps, "above 0")
-        require(self.scale > 0, "scale", self.scale, "above 0")
-        require(0 <= self.jitter_eps < 1, "jitter_eps", self.jitter_eps, "at least 0 and below 1")
+        _flags(self, "bias", "correction_bias", "noise_at_evaluation")
+        _above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale)
+        _rate(jitter_eps=self.jitter_eps)
         jitters = self.noise == "input_jitter"
         require(jitters == (self.jitter_eps > 0), "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
         if self.order == "select_then_softmax":
@@ -115,6 +130,7 @@ class CapacityConfig:
         except (ValueError, ZeroDivisionError, OverflowError, TypeError):
             raise ValueError(f"factor={self.factor!r}: must be a number above 0") from None
         require(exact > 0, "factor", self.factor, "a number above 0")
+        _flags(self, "clamp", "counts_top_k", "renormalise_after_drop")
         _positive_int(multiple=self.multiple)
         require(_is_int(self.minimum) and self.minimum >= 0, "minimum", self.minimum, "an integer of at least 0")
         fixed = self.group == "fixed"
@@ -145,7 +161,10 @@ class ExpertConfig:
     def __post_init__(self) -> None:
         _check_literals(self)
         _rate(dropout=self.dropout)
-        require(self.clamp is None or self.clamp > 0, "clamp", self.clamp, "None or above 0")
+        _flags(self, "gated", "bias", "shared_gate")
+        bound = self.clamp is None or (_is_number(self.clamp) and self.clamp > 0)
+        require(bound, "clamp", self.clamp, "None or a number above 0")
+        require(_is_number(self.up_offset), "up_offset", self.up_offset, "a number")
         require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
         require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
         require(_is_int(self.shared_dim) and self.shared_dim >= 0, "shared_dim", self.shared_dim, "an integer of at least 0")
@@ -187,8 +206,9 @@ class MoEConfig:
         require(self.top_k <= top * width, "top_k", self.top_k, f"at most {top * width}, the experts in top_clusters={top}")
         two = clusters == 1 or self.router.cluster_score != "top2_sum" or width >= 2
         require(two, "cluster_score", self.router.cluster_score, "'max' when a cluster holds one expert")
-        other, when = ("gather", "without") if self.capacity is None else ("grouped", "with")
-        require(self.dispatcher != other, "dispatcher", other, f"another than {other!r} {when} a capacity")
+        other, when = ("grouped", "without") if self.capacity is None else ("gather", "with")
+        allowed = self.dispatcher in ("auto", "einsum", other)
+        require(allowed, "dispatcher", self.dispatcher, f"'auto', 'einsum' or {other!r} {when} a capacity")
 
     def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
         """This contract with another capacity; `None` makes it dropless. `settings` are fields of CapacityConfig."""
@@ -247,10 +267,13 @@ class SoftMoEConfig:
     def __post_init__(self) -> None:
         _check_literals(self)
         _positive_int(model_dim=self.model_dim, num_experts=self.num_experts, num_slots=self.num_slots)
-        hidden = (self.model_dim,) if self.hidden_dims is None else tuple(self.hidden_dims)
+        _flags(self, "layer_norm", "output_layer_norm", "residual")
+        hidden: object = (self.model_dim,) if self.hidden_dims is None else self.hidden_dims
+        if not isinstance(hidden, (tuple, list)):
+            raise ValueError(f"hidden_dims={self.hidden_dims!r}: must be None or integers of at least 1")
         for width in hidden:
             require(_is_int(width) and width >= 1, "hidden_dims", self.hidden_dims, "integers of at least 1")
-        object.__setattr__(self, "hidden_dims", hidden)
+        object.__setattr__(self, "hidden_dims", tuple(hidden))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -272,6 +295,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _check_literals(self)
+        _flags(self, "causal")
         _positive_int(model_dim=self.model_dim, num_heads=self.num_heads)
         divides = self.model_dim % self.num_heads == 0
         require(divides, "num_heads", self.num_heads, f"a divisor of model_dim={self.model_dim}")
@@ -296,6 +320,7 @@ class BlockConfig:
 
     def __post_init__(self) -> None:
         same = self.attention.model_dim == self.moe.model_dim
+        _above_zero(norm_eps=self.norm_eps)
         require(same, "model_dim", self.moe.model_dim, f"the attention's model_dim={self.attention.model_dim}")
         leaks = self.attention.causal and isinstance(self.moe, SoftMoEConfig)
         allowed = "a MoEConfig in a causal block: Soft MoE mixes every position into every other"
@@ -321,6 +346,7 @@ class MakeMoEConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "block_size", "model_dim", "num_heads", "num_layers", "num_experts", "top_k")
         _positive_int(**{name: getattr(self, name) for name in sizes})
+        _flags(self, "noise")
         _ = self.block  # raises on what the parts refuse
 
     @property

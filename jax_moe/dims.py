@@ -13,6 +13,7 @@ share. "Axis" is a mesh's, "dim" is a tensor's.
 from typing import TYPE_CHECKING, Any
 
 from jax import Array
+from jax.typing import DTypeLike
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped
@@ -28,4 +29,4 @@ else:
         Bool = Float = Int = Key = Shaped = _Unchecked
         PRNGKeyArray = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PRNGKeyArray", "Shaped"]
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "PRNGKeyArray", "Shaped"]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_moe.config import MoEConfig, Priority
-from jax_moe.dims import Array, Bool, Float, Int, Shaped
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, Shaped
 from jax_moe.dropout import apply_keep
 from jax_moe.routing import Routing, safe_denominator, wide
 
@@ -97,7 +97,7 @@ def assign_slots(
     return Slots(jnp.where(kept_GSK, position_GSK, capacity), weight_GSK)
 
 
-def round_weights(slots: Slots, config: MoEConfig, dtype: jnp.dtype) -> Slots:
+def round_weights(slots: Slots, config: MoEConfig, dtype: DTypeLike) -> Slots:
     """Weights rounded to the input's dtype where the contract says so (Qwen), and kept wide where not (Mixtral)."""
     if config.router.weight_dtype == "float32":
         return slots

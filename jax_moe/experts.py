@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.config import Activation, ExpertConfig, MoEConfig
-from jax_moe.dims import Array, Float, Int
+from jax_moe.dims import Array, DTypeLike, Float, Int
 
 Weights = Mapping[str, Array]
 
@@ -66,7 +66,7 @@ class Experts(nnx.Module):
 
     def __init__(
         self, num_experts: int, model_dim: int, expert_dim: int, config: ExpertConfig, *, rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32, kernel_init: nnx.Initializer | None = None,
+        param_dtype: DTypeLike = jnp.float32, kernel_init: nnx.Initializer | None = None,
     ):
         # batch_axis: without it the initializer would count E as part of each expert's fan-in
         init = kernel_init or jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))

@@ -63,7 +63,8 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_k, top_p, key is not None)
     config = model.config
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
-    model.check_tokens(tokens_BT[:, -config.block_size :])
+    for start in range(0, max(tokens_BT.shape[1], 1), config.block_size):
+        model.check_tokens(tokens_BT[:, start : start + config.block_size])
     batch_size, moe = tokens_BT.shape[0], config.moe
     limits = [moe.expert_capacity(max(batch_size * n, 1)) for n in range(config.block_size + 1)]
     graphdef, weights = nnx.split(model)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from jax_moe.config import BalanceConfig, MoEConfig
-from jax_moe.dims import Array, Bool, Float, Int
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int
 from jax_moe.dispatch import Slots
 from jax_moe.routing import Routing, safe_denominator
 
@@ -34,7 +34,7 @@ def masked_mean(x_GS: Float[Array, "G S *rest"], mask_GS: Bool[Array, "G S"] | N
 
 
 def expert_load(
-    expert_GSK: Int[Array, "G S K"], num_experts: int, dtype: jnp.dtype, mask_GS: Bool[Array, "G S"] | None = None
+    expert_GSK: Int[Array, "G S K"], num_experts: int, dtype: DTypeLike, mask_GS: Bool[Array, "G S"] | None = None
 ) -> Float[Array, " E"]:
     """Share of all choices that named each expert; sums to 1."""
     share_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=dtype).mean(axis=2)

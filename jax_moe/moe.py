@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.config import ExpertConfig, MoEConfig
-from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
 from jax_moe.dropout import dropout, fold
 from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
@@ -26,7 +26,7 @@ class Router(nnx.Module):
     """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias]."""
 
     def __init__(
-        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
         init = kernel_init or jax.nn.initializers.lecun_normal()
@@ -59,7 +59,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config

@@ -113,7 +113,7 @@ def deepseek_v3(
     """
     router = RouterConfig(
         score="sigmoid", correction_bias=True, num_clusters=num_clusters, top_clusters=top_clusters,
-        renormalise="eps", scale=scale, weight_dtype="input",
+        renormalise="eps", scale=scale,
     )
     expert = ExpertConfig(shared_dim=expert_dim if shared_dim is None else shared_dim)
     return MoEConfig(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_moe.config import MoEConfig, RouterConfig
-from jax_moe.dims import Array, Float, Int
+from jax_moe.dims import Array, DTypeLike, Float, Int
 
 
 class Routing(NamedTuple):
@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     logits_GSE: Float[Array, "G S E"]  # what was chosen from, noise included; the losses read it
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide(dtype: DTypeLike) -> jnp.dtype:
     """fp32, or fp64 for fp64: the dtype of scores, weights, sums over choices and losses."""
     return jnp.promote_types(dtype, jnp.float32)
 

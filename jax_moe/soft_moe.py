@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.config import SoftMoEConfig
-from jax_moe.dims import Array, Bool, Float, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray
 from jax_moe.experts import activate
 from jax_moe.routing import wide
 
@@ -30,7 +30,7 @@ def soft_weights(
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
 
 
-def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Orthogonal with gain 0.01, drawn in fp32 or wider (there is no QR in bf16)."""
     return jax.nn.initializers.orthogonal(scale=0.01)(key, shape, wide(dtype)).astype(dtype)
 
@@ -38,7 +38,7 @@ def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype = jnp
 class SoftExpert(nnx.Module):
     """An MLP of any depth: linear, [layer norm], activation; with a residual where the two widths agree."""
 
-    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.config = config
         widths, init = config.widths, orthogonal
         linears = [
@@ -67,7 +67,7 @@ class SoftExpert(nnx.Module):
         return x + y if config.residual and x.shape == y.shape else y
 
 
-def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: jnp.dtype, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
+def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
     """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
 
@@ -78,7 +78,7 @@ class SoftMoE(nnx.Module):
     Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
     """
 
-    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.config = config
         shape = (config.model_dim, config.num_experts, config.num_slots)
         self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))

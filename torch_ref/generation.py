@@ -56,7 +56,8 @@ def generate(
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     block_size, was_training = model.config.block_size, model.training
-    model.check_tokens(tokens_BT[:, -block_size:])
+    for start in range(0, max(tokens_BT.shape[1], 1), block_size):
+        model.check_tokens(tokens_BT[:, start : start + block_size])
     model.eval()
     try:
         with torch.no_grad():

@@ -9,12 +9,12 @@ from flax import nnx
 
 from jax_moe.block import Block, Randomness
 from jax_moe.config import MakeMoEConfig
-from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.losses import MoEStats
 from jax_moe.soft_moe import layer_norm
 
 
-def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """N(0, 2 / fan_in) with fan_in the second last dim, each expert on its own (torch's kaiming_normal_)."""
     return jax.random.normal(key, shape, dtype) * jnp.asarray((2 / shape[-2]) ** 0.5, dtype)
 
@@ -22,7 +22,7 @@ def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype =
 class MakeMoE(nnx.Module):
     """Token and position embeddings, blocks, a final norm and a head. Parameters of `blocks` have a leading L."""
 
-    def __init__(self, config: MakeMoEConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: MakeMoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.config = config
         normal = jax.nn.initializers.normal(1.0)
         embed: dict[str, Any] = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
