@@ -187,8 +187,8 @@ BAD = [
     (RouterConfig, {"scale": -1.0}, "scale=-1.0: must be a number above 0"),
     (RouterConfig, {"scale": float("nan")}, "scale=nan: must be a number above 0"),
     (RouterConfig, {"noise": "input_jitter", "jitter_eps": 1.0}, "jitter_eps=1.0: must be a number of at least 0 and below 1"),
-    (RouterConfig, {"noise": "input_jitter"}, "jitter_eps=0.0: must be a number above 0 exactly when noise='input_jitter'"),
-    (RouterConfig, {"jitter_eps": 0.1}, "jitter_eps=0.1: must be a number above 0 exactly when noise='input_jitter'"),
+    (RouterConfig, {"noise": "input_jitter"}, "jitter_eps=0.0: must be above 0 exactly when noise='input_jitter'"),
+    (RouterConfig, {"jitter_eps": 0.1}, "jitter_eps=0.1: must be above 0 exactly when noise='input_jitter'"),
     (
         RouterConfig, {"order": "select_then_softmax", "score": "sigmoid"},
         "score='sigmoid': must be 'softmax' when order='select_then_softmax'",
