@@ -45,9 +45,10 @@ class Place:
         (folder / "text.txt").write_text(TEXT)
 
     def start(self, *words: str, devices: int = 1) -> subprocess.Popen[str]:
-        """The command, started here with warnings as errors."""
+        """The command, started here with warnings as errors, and compiled in half the time without optimisation."""
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
         environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
@@ -64,15 +65,15 @@ class Place:
 
     def stopped(self, number: int, after: str, *words: str) -> str:
         """The output of a run that gets a signal as soon as it has printed a line beginning with `after`."""
-        process = self.start(*words)
-        assert process.stdout is not None and process.stderr is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith(after):
-                process.send_signal(number)
-        error = process.stderr.read()
-        assert (process.wait(timeout=300), error) == (130, "")
+        with self.start(*words) as process:
+            assert process.stdout is not None and process.stderr is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith(after):
+                    process.send_signal(number)
+            error = process.stderr.read()
+        assert (process.returncode, error) == (130, "")
         return "".join(lines)
 
 
@@ -114,7 +115,7 @@ def test_a_run_writes_everything(whole: tuple[Path, str]) -> None:
     assert names == {
         "config.json", "metrics.jsonl", "loss.png", "expert_load.png", "sample.txt", "model.safetensors", "checkpoints",
     }
-    assert sorted(path.name for path in (folder / "checkpoints").glob("*[0-9]")) == ["10", "12"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()) == ["10", "12"]
     rows = metrics.read(folder)
     assert [row["step"] for row in rows] == [0, 4, 8, 12]
     for row in rows:

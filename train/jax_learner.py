@@ -70,7 +70,8 @@ class JaxLearner:
         self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
 
     def _make_model(self) -> jax_moe.MakeMoE:
-        return jax_moe.MakeMoE(self.model, rngs=nnx.Rngs(jax.random.fold_in(self.key, INIT)))
+        rngs = nnx.Rngs(jax.random.fold_in(self.key, INIT))
+        return jax_moe.MakeMoE(self.model, rngs=rngs, param_dtype=jnp.dtype("float32"))
 
     def _initial_state(self) -> State:
         params = nnx.to_pure_dict(nnx.state(self._make_model(), nnx.Param))

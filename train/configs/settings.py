@@ -141,9 +141,9 @@ def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
     model = MakeMoEConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
     tokens = config.batch_size * model.block_size
     if model.moe.expert_capacity(tokens) < 1:
-        least = Fraction(model.num_experts, tokens * model.top_k)
+        least = ceil(Fraction(model.num_experts, tokens * model.top_k) * 10**6) / 10**6
         raise ValueError(
-            f"capacity_factor={model.capacity_factor}: must be at least {ceil(least * 10**6) / 10**6:.10g}, which gives an expert "
+            f"capacity_factor={model.capacity_factor}: must be at least {least:.10g}, which gives an expert "
             f"one slot for {tokens} tokens, top_k={model.top_k}, num_experts={model.num_experts}"
         )
     return model
