@@ -60,7 +60,7 @@ def queue_positions(
     G, S, K = expert_GSK.shape
     taken_GSKE = jax.nn.one_hot(expert_GSK, num_experts, dtype=jnp.int32)
     if mask_GS is not None:
-        taken_GSKE *= mask_GS[..., None, None]
+        taken_GSKE *= mask_GS[..., None, None].astype(jnp.int32)
     if priority == "choice":
         taken_GRE = taken_GSKE.swapaxes(1, 2).reshape(G, K * S, num_experts)
         before_GRE = jnp.cumsum(taken_GRE, axis=1) - taken_GRE

@@ -140,7 +140,9 @@ class MoE(nnx.Module):
         capacity = config.expert_capacity(S)
         padded = mask_BT is not None or B * T % S != 0
         mask_GS = split_groups(jnp.ones((B, T), bool) if mask_BT is None else mask_BT, S) if padded else None
-        router_input_BTD = x_BTD if jitter_BTD is None else (x_BTD * jitter_BTD).astype(x_BTD.dtype)
+        router_input_BTD = x_BTD
+        if jitter_BTD is not None:
+            router_input_BTD = (x_BTD.astype(wide(x_BTD.dtype)) * jitter_BTD).astype(x_BTD.dtype)
         if router.jitter_scope == "block":
             x_BTD = router_input_BTD
         logits_BTE = self._logits(router_input_BTD, noise_BTE)

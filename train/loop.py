@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 
 from train import data, metrics, run_folder
 from train.configs import PRESETS
@@ -155,6 +155,7 @@ def _steps(run: Run, logger: Logger, stop: Interrupt, show: Display) -> int:
         due = (step + 1) % config.checkpoint_every == 0
         if due or step + 1 == config.steps or (step + 1) % config.eval_every == 0 or stop.requested:
             _finite(float(loss), step)  # also waits, so that the meter counts whole steps
+            show.show(step + 1, float(loss), meter.rate())
         if due or step + 1 == config.steps:
             meter.pause()
             learner.save(run.folder / "checkpoints", step + 1, flat(config))
@@ -200,7 +201,7 @@ def finish(run: Run) -> None:
     plot_run(folder, run.rows)
     weights = {name: np.ascontiguousarray(value) for name, value in run.learner.weights().items()}
     part = folder / ".model.safetensors"
-    save_file(weights, part, metadata={"format": "pt"})
+    part.write_bytes(to_safetensors(weights, metadata={"format": "pt"}))
     part.replace(folder / "model.safetensors")
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
