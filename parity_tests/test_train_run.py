@@ -123,7 +123,7 @@ def test_a_run_writes_everything(whole: tuple[Path, str]) -> None:
         np.testing.assert_allclose(np.sum(row["expert_load"], axis=1), 1, rtol=1e-6)
         assert f"step {row['step']}: train loss {row['train_loss']:.4f}, val loss {row['val_loss']:.4f}" in out
     assert 3 < rows[0]["train_loss"] < 7  # ln 27 = 3.3, plus what Kaiming's wide head adds
-    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1  # measured: 5.0 to 4.0
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.5  # measured: 4.06 to 3.14
     sample = (folder / "sample.txt").read_text()
     assert sample.startswith("\n") and len(sample) == 22 and sample in out
     written = json.loads((folder / "config.json").read_text())
@@ -167,10 +167,10 @@ def test_eight_devices_give_the_same_drops_and_curve(place: Place, whole: tuple[
     assert [row["dropped_fraction"] for row in one] == [row["dropped_fraction"] for row in eight]
     assert [row["expert_load"] for row in one] == [row["expert_load"] for row in eight]
     for name in ("train_loss", "val_loss"):
-        np.testing.assert_allclose([row[name] for row in eight], [row[name] for row in one], rtol=1e-6)
+        np.testing.assert_allclose([row[name] for row in eight], [row[name] for row in one], rtol=1e-6)  # measured: 1.2e-7
     weights = load_file(place.folder / "eight" / "model.safetensors")
     for key, value in load_file(whole[0] / "model.safetensors").items():
-        np.testing.assert_allclose(weights[key], value, rtol=0, atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(weights[key], value, rtol=0, atol=1e-6, err_msg=key)  # measured: 1.5e-7
 
 
 def test_what_cannot_be_resumed_or_overwritten(place: Place, whole: tuple[Path, str], monkeypatch, capsys) -> None:

@@ -45,14 +45,14 @@ def test_ten_steps_are_the_same_in_both() -> None:
     for name, value in theirs.weights().items():
         np.testing.assert_array_equal(value, start[name], err_msg=name)
     (loss_j, weights_j, mean_j), (loss_t, weights_t, mean_t) = curve(ours, text, CONFIG), curve(theirs, text, CONFIG)
-    np.testing.assert_allclose(loss_j, loss_t, rtol=1e-6)
-    assert loss_j[0] - loss_j[-1] > 0.1
+    np.testing.assert_allclose(loss_j, loss_t, rtol=5e-6)  # measured: 7e-7
+    assert loss_j[0] - loss_j[-1] > 0.1  # measured: 0.136
     for name, value in weights_t.items():
-        np.testing.assert_allclose(weights_j[name], value, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(weights_j[name], value, rtol=0, atol=5e-6, err_msg=name)  # measured: 7e-7
     assert mean_j.dropped_fraction_L == mean_t.dropped_fraction_L and max(mean_j.dropped_fraction_L) > 0
-    assert mean_j.loss == pytest.approx(mean_t.loss, rel=1e-6)
+    assert mean_j.loss == pytest.approx(mean_t.loss, rel=5e-6)  # measured: 7e-7
     for name in ("expert_load_LE", "router_entropy_L", "load_balance_loss_L"):
-        np.testing.assert_allclose(getattr(mean_j, name), getattr(mean_t, name), rtol=1e-5)
+        np.testing.assert_allclose(getattr(mean_j, name), getattr(mean_t, name), rtol=2e-6)  # measured: 2e-7
 
 
 def test_noise_is_off_at_evaluation_where_asked() -> None:
@@ -62,7 +62,7 @@ def test_noise_is_off_at_evaluation_where_asked() -> None:
     batches = [data.batch(text, 1, "eval_val", 0, 8, 8)]
     ours = JaxLearner(config, model).evaluate(0, "eval_val", batches)
     theirs = TorchLearner(config, model).evaluate(0, "eval_val", batches)
-    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    assert ours.loss == pytest.approx(theirs.loss, rel=5e-7)  # measured: 6e-8
     assert ours.dropped_fraction_L == theirs.dropped_fraction_L
 
 
