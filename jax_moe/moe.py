@@ -52,17 +52,18 @@ class MoE(nnx.Module):
 
     Args:
         config: the contract, from `jax_moe.presets`.
-        rngs: parameter initialisation; `rngs.params`.
+        rngs: parameter initialisation (`rngs.params`); `nnx.Rngs(0)` unless given.
         param_dtype: dtype of the stored parameters. Experts compute in the input's dtype.
         kernel_init: initializer of all kernels; the experts' is called with [E, rows, columns]
             (default: fan-in scaled normal, each expert on its own).
     """
 
     def __init__(
-        self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
+        self, config: MoEConfig, *, rngs: nnx.Rngs | None = None, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config
+        rngs = rngs or nnx.Rngs(0)
         kwargs: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
         self.router = Router(config, **kwargs)
         self.experts = make_experts(config, **kwargs)

@@ -78,8 +78,9 @@ class SoftMoE(nnx.Module):
     Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
     """
 
-    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs | None = None, param_dtype: DTypeLike = jnp.float32):
         self.config = config
+        rngs = rngs or nnx.Rngs(0)
         shape = (config.model_dim, config.num_experts, config.num_slots)
         self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
         make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))

@@ -22,8 +22,11 @@ def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike =
 class MakeMoE(nnx.Module):
     """Token and position embeddings, blocks, a final norm and a head. Parameters of `blocks` have a leading L."""
 
-    def __init__(self, config: MakeMoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
-        self.config = config
+    def __init__(
+        self, config: MakeMoEConfig | None = None, *, rngs: nnx.Rngs | None = None, param_dtype: DTypeLike = jnp.float32
+    ):
+        self.config = config = MakeMoEConfig() if config is None else config
+        rngs = rngs or nnx.Rngs(0)
         normal = jax.nn.initializers.normal(1.0)
         embed: dict[str, Any] = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
         self.token_embedding = nnx.Embed(config.vocab_size, config.model_dim, **embed)
