@@ -61,10 +61,10 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
     """Everything that can be wrong with a request is found here, as ValueError, before anything is written."""
     check(config)
     check_logger(config)
-    if config.framework == "torch" and find_spec("torch") is None:
-        raise ValueError("framework='torch': needs PyTorch; `pip install 'jax-moe[torch]'`")
     if saved is not None:
         run_folder.check_same(config, saved, folder)
+    if config.framework == "torch" and find_spec("torch") is None:
+        raise ValueError("framework='torch': needs PyTorch; `pip install 'jax-moe[torch]'`")
     text = data.load_text(config.data, config.model.block_size)
     text.encode(config.sample_prompt)
     model = model_config(config, len(text.vocabulary))
