@@ -1,0 +1,102 @@
+"""Grouped-query attention with rotary positions, as the Hugging Face decoders have it, and RMSNorm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.decoder_config import DecoderConfig
+from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dropout import dropout
+from jax_moe.experts import clamp_above
+from jax_moe.rope import rotate
+from jax_moe.routing import wide
+
+Rotations = tuple[Array, Array]
+
+
+def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*any D"]:
+    """x / rms(x) in fp32 or wider, rounded to the input's dtype, then times the scale (arXiv 1910.07467, eq. 4)."""
+    wide_x = x.astype(wide(x.dtype))
+    normed = wide_x * jax.lax.rsqrt((wide_x**2).mean(axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale_D.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its own scale."""
+
+    def __init__(self, width: int, eps: float, param_dtype: jnp.dtype = jnp.float32):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
+        """The normed input, in its dtype."""
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def visible_positions(
+    num_positions: int, window: Int[Array, ""] | None, mask_BT: Bool[Array, "B T"] | None
+) -> Bool[Array, "b T U"]:
+    """Whether T may look at U: not ahead, not at padding, less than `window` back."""
+    back_TU = jnp.arange(num_positions)[:, None] - jnp.arange(num_positions)
+    visible_TU = back_TU >= 0
+    if window is not None:
+        visible_TU = visible_TU & (back_TU < window)
+    return visible_TU[None] if mask_BT is None else visible_TU & mask_BT[:, None, :]
+
+
+class GroupedAttention(nnx.Module):
+    """Self-attention of H query heads over J key/value heads.
+
+    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `query_norm`, `key_norm`.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer, param_dtype: jnp.dtype = jnp.float32
+    ):
+        self.config = config
+        D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        for name, heads in (("query", H), ("key", J), ("value", J)):
+            setattr(self, name, nnx.Param(kernel_init(rngs.params(), (D, heads, A), param_dtype)))
+            if config.qkv_bias:
+                setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((heads, A), param_dtype)))
+        self.out = nnx.Param(kernel_init(rngs.params(), (H, A, D), param_dtype))
+        if config.output_bias:
+            self.out_bias = nnx.Param(jnp.zeros((D,), param_dtype))
+        if config.qk_norm != "none":
+            widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
+            self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype) for width in widths)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotations: Rotations,
+        visible_BTU: Bool[Array, "b T T"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The answer in the input's dtype; scores in the input's dtype, their softmax in fp32 or wider."""
+        config, dtype = self.config, x_BTD.dtype
+        q_BTHA = rotate(self._project(x_BTD, "query"), *rotations)
+        k_BUJA = rotate(self._project(x_BTD, "key"), *rotations)
+        v_BUJA = self._project(x_BTD, "value")
+        B, T, H, A = q_BTHA.shape
+        q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, -1, A)
+        scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
+        # the most negative finite number, not -inf: a row that sees nothing must not become NaN
+        scores_BJGTU = jnp.where(visible_BTU[:, None, None], scores_BJGTU, jnp.finfo(scores_BJGTU.dtype).min)
+        weights_BJGTU = dropout(jax.nn.softmax(scores_BJGTU, axis=-1).astype(dtype), config.attention_dropout, key)
+        heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
+        y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
+        return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD
+
+    def _project(self, x_BTD: Array, name: str) -> Array:
+        config, dtype = self.config, x_BTD.dtype
+        y_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, getattr(self, name)[...].astype(dtype))
+        if config.qkv_bias:
+            y_BTHA += getattr(self, f"{name}_bias")[...].astype(dtype)
+        norm = getattr(self, f"{name}_norm", None)
+        if norm is not None:
+            flat = config.qk_norm == "full_width"
+            y_BTHA = norm(y_BTHA.reshape(*x_BTD.shape[:2], -1) if flat else y_BTHA).reshape(y_BTHA.shape)
+        if config.clip_qkv is not None:
+            y_BTHA = -clamp_above(-clamp_above(y_BTHA, config.clip_qkv), config.clip_qkv)
+        return y_BTHA
