@@ -11,6 +11,8 @@ _HOMES = {
     "AttentionConfig": "config",
     "Block": "block",
     "BlockConfig": "config",
+    "Decoder": "models.decoder",
+    "DecoderConfig": "decoder_config",
     "MakeMoE": "models.makemoe",
     "MakeMoEConfig": "config",
     "MoE": "moe",
@@ -24,6 +26,8 @@ _HOMES = {
     "from_torch": "porting",
     "from_torch_tree": "porting",
     "generate": "generation",
+    "load_pretrained": "porting.pretrained",
+    "save_pretrained": "porting.pretrained",
     "to_torch": "porting",
 }
 _MODULES = ("config", "presets", "losses")

@@ -115,3 +115,12 @@ class DecoderConfig:
     def dense_activation(self) -> Activation:
         """Of the dense layers: that of the experts."""
         return self.moe.expert.activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint that a decoder was loaded from."""
+
+    model_type: str
+    config_json: str  # the text of its config.json
+    directory: str

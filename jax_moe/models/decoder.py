@@ -5,14 +5,15 @@ the scan's step, so that compile time does not grow with depth.
 """
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.decoder_config import DecoderConfig
+from jax_moe.decoder_config import DecoderConfig, Origin
 from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
@@ -42,6 +43,14 @@ def repeated_units(kinds: str) -> list[tuple[str, int]]:
     return runs
 
 
+class DecoderOutput(NamedTuple):
+    """What one call of a decoder computes; L counts the layers with a mixture."""
+
+    logits_BTV: Float[Array, "B T V"]  # in the weights' dtype
+    stats: MoEStats  # each field with a leading L
+    expert_LBTK: Int[Array, "L B T K"]  # the experts every token was sent to, best first
+
+
 class Attend(nnx.Module):
     """What every layer has: two norms and attention between them."""
 
@@ -56,13 +65,14 @@ class Decoder(nnx.Module):
     """Embedding, blocks, a final norm and a head.
 
     Parameters of `blocks` (norms, attention) have a leading L, those of `moe` and `dense` a leading count of such layers.
+    `origin` is the checkpoint that it was loaded from, whose names and config.json `save_pretrained` writes again.
     """
 
     def __init__(
         self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
-        kernel_init: nnx.Initializer | None = None,
+        kernel_init: nnx.Initializer | None = None, origin: Origin | None = None,
     ):
-        self.config = config
+        self.config, self.origin = config, origin
         init = kernel_init or jax.nn.initializers.normal(0.02)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)
@@ -77,11 +87,16 @@ class Decoder(nnx.Module):
         if not config.tied_embeddings:
             self.head = nnx.Param(init(rngs.params(), shape[::-1], param_dtype))
 
-    def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: object) -> Float[Array, "B T V"]:
-        """Logits; arguments as in `logits_and_stats`."""
-        return self.logits_and_stats(tokens_BT, **kwargs)[0]  # type: ignore[arg-type]
+    def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
+        """Logits; arguments as in `run`."""
+        return self.run(tokens_BT, **kwargs).logits_BTV
 
-    def logits_and_stats(
+    def logits_and_stats(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> tuple[Float[Array, "B T V"], MoEStats]:
+        """Logits and the statistics of every mixture; arguments as in `run`."""
+        output = self.run(tokens_BT, **kwargs)
+        return output.logits_BTV, output.stats
+
+    def run(
         self,
         tokens_BT: Int[Array, "B T"],
         *,
@@ -89,29 +104,13 @@ class Decoder(nnx.Module):
         training: bool = True,
         mask_BT: Bool[Array, "B T"] | None = None,
         position_BT: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], MoEStats]:
-        """Logits in the weights' dtype, and the statistics of the mixtures (leading count of those layers).
+    ) -> DecoderOutput:
+        """All that a call computes.
 
         Without a key deterministic; with one and `training` the contract's dropout and jitter. `mask_BT` is False at
         padding, left or right; logits there mean nothing. Positions count from 0 with the padding, unless given.
         Raises ValueError for a token outside the vocabulary.
         """
-        logits_BTV, (stats, _) = self._run(tokens_BT, key, training, mask_BT, position_BT)
-        return logits_BTV, stats
-
-    def chosen_experts(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        *,
-        mask_BT: Bool[Array, "B T"] | None = None,
-        position_BT: Int[Array, "B T"] | None = None,
-    ) -> Int[Array, "L B T K"]:
-        """The experts every mixture sends every token to, best first, as in a call without a key."""
-        return self._run(tokens_BT, None, False, mask_BT, position_BT)[1][1]
-
-    def _run(
-        self, tokens_BT: Array, key: Array | None, training: bool, mask_BT: Array | None, position_BT: Array | None
-    ) -> tuple[Array, tuple[MoEStats, Array]]:
         self.check_tokens(tokens_BT)
         config = self.config
         x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
@@ -120,13 +119,13 @@ class Decoder(nnx.Module):
         if position_BT is None:
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         turns = rotations(position_BT, config.rope, config.head_dim, x_BTD.dtype)
-        x_BTD, reports = self._layers(x_BTD, key, training, mask_BT, turns)
+        x_BTD, (stats, expert_LBTK) = self._layers(x_BTD, key, training, mask_BT, turns)
         x_BTD = self.final_norm(x_BTD)
-        if config.tied_embeddings:
-            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...].astype(x_BTD.dtype))
-        else:
-            logits_BTV = x_BTD @ self.head[...].astype(x_BTD.dtype)
-        return logits_BTV / config.logits_divisor if config.logits_divisor != 1 else logits_BTV, reports
+        kernel_DV = self.embedding[...].T if config.tied_embeddings else self.head[...]
+        logits_BTV = x_BTD @ kernel_DV.astype(x_BTD.dtype)
+        if config.logits_divisor != 1:
+            logits_BTV = logits_BTV / config.logits_divisor
+        return DecoderOutput(logits_BTV, stats, expert_LBTK)
 
     def _layers(
         self, x_BTD: Array, key: Array | None, training: bool, mask_BT: Array | None, turns: tuple[Array, Array]
@@ -134,73 +133,52 @@ class Decoder(nnx.Module):
         """All layers: one scan for every run of a repeated unit of dense layers (D) and mixtures (M)."""
         config = self.config
         stacks = {"A": self.blocks, "M": self.moe} | ({"D": self.dense} if config.dense_layers else {})
-        graphs, weights = {}, {}
+        graphs: dict[str, Any] = {}
+        weights: dict[str, Any] = {}
         for letter, stack in stacks.items():
             graphs[letter], weights[letter] = nnx.split(stack)
         windows = [config.sliding_window if i in config.sliding_layers else 2**30 for i in range(config.num_layers)]
-        weights["W"] = None if config.sliding_window is None else jnp.asarray(windows, jnp.int32)  # type: ignore[assignment]
+        weights["W"] = None if config.sliding_window is None else jnp.asarray(windows, jnp.int32)
         weights["K"] = None if key is None else jax.random.split(key, config.num_layers)
 
-        def step(x_BTD: Array, scanned: tuple) -> tuple[Array, Any]:
+        def step(unit: str, x_BTD: Array, scanned: list) -> tuple[Array, Any]:
             reports = []
-            for letter, layer, ffn in scanned[1:]:
+            for letter, (layer, ffn) in zip(unit, scanned, strict=True):
                 block = nnx.merge(graphs["A"], layer["A"])
                 visible = visible_positions(x_BTD.shape[1], layer["W"], mask_BT)
-                keys = [None, None] if layer["K"] is None else [fold(layer["K"], 0), fold(layer["K"], 1)]
-                y_BTD = block.attention(block.attention_norm(x_BTD), turns, visible, keys[0] if training else None)
+                key = layer["K"]
+                normed_BTD = block.attention_norm(x_BTD)
+                x_BTD = self._add(x_BTD, block.attention(normed_BTD, turns, visible, fold(key, 0) if training else None))
+                y_BTD, report = self._ffn(block.ffn_norm(x_BTD), nnx.merge(graphs[letter], ffn), fold(key, 1), training, mask_BT)
                 x_BTD = self._add(x_BTD, y_BTD)
-                x_BTD, report = self._ffn(x_BTD, block.ffn_norm, nnx.merge(graphs[letter], ffn), keys[1], training, mask_BT)
                 reports += [] if report is None else [report]
             return x_BTD, jax.tree.map(lambda *each: jnp.stack(each), *reports) if reports else None
 
         kinds = "".join("D" if i in config.dense_layers else "M" for i in range(config.num_layers))
-        start = dict.fromkeys("ADM", 0)
-        collected = []
+        start, collected = dict.fromkeys("ADM", 0), []
         for unit, count in repeated_units(kinds):
-            x_BTD, reports = self._scan_run(step, x_BTD, unit, count, weights, start)
+            scanned = [_layer_weights(weights, unit, place, start, count) for place in range(len(unit))]
+            x_BTD, reports = jax.lax.scan(partial(step, unit), x_BTD, scanned)
+            for letter in "A" + unit:
+                start[letter] += count * (len(unit) if letter == "A" else 1)
             if reports is not None:
                 collected.append(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), reports))
         return x_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *collected)
-
-    def _scan_run(self, step: Any, x_BTD: Array, unit: str, count: int, weights: dict, start: dict) -> tuple[Array, Any]:
-        """`count` times the layers of `unit`, from the layers that `start` (advanced) says on."""
-        parts = []
-        for letter in unit:
-            at = dict(start)
-            strides = {"A": len(unit), letter: unit.count(letter)}
-
-            def rows(tree: Any, name: str, at: dict = at, strides: dict = strides) -> Any:
-                first, stride = at[name], strides[name]
-                return jax.tree.map(lambda w: w if _whole(w, first, stride, count) else w[first : first + count * stride : stride], tree)
-
-            layer = {"A": rows(weights["A"], "A"), "W": rows(weights["W"], "A"), "K": rows(weights["K"], "A")}
-            parts.append((layer, rows(weights[letter], letter)))
-            start["A"] += 1
-            start[letter] += 1
-
-        def body(x_BTD: Array, scanned: list) -> tuple[Array, Any]:
-            return step(x_BTD, (None, *((letter, *part) for letter, part in zip(unit, scanned, strict=True))))
-
-        for letter in "ADM":
-            used = len(unit) if letter == "A" else unit.count(letter)
-            start[letter] += (count - 1) * used
-        return jax.lax.scan(body, x_BTD, parts)
 
     def _add(self, x_BTD: Array, y_BTD: Array) -> Array:
         multiplier = self.config.residual_multiplier
         return x_BTD + (y_BTD if multiplier == 1 else y_BTD * multiplier)
 
     def _ffn(
-        self, x_BTD: Array, norm: RMSNorm, ffn: MoE | Experts, key: Array | None, training: bool, mask_BT: Array | None
+        self, x_BTD: Array, ffn: MoE | Experts, key: Array | None, training: bool, mask_BT: Array | None
     ) -> tuple[Array, tuple[MoEStats, Array] | None]:
-        normed_BTD = norm(x_BTD)
         if isinstance(ffn, Experts):
-            flat = normed_BTD.reshape(1, -1, normed_BTD.shape[-1])
-            return self._add(x_BTD, expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape)), None
-        y_BTD, stats = ffn(normed_BTD, key=key, training=training, mask_BT=mask_BT)
+            flat = x_BTD.reshape(1, -1, x_BTD.shape[-1])
+            return expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape), None
+        y_BTD, stats = ffn(x_BTD, key=key, training=training, mask_BT=mask_BT)
         # the same computation as inside the call; compiled, it is done once, and not at all where nobody asks
-        expert_BTK = ffn.routing(normed_BTD, mask_BT=mask_BT)[1].expert_GSK.reshape(*x_BTD.shape[:2], -1)
-        return self._add(x_BTD, y_BTD), (stats, expert_BTK)
+        expert_BTK = ffn.routing(x_BTD, mask_BT=mask_BT)[1].expert_GSK.reshape(*x_BTD.shape[:2], -1)
+        return y_BTD, (stats, expert_BTK)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
         """Raises ValueError for an empty text or, outside jit, a token that is not in the vocabulary."""
@@ -214,8 +192,18 @@ class Decoder(nnx.Module):
                 raise ValueError(f"token {bad}: must be 0 to {vocab_size - 1} (vocab_size={vocab_size})")
 
 
-def _whole(weight: Array, first: int, stride: int, count: int) -> bool:
-    return first == 0 and stride == 1 and weight.shape[0] == count
+def _layer_weights(weights: dict[str, Any], unit: str, place: int, start: dict[str, int], count: int) -> tuple[dict, Any]:
+    """What the scan's steps need for the unit's layer number `place`: every len(unit)-th block, and likewise its FFN."""
+    letter = unit[place]
+    places = {"A": (place, len(unit)), letter: (unit[:place].count(letter), unit.count(letter))}
+
+    def rows(tree: Any, stack: str) -> Any:
+        offset, stride = places[stack]
+        first = start[stack] + offset
+        whole = first == 0 and stride == 1
+        return jax.tree.map(lambda w: w if whole and w.shape[0] == count else w[first : first + count * stride : stride], tree)
+
+    return {name: rows(weights[name], "A") for name in "AWK"}, rows(weights[letter], letter)
 
 
 def _dense(config: DecoderConfig) -> Any:

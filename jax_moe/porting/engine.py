@@ -81,7 +81,7 @@ def make_plan(table: Table, our_shapes: Shapes) -> Plan:
                 raise PortError(f"layout {table.name}", wrong=[f"{path} has shape {shape}, its row says {row.our_dims}"])
             local = _bind(row.our_dims, shape)
             sizes |= local
-            for piece, their_shape in _pieces(row, path, local, in_path):
+            for piece, their_shape in _pieces(row, path, local, in_path, table.numbers):
                 if their_shapes.setdefault(piece.theirs, their_shape) != their_shape:
                     raise PortError(f"layout {table.name}", wrong=[f"{piece.theirs} would have two shapes"])
                 pieces.append(piece)
@@ -125,8 +125,18 @@ def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
         theirs = state[piece.theirs]
         if piece.ours not in ours:
             ours[piece.ours] = np.empty(plan.our_shapes[piece.ours], theirs.dtype)
-        ours[piece.ours][piece.our_index] = theirs.reshape(piece.split)[piece.their_index].transpose(piece.order)
+        assemble(piece, theirs, ours[piece.ours])
     return ours
+
+
+def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray) -> None:
+    """Puts the piece of their tensor in its place in ours."""
+    ours[piece.our_index] = theirs.reshape(piece.split)[piece.their_index].transpose(piece.order)
+
+
+def take_apart(piece: Piece, ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Puts the piece of our array in its place in theirs, which is contiguous."""
+    theirs.reshape(piece.split)[piece.their_index] = ours[piece.our_index].transpose(np.argsort(piece.order))
 
 
 def to_theirs(plan: Plan, ours: Arrays, constants: bool = True) -> dict[str, np.ndarray]:
@@ -139,8 +149,7 @@ def to_theirs(plan: Plan, ours: Arrays, constants: bool = True) -> dict[str, np.
         elif theirs[piece.theirs].dtype != value.dtype:
             both = f"{piece.theirs} would hold {value.dtype} and {theirs[piece.theirs].dtype}"
             raise PortError(f"layout {plan.table.name}", mistyped=[both])
-        view = theirs[piece.theirs].reshape(piece.split)
-        view[piece.their_index] = value[piece.our_index].transpose(np.argsort(piece.order))
+        take_apart(piece, value, theirs[piece.theirs])
     if constants and plan.constants:
         dtype = next(iter(theirs.values())).dtype
         theirs |= {name: value.astype(dtype) for name, value in plan.constants.items()}
@@ -162,7 +171,9 @@ def _bind(dims: str, shape: tuple[int, ...]) -> dict[str, int]:
     return {axis[0]: size for axis, size in zip(words(dims), shape, strict=True) if part(axis[0]) is None}
 
 
-def _pieces(row: Row, path: str, sizes: dict[str, int], in_path: dict[str, int]) -> Iterable[tuple[Piece, tuple[int, ...]]]:
+def _pieces(
+    row: Row, path: str, sizes: dict[str, int], in_path: dict[str, int], numbers: Mapping[str, tuple[int, ...]]
+) -> Iterable[tuple[Piece, tuple[int, ...]]]:
     ours = [axis[0] for axis in words(row.our_dims)]
     their_axes = words(row.their_dims)
     theirs = [word for axis in their_axes for word in axis]
@@ -176,7 +187,8 @@ def _pieces(row: Row, path: str, sizes: dict[str, int], in_path: dict[str, int])
     for values in itertools.product(*(range(sizes[letter]) for letter in ranged)):
         index = dict(zip(ranged, values, strict=True))
         our_index = tuple(index.get(word, slice(None)) if part(word) is None else part(word)[0] for word in ours)  # type: ignore[index]
-        yield Piece(row.theirs.format(**index, **in_path), path, split, their_index, our_index, order), shape
+        printed = {letter: numbers[letter][i] if letter in numbers else i for letter, i in index.items()}
+        yield Piece(row.theirs.format(**printed, **in_path), path, split, their_index, our_index, order), shape
 
 
 def _size(word: str, sizes: dict[str, int]) -> int:

@@ -44,11 +44,11 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short") from None
 
 
-def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Every array is made contiguous first: of a transposed view the library would write other numbers, silently."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}, path)
+    save_file({name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}, path, metadata)
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:

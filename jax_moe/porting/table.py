@@ -6,8 +6,8 @@ their E tensors are stacked in one of ours) or an index in our path (`fcs.{i}.ke
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Table:
     name: str
     rows: tuple[Row, ...]
     constants: tuple[Constant, ...] = ()
+    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # what an index prints, where not 0, 1, 2 ...
 
 
 def words(dims: str) -> list[list[str]]:

@@ -4,9 +4,11 @@ from flax import nnx
 
 from jax_moe.attention import Attention
 from jax_moe.block import Block
+from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.porting.families import attention, block, makemoe, mixtral, moe, soft_moe
+from jax_moe.porting.families.hf import decoder_tables
 from jax_moe.porting.table import Table
 from jax_moe.soft_moe import SoftMoE
 
@@ -21,8 +23,10 @@ TABLES: dict[type[nnx.Module], tuple[Table, ...]] = {
 
 def tables_of(module: nnx.Module) -> tuple[Table, ...]:
     """The module's tables. Raises ValueError for a module that has none."""
+    if isinstance(module, Decoder):
+        return decoder_tables(module.config, None if module.origin is None else module.origin.model_type)
     for kind in type(module).__mro__:
         if kind in TABLES:
             return TABLES[kind]
-    known = ", ".join(kind.__name__ for kind in TABLES)
+    known = ", ".join([*(kind.__name__ for kind in TABLES), Decoder.__name__])
     raise ValueError(f"{type(module).__name__} has no porting table: must be one of {known}")
