@@ -74,6 +74,7 @@ class Decoder(nnx.Module):
     ):
         self.config, self.origin = config, origin
         init = kernel_init or jax.nn.initializers.normal(0.02)
+        param_dtype = jnp.dtype(param_dtype)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)
         self.embedding = nnx.Param(init(rngs.params(), shape, param_dtype))

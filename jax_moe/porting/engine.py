@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -93,8 +94,10 @@ def make_plan(table: Table, our_shapes: Shapes) -> Plan:
     return Plan(table, dict(our_shapes), tuple(pieces), their_shapes, constants)
 
 
-def check(plan: Plan, state: Arrays, where: str, dtypes: Mapping[str, np.dtype] | None = None, constants: bool = True) -> None:
-    """Raises one PortError with everything in which `state` differs from the plan.
+def check(
+    plan: Plan, state: Mapping[str, Any], where: str, dtypes: Mapping[str, np.dtype] | None = None, constants: bool = True
+) -> None:
+    """Raises one PortError with everything in which `state` (arrays, or their shapes and dtypes) differs from the plan.
 
     `dtypes` by our path; None asks only that the tensors which make up one of our arrays agree.
     """
@@ -207,7 +210,7 @@ def _constants(one: Constant, sizes: dict[str, int]) -> Iterable[tuple[str, np.n
         yield one.theirs.format(**dict(zip(letters, values, strict=True))), value
 
 
-def _mistyped(plan: Plan, state: Arrays, dtypes: Mapping[str, np.dtype] | None) -> list[str]:
+def _mistyped(plan: Plan, state: Mapping[str, Any], dtypes: Mapping[str, np.dtype] | None) -> list[str]:
     first: dict[str, np.dtype] = {}
     wrong: dict[str, str] = {}
     for piece in plan.pieces:

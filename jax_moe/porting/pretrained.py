@@ -121,7 +121,7 @@ def _fill(model: Decoder, headers: dict[str, Header], path: Path, dtype: np.dtyp
     plans = [make_plan(table, shapes) for table in decoder_tables(model.config, model.origin.model_type)]
     plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
     headers = _without_tied_head(model, headers)
-    check(plan, headers, f"{path} (layout {plan.table.name})")  # type: ignore[arg-type]
+    check(plan, headers, f"{path} (layout {plan.table.name})")
     filled, not_finite = [], []
     for name, pieces in groupby(plan.pieces, key=lambda piece: piece.ours):
         value, bad = _stack(name, list(pieces), headers, shapes[name], dtype)

@@ -1,0 +1,154 @@
+"""Tiny random models of every Hugging Face family, and the reference run: `transformers` as it is, or widened to fp64."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+
+VOCABULARY, TEXTS, LENGTH = 37, 3, 11
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **NO_TOKENS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model: its family, its sizes, and which side its texts are padded on."""
+
+    name: str
+    family: str  # the prefix of the classes in transformers
+    sizes: dict[str, Any]
+    padding: str = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        """transformers' configuration, the balance loss on and large enough to be seen."""
+        values = {**COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, **self.sizes, **self.settings}
+        return getattr(transformers, f"{self.family}Config")(**values)
+
+    def reference(self, config: Any) -> Any:
+        """The model, eager in attention and experts."""
+        kind = getattr(transformers, f"{self.family}ForCausalLM")
+        return kind._from_config(config, attn_implementation="eager", experts_implementation="eager")
+
+
+def sizes(D: int, H: int, J: int, L: int, **own: Any) -> dict[str, Any]:
+    """The sizes all families name alike."""
+    return {"hidden_size": D, "num_attention_heads": H, "num_key_value_heads": J, "num_hidden_layers": L, **own}
+
+
+def rope(kind: str, **own: Any) -> dict[str, Any]:
+    """Rotary settings."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **own}}
+
+
+MIXTRAL = {"intermediate_size": 20, "num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN2 = {
+    "intermediate_size": 18, "moe_intermediate_size": 14, "shared_expert_intermediate_size": 10, "num_experts": 6,
+    "num_experts_per_tok": 3,
+}
+QWEN3 = {"intermediate_size": 18, "moe_intermediate_size": 14, "num_experts": 7, "num_experts_per_tok": 3}
+OLMOE = {"intermediate_size": 14, "num_experts": 6, "num_experts_per_tok": 3}
+GRANITE = {"intermediate_size": 14, "num_local_experts": 5, "num_experts_per_tok": 2}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7}
+CASES = [
+    Case("mixtral", "Mixtral", sizes(24, 4, 2, 2, **MIXTRAL)),
+    Case("mixtral_window", "Mixtral", sizes(30, 5, 1, 3, **MIXTRAL, head_dim=6), "left", {"sliding_window": 3}),
+    Case("mixtral_tied", "Mixtral", sizes(22, 3, 3, 2, **MIXTRAL, head_dim=8), "right",
+         {"tie_word_embeddings": True, **rope("linear", factor=4.0)}),
+    Case("qwen2_moe", "Qwen2Moe", sizes(24, 4, 2, 3, **QWEN2), settings={"mlp_only_layers": [0]}),
+    Case("qwen2_moe_window", "Qwen2Moe", sizes(30, 5, 5, 4, **QWEN2), "right",
+         {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3}),
+    Case("qwen2_moe_tied", "Qwen2Moe", sizes(20, 2, 1, 2, **QWEN2), "left",
+         {"tie_word_embeddings": True, "norm_topk_prob": True, "qkv_bias": False, "max_position_embeddings": 6,
+          **rope("dynamic", factor=2.0)}),
+    Case("qwen3_moe", "Qwen3Moe", sizes(24, 4, 2, 2, **QWEN3, head_dim=10), settings={"norm_topk_prob": True}),
+    Case("qwen3_moe_window", "Qwen3Moe", sizes(18, 3, 3, 2, **QWEN3, head_dim=6), "left",
+         {"use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True}),
+    Case("qwen3_moe_dense", "Qwen3Moe", sizes(26, 4, 1, 3, **QWEN3, head_dim=8), "right",
+         {"mlp_only_layers": [1], "attention_bias": True, **rope("yarn", factor=4.0, original_max_position_embeddings=16)}),
+    Case("olmoe", "Olmoe", sizes(24, 4, 4, 2, **OLMOE)),
+    Case("olmoe_clipped", "Olmoe", sizes(28, 7, 1, 3, **OLMOE), "left", {"clip_qkv": 0.8}),
+    Case("olmoe_tied", "Olmoe", sizes(24, 4, 2, 2, **OLMOE), "right",
+         {"tie_word_embeddings": True, "norm_topk_prob": True, "attention_bias": True, **rope(
+             "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)}),
+    Case("granitemoe", "GraniteMoe", sizes(24, 4, 2, 2, **GRANITE), settings=MULTIPLIERS),
+    Case("granitemoe_tied", "GraniteMoe", sizes(30, 3, 1, 3, **GRANITE), "left", {**MULTIPLIERS, "tie_word_embeddings": True}),
+    Case("granitemoe_bias", "GraniteMoe", sizes(22, 1, 1, 2, **GRANITE), "right", {**MULTIPLIERS, "attention_bias": True}),
+]
+
+
+class Widened(TorchFunctionMode):
+    """Every float32 that the reference names becomes float64: it upcasts to "float32" where we go to "float32 or wider"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """The call with float64 in the place of float32."""
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    """The reference in fp64 throughout; the counts of its balance loss stay float32, which they fit in exactly."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def draw_weights(model: Any, seed: int) -> None:
+    """Weights that matter: norms about 1, biases not 0, routers that spread their tokens."""
+    generator = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            drawn = generator.normal(size=tuple(parameter.shape))
+            if parameter.ndim == 1:
+                drawn = drawn * 0.2 + (0.0 if name.endswith("bias") else 1.0)
+            elif "embed_tokens" not in name:
+                drawn *= (3.0 if name.endswith(("gate.weight", "router.weight")) else 1.0) * parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.from_numpy(drawn))
+
+
+def batch(case: Case, seed: int) -> dict[str, np.ndarray]:
+    """Texts with their mask and labels; a label counts where both it and the token before it are text."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, VOCABULARY, (TEXTS, LENGTH))
+    mask = np.ones((TEXTS, LENGTH), bool)
+    if case.padding == "left":
+        mask[1, :4], mask[2, :1] = False, False
+    elif case.padding == "right":
+        mask[1, -4:], mask[2, -1:] = False, False
+    before = np.concatenate([np.zeros((TEXTS, 1), bool), mask[:, :-1]], axis=1)
+    return {"tokens": tokens, "mask": mask, "labels": np.where(mask & before, tokens, -100)}
+
+
+def run_reference(model: Any, batch: dict[str, np.ndarray]) -> Any:
+    """transformers' own output with loss, router logits and, for a padded text, its mask."""
+    mask = None if batch["mask"].all() else torch.from_numpy(batch["mask"].astype(np.int64))
+    tokens, labels = torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["labels"])
+    return model(tokens, attention_mask=mask, labels=labels, use_cache=False)
+
+
+def reference_choices(logits: tuple, top_k: int) -> tuple[np.ndarray, float]:
+    """The experts [L, B*T, K] of every mixture, best first, and the smallest gap between chosen and not chosen logits."""
+    stacked = torch.stack([one.detach().reshape(-1, one.shape[-1]) for one in logits])
+    values, order = torch.sort(stacked, dim=-1, descending=True, stable=True)
+    gap = (values[..., : -1] - values[..., 1:])[..., : top_k].min()
+    return order[..., :top_k].numpy(), float(gap)
+
+
+def save_reference(model: Any, folder: Path, fused: bool = False) -> Path:
+    """A folder as transformers writes it: the family's own names, or those it has in memory."""
+    model.save_pretrained(folder, save_original_format=not fused)
+    return folder
