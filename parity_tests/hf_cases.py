@@ -140,11 +140,11 @@ def run_reference(model: Any, batch: dict[str, np.ndarray]) -> Any:
     return model(tokens, attention_mask=mask, labels=labels, use_cache=False)
 
 
-def reference_choices(logits: tuple, top_k: int) -> tuple[np.ndarray, float]:
-    """The experts [L, B*T, K] of every mixture, best first, and the smallest gap between chosen and not chosen logits."""
-    stacked = torch.stack([one.detach().reshape(-1, one.shape[-1]) for one in logits])
+def reference_choices(logits: tuple, mask: np.ndarray, top_k: int) -> tuple[np.ndarray, float]:
+    """The experts [L, tokens, K] of every mixture, best first, and the smallest gap at which one could change; text only."""
+    stacked = torch.stack([one.detach().reshape(*mask.shape, -1)[torch.from_numpy(mask)] for one in logits])
     values, order = torch.sort(stacked, dim=-1, descending=True, stable=True)
-    gap = (values[..., : -1] - values[..., 1:])[..., : top_k].min()
+    gap = (values[..., :-1] - values[..., 1:])[..., :top_k].min()
     return order[..., :top_k].numpy(), float(gap)
 
 

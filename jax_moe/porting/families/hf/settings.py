@@ -50,8 +50,9 @@ class Settings:
         return self._take((name,), int, default, False, default)
 
     def number(self, name: str, default: float | None) -> Any:
-        """A number as it was written (1 stays 1), or the default."""
-        return self._take((name,), float, default, False, default)
+        """A number, or the default."""
+        found = self._take((name,), float, default, False, default)
+        return None if found is None else float(found)
 
     def flag(self, name: str, default: bool) -> bool:
         """true or false, or the default."""
