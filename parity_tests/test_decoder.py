@@ -24,14 +24,14 @@ SIZES: dict[str, Any] = {
 TOKENS = np.random.default_rng(0).integers(0, 19, (2, 7))
 
 
-def wide_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Weights large enough for routing and attention to differ between tokens."""
-    return jax.random.normal(key, shape, dtype) * 0.5
-
-
 def decoder(**changes: Any) -> Decoder:
-    """A small decoder."""
-    return Decoder(DecoderConfig(**(SIZES | changes)), rngs=nnx.Rngs(0), kernel_init=wide_normal)
+    """A small decoder with weights large enough for routing and attention to differ between tokens."""
+    config = DecoderConfig(**(SIZES | changes))
+    model, generator = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), np.random.default_rng(0)
+    flat = nnx.to_flat_state(nnx.state(model))
+    filled = [(keys, v.replace(jnp.asarray(generator.normal(size=v.shape) * 0.5, v.dtype))) for keys, v in flat]
+    nnx.update(model, nnx.from_flat_state(filled))
+    return model
 
 
 @partial(jax.jit, compiler_options=QUICK)

@@ -24,7 +24,7 @@ from parity_tests.compare import MismatchError, check_close, check_exact
 from parity_tests.hf_cases import CASES, Case, batch, draw_weights, reference_choices, run_reference, save_reference
 
 LEARNING_RATE, DECAY, STEPS = 3e-3, 0.01, 20
-# Measured worst over all cases: 7.9e-7, 1.5e-15, 2.1e-6, 2.3e-7 and 3.3e-6.
+# Measured worst over all cases: 7.9e-7, 1.5e-15, 2.6e-6, 2.3e-7 and 3.3e-6.
 LOGITS, LOGITS_WIDE, GRADIENTS, LOSS, CURVES = 5e-6, 1e-14, 2e-5, 2e-6, 1e-5
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes the time here, not running
 MARGIN = 1e-4  # chosen and not chosen router logits lie at least this far apart: rounding cannot change a choice
@@ -213,7 +213,7 @@ def test_planted_fault_is_caught(pair: Pair, fault: Any) -> None:
         return {"logits": np.asarray(step(params, optimiser().init(params), to_jax(data))[1].logits_BTV)}
 
     check_close(logits(pair.params), expected, LOGITS, "without a fault")
-    model = nnx.merge(pair.graphdef, pair.params)
+    model = jax_moe.load_pretrained(pair.folder)  # its own: a fault is made in place
     fault(model)
     with pytest.raises(MismatchError, match="logits"):
-        check_close(logits(nnx.split(model)[1]), expected, 1e3 * LOGITS, fault.__name__)
+        check_close(logits(nnx.state(model)), expected, 1e3 * LOGITS, fault.__name__)
