@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.decoder_config import DecoderConfig
-from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dropout import dropout
 from jax_moe.experts import clamp_above
 from jax_moe.rope import rotate
@@ -24,7 +24,7 @@ def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float)
 class RMSNorm(nnx.Module):
     """`rms_norm` with its own scale."""
 
-    def __init__(self, width: int, eps: float, param_dtype: jnp.dtype = jnp.float32):
+    def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
 
@@ -51,7 +51,7 @@ class GroupedAttention(nnx.Module):
     """
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer, param_dtype: jnp.dtype = jnp.float32
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer, param_dtype: DTypeLike = jnp.float32
     ):
         self.config = config
         D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.decoder_config import DecoderConfig, Origin
-from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
 from jax_moe.grouped_attention import GroupedAttention, RMSNorm, visible_positions
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32,
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None, origin: Origin | None = None,
     ):
         self.config, self.origin = config, origin
