@@ -60,6 +60,7 @@ def generate(
     the window's real length, so short prompts drop what the original drops. Without a key (greedy only) nothing is
     random; with one the router's noise follows the contract too. Raises ValueError for settings out of range.
     """
+    require(isinstance(model, MakeMoE), "model", type(model).__name__, "a MakeMoE; other models cannot generate yet")
     check_sampling(max_new_tokens, temperature, top_k, top_p, key is not None)
     config = model.config
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
