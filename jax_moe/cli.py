@@ -81,16 +81,22 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself."""
     about = "Mixture of Experts in JAX and PyTorch."
     command = tyro.cli(Port | Inspect | Generate | Parity, args=arguments, prog="jax-moe", description=about)  # type: ignore
-    from jax_moe.porting import commands as run
-
     try:
         if isinstance(command, Port):
-            return run.port(command)
+            from jax_moe.commands.port import port
+
+            return port(command)
         if isinstance(command, Inspect):
-            return run.inspect(command)
+            from jax_moe.commands.inspect import inspect
+
+            return inspect(command)
         if isinstance(command, Generate):
-            return run.generate(command)
-        return run.parity(command)
+            from jax_moe.commands.generate import generate
+
+            return generate(command)
+        from jax_moe.commands.parity import parity
+
+        return parity(command)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
