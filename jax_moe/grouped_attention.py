@@ -12,6 +12,7 @@ from jax_moe.rope import rotate
 from jax_moe.routing import wide
 
 Rotations = tuple[Array, Array]
+Heads = tuple[Array, Array, Array]
 
 
 def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*any D"]:
@@ -34,14 +35,14 @@ class RMSNorm(nnx.Module):
 
 
 def visible_positions(
-    num_positions: int, window: Int[Array, ""] | None, mask_BT: Bool[Array, "B T"] | None
+    position_T: Int[Array, " T"], num_positions: int, window: Int[Array, ""] | None, mask_BU: Bool[Array, "B U"] | None
 ) -> Bool[Array, "b T U"]:
-    """Whether T may look at U: not ahead, not at padding, less than `window` back."""
-    back_TU = jnp.arange(num_positions)[:, None] - jnp.arange(num_positions)
+    """Whether T may look at U, one of `num_positions`: not ahead, not at padding, less than `window` back."""
+    back_TU = position_T[:, None] - jnp.arange(num_positions)
     visible_TU = back_TU >= 0
     if window is not None:
         visible_TU = visible_TU & (back_TU < window)
-    return visible_TU[None] if mask_BT is None else visible_TU & mask_BT[:, None, :]
+    return visible_TU[None] if mask_BU is None else visible_TU & mask_BU[:, None, :]
 
 
 class GroupedAttention(nnx.Module):
@@ -74,10 +75,23 @@ class GroupedAttention(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """The answer in the input's dtype; scores in the input's dtype, their softmax in fp32 or wider."""
-        config, dtype = self.config, x_BTD.dtype
-        q_BTHA = rotate(self._project(x_BTD, "query"), *rotations)
-        k_BUJA = rotate(self._project(x_BTD, "key"), *rotations)
-        v_BUJA = self._project(x_BTD, "value")
+        return self.attend(*self.project(x_BTD, rotations), visible_BTU, key)
+
+    def project(self, x_BTD: Float[Array, "B T D"], rotations: Rotations) -> Heads:
+        """Queries, keys and values of these positions, the first two turned."""
+        q_BTHA, k_BTJA = (rotate(self._project(x_BTD, name), *rotations) for name in ("query", "key"))
+        return q_BTHA, k_BTJA, self._project(x_BTD, "value")
+
+    def attend(
+        self,
+        q_BTHA: Float[Array, "B T H A"],
+        k_BUJA: Float[Array, "B U J A"],
+        v_BUJA: Float[Array, "B U J A"],
+        visible_BTU: Bool[Array, "b T U"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the queries find among the keys."""
+        config, dtype = self.config, q_BTHA.dtype
         B, T, H, A = q_BTHA.shape
         q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, -1, A)
         scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))

@@ -17,7 +17,7 @@ from jax_moe.decoder_config import DecoderConfig, Origin
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
-from jax_moe.grouped_attention import GroupedAttention, RMSNorm, visible_positions
+from jax_moe.grouped_attention import GroupedAttention, RMSNorm, Rotations, visible_positions
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
 from jax_moe.rope import rotations
@@ -41,6 +41,24 @@ def repeated_units(kinds: str) -> list[tuple[str, int]]:
         runs.append(best)
         start += len(best[0]) * best[1]
     return runs
+
+
+def layer_units(config: DecoderConfig) -> list[tuple[str, int]]:
+    """The layers as runs of a repeated unit of dense layers (D) and mixtures (M)."""
+    return repeated_units("".join("D" if i in config.dense_layers else "M" for i in range(config.num_layers)))
+
+
+def after_units(start: dict[str, int], unit: str, count: int) -> dict[str, int]:
+    """How many layers (A), mixtures (M) and dense layers (D) lie before what follows the run."""
+    return {letter: n + count * (len(unit) if letter == "A" else unit.count(letter)) for letter, n in start.items()}
+
+
+def layer_windows(config: DecoderConfig) -> Int[Array, " L"] | None:
+    """How far back each layer sees; None where no layer has a window."""
+    if config.sliding_window is None:
+        return None
+    windows = [config.sliding_window if i in config.sliding_layers else 2**30 for i in range(config.num_layers)]
+    return jnp.asarray(windows, jnp.int32)
 
 
 class DecoderOutput(NamedTuple):
@@ -114,59 +132,71 @@ class Decoder(nnx.Module):
         """
         self.check_tokens(tokens_BT)
         config = self.config
-        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
-        if config.embedding_multiplier != 1:
-            x_BTD = x_BTD * config.embedding_multiplier
+        x_BTD = self.embed(tokens_BT)
         if position_BT is None:
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         turns = rotations(position_BT, config.rope, config.head_dim, x_BTD.dtype)
-        x_BTD, (stats, expert_LBTK) = self._layers(x_BTD, key, training, mask_BT, turns)
-        x_BTD = self.final_norm(x_BTD)
-        kernel_DV = self.embedding[...].T if config.tied_embeddings else self.head[...]
-        logits_BTV = x_BTD @ kernel_DV.astype(x_BTD.dtype)
-        if config.logits_divisor != 1:
-            logits_BTV = logits_BTV / config.logits_divisor
-        return DecoderOutput(logits_BTV, stats, expert_LBTK)
+        x_BTD, (stats, expert_LBTK), _ = self.layers(x_BTD, turns, mask_BT, key=key, training=training)
+        return DecoderOutput(self.logits(x_BTD), stats, expert_LBTK)
 
-    def _layers(
-        self, x_BTD: Array, key: Array | None, training: bool, mask_BT: Array | None, turns: tuple[Array, Array]
-    ) -> tuple[Array, tuple[MoEStats, Array]]:
-        """All layers: one scan for every run of a repeated unit of dense layers (D) and mixtures (M)."""
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What goes into the first layer."""
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
+        multiplier = self.config.embedding_multiplier
+        return x_BTD if multiplier == 1 else x_BTD * multiplier
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """What comes out of the last layer, normed and compared with every token."""
+        x_BTD = self.final_norm(x_BTD)
+        kernel_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        logits_BTV = x_BTD @ kernel_DV.astype(x_BTD.dtype)
+        divisor = self.config.logits_divisor
+        return logits_BTV if divisor == 1 else logits_BTV / divisor
+
+    def layers(
+        self, x_BTD: Float[Array, "B T D"], turns: Rotations, mask_BT: Bool[Array, "B T"] | None = None, *,
+        key: PRNGKeyArray | None = None, training: bool = False, keep_heads: bool = False,
+    ) -> tuple[Array, tuple[MoEStats, Array], tuple[Array, Array] | None]:
+        """The last layer's output, statistics and choices, and with `keep_heads` keys and values [L, B, T, J, A].
+
+        One scan for every run of a repeated unit of dense layers (D) and mixtures (M).
+        """
         config = self.config
         stacks = {"A": self.blocks, "M": self.moe} | ({"D": self.dense} if config.dense_layers else {})
+        position_T = jnp.arange(x_BTD.shape[1])
         graphs: dict[str, Any] = {}
         weights: dict[str, Any] = {}
         for letter, stack in stacks.items():
             graphs[letter], weights[letter] = nnx.split(stack)
-        windows = [config.sliding_window if i in config.sliding_layers else 2**30 for i in range(config.num_layers)]
-        weights["W"] = None if config.sliding_window is None else jnp.asarray(windows, jnp.int32)
+        weights["W"] = layer_windows(config)
         weights["K"] = None if key is None else jax.random.split(key, config.num_layers)
 
         def step(unit: str, x_BTD: Array, scanned: list) -> tuple[Array, Any]:
-            reports = []
+            reports, heads = [], []
             for letter, (layer, ffn) in zip(unit, scanned, strict=True):
                 block = nnx.merge(graphs["A"], layer["A"])
-                visible = visible_positions(x_BTD.shape[1], layer["W"], mask_BT)
+                visible = visible_positions(position_T, position_T.size, layer["W"], mask_BT)
                 key = layer["K"]
-                normed_BTD = block.attention_norm(x_BTD)
-                x_BTD = self._add(x_BTD, block.attention(normed_BTD, turns, visible, fold(key, 0) if training else None))
+                q, k, v = block.attention.project(block.attention_norm(x_BTD), turns)
+                heads += [(k, v)] if keep_heads else []
+                x_BTD = self.add(x_BTD, block.attention.attend(q, k, v, visible, fold(key, 0) if training else None))
                 y_BTD, report = self._ffn(block.ffn_norm(x_BTD), nnx.merge(graphs[letter], ffn), fold(key, 1), training, mask_BT)
-                x_BTD = self._add(x_BTD, y_BTD)
+                x_BTD = self.add(x_BTD, y_BTD)
                 reports += [] if report is None else [report]
-            return x_BTD, jax.tree.map(lambda *each: jnp.stack(each), *reports) if reports else None
+            return x_BTD, [jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None for found in (reports, heads)]
 
-        kinds = "".join("D" if i in config.dense_layers else "M" for i in range(config.num_layers))
         start, collected = dict.fromkeys("ADM", 0), []
-        for unit, count in repeated_units(kinds):
+        for unit, count in layer_units(config):
             scanned = [_layer_weights(weights, unit, place, start, count) for place in range(len(unit))]
-            x_BTD, reports = jax.lax.scan(partial(step, unit), x_BTD, scanned)
-            for letter in "A" + unit:
-                start[letter] += count * (len(unit) if letter == "A" else 1)
-            if reports is not None:
-                collected.append(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), reports))
-        return x_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *collected)
+            x_BTD, found = jax.lax.scan(partial(step, unit), x_BTD, scanned)
+            start = after_units(start, unit, count)
+            collected.append(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), found))
+        reports, heads = ([each for each in one if each is not None] for one in zip(*collected, strict=True))
+        kept = jax.tree.map(lambda *each: jnp.concatenate(each), *heads) if keep_heads else None
+        return x_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *reports), kept
 
-    def _add(self, x_BTD: Array, y_BTD: Array) -> Array:
+    def add(self, x_BTD: Array, y_BTD: Array) -> Array:
+        """The residual stream with half a block's answer."""
         multiplier = self.config.residual_multiplier
         return x_BTD + (y_BTD if multiplier == 1 else y_BTD * multiplier)
 
@@ -174,12 +204,16 @@ class Decoder(nnx.Module):
         self, x_BTD: Array, ffn: MoE | Experts, key: Array | None, training: bool, mask_BT: Array | None
     ) -> tuple[Array, tuple[MoEStats, Array] | None]:
         if isinstance(ffn, Experts):
-            flat = x_BTD.reshape(1, -1, x_BTD.shape[-1])
-            return expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape), None
+            return self.dense_answer(x_BTD, ffn), None
         y_BTD, stats = ffn(x_BTD, key=key, training=training, mask_BT=mask_BT)
         # the same computation as inside the call; compiled, it is done once, and not at all where nobody asks
         expert_BTK = ffn.routing(x_BTD, mask_BT=mask_BT)[1].expert_GSK.reshape(*x_BTD.shape[:2], -1)
         return y_BTD, (stats, expert_BTK)
+
+    def dense_answer(self, x_BTD: Array, ffn: Experts) -> Array:
+        """A dense layer's FFN."""
+        flat = x_BTD.reshape(1, -1, x_BTD.shape[-1])
+        return expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
         """Raises ValueError for an empty text or, outside jit, a token that is not in the vocabulary."""

@@ -1,0 +1,29 @@
+"""Few tokens: each choice meets its own expert's weights, and no other expert is touched.
+
+Work and memory traffic are those of K * S experts, whatever E is. Right where there are fewer choices than experts, as in
+generation; with more, `grouped` reads each expert's weights once for all its rows.
+"""
+
+from jax_moe.config import MoEConfig
+from jax_moe.dims import Array, Float
+from jax_moe.dispatch import Moves, Slots
+from jax_moe.kernels.moves import combine_choices
+from jax_moe.routing import Routing
+
+
+def are_few(num_tokens: int, config: MoEConfig) -> bool:
+    """Whether all choices together are at most as many as the experts."""
+    return num_tokens * config.top_k <= config.num_experts
+
+
+def chosen_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+    """Same answer as `einsum_dispatch` without a capacity; padding's choices keep weight 0."""
+    G, S, D = x_GSD.shape
+    K = moves.config.top_k
+    x_RD = x_GSD.reshape(G * S, D).repeat(K, axis=0)
+    if moves.config.expert.weight_on == "input":
+        x_RD = (x_RD * slots.weight_GSK.reshape(-1, 1)).astype(x_RD.dtype)
+    y_R1D = moves.apply(x_RD[:, None], routing.expert_GSK.reshape(-1))
+    if moves.dropout is not None:
+        y_R1D = moves.dropout(y_R1D)
+    return combine_choices(y_R1D.reshape(G, S, K, D), slots, moves)
