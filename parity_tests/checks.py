@@ -75,13 +75,14 @@ class Column:
 
 @functools.cache
 def measured() -> dict:
-    """The errors last measured: {"cells": {case: {column: error or reason}}, versions, date}."""
+    """The errors last measured: {"cells" and "families": {case: {column: error or reason}}, versions, date}."""
     return json.loads(MEASURED.read_text()) if MEASURED.exists() else {"cells": {}}
 
 
 def worst_measured(column: str) -> float:
     """The column's worst error over all cases; infinite before the first measurement."""
-    errors = [row[column] for row in measured()["cells"].values() if isinstance(row.get(column), float)]
+    rows = [row for part in ("cells", "families") for row in measured().get(part, {}).values()]
+    errors = [row[column] for row in rows if isinstance(row.get(column), float)]
     return max(errors, default=float("inf"))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch.overrides import TorchFunctionMode
 
 VOCABULARY, TEXTS, LENGTH = 37, 3, 11
@@ -28,11 +27,15 @@ class Case:
 
     def config(self) -> Any:
         """transformers' configuration, the balance loss on and large enough to be seen."""
+        import transformers  # the tables of README are rendered without it
+
         values = {**COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, **self.sizes, **self.settings}
         return getattr(transformers, f"{self.family}Config")(**values)
 
     def reference(self, config: Any) -> Any:
         """The model, eager in attention and experts."""
+        import transformers
+
         kind = getattr(transformers, f"{self.family}ForCausalLM")
         return kind._from_config(config, attn_implementation="eager", experts_implementation="eager")
 

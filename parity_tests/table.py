@@ -7,14 +7,18 @@ import json
 import os
 import platform
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from parity_tests.cases import CASES
 from parity_tests.checks import COLUMNS, MEASURED, Column, Runs, measured, worst_measured
+from parity_tests.hf_cases import CASES as FAMILY_CASES
+from parity_tests.hf_checks import FAMILY_COLUMNS, FamilyRuns
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
-PACKAGES = ("jax", "flax", "torch", "optax", "numpy")
+PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
 
 
 def measure_all() -> dict:
@@ -24,11 +28,23 @@ def measure_all() -> dict:
         runs = Runs(case)
         cells[case.name] = {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
         print(f"{number + 1}/{len(CASES)} {case.name}", file=sys.stderr)
+    families = measure_families() if find_spec("transformers") else measured()["families"]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions,
-        "cells": cells,
+        "cells": cells, "families": families,
     }
+
+
+def measure_families() -> dict[str, dict[str, float]]:
+    """The same for the Hugging Face families."""
+    rows = {}
+    for number, case in enumerate(FAMILY_CASES):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = FamilyRuns(case, Path(folder))
+            rows[case.name] = {column.name: column.measure(runs, column.limit) for column in FAMILY_COLUMNS}  # type: ignore[arg-type]
+        print(f"{number + 1}/{len(FAMILY_CASES)} {case.name}", file=sys.stderr)
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,24 +61,35 @@ def cell(column: Column, value: float | str) -> str:
     return "exact" if column.limit == 0 else f"{value:.0e}"
 
 
+def grid(columns: list[Column], rows: dict[str, dict[str, float | str]]) -> list[str]:
+    """A markdown table: what is allowed, the worst, then every row."""
+    return [
+        "| | " + " | ".join(column.name for column in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        "| *allowed* | " + " | ".join("exact" if c.limit == 0 else f"{c.tolerance:.0e}" for c in columns) + " |",
+        "| *worst measured* | " + " | ".join(cell(c, worst_measured(c.name)) for c in columns) + " |",
+        *(f"| {name} | " + " | ".join(cell(c, row.get(c.name, "?")) for c in columns) + " |" for name, row in rows.items()),
+    ]
+
+
 def render() -> str:
     """The table as markdown, from measured.json alone."""
     found = measured()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
     lines = [
         f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, JAX against PyTorch "
         "(bf16: both against fp64); the first seven columns and the AdamW steps are in fp64.",
         "",
-        "| | " + " | ".join(column.name for column in COLUMNS) + " |",
-        "|---|" + "---|" * len(COLUMNS),
-        "| *allowed* | " + " | ".join("exact" if c.limit == 0 else f"{c.tolerance:.0e}" for c in COLUMNS) + " |",
-        "| *worst measured* | " + " | ".join(cell(c, worst_measured(c.name)) for c in COLUMNS) + " |",
+        *grid(COLUMNS, {case.name: found["cells"].get(case.name, {}) for case in CASES}),
+        "",
+        "A dash: " + "; ".join(reasons) + ".",
+        "",
+        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are in fp64 (the "
+        "reference with every float32 that it names widened); loss and gradients include the balance loss.",
+        "",
+        *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
     ]
-    for case in CASES:
-        row = found["cells"].get(case.name, {})
-        lines.append(f"| {case.name} | " + " | ".join(cell(c, row.get(c.name, "?")) for c in COLUMNS) + " |")
-    reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
-    lines += ["", "A dash: " + "; ".join(reasons) + "."]
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ from parity_tests import table
 from parity_tests.cases import CASES, Case
 from parity_tests.checks import COLUMNS, Runs, measured
 from parity_tests.compare import MismatchError, check_names
+from parity_tests.hf_cases import CASES as FAMILY_CASES
+from parity_tests.hf_checks import FAMILY_COLUMNS
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -31,6 +33,15 @@ def test_every_cell_was_measured_and_none_is_left_over() -> None:
         for column in COLUMNS:
             reason = column.inapplicable(case)
             assert cells[case.name][column.name] == reason or reason is None
+
+
+def test_every_family_was_measured() -> None:
+    rows = measured()["families"]
+    check_names(rows, {case.name: case for case in FAMILY_CASES}, "families of measured.json")
+    for name, row in rows.items():
+        check_names(row, {column.name: column for column in FAMILY_COLUMNS}, f"columns of {name}")
+        for column in FAMILY_COLUMNS:
+            assert row[column.name] <= column.limit, f"{name}: {column.name}"
 
 
 def test_no_measured_error_is_above_what_is_promised() -> None:

@@ -54,7 +54,7 @@ EXPERTS = {
 DTYPES = {
     "makemoe": ("float32", "float32"),
     "mixtral": ("input", "float32"),  # logits in the model's dtype, weights stay fp32 until they have multiplied
-    "switch": ("float32", "float32"),
+    "switch": ("float32", "input"),  # fp32 inside the router, rounded at its end: "selective precision"
     "vmoe": ("float32", "float32"),
     "qwen2_moe": ("input", "input"),  # weights are cast to the logits' dtype first
     "qwen3_moe": ("input", "input"),

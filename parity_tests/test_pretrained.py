@@ -250,7 +250,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), r"must hold model.safetensors or"),
     "index elsewhere": (lambda f: reindex(f, lambda m: m.update({next(iter(m)): "../x.safetensors"})), r"a file in this folder"),
     "index of nothing": (lambda f: reindex(f, lambda m: m.clear()), r"weight_map must say"),
-    "NaN": (lambda f: edit_shard(f, spoil), r"NaN or infinity: 1 wrong: lm_head.weight"),
+    "NaN": (lambda f: edit_shard(f, spoil), r"1 wrong: lm_head.weight holds NaN or infinity"),
 }
 
 
