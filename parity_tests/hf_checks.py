@@ -159,7 +159,7 @@ def round_trip(runs: FamilyRuns, tolerance: float) -> float:
     check_exact(other, mine, f"{where}: from the fused layout")
     again = type(runs.reference).from_pretrained(ours)
     state = {name: value.numpy() for name, value in again.state_dict().items()}
-    check_exact(state, {n: v.numpy() for n, v in runs.reference.state_dict().items()}, f"{where}: what transformers loads of ours")
+    check_exact(state, {n: v.numpy() for n, v in runs.reference.state_dict().items()}, f"{where}: loaded by transformers")
     return 0.0
 
 

@@ -85,8 +85,8 @@ def render() -> str:
         "",
         "A dash: " + "; ".join(reasons) + ".",
         "",
-        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are in fp64 (the "
-        "reference with every float32 that it names widened); loss and gradients include the balance loss.",
+        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are in fp64 "
+        "(the reference with every float32 that it names widened); loss and gradients include the balance loss.",
         "",
         *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
     ]
