@@ -1,16 +1,18 @@
 """State dicts on disk: `.safetensors` and `.pt`, written beside and renamed only after they read back bit for bit."""
 
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 PT_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PT_SUFFIXES)
+COMPARED = 1 << 19  # bytes at a time: they stay in the cache
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:
@@ -40,8 +42,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError):
-        raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short") from None
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short ({reason})") from None
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
@@ -78,8 +81,11 @@ def verify(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray], pa
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal dtype, shape and bytes; a NaN equals itself."""
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    """Equal dtype, shape and bytes; a NaN equals itself. Contiguous arrays are not copied."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (np.ascontiguousarray(one).reshape(-1).view(np.uint8) for one in (a, b))
+    return all(np.array_equal(a[i : i + COMPARED], b[i : i + COMPARED]) for i in range(0, a.size, COMPARED))
 
 
 def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> None:
@@ -107,13 +113,20 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
     try:
         yield part
+        sync(part)
         if path.is_dir():
             old = path.with_name(f"{part.name}.old")
             os.replace(path, old)
-            os.replace(part, path)
+            try:
+                os.replace(part, path)
+            except OSError:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(part, path)
+        with suppress(OSError):  # a folder that may be written and not read
+            sync(path.parent, deep=False)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"{path}: cannot be written ({reason})") from None
@@ -122,3 +135,22 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+
+def sync(path: Path, deep: bool = True) -> None:
+    """Returns when the file, or the folder with all that is in it, is on the disk and not only in its cache."""
+    for one in [*(path.rglob("*") if deep else ()), path]:
+        if one.is_file() or hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
+            descriptor = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises ValueError if the disk that holds the folder of `path` has fewer bytes free."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        reason = os.strerror(errno.ENOSPC)
+        raise ValueError(f"{path}: cannot be written ({reason}: needs {needed:,} bytes, {free:,} are free)")

@@ -1,23 +1,27 @@
 """Hugging Face folders: `load_pretrained` makes a Decoder of one, `save_pretrained` writes one."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from jax_moe.decoder_config import Origin
+from jax_moe.decoder_config import DecoderConfig, Origin
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.engine import Piece, Plan, PortError, assemble, check, make_plan, take_apart
+from jax_moe.porting.engine import check, make_plan
 from jax_moe.porting.families.hf import FAMILIES, decoder_tables, family_named
-from jax_moe.porting.files import same_bits, writing
+from jax_moe.porting.files import check_space, same_bits, writing
 from jax_moe.porting.shards import DTYPES, Header, open_weights, write_weights
+from jax_moe.porting.stacking import place_all, theirs_from
+from jax_moe.sharding import mesh_in_use
 
 # Beside config.json and the weights: copied as they are. Code (.py) never is.
 COPIED = (
@@ -27,24 +31,28 @@ COPIED = (
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def load_pretrained(directory: str | os.PathLike[str], dtype: Any = None) -> Decoder:
+def load_pretrained(
+    directory: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False
+) -> Decoder:
     """The decoder in a folder that `transformers` or `save_pretrained` wrote.
 
-    Weights keep the dtype they are stored in, unless `dtype` names another. They are read one tensor at a time into one
-    stacked array at a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
+    Weights keep the dtype they are stored in, unless `dtype` names another. One stacked array at a time passes through host
+    memory; on a `mesh` (or the one that `jax.set_mesh` has set) experts are split over its expert axis, one device's part at
+    a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
     """
     path = Path(directory)
     text, values = _read_config(path)
-    try:
-        family = family_named(values.get("model_type"))
-        config = family.config(values)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
-    origin = Origin(model_type=family.model_type, config_json=text, directory=str(path.absolute()))
     target = None if dtype is None else _float_dtype(dtype)
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), origin=origin))
+    with _named(path / "config.json"):
+        family = family_named(values.get("model_type"))
     with open_weights(path) as headers:
-        return _fill(model, headers, path, target)
+        with _named(path / "config.json"):
+            _check_layers(values, headers)
+            config = family.config(values)
+            _check_sizes(config, headers)
+        origin = Origin(model_type=family.model_type, config_json=text, directory=str(path.absolute()))
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), origin=origin))
+        return _fill(model, headers, path, target, mesh or mesh_in_use(), allow_nonfinite)
 
 
 def save_pretrained(
@@ -65,10 +73,12 @@ def save_pretrained(
     loaded = origin is not None and origin.model_type == family.model_type
     values = json.loads(origin.config_json) if loaded else family.values(model.config)  # type: ignore[union-attr]
     plan = make_plan(decoder_tables(model.config, family.model_type)[0], {name: a.shape for name, a in arrays.items()})
+    theirs = theirs_from(plan, arrays)
     stored = np.dtype(arrays["embedding"].dtype).name
     with writing(path, overwrite, replaceable=lambda old: (old / "config.json").is_file()) as part:
+        check_space(path, sum(header.nbytes for header in theirs.values()))
         part.mkdir()
-        write_weights(part, _sizes(plan, arrays), _Theirs(plan, arrays), max_shard_bytes)
+        write_weights(part, theirs, max_shard_bytes)
         (part / "config.json").write_text(_config_text(origin.config_json if loaded else None, values, stored), encoding="utf-8")  # type: ignore[union-attr]
         if loaded:
             _copy_others(Path(origin.directory), part)  # type: ignore[union-attr]
@@ -104,6 +114,37 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, values
 
 
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors begin with the file's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _check_layers(values: dict[str, Any], headers: Mapping[str, Header]) -> None:
+    """Refuses, before anything is made for every layer, more layers than there are tensors."""
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(headers):
+        raise ValueError(f"num_hidden_layers={layers}: must fit the weights, which are {len(headers)} tensors")
+
+
+def _check_sizes(config: DecoderConfig, headers: Mapping[str, Header]) -> None:
+    """Refuses, before anything of that size is named, a size that no tensor can have."""
+    held = sum(math.prod(header.shape) for header in headers.values())
+    moe = config.moe
+    sizes = {
+        "vocab_size": config.vocab_size, "model_dim": config.model_dim,
+        "num_heads * head_dim": config.num_heads * config.head_dim,
+        "num_layers * num_experts": len(config.moe_layers) * moe.num_experts, "expert_dim": moe.expert_dim,
+        "dense_dim": config.dense_dim, "shared_dim": moe.expert.shared_dim,
+    }
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size > held]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: must fit the weights, which are {held} numbers")
+
+
 def _float_dtype(dtype: Any) -> np.dtype:
     try:
         found = np.dtype(jnp.dtype(dtype))
@@ -114,7 +155,9 @@ def _float_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def _fill(model: Decoder, headers: dict[str, Header], path: Path, dtype: np.dtype | None) -> Decoder:
+def _fill(
+    model: Decoder, headers: dict[str, Header], path: Path, dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool
+) -> Decoder:
     flat = {".".join(map(str, keys)): (keys, v) for keys, v in nnx.to_flat_state(nnx.state(model))}
     shapes = {name: v.shape for name, (_, v) in flat.items()}
     assert model.origin is not None
@@ -122,15 +165,8 @@ def _fill(model: Decoder, headers: dict[str, Header], path: Path, dtype: np.dtyp
     plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
     headers = _without_tied_head(model, headers)
     check(plan, headers, f"{path} (layout {plan.table.name})")
-    filled, not_finite = [], []
-    for name, pieces in groupby(plan.pieces, key=lambda piece: piece.ours):
-        value, bad = _stack(name, list(pieces), headers, shapes[name], dtype)
-        not_finite += bad
-        if not not_finite:
-            keys, variable = flat[name]
-            filled.append((keys, variable.replace(_place(value, name))))
-    if not_finite:
-        raise PortError(f"{path}: NaN or infinity", wrong=not_finite)
+    arrays = place_all(plan, headers, dtype, mesh, allow_nonfinite, str(path))
+    filled = [(flat[name][0], flat[name][1].replace(array)) for name, array in arrays.items()]
     nnx.update(model, nnx.from_flat_state(filled))
     return model
 
@@ -141,58 +177,3 @@ def _without_tied_head(model: Decoder, headers: dict[str, Header]) -> dict[str, 
     if not model.config.tied_embeddings or head is None or embedding is None or not same_bits(head.read(), embedding.read()):
         return headers
     return {name: header for name, header in headers.items() if name != "lm_head.weight"}
-
-
-def _stack(
-    name: str, pieces: list[Piece], headers: Mapping[str, Header], shape: tuple[int, ...], dtype: np.dtype | None
-) -> tuple[np.ndarray, list[str]]:
-    """One of our arrays from its pieces, each read when its turn comes, and the names that are not finite."""
-    value = np.empty(shape, dtype or headers[pieces[0].theirs].dtype)
-    bad: dict[str, None] = {}
-    for piece in pieces:
-        tensor = headers[piece.theirs].read()
-        if not np.isfinite(tensor).all():
-            bad[piece.theirs] = None
-        assemble(piece, tensor, value)
-    return value, list(bad)
-
-
-def _place(value: np.ndarray, name: str) -> Any:
-    placed = jnp.asarray(value)
-    if placed.dtype != value.dtype:
-        raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=[f"{name} is {value.dtype}"])
-    return placed
-
-
-def _sizes(plan: Plan, arrays: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of each of their tensors, in the order of the rows, so that one stacked array is taken apart after the other."""
-    size = {piece.theirs: np.dtype(arrays[piece.ours].dtype).itemsize for piece in plan.pieces}
-    return {name: size[name] * int(np.prod(plan.their_shapes[name])) for name in size}
-
-
-class _Theirs:
-    """Their tensors by name, taken from ours; the last two stacked arrays are kept on the host."""
-
-    def __init__(self, plan: Plan, arrays: Mapping[str, Any]):
-        self.plan, self.arrays = plan, arrays
-        self.pieces: dict[str, list[Piece]] = {}
-        for piece in plan.pieces:
-            self.pieces.setdefault(piece.theirs, []).append(piece)
-        self.host: dict[str, np.ndarray] = {}
-
-    def __call__(self, name: str) -> np.ndarray:
-        ours = {piece.ours: self._host(piece.ours) for piece in self.pieces[name]}
-        dtypes = {value.dtype for value in ours.values()}
-        if len(dtypes) > 1:
-            raise PortError(f"layout {self.plan.table.name}", mistyped=[f"{name} would hold {' and '.join(map(str, dtypes))}"])
-        value = np.empty(self.plan.their_shapes[name], next(iter(dtypes)))
-        for piece in self.pieces[name]:
-            take_apart(piece, ours[piece.ours], value)
-        return value
-
-    def _host(self, path: str) -> np.ndarray:
-        if path not in self.host:
-            if len(self.host) > 1:
-                del self.host[next(iter(self.host))]
-            self.host[path] = np.asarray(self.arrays[path])
-        return self.host[path]

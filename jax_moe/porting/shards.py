@@ -1,31 +1,16 @@
 """A folder of weights: one or many `.safetensors` (read one tensor at a time) or PyTorch `.bin` files, with their index."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
-import numpy as np
+from jax_moe.porting.tensor_file import DTYPES, Header, map_tensors, write_tensors
 
-from jax_moe.porting.files import read_state, verify, write_safetensors
+__all__ = ["BIN", "BIN_INDEX", "DTYPES", "INDEX", "SINGLE", "Header", "open_weights", "write_weights"]
 
-DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of a tensor before it is read; `dtype` and `shape` as of an array."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], np.ndarray]
 
 
 @contextmanager
@@ -34,25 +19,25 @@ def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
     files, listed = _files(directory)
     errors: list[str] = []
     headers: dict[str, Header] = {}
-    with ExitStack() as stack:
-        for file in files:
-            try:
-                found = _open(directory / file, stack)
-            except ValueError as error:
-                errors.append(str(error))
-                continue
-            if listed is not None:
-                said = {name for name, where in listed.items() if where == file}
-                errors += [f"{file} lacks {name}, which the index says it holds" for name in sorted(said - found.keys())]
-                errors += [f"{file} holds {name}, which the index does not say" for name in sorted(found.keys() - said)]
-            headers |= found
-        wrong = [f"{name} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
-        if wrong:
-            errors.append(f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}")
-        if errors:
-            more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
-            raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
-        yield headers
+    for file in files:
+        try:
+            found = _open(directory / file)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if listed is not None:
+            said = {name for name, where in listed.items() if where == file}
+            errors += [f"{file} lacks {name}, which the index says it holds" for name in sorted(said - found.keys())]
+            errors += [f"{file} holds {name}, which the index does not say" for name in sorted(found.keys() - said)]
+        headers |= found
+    wrong = [f"{name} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
+    if wrong:
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        errors.append(f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}")
+    if errors:
+        more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
+    yield headers
 
 
 def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -78,52 +63,35 @@ def _read_index(path: Path) -> dict[str, str]:
     return listed
 
 
-def _open(path: Path, stack: ExitStack) -> dict[str, Header]:
+def _open(path: Path) -> dict[str, Header]:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
-    if path.suffix != ".safetensors":
-        state = read_state(path)
-        return {name: Header(value.shape, _known(value.dtype), lambda value=value: value) for name, value in state.items()}  # type: ignore[misc]
-    from safetensors import SafetensorError, safe_open
+    if path.suffix == ".safetensors":
+        return map_tensors(path)
+    from jax_moe.porting.torch_files import map_pt
 
-    try:
-        file = stack.enter_context(safe_open(path, framework="np"))
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: Header(tuple(one.get_shape()), DTYPES.get(one.get_dtype(), one.get_dtype()), _reader(file, name))
-            for name, one in slices.items()
-        }
-    except (SafetensorError, OSError):
-        raise ValueError(f"{path.name} must be a whole .safetensors file, it is not one or is cut short") from None
+    return {
+        name: Header(shape, dtype if dtype in DTYPES.values() else str(dtype), read)
+        for name, (shape, dtype, read) in map_pt(path).items()
+    }
 
 
-def _known(dtype: np.dtype) -> Any:
-    return dtype if dtype in DTYPES.values() else str(dtype)
-
-
-def _reader(file: Any, name: str) -> Callable[[], np.ndarray]:
-    return lambda: file.get_tensor(name)
-
-
-def write_weights(
-    directory: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_shard_bytes: int
-) -> None:
-    """Writes `tensor(name)` for every name in `sizes` (bytes): one file, or shards with their index, each read back."""
+def write_weights(directory: Path, headers: Mapping[str, Header], max_shard_bytes: int) -> None:
+    """Writes what the headers read: one file, or shards with their index, each read back. One tensor is in memory at a time."""
     shards: list[list[str]] = [[]]
     held = 0
-    for name, size in sizes.items():
-        if shards[-1] and held + size > max_shard_bytes:
+    for name, header in headers.items():
+        if shards[-1] and held + header.nbytes > max_shard_bytes:
             shards.append([])
             held = 0
         shards[-1].append(name)
-        held += size
+        held += header.nbytes
     files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        state = {name: tensor(name) for name in names}
-        write_safetensors(directory / file, state, {"format": "pt"})
-        verify(state, read_state(directory / file), directory / file)
+        write_tensors(directory / file, {name: headers[name] for name in names})
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+        total = sum(header.nbytes for header in headers.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """The only file of `jax_moe` that imports torch: `.pt` files and tensors, to and from numpy."""
 
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,28 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
 
     Raises ValueError for a file that is cut short, holds code or anything but named tensors.
     """
+    state = _load_pt(path, mapped=False)
+    odd = [f"{name} is {_dtype(value)}" for name, value in state.items() if isinstance(_dtype(value), str)]
+    if odd:
+        raise ValueError(f"{path}: must hold tensors that numpy has; {', '.join(odd[:20])}")
+    return {name: tensor_to_numpy(value) for name, value in state.items()}
+
+
+def map_pt(path: Path) -> dict[str, tuple[tuple[int, ...], Any, Callable[[], np.ndarray]]]:
+    """{name: (shape, dtype, reader)} of a `.bin` file, as strict as `read_pt`; a dtype that numpy lacks is its name.
+
+    The file is mapped, so that a tensor is read when its reader is called, unless it is older than PyTorch 1.6's format.
+    """
+    return {name: (tuple(value.shape), _dtype(value), _reader(value)) for name, value in _load_pt(path, mapped=True).items()}
+
+
+def _load_pt(path: Path, mapped: bool) -> dict[str, Any]:
     torch = import_torch(f"{path}: reading it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen kinds for a file that is not its own
         if "Unsupported global" in str(error):
             raise ValueError(f"{path}: refused, its pickle holds code or objects other than tensors") from None
@@ -56,7 +74,29 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     odd = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor) or not isinstance(name, str)]
     if odd:
         raise ValueError(f"{path}: must hold a state dict (names and tensors); not tensors: {', '.join(odd[:20])}")
-    return {name: tensor_to_numpy(value) for name, value in state.items()}
+    return dict(state)
+
+
+def _dtype(tensor: Any) -> Any:
+    """numpy's dtype, or the name of one that numpy lacks."""
+    torch = import_torch("a tensor")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"{tensor.layout if tensor.layout != torch.strided else tensor.dtype}".removeprefix("torch.")
+    if tensor.dtype == torch.bfloat16:
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        return torch.empty(0, dtype=tensor.dtype).numpy().dtype
+    except TypeError:
+        return str(tensor.dtype).removeprefix("torch.")
+
+
+def _reader(tensor: Any) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        torch = import_torch("a tensor")
+        value = tensor.detach().contiguous()
+        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
+
+    return read
 
 
 def write_pt(path: Path, state: Mapping[str, np.ndarray]) -> None:

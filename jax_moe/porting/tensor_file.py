@@ -1,0 +1,128 @@
+"""One `.safetensors` file: read as views of the mapped file, written one tensor at a time, read back by the library.
+
+The library checks every header; the data never pass through it twice, so that a file may be larger than memory.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_moe.porting.files import same_bits
+
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SORTED = ("F64", "F32", "BF16", "F16")  # the order in which the library writes dtypes
+CHECKED_BYTES = 1 << 24  # read back at a time
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor before it is read; `dtype` and `shape` as of an array."""
+
+    shape: tuple[int, ...]
+    dtype: Any  # a dtype, or the name of one that is not supported
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def map_tensors(path: Path) -> dict[str, Header]:
+    """{name: header}; `read` gives a read-only view of the file, valid for as long as it is held.
+
+    Raises ValueError if the file is not whole, its header lies about sizes or offsets, or a name stands in it twice.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            whole = set(file.keys())
+        with path.open("rb") as raw:
+            (size,) = struct.unpack("<Q", raw.read(8))
+            listed = json.loads(raw.read(size), object_pairs_hook=_unique)
+            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"{path.name} must be a whole .safetensors file, it is not one or is cut short ({reason})") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name} must be a whole .safetensors file ({error})") from None
+    listed.pop("__metadata__", None)
+    if listed.keys() != whole:
+        raise ValueError(f"{path.name} must be a whole .safetensors file (its header is read in two ways)")
+    return {name: _mapped(mapped, 8 + size, about) for name, about in listed.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: which of two would count is the reader's whim."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"its header says twice: {', '.join(twice[:20])}")
+    return found
+
+
+def _mapped(mapped: mmap.mmap, data: int, about: dict[str, Any]) -> Header:
+    code, shape, offset = about["dtype"], tuple(about["shape"]), data + about["data_offsets"][0]
+    if code not in DTYPES:
+        return Header(shape, code, lambda: np.empty(0))
+
+    def read() -> np.ndarray:
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was read before leaves this process's memory, not the page cache
+            mapped.madvise(mmap.MADV_DONTNEED)
+        return np.ndarray(shape, DTYPES[code], mapped, offset)
+
+    return Header(shape, DTYPES[code], read)
+
+
+def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
+    """The file that the library's `save_file` would write, byte for byte, with one tensor in memory at a time.
+
+    Raises ValueError unless the library then reads every tensor as it was given, bit for bit.
+    """
+    names = sorted(headers, key=lambda name: (SORTED.index(CODES[headers[name].dtype]), name))
+    about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + headers[name].nbytes
+        about[name] = {"dtype": CODES[headers[name].dtype], "shape": list(headers[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            file.write(np.ascontiguousarray(headers[name].read()).reshape(-1).view(np.uint8).data)
+    wrong = differing(path, headers)
+    if wrong:
+        raise ValueError(f"{path}: must read back as written; differs in {', '.join(wrong[:20])}")
+
+
+def differing(path: Path, headers: Mapping[str, Header]) -> list[str]:
+    """Names that the library does not read from the file as `headers` give them, bit for bit; a part of a tensor at a time."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        there = set(file.keys())
+        both = [name for name in headers if name in there]
+        return [*sorted(there ^ headers.keys()), *(name for name in both if not _reads(file, name, headers[name]))]
+
+
+def _reads(file: Any, name: str, header: Header) -> bool:
+    value, stored = header.read(), file.get_slice(name)
+    if tuple(stored.get_shape()) != value.shape:
+        return False
+    if value.ndim == 0 or value.nbytes <= CHECKED_BYTES:
+        return same_bits(file.get_tensor(name), value)
+    rows = max(1, CHECKED_BYTES // (value.nbytes // len(value)))
+    return all(same_bits(stored[i : i + rows], value[i : i + rows]) for i in range(0, len(value), rows))
