@@ -49,7 +49,7 @@ class State(NamedTuple):
     new_BN: Int[Array, "B N"]  # N: slots for new tokens, pad_token where none is yet
     token_B: Int[Array, " B"]  # the latest
     done_B: Bool[Array, " B"]
-    count: Int[Array, ""]  # of new tokens
+    num_new: Int[Array, ""]
 
 
 def bucket(length: int) -> int:
@@ -95,7 +95,7 @@ def check_prompt(model: Decoder, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarr
     if mask.shape != tokens.shape:
         raise ValueError(f"mask_BT has shape {mask.shape}: must be that of tokens_BT, {tokens.shape}")
     tokens = np.where(mask, tokens, 0).astype(np.int32)
-    model.check_tokens(tokens)
+    model.check_tokens(tokens)  # type: ignore[arg-type]
     for row in range(len(tokens)):
         require(bool(mask[row].any()), "mask_BT", "all False", f"True somewhere: sequence {row} has no token")
         left = bool(mask[row, np.argmax(mask[row]) :].all())
@@ -138,23 +138,23 @@ def _proceed(
     model = nnx.merge(graphdef, weights)
 
     def step(state: State) -> State:
-        slot = request.prompt_slots + state.count - 1
+        slot = request.prompt_slots + state.num_new - 1
         logits_BV, cache = decode(model, state.token_B, slot, request.start_B, state.cache)
         return _append(state._replace(cache=cache), logits_BV, request, sampling)
 
     def goes_on(state: State) -> Array:
-        return (state.count < until) & ~state.done_B.all()
+        return (state.num_new < until) & ~state.done_B.all()
 
     return _seen(jax.lax.while_loop(goes_on, step, state))
 
 
 def _append(state: State, logits_BV: Array, request: Request, sampling: Sampling) -> State:
-    step_key = None if sampling.greedy else fold(request.key, state.count)
+    step_key = None if sampling.greedy else fold(request.key, state.num_new)
     token_B = choose_tokens(logits_BV, request.temperature, step_key, sampling.top_k, sampling.top_p)
     token_B = jnp.where(state.done_B, request.pad_token, token_B)
     done_B = state.done_B | (token_B[:, None] == request.stop_tokens).any(axis=1)
-    new_BN = jax.lax.dynamic_update_slice_in_dim(state.new_BN, token_B[:, None], state.count, axis=1)
-    return State(state.cache, new_BN, token_B, done_B, state.count + 1)
+    new_BN = jax.lax.dynamic_update_slice_in_dim(state.new_BN, token_B[:, None], state.num_new, axis=1)
+    return State(state.cache, new_BN, token_B, done_B, state.num_new + 1)
 
 
 def _seen(state: State) -> tuple[State, tuple[Array, Array]]:

@@ -65,7 +65,8 @@ def decode(
             for memory, new in zip(cache, (k_BTJA, v_BTJA), strict=True)
         ))
         visible = visible_positions(slot[None], num_slots, None if windows_L is None else windows_L[layer], mask_BU)
-        x_BTD = model.add(x_BTD, block.attention.attend(q_BTHA, *_at(cache, layer), visible))
+        k_BUJA, v_BUJA = _at(cache, layer)
+        x_BTD = model.add(x_BTD, block.attention.attend(q_BTHA, k_BUJA, v_BUJA, visible))
         return model.add(x_BTD, ffns[letter](block.ffn_norm(x_BTD), number)), cache
 
     before = dict.fromkeys("ADM", 0)

@@ -1,32 +1,86 @@
 """`jax-moe generate`: text from a checkpoint."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_moe.cli import Generate
 from jax_moe.commands.common import with_characters
 from jax_moe.config import require
-from jax_moe.porting.checkpoint import load
+from jax_moe.generation import generate as continue_text
+from jax_moe.models.decoder import Decoder
+from jax_moe.models.makemoe import MakeMoE
+from jax_moe.porting.checkpoint import Checkpoint, load
+from jax_moe.text import TextStream, encode, end_tokens, read_tokenizer
 
 
 def generate(command: Generate) -> int:
     """Prints the prompt and what the model makes of it."""
+    both = command.prompt is None or command.tokens is None
+    require(both, "tokens", command.tokens, "left out where there is a prompt")
     checkpoint = with_characters(load(command.path, command.choices), command.text)
-    require(checkpoint.family == "makemoe", "path", str(command.path), "a makeMoE language model")
-    characters = checkpoint.characters
+    if isinstance(checkpoint.module, Decoder):
+        _with_tokens(command, checkpoint.module)
+        return 0
+    require(checkpoint.family == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder")
+    _with_characters(command, checkpoint)
+    return 0
+
+
+def _settings(command: Generate) -> dict[str, Any]:
+    return {
+        "max_new_tokens": command.max_new_tokens, "temperature": command.temperature, "top_k": command.sample_top_k,
+        "top_p": command.sample_top_p, "key": None if command.temperature == 0 else jax.random.key(command.seed),
+    }
+
+
+def _with_characters(command: Generate, checkpoint: Checkpoint) -> None:
+    require(command.tokens is None, "tokens", command.tokens, "left out: a makeMoE model reads characters")
+    characters, prompt = checkpoint.characters, "\n" if command.prompt is None else command.prompt
     if characters is None:
         raise ValueError(f"{command.path}: does not say which characters its tokens are; --text TRAINING_TEXT does")
-    unknown = sorted(set(command.prompt) - set(characters))
-    require(not unknown, "prompt", command.prompt, f"of the model's characters; it has no {', '.join(map(repr, unknown))}")
-    require(command.prompt != "", "prompt", "", "at least one character")
-    from jax_moe.generation import generate as continue_text
-
-    tokens = jnp.asarray([[characters.index(one) for one in command.prompt]], jnp.int32)
-    key = None if command.temperature == 0 else jax.random.key(command.seed)
-    answer = continue_text(
-        checkpoint.module, tokens, max_new_tokens=command.max_new_tokens, temperature=command.temperature,  # type: ignore[arg-type]
-        top_k=command.sample_top_k, top_p=command.sample_top_p, key=key,
-    )
+    unknown = sorted(set(prompt) - set(characters))
+    require(not unknown, "prompt", prompt, f"of the model's characters; it has no {', '.join(map(repr, unknown))}")
+    require(prompt != "", "prompt", "", "at least one character")
+    tokens = np.asarray([[characters.index(one) for one in prompt]], np.int32)
+    assert isinstance(checkpoint.module, MakeMoE)
+    answer = continue_text(checkpoint.module, tokens, **_settings(command))
     print("".join(characters[token] for token in np.asarray(answer)[0]))
-    return 0
+
+
+def _with_tokens(command: Generate, model: Decoder) -> None:
+    """Prints the text token by token as it comes; numbers for a prompt in numbers."""
+    stop_tokens = end_tokens(command.path)
+    if command.tokens is None:
+        require(command.prompt is not None, "prompt", None, "given, or --tokens in its place")
+        assert command.prompt is not None
+        tokenizer = read_tokenizer(command.path)
+        tokens = encode(tokenizer, command.prompt)
+        stream = TextStream(tokenizer, tokens)
+        begin, piece, end = command.prompt, stream.add, stream.rest
+    else:
+        tokens = _numbers(command.tokens)
+        begin, piece, end = ",".join(map(str, tokens)), lambda token: f",{token}", lambda: ""
+    model.check_tokens(np.asarray([tokens], np.int32))  # type: ignore[arg-type]
+    show = _printer(begin, piece, stop_tokens)
+    continue_text(model, np.asarray([tokens], np.int32), stop_tokens=stop_tokens, callback=show, **_settings(command))
+    print(end(), flush=True)
+
+
+def _printer(begin: str, piece: Callable[[int], str], stop_tokens: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
+    """Prints the beginning with the first token: an error before it leaves nothing on the screen."""
+
+    def show(step: int, token_B: np.ndarray) -> None:
+        token = int(token_B[0])
+        print((begin if step == 0 else "") + ("" if token in stop_tokens else piece(token)), end="", flush=True)
+
+    return show
+
+
+def _numbers(tokens: str) -> list[int]:
+    try:
+        return [int(one) for one in tokens.split(",")]
+    except ValueError:
+        raise ValueError(f"tokens={tokens!r}: must be whole numbers with commas between, like 1,2,3") from None
