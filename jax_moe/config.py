@@ -107,8 +107,8 @@ class CapacityConfig:
     """How many tokens an expert takes from one group, and who is dropped when more want it.
 
     The queue length is computed once, in exact rational arithmetic with the factor as the decimal written:
-    C = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))). Where an original computes in
-    floats the answer can differ by one: makeMoE's int(100 * 0.29) is 28, here floor(100 * 29/100) is 29.
+    C = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))), or clamp(slots). Where an original computes
+    in floats the answer can differ by one: makeMoE's int(100 * 0.29) is 28, here floor(100 * 29/100) is 29.
     """
 
     factor: float | str | Fraction = 1.0
@@ -116,6 +116,7 @@ class CapacityConfig:
     multiple: int = 1  # round up to a multiple of this (V-MoE: 4)
     minimum: int = 0  # at least this many slots (flaxformer: 4)
     clamp: bool = True  # at most S: a token meets an expert once
+    slots: int | None = None  # a constant C in place of the formula, whatever S (Hugging Face's Switch: expert_capacity)
     counts_top_k: bool = True  # K in the formula (V-MoE, makeMoE) or not (Switch, GShard, flaxformer)
     group: Literal["batch", "sequence", "fixed"] = "batch"  # whose tokens compete: all B*T, one sequence, or group_size in a row
     group_size: int | None = None  # for group="fixed"; the last group may be short, its capacity is that of a full one
@@ -133,6 +134,8 @@ class CapacityConfig:
         _flags(self, "clamp", "counts_top_k", "renormalise_after_drop")
         _positive_int(multiple=self.multiple)
         require(_is_int(self.minimum) and self.minimum >= 0, "minimum", self.minimum, "an integer of at least 0")
+        if self.slots is not None:
+            _positive_int(slots=self.slots)
         fixed = self.group == "fixed"
         require(fixed == (self.group_size is not None), "group_size", self.group_size, "set exactly when group='fixed'")
         if fixed:
@@ -177,9 +180,12 @@ class BalanceConfig:
 
     f_sums_to: Literal["one", "k"] = "one"  # f = share of assignments (balanced loss 1), or of tokens (Hugging Face: K)
     pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of the layers' losses, or f and P averaged first (HF)
+    counted_in: Literal["batch", "group"] = "batch"  # f and P over all tokens, or each capacity group's loss, then their mean
 
     def __post_init__(self) -> None:
         _check_literals(self)
+        apart = self.counted_in == "batch" or self.pooled == "per_layer"
+        require(apart, "counted_in", self.counted_in, "'batch' when pooled='over_layers'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +217,13 @@ class MoEConfig:
         require(allowed, "dispatcher", self.dispatcher, f"'auto', 'einsum' or {other!r} {when} a capacity")
 
     def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
-        """This contract with another capacity; `None` makes it dropless. `settings` are fields of CapacityConfig."""
+        """This contract with another capacity factor; `None` makes it dropless. `settings` are fields of CapacityConfig."""
         if factor is None:
             require(not settings, "capacity_factor", None, "a number when " + ", ".join(settings) + " is set")
             return dataclasses.replace(self, capacity=None)
         base = self.capacity or CapacityConfig()
-        return dataclasses.replace(self, capacity=dataclasses.replace(base, factor=factor, **settings))  # type: ignore[arg-type]
+        capacity = dataclasses.replace(base, **{"factor": factor, "slots": None, **settings})  # type: ignore[arg-type]
+        return dataclasses.replace(self, capacity=capacity)
 
     def group_size(self, batch_size: int, num_positions: int) -> int:
         """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions."""
@@ -232,6 +239,8 @@ class MoEConfig:
         if self.capacity is None:
             return group_size
         rule = self.capacity
+        if rule.slots is not None:
+            return min(rule.slots, group_size) if rule.clamp else rule.slots
         share = Fraction(group_size * (self.top_k if rule.counts_top_k else 1), self.num_experts) * rule.exact_factor
         slots = share.numerator // share.denominator
         if rule.rounding == "ceil" and share.denominator != 1:

@@ -50,6 +50,19 @@ def load_balance_loss(
     return num_experts * (f_E * prob_E).sum(axis=-1)
 
 
+def group_balance_loss(
+    routing: Routing, config: MoEConfig, mask_GS: Bool[Array, "G S"] | None = None
+) -> Float[Array, ""]:
+    """The mean over groups of each group's own loss (Mesh TensorFlow's switch gating); groups of padding do not count."""
+    share_GSE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
+    mask_GS = jnp.ones(share_GSE.shape[:2], bool) if mask_GS is None else mask_GS
+    load_GE, prob_GE = (
+        jax.vmap(masked_mean)(x_GSE[:, None], mask_GS[:, None]) for x_GSE in (share_GSE, jax.nn.softmax(routing.logits_GSE))
+    )
+    loss_G = load_balance_loss(load_GE, prob_GE, config.top_k, config.balance)
+    return masked_mean(loss_G[None], mask_GS.any(axis=1)[None])
+
+
 def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Array, ""]:
     """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
     if config.balance.pooled == "per_layer":
@@ -113,9 +126,12 @@ def layer_stats(
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
     prob_E = masked_mean(jax.nn.softmax(routing.logits_GSE, axis=-1), mask_GS)
+    balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
+    if config.balance.counted_in == "group":
+        balance = group_balance_loss(routing, config, mask_GS)
     dropped_GS = (slots.slot_GSK == capacity).astype(dtype).mean(axis=-1)
     return MoEStats(
-        load_balance_loss=load_balance_loss(load_E, prob_E, config.top_k, config.balance),
+        load_balance_loss=balance,
         router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
         dropped_fraction=masked_mean(dropped_GS, mask_GS),
         expert_load_E=load_E,

@@ -44,20 +44,26 @@ def mixtral(
 
 def switch(
     model_dim: int = 768, expert_dim: int = 3072, num_experts: int = 8, top_k: int = 1,
-    capacity_factor: float | None = 1.25, jitter_eps: float = 0.01,
+    capacity_factor: float | None = 1.25, jitter_eps: float = 0.01, expert_capacity: int | None = None,
+    balance_per_sequence: bool = False,
 ) -> MoEConfig:
-    """Switch Transformer (arXiv 2101.03961, section 2.2): top-1 by softmax probability, weight = that probability.
+    """Switch Transformer (arXiv 2101.03961, section 2): top-1 by softmax probability, weight = that probability.
 
-    Capacity ceil(S/E * factor) per sequence in token order (eq. 3); input jitter seen by the router only.
+    Capacity ceil(S/E * factor) per sequence in token order (eq. 3), or `expert_capacity` slots whatever the length (HF);
+    input jitter seen by the router only, whose fp32 answer is rounded to the input's dtype. The balance loss counts
+    the whole batch (eq. 4-6), or with `balance_per_sequence` each sequence (Mesh TensorFlow's groups; HF).
     """
-    router = RouterConfig(noise="input_jitter" if jitter_eps else "none", jitter_eps=jitter_eps)
+    router = RouterConfig(noise="input_jitter" if jitter_eps else "none", jitter_eps=jitter_eps, weight_dtype="input")
     capacity = None
-    if capacity_factor is not None:
-        capacity = CapacityConfig(factor=capacity_factor, rounding="ceil", group="sequence", counts_top_k=False)
+    if capacity_factor is not None or expert_capacity is not None:
+        factor = 1.25 if capacity_factor is None else capacity_factor
+        capacity = CapacityConfig(
+            factor=factor, rounding="ceil", group="sequence", counts_top_k=False, slots=expert_capacity
+        )
     expert = ExpertConfig(activation="relu", gated=False)
     return MoEConfig(
         model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, capacity=capacity,
-        expert=expert,
+        expert=expert, balance=BalanceConfig(counted_in="group" if balance_per_sequence else "batch"),
     )
 
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import torch_ref
 from flax import nnx
 from torch import Tensor
 from transformers.models.switch_transformers import modeling_switch_transformers as hf
 
 import jax_moe
+import torch_ref
 from jax_moe.config import MoEConfig
 from jax_moe.porting.torch_files import numpy_to_tensor, tensor_to_numpy
 

@@ -51,6 +51,20 @@ def load_balance_loss(
     return num_experts * (f_E * prob_E).sum(dim=-1)
 
 
+def group_balance_loss(
+    routing: Routing, config: MoEConfig, mask_GS: Bool[Tensor, "G S"] | None = None
+) -> Float[Tensor, ""]:
+    """The mean over groups of each group's own loss (Mesh TensorFlow's switch gating); groups of padding do not count."""
+    dtype, losses = routing.logits_GSE.dtype, []
+    for g in range(routing.logits_GSE.shape[0]):
+        mask = None if mask_GS is None else mask_GS[g : g + 1]
+        if mask is None or mask.any():
+            load_E = expert_load(routing.expert_GSK[g : g + 1], config.num_experts, dtype, mask)
+            prob_E = masked_mean(routing.logits_GSE[g : g + 1].softmax(dim=-1), mask)
+            losses.append(load_balance_loss(load_E, prob_E, config.top_k, config.balance))
+    return torch.stack(losses).mean() if losses else routing.logits_GSE.new_zeros(())
+
+
 def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Tensor, ""]:
     """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
     if config.balance.pooled == "per_layer":
@@ -114,9 +128,12 @@ def layer_stats(
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
     prob_E = masked_mean(routing.logits_GSE.softmax(dim=-1), mask_GS)
+    balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
+    if config.balance.counted_in == "group":
+        balance = group_balance_loss(routing, config, mask_GS)
     dropped_GS = (slots.slot_GSK == capacity).to(dtype).mean(dim=-1)
     return MoEStats(
-        load_balance_loss=load_balance_loss(load_E, prob_E, config.top_k, config.balance),
+        load_balance_loss=balance,
         router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
         dropped_fraction=masked_mean(dropped_GS, mask_GS),
         expert_load_E=load_E,
