@@ -60,19 +60,20 @@ def weight_split(mesh: Mesh, shape: tuple[int, ...], expert_axis: int | None) ->
 def place(
     part: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], mesh: Mesh | None, expert_axis: int | None
 ) -> jax.Array:
-    """An array of which `part` makes the window it is asked for; one window, of those of this host's devices, at a time."""
-    whole = tuple(slice(0, size) for size in shape)
+    """An array of which `part` makes the window it is asked for: one at a time, those of this process's devices only.
+
+    The memory that `part` returns is jax's from then on: on a CPU it may become the array.
+    """
     if mesh is None:
-        return jax.block_until_ready(jax.device_put(part(whole), may_alias=False))
+        return jax.block_until_ready(jax.device_put(part(tuple(slice(0, size) for size in shape))))
     sharding = weight_split(mesh, shape, expert_axis)
-    devices: dict[tuple[slice, ...], list[jax.Device]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        window = tuple(slice(*one.indices(size)[:2]) for one, size in zip(index or (), shape, strict=True))
-        devices.setdefault(window, []).append(device)
+        holders.setdefault(tuple(one.indices(size)[:2] for one, size in zip(index or (), shape, strict=True)), []).append(device)
     pieces = []
-    for window, holders in devices.items():
-        value = part(window)
-        pieces += [jax.block_until_ready(jax.device_put(value, device, may_alias=False)) for device in holders]
+    for bounds, devices in holders.items():
+        value = part(tuple(slice(*one) for one in bounds))
+        pieces += [jax.block_until_ready(jax.device_put(value, device)) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
