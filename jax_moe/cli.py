@@ -10,21 +10,30 @@ import tyro
 
 from jax_moe.porting.recognise import Choices
 
+Form = Literal["auto", "hf", "orbax", "torch", "folder"]
+
 
 @dataclass(frozen=True)
 class Port:
     """Carries a checkpoint between PyTorch and JAX.
 
-    SRC is a .pt or .safetensors file under the names of makeMoE, Mixtral's sparse block or Soft MoE, a folder written by
-    this command, or a run of train/train.py. DST ending in .pt or .safetensors gets the original names; any other DST
-    becomes a folder with config.json and weights.safetensors in JAX layout. What was written is read back bit for bit.
+    SRC is a Hugging Face folder; a .pt or .safetensors file under the names of makeMoE, Mixtral's sparse block or Soft MoE;
+    a folder written by this command; or a run of train/train.py. What was written is read back bit for bit before it
+    stands at DST. A port to a Hugging Face folder that was interrupted goes on when the same command is given again.
     """
 
     src: tyro.conf.Positional[Path]
     dst: tyro.conf.Positional[Path]
+    to: Form = "auto"
+    """What DST becomes. hf: a Hugging Face folder in shards. orbax: an Orbax checkpoint with its contract in config.json.
+    torch: one .pt or .safetensors file under the original names. folder: config.json and weights.safetensors in JAX layout.
+    auto: of a Hugging Face folder orbax, of such an Orbax checkpoint hf; of anything else torch if DST ends in .pt, .pth,
+    .bin or .safetensors, and folder if not."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """Convert the weights; by default they keep their dtype."""
+    max_shard_bytes: int = 5_000_000_000
+    """hf: a file holds at most this much, or one tensor."""
     text: Path | None = None
     """A makeMoE model's training text: its sorted characters go into the folder, for `generate`."""
     overwrite: bool = False
@@ -35,27 +44,41 @@ class Port:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Prints family, contract in words, parameter count, and every name with its shape and dtype."""
+    """Prints what a checkpoint is: family, contract in words, parameters, names, shapes and dtypes.
+
+    Of a Hugging Face model only headers are read: it adds active parameters, bytes and what N devices would hold.
+    Exit status 1 if it would not load.
+    """
 
     path: tyro.conf.Positional[Path]
+    devices: int | None = None
+    """Hugging Face: memory on this many devices; by default on 1, 2, 4 and 8."""
+    names: bool = False
+    """Hugging Face: every tensor's name, dtype and shape as well."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Writes text with a makeMoE model."""
+    """Writes text with a Hugging Face model or a makeMoE model.
+
+    A Hugging Face folder's text is printed as it comes, until the model ends it; its tokenizer.json is read with the
+    package tokenizers (the extra "text").
+    """
 
     path: tyro.conf.Positional[Path]
-    prompt: str = "\n"
-    """What the text begins with."""
+    prompt: str | None = None
+    """What the text begins with; a makeMoE model begins with a new line by default."""
+    tokens: str | None = None
+    """The prompt in numbers, like 1,2,3, for a Hugging Face folder without a tokenizer; numbers are printed."""
     max_new_tokens: int = 500
-    """Characters to add."""
+    """Tokens to add: characters of a makeMoE model."""
     temperature: float = 1.0
-    """0 takes the likeliest character and no noise."""
+    """0 takes the likeliest token and no noise."""
     sample_top_k: int | None = None
-    """Sample from this many likeliest characters."""
+    """Sample from this many likeliest tokens."""
     sample_top_p: float | None = None
-    """Sample from the likeliest characters that together reach this probability."""
+    """Sample from the likeliest tokens that together reach this probability."""
     seed: int = 0
     """Decides the sample and the router's noise."""
     text: Path | None = None
@@ -65,7 +88,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Parity:
-    """Runs a checkpoint in JAX and in PyTorch on one batch and prints the errors; exit status 0 only within tolerance."""
+    """Runs a checkpoint in JAX and in PyTorch on one batch and prints the errors; exit status 0 only within tolerance.
+
+    The other side of a Hugging Face folder is `transformers` (extra hf), in fp32; of all else it is torch_ref.
+    """
 
     path: tyro.conf.Positional[Path]
     batch_size: int = 2
@@ -103,5 +129,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"jax-moe: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        print(f"jax-moe: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130

@@ -1,6 +1,9 @@
 """What several subcommands share."""
 
 import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -30,4 +33,19 @@ def summary(checkpoint: Checkpoint) -> str:
     """Family, parameters and dtypes in one line."""
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(checkpoint.module, nnx.Param)))
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-    return f"{checkpoint.family}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}"
+    return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}"
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr while it is a terminal, and nothing otherwise; call what is yielded with each part's bytes."""
+    if not sys.stderr.isatty():
+        yield lambda size: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)

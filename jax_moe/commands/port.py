@@ -1,27 +1,90 @@
 """`jax-moe port`: a checkpoint from one form into another."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jax_moe.cli import Port
-from jax_moe.commands.common import summary, with_characters
-from jax_moe.porting.checkpoint import is_folder, load, save
+from jax_moe.cli import Form, Port
+from jax_moe.commands.common import progress, summary, with_characters
+from jax_moe.porting.checkpoint import is_folder, load, read_about, save
+from jax_moe.porting.decoder_port import dtype_named, port_decoder
 from jax_moe.porting.files import SUFFIXES, check_target, write_state
+from jax_moe.porting.hf_folder import is_hf
 
 
 def port(command: Port) -> int:
     """Reads SRC, writes DST, says what was written."""
-    to_file = command.dst.suffix in SUFFIXES
-    check_target(command.dst, command.overwrite, Path.is_file if to_file else is_folder)
-    if not to_file and command.dst.suffix and not command.dst.is_dir():
-        raise ValueError(f"{command.dst}: must end in one of {', '.join(SUFFIXES)}, or in nothing for a folder")
+    _check_places(command.src, command.dst)
     with jax.enable_x64(True):  # moves bits, computes nothing; float64 files need it
-        checkpoint = load(command.src, command.choices, allow_nonfinite=command.allow_nonfinite, dtype=command.dtype)
-        checkpoint = with_characters(checkpoint, command.text)
-        if to_file:
-            write_state(command.dst, checkpoint.state(), overwrite=command.overwrite)
-        else:
-            save(checkpoint, command.dst, overwrite=command.overwrite)
+        return _port_decoder(command) if _holds_decoder(command.src) else _port_module(command)
+
+
+def form_of(asked: Form, source: Path, target: Path) -> Form:
+    """The form that DST gets; `auto` as the help says."""
+    if asked != "auto":
+        return asked
+    if is_hf(source):
+        return "orbax"
+    if _holds_decoder(source):
+        return "hf"
+    return "torch" if target.suffix in SUFFIXES else "folder"
+
+
+def _holds_decoder(source: Path) -> bool:
+    return is_hf(source) or (is_folder(source) and read_about(source).get("family") == "decoder")
+
+
+def _port_decoder(command: Port) -> int:
+    to = form_of(command.to, command.src, command.dst)
+    _refuse(command, "a Hugging Face model", text=command.text, **command.choices.given())
+    if to not in ("hf", "orbax") or command.dst.suffix in SUFFIXES:
+        raise ValueError(f"{command.dst}: a Hugging Face model goes to a folder: --to must be hf or orbax")
+    ported = port_decoder(
+        command.src, command.dst, "hf" if to == "hf" else "orbax", dtype=dtype_named(command.dtype),
+        max_shard_bytes=command.max_shard_bytes, overwrite=command.overwrite, allow_nonfinite=command.allow_nonfinite,
+        progress=progress, say=lambda line: print(f"jax-moe: {line}", file=sys.stderr),
+    )
+    parts = [ported.model_type, f"{ported.parameters:,} parameters", " and ".join(ported.dtypes)]
+    if ported.files:
+        kept = f" ({ported.kept} left by an interrupted port)" if ported.kept else ""
+        parts.append(f"{ported.files} {'file' if ported.files == 1 else 'shards'}{kept}")
+    print(f"wrote {command.dst} ({to}): {', '.join(parts)}, read back bit for bit")
+    return 0
+
+
+def _port_module(command: Port) -> int:
+    to = form_of(command.to, command.src, command.dst)
+    if to == "hf":
+        raise ValueError(f"{command.src}: is no Hugging Face model: --to must be torch, folder or orbax")
+    check_target(command.dst, command.overwrite, Path.is_file if to == "torch" else is_folder)
+    if command.to == "auto" and to == "folder" and command.dst.suffix and not command.dst.is_dir():
+        raise ValueError(f"{command.dst}: must end in one of {', '.join(SUFFIXES)}, or in nothing for a folder")
+    checkpoint = load(command.src, command.choices, allow_nonfinite=command.allow_nonfinite, dtype=command.dtype)
+    checkpoint = with_characters(checkpoint, command.text)
+    if to == "torch":
+        write_state(command.dst, checkpoint.state(), overwrite=command.overwrite)
+    else:
+        save(checkpoint, command.dst, overwrite=command.overwrite, storage="orbax" if to == "orbax" else "safetensors")
     print(f"wrote {command.dst}: {summary(checkpoint)}, read back bit for bit")
     return 0
+
+
+def _refuse(command: Port, what: str, **given: Any) -> None:
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise ValueError(f"{', '.join(named)}: must be left out for {what}, {command.src / 'config.json'} says it")
+
+
+def _check_places(source: Path, target: Path) -> None:
+    """Raises ValueError if one lies inside the other: writing would change what is read."""
+    try:
+        inner, outer = target.resolve(), source.resolve()
+        folders = source.is_dir(), target.is_dir()
+    except OSError as error:  # a name that the file system does not allow
+        raise ValueError(f"{target}: cannot be written ({error.strerror})") from None
+    if folders[0] and outer in inner.parents:
+        raise ValueError(f"{target}: must not lie inside {source}")
+    if folders[1] and inner in outer.parents:
+        raise ValueError(f"{target}: must not hold {source}")

@@ -1,6 +1,9 @@
 """A contract in words, one line a part."""
 
+from collections.abc import Sequence
+
 from jax_moe.config import CapacityConfig, MakeMoEConfig, MoEConfig, SoftMoEConfig
+from jax_moe.decoder_config import DecoderConfig, RopeConfig
 
 _PRIORITY = {
     "token": "in token order", "choice": "first choices first", "probability": "highest probability first",
@@ -8,8 +11,10 @@ _PRIORITY = {
 _GROUP = {"batch": "the whole batch", "sequence": "one sequence"}
 
 
-def describe(config: MakeMoEConfig | MoEConfig | SoftMoEConfig) -> list[str]:
+def describe(config: MakeMoEConfig | MoEConfig | SoftMoEConfig | DecoderConfig) -> list[str]:
     """What the layer or model does, for people."""
+    if isinstance(config, DecoderConfig):
+        return _decoder(config)
     if isinstance(config, SoftMoEConfig):
         return _soft(config)
     if isinstance(config, MakeMoEConfig):
@@ -61,3 +66,59 @@ def _soft(config: SoftMoEConfig) -> list[str]:
         f"experts: {widths}, hidden {config.hidden_activation}, output {config.output_activation}, "
         f"layer norm: {' and '.join(norms) or 'none'}, {'with' if config.residual else 'no'} residual",
     ]
+
+
+def _decoder(config: DecoderConfig) -> list[str]:
+    mixtures, dense = len(config.moe_layers), config.dense_layers
+    kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
+    tied = "the head is the embedding" if config.tied_embeddings else "a head of its own"
+    lines = [
+        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, up to {config.max_positions:,} positions",
+        f"layers: {config.num_layers}, " + (kinds if dense else "each with a mixture"),
+        "attention: " + ", ".join(_attention(config)),
+        f"positions: {_rope(config.rope)}",
+    ]
+    multipliers = {
+        "embeddings times": config.embedding_multiplier, "each half of a block times": config.residual_multiplier,
+        "logits divided by": config.logits_divisor,
+    }
+    told = [f"{what} {value:g}" for what, value in multipliers.items() if value != 1]
+    if told:
+        lines.append("multipliers: " + ", ".join(told))
+    balance = config.moe.balance
+    pooled = "f and P averaged over the layers first" if balance.pooled == "over_layers" else "the mean of the layers' losses"
+    sums = "the top-k" if balance.f_sums_to == "k" else "1"
+    return [
+        *lines, *_sparse(config.moe),
+        f"balance loss: E * sum(f * P), f summing to {sums}, {pooled}, weight {config.balance_loss_weight:g}",
+    ]
+
+
+def _attention(config: DecoderConfig) -> list[str]:
+    H, J = config.num_heads, config.num_kv_heads
+    shared = "keys and values of their own" if H == J else f"each key and value head serving {H // J}"
+    lines = [f"{H} heads of width {config.head_dim}, {shared}", f"scores times {config.score_scale:.6g}"]
+    if config.sliding_window is not None:
+        slides = config.sliding_layers
+        where = "all layers" if len(slides) == config.num_layers else numbers(slides)
+        lines.append(f"a window of {config.sliding_window:,} positions in {where}")
+    biases = [name for name, on in (("queries, keys and values", config.qkv_bias), ("the output", config.output_bias)) if on]
+    lines += [f"biases on {' and '.join(biases)}"] if biases else []
+    norms = {"per_head": "each head's queries and keys normed", "full_width": "queries and keys normed over their full width"}
+    lines += [norms[config.qk_norm]] if config.qk_norm != "none" else []
+    lines += [f"queries, keys and values clipped to +-{config.clip_qkv:g}"] if config.clip_qkv is not None else []
+    return lines
+
+
+def _rope(rope: RopeConfig) -> str:
+    words = f"rotary, base {rope.theta:,.0f}"
+    if rope.kind == "default":
+        return words
+    trained = f" from {rope.original_max_positions:,} positions" if rope.original_max_positions else ""
+    return f"{words}, stretched {rope.factor:g} times{trained} ({rope.kind})"
+
+
+def numbers(layers: Sequence[int]) -> str:
+    """Layer numbers, the first few."""
+    more = f" and {len(layers) - 8} more" if len(layers) > 8 else ""
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(map(str, layers[:8])) + more

@@ -1,0 +1,179 @@
+"""A Hugging Face model carried between its folder and an Orbax checkpoint, tensor by tensor, no model built."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jax_moe.config import require
+from jax_moe.decoder_config import DecoderConfig
+from jax_moe.porting.checkpoint import about_folder, is_folder, open_decoder, write_about
+from jax_moe.porting.engine import Piece, Plan, assemble, make_plan, take_apart
+from jax_moe.porting.families.hf import decoder_tables
+from jax_moe.porting.files import writing
+from jax_moe.porting.hf_folder import check_head, config_text, is_hf, open_folder
+from jax_moe.porting.orbax_files import verify_orbax, write_orbax
+from jax_moe.porting.pretrained import COPIED
+from jax_moe.porting.stream import Advance, Readings, identity, plan_shards, resumable, room_for, write_shards
+from jax_moe.porting.tensor_file import DTYPES, Header
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to carry: its tensors under their names or ours, as their plan says."""
+
+    path: Path
+    model_type: str
+    text: str  # Hugging Face's config.json
+    config: DecoderConfig
+    plan: Plan
+    tensors: dict[str, Header]
+    ours: bool  # whose names the tensors have
+
+
+@dataclass(frozen=True)
+class Ported:
+    """What was written."""
+
+    model_type: str
+    parameters: int
+    dtypes: list[str]
+    files: int  # shards; 0: none
+    kept: int  # of them left by an interrupted port
+
+
+def port_decoder(
+    source: Path, target: Path, to: Literal["hf", "orbax"], *, dtype: np.dtype | None, max_shard_bytes: int, overwrite: bool,
+    allow_nonfinite: bool, progress: Progress, say: Callable[[str], None],
+) -> Ported:
+    """Reads either form, writes either; verified bit for bit before it stands at `target`.
+
+    Between Hugging Face folders one tensor is in memory at a time, to and from Orbax all. What goes to Hugging Face can be
+    interrupted and resumed.
+    """
+    require(max_shard_bytes >= 1, "max_shard_bytes", max_shard_bytes, "at least 1")
+    with open_source(source) as found:
+        read = Readings(found.tensors, dtype, allow_nonfinite, str(source)).converted()
+        if dtype is not None:
+            found = replace(found, text=config_text(found.text, json.loads(found.text), dtype))
+        write = _write_hf if to == "hf" else _write_orbax
+        files, kept = write(replace(found, tensors=read), target, max_shard_bytes, overwrite, progress, say)
+    elements = sum(one.nbytes // one.dtype.itemsize for one in read.values())
+    return Ported(found.model_type, elements, sorted({one.dtype.name for one in read.values()}), files, kept)
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """A Hugging Face folder or an Orbax folder of one, its tensors still to be read."""
+    if is_hf(path):
+        with open_folder(path) as folder:
+            check_head(folder)
+            yield Source(path, folder.model_type, folder.text, folder.config, folder.plan, folder.headers, False)
+        return
+    origin, config, arrays = open_decoder(path)
+    plan = make_plan(decoder_tables(config, origin.model_type)[0], {name: one.shape for name, one in arrays.items()})
+    yield Source(path, origin.model_type, origin.config_json, config, plan, arrays, True)
+
+
+def replaceable(path: Path) -> bool:
+    """Whether a folder is a checkpoint of either kind."""
+    return is_hf(path) or is_folder(path)
+
+
+def _write_hf(
+    source: Source, target: Path, max_shard_bytes: int, overwrite: bool, progress: Progress, say: Callable[[str], None]
+) -> tuple[int, int]:
+    tensors = _theirs(source.plan, source.tensors) if source.ours else source.tensors
+    shards, total = plan_shards(tensors, max_shard_bytes), sum(one.nbytes for one in tensors.values())
+    room_for(target, total)
+    dtypes = {name: one.dtype.name for name, one in tensors.items()}
+    note = {"source": identity(source.path), "dtypes": dtypes, "shards": shards}
+    with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", 2 * total) as advance:
+        kept = write_shards(part, tensors, shards, advance)
+        (part / "config.json").write_text(source.text, encoding="utf-8")
+        _copy_others(source.path, part)
+    return len(shards), kept
+
+
+def _write_orbax(
+    source: Source, target: Path, _max_shard_bytes: int, overwrite: bool, progress: Progress, _say: Callable[[str], None]
+) -> tuple[int, int]:
+    tensors = source.tensors if source.ours else _ours(source.plan, source.tensors)
+    total = sum(one.nbytes for one in tensors.values())
+    room_for(target, total)
+    about = about_folder("decoder", source.config, "orbax", origin=(source.model_type, source.text))
+    with writing(target, overwrite, replaceable) as part, progress(f"writing {target.name}", 2 * total) as advance:
+        arrays: dict[str, np.ndarray] = {}
+        for name, header in tensors.items():
+            arrays[name] = header.read()
+            advance(arrays[name].nbytes)
+        write_orbax(part, arrays)
+        write_about(part, about)
+        _copy_others(source.path, part)
+        verify_orbax(part, arrays, advance)
+    return 0, 0
+
+
+def _copy_others(source: Path, part: Path) -> None:
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, part / name)
+
+
+def _ours(plan: Plan, theirs: Mapping[str, Header]) -> dict[str, Header]:
+    """Our stacked arrays, each read from all of its tensors."""
+
+    def reader(name: str, pieces: list[Piece]) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value = np.empty(plan.our_shapes[name], theirs[pieces[0].theirs].dtype)
+            for piece in pieces:
+                assemble(piece, theirs[piece.theirs].read(), value)
+            return value
+
+        return read
+
+    grouped = ((name, list(pieces)) for name, pieces in groupby(sorted(plan.pieces, key=_of_ours), key=_of_ours))
+    return {
+        name: Header(plan.our_shapes[name], theirs[pieces[0].theirs].dtype, reader(name, pieces)) for name, pieces in grouped
+    }
+
+
+def _of_ours(piece: Piece) -> str:
+    return piece.ours
+
+
+def _theirs(plan: Plan, ours: Mapping[str, Header]) -> dict[str, Header]:
+    """Their tensors, each taken out of ours, which stay in memory: a shard wants a little of every stacked array."""
+    host: dict[str, np.ndarray] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for piece in plan.pieces:
+        pieces.setdefault(piece.theirs, []).append(piece)
+
+    def stacked(name: str) -> np.ndarray:
+        if name not in host:
+            host[name] = ours[name].read()
+        return host[name]
+
+    def reader(name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value = np.empty(plan.their_shapes[name], ours[pieces[name][0].ours].dtype)
+            for piece in pieces[name]:
+                take_apart(piece, stacked(piece.ours), value)
+            return value
+
+        return read
+
+    return {name: Header(plan.their_shapes[name], ours[pieces[name][0].ours].dtype, reader(name)) for name in pieces}
+
+
+def dtype_named(name: str | None) -> Any:
+    """numpy's dtype of a name on the command line."""
+    return None if name is None else {str(one): one for one in DTYPES.values()}[name]

@@ -1,0 +1,210 @@
+"""Tensors streamed into shards of safetensors: one in memory at a time, each shard read back before it counts as there.
+
+The shards are made in a hidden folder beside the target, with a note of what they are made from. Interrupted, the
+folder stays and the same port goes on from it; after an error, or once the target is whole, it is removed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_moe.porting.engine import PortError
+from jax_moe.porting.files import check_space, check_target, sync
+from jax_moe.porting.shards import INDEX, SINGLE
+from jax_moe.porting.tensor_file import Header, differing, write_tensors
+
+Advance = Callable[[int], None]
+NOTE, LOCK = "port.json", "lock"
+
+
+def plan_shards(headers: Mapping[str, Header], max_shard_bytes: int) -> dict[str, list[str]]:
+    """{file: names}, in order; a tensor larger than a shard has one to itself."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, header in headers.items():
+        if shards[-1] and held + header.nbytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += header.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
+    """The same tensors, every reading reported: one to write it, one to compare it with what was written."""
+
+    def reader(header: Header) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value = header.read()
+            advance(header.nbytes)
+            return value
+
+        return read
+
+    return {name: replace(header, read=reader(header)) for name, header in headers.items()}
+
+
+def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]], advance: Advance) -> int:
+    """Writes every shard that is not there yet, compares all with their source, writes the index; how many were there.
+
+    `advance` hears of twice the bytes in all: once for writing and once for reading back.
+    """
+    kept = 0
+    for file, names in shards.items():
+        part = {name: headers[name] for name in names}
+        if (folder / file).exists() and _fits(folder / file, part):
+            advance(2 * sum(header.nbytes for header in part.values()))
+            kept += 1
+            continue
+        unfinished = folder / f"{file}.unfinished"
+        write_tensors(unfinished, counted(part, advance))
+        sync(unfinished)
+        os.replace(unfinished, folder / file)
+    if len(shards) > 1:
+        where = {name: file for file, names in shards.items() for name in names}
+        total = sum(headers[name].nbytes for name in where)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return kept
+
+
+def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
+    from safetensors import SafetensorError
+
+    try:
+        return not differing(path, headers)
+    except (SafetensorError, OSError):
+        return False
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Tensors read, converted, and refused if they hold NaN or infinity, with the names of all that do."""
+
+    headers: Mapping[str, Header]
+    dtype: np.dtype | None
+    allow_nonfinite: bool
+    where: str
+
+    def converted(self) -> dict[str, Header]:
+        """The same tensors with the dtype they will have."""
+        return {name: Header(one.shape, self._dtype(name), self._reader(name)) for name, one in self.headers.items()}
+
+    def _dtype(self, name: str) -> np.dtype:
+        if self.dtype is None or name.endswith("correction_bias"):
+            return self.headers[name].dtype
+        return self.dtype
+
+    def _reader(self, name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value, bad = self._read(name)
+            if bad:
+                raise PortError(self.where, wrong=list(filter(None, (self._read(one)[1] for one in self.headers))))
+            return value
+
+        return read
+
+    def _read(self, name: str) -> tuple[np.ndarray, str]:
+        """The tensor, and what is wrong with it."""
+        before = self.headers[name].read()
+        with np.errstate(over="ignore"):  # looked at below
+            value = before.astype(self._dtype(name), copy=False)
+        if self.allow_nonfinite or np.isfinite(value).all():
+            return value, ""
+        why = f"is too large for {self._dtype(name)}" if np.isfinite(before).all() else "holds NaN or infinity"
+        return value, f"{name} {why}"
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """The source as a port knows it again: every file's size and time of change."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    seen = {file.relative_to(path).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {"path": str(path.absolute()), "files": seen}
+
+
+@contextmanager
+def resumable(
+    path: Path, overwrite: bool, replaceable: Callable[[Path], bool], note: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[Path]:
+    """A folder to fill, put in the place of `path` at the end. One that an interrupted port with this note left is used again.
+
+    Raises ValueError as `check_target`, for a full disk, or if another process is filling the folder.
+    """
+    check_target(path, overwrite, replaceable)
+    outer = path.with_name(f".{path.name}.part")
+    with _alone(outer, path):
+        if _note(outer) != note:
+            if _note(outer) is not None:
+                say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
+            shutil.rmtree(outer / path.name, ignore_errors=True)
+            (outer / path.name).mkdir()
+            (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
+        try:
+            yield outer / path.name
+            _put(outer / path.name, path)
+        except KeyboardInterrupt:
+            done = len(list((outer / path.name).glob("*.safetensors")))
+            if done == 0:
+                shutil.rmtree(outer)
+                raise
+            raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(outer)
+            raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        except BaseException:
+            shutil.rmtree(outer)
+            raise
+        shutil.rmtree(outer)
+
+
+def room_for(path: Path, needed: int) -> None:
+    """Raises ValueError as `check_space`; what an interrupted port left beside `path` counts as there."""
+    left = path.with_name(f".{path.name}.part")
+    check_space(path, needed - sum(file.stat().st_size for file in left.rglob("*") if file.is_file()))
+
+
+def _note(outer: Path) -> Any:
+    try:
+        return json.loads((outer / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _put(part: Path, path: Path) -> None:
+    """Renames into place; what was there goes last."""
+    if path.is_dir():
+        old = part.with_name(f"{part.name}.old")
+        os.replace(path, old)
+        os.replace(part, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(part, path)
+
+
+@contextmanager
+def _alone(outer: Path, path: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock, which ends with the process, however that ends."""
+    try:
+        outer.mkdir(exist_ok=True)
+        lock = (outer / LOCK).open("w")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            raise ValueError(f"{path}: cannot be written, another port is writing it (in {outer})") from None
+        yield
