@@ -156,7 +156,7 @@ def test_unknown_flags_are_answered_with_the_nearest(command, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("words", "missing"), [("--framework torch", "torch"), ("--logger mlflow", "mlflow")])
 def test_missing_extras_are_named(command, monkeypatch: pytest.MonkeyPatch, words: str, missing: str) -> None:
-    for module in ("train.loop", "train.logger"):
+    for module in ("train.task", "train.logger"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     code, error = command(*words.split(), "--data", "text.txt")
     assert code == 2 and error.count("\n") == 1

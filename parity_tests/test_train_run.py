@@ -239,8 +239,8 @@ class CountingLearner:
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         return prompt + [0] * length
 
-    def weights(self) -> dict[str, np.ndarray]:
-        return {"w": np.arange(6.0).reshape(2, 3).T}
+    def write(self, folder: Path) -> None:
+        run_folder.write_weights(folder, {"w": np.arange(6.0).reshape(2, 3).T})
 
 
 def a_run(folder: Path, loss: float = 1.0, **changes: Any) -> loop.Run:

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not
 from train import data, loop, metrics  # noqa: E402
 from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, model_config  # noqa: E402
 from train.jax_learner import JaxLearner  # noqa: E402
+from train.models import FreshMakeMoE  # noqa: E402
 from train.torch_learner import TorchLearner  # noqa: E402
 
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))
@@ -40,7 +41,7 @@ def curve(learner: Any, text: data.Text, config: TrainConfig) -> tuple[list[floa
 def test_ten_steps_are_the_same_in_both() -> None:
     text = data.tokenize(TEXT, "here", 8)
     model = model_config(CONFIG, len(text.vocabulary))
-    ours, theirs = JaxLearner(CONFIG, model), TorchLearner(CONFIG, model)
+    ours, theirs = JaxLearner(CONFIG, FreshMakeMoE(model)), TorchLearner(CONFIG, model)
     start = ours.weights()
     for name, value in theirs.weights().items():
         np.testing.assert_array_equal(value, start[name], err_msg=name)
@@ -60,7 +61,7 @@ def test_noise_is_off_at_evaluation_where_asked() -> None:
     text = data.tokenize(TEXT, "here", 8)
     model = model_config(config, len(text.vocabulary))
     batches = [data.batch(text, 1, "eval_val", 0, 8, 8)]
-    ours = JaxLearner(config, model).evaluate(0, "eval_val", batches)
+    ours = JaxLearner(config, FreshMakeMoE(model)).evaluate(0, "eval_val", batches)
     theirs = TorchLearner(config, model).evaluate(0, "eval_val", batches)
     assert ours.loss == pytest.approx(theirs.loss, rel=5e-7)  # measured: 6e-8
     assert ours.dropped_fraction_L == theirs.dropped_fraction_L

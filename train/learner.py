@@ -12,7 +12,7 @@ import numpy as np
 class Evaluation:
     """Means over the batches of one split."""
 
-    loss: float  # cross entropy, nats per character
+    loss: float  # cross entropy, nats per token
     dropped_fraction_L: list[float]
     expert_load_LE: list[list[float]]
     router_entropy_L: list[float]
@@ -40,5 +40,5 @@ class Learner(Protocol):
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         """The prompt and `length` new tokens."""
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """The weights under makeMoE's names."""
+    def write(self, folder: Path) -> None:
+        """Puts the trained model into the run's folder: makeMoE's model.safetensors, or a folder of `save_pretrained`."""

@@ -4,22 +4,21 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
-from safetensors.numpy import save as to_safetensors
 
 from train import data, metrics, run_folder
 from train.configs import PRESETS
-from train.configs.settings import Start, TrainConfig, check, flat, model_config
+from train.configs.settings import Start, TrainConfig, check, flat
 from train.interrupt import Interrupt
 from train.learner import Learner
 from train.logger import Logger, check_logger, open_logger
 from train.plots import plot_run
 from train.progress import Display, Meter, clock, display
+from train.task import make_learner, read_task
+from train.tokens import Tokens
 
 SHOW_EVERY = 10  # steps between looks at the loss, so that the device never waits for us
 INTERRUPTED = 130
@@ -35,10 +34,11 @@ class Run:
 
     config: TrainConfig
     folder: Path
-    text: data.Text
+    text: data.Text | Tokens
     learner: Learner
     start: int
     rows: list[metrics.Row]
+    note: str | None = None
 
     def batch(self, use: data.Use, step: int, number: int = 0) -> np.ndarray:
         """Tokens [B, T + 1]."""
@@ -52,7 +52,9 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     start, _ = tyro.cli(Start, args=arguments, add_help=False, return_unknown_args=True)
     folder = Path() if asks_help else run_folder.choose(start)
     saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
-    defaults = dataclasses.replace(saved or PRESETS[start.preset], preset=start.preset, out=None, resume=False)
+    preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
+    defaults = saved or PRESETS[preset or "quick"]
+    defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
     config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
     return dataclasses.replace(config, out=str(folder)), saved, folder
 
@@ -63,15 +65,10 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
     check_logger(config)
     if saved is not None:
         run_folder.check_same(config, saved, folder)
-    if config.framework == "torch" and find_spec("torch") is None:
-        raise ValueError("framework='torch': needs PyTorch; `pip install 'jax-moe[torch]'`")
-    text = data.load_text(config.data, config.model.block_size)
+    task = read_task(config)
+    text = task.text
     text.encode(config.sample_prompt)
-    model = model_config(config, len(text.vocabulary))
-    about = {
-        "model": dataclasses.asdict(model), "parameters": None,
-        "text": {"source": text.source, "sha256": text.sha256, "vocabulary": text.vocabulary},
-    }
+    about = {"model": task.about, "parameters": None, "text": text.about()}
     if saved is None:
         run_folder.claim(folder)
     else:
@@ -79,7 +76,7 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
         if known != text.sha256:
             raise ValueError(f"data={text.source!r}: must be the text that {folder} was trained on (sha256 {known[:12]}...)")
     try:
-        learner = make_learner(config, model)
+        learner = make_learner(config, task)
         start, rows = 0, list[metrics.Row]()
         if saved is not None:
             start, rows = _restore(config, learner, folder)
@@ -87,18 +84,7 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
         run_folder.release(folder)
         raise
     run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
-    return Run(config, folder, text, learner, start, rows)
-
-
-def make_learner(config: TrainConfig, model: Any) -> Learner:
-    """The framework that the settings name, imported only now."""
-    if config.framework == "torch":
-        from train.torch_learner import TorchLearner
-
-        return TorchLearner(config, model)
-    from train.jax_learner import JaxLearner
-
-    return JaxLearner(config, model)
+    return Run(config, folder, text, learner, start, rows, task.note)
 
 
 def _restore(config: TrainConfig, learner: Learner, folder: Path) -> tuple[int, list[metrics.Row]]:
@@ -111,11 +97,15 @@ def train(run: Run) -> int:
     """Trains to the end or to a signal; the exit code."""
     config, logger = run.config, open_logger(run.folder, run.config)
     with Interrupt() as stop, display(run.start, config.steps) as show:
-        show.line(f"{run.folder}: {run.learner.num_parameters:,} parameters, {run.learner.device}, {run.text.source}, "
-                  f"{len(run.text.vocabulary)} characters")
+        learner, text = run.learner, run.text
+        show.line(f"{run.folder}: {learner.num_parameters:,} parameters, {learner.device}, {text.source}, {text.size}")
+        if run.note:
+            show.line(run.note)
         done = _steps(run, logger, stop, show)
     logger.close(finished=done == config.steps)
     if done < config.steps:
+        if config.pretrained is not None:
+            run.learner.write(run.folder)
         print(f"stopped and saved at step {done} of {config.steps}; to go on: {resume_command(run.folder)}", flush=True)
         return INTERRUPTED
     finish(run)
@@ -196,13 +186,10 @@ def describe(row: metrics.Row, meter: Meter, config: TrainConfig) -> str:
 
 
 def finish(run: Run) -> None:
-    """Plots, weights under makeMoE's names, and a sample, printed and saved."""
+    """Plots, the trained model, and a sample, printed and saved."""
     config, folder = run.config, run.folder
     plot_run(folder, run.rows)
-    weights = {name: np.ascontiguousarray(value) for name, value in run.learner.weights().items()}
-    part = folder / ".model.safetensors"
-    part.write_bytes(to_safetensors(weights, metadata={"format": "pt"}))
-    part.replace(folder / "model.safetensors")
+    run.learner.write(folder)
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
     metrics.write_whole(folder / "sample.txt", sample + "\n")

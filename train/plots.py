@@ -47,7 +47,7 @@ def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
         low, high = min(later), max(later)
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.15 * (high - low + 0.1))
     axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy, nats per character")
+    axes.set_ylabel("cross entropy, nats per token")
     axes.legend(frameon=False)
     return figure
 

@@ -6,6 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save as to_safetensors
+
 from jax_moe.config import require
 from train import metrics
 from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
@@ -54,6 +57,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"resume: must find a run, {path} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: must be the settings of a run ({error})") from None
+
+
+def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
+    """model.safetensors, whole or not at all."""
+    part = folder / ".model.safetensors"
+    contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+    part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
+    part.replace(folder / "model.safetensors")
 
 
 def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ from jax_moe.config import MakeMoEConfig
 from torch_ref.block import Randomness
 from torch_ref.generation import generate
 from torch_ref.losses import MoEStats, pool_balance_loss
-from train import checkpoint
+from train import checkpoint, run_folder
 from train.configs import TrainConfig
 from train.jax_learner import JaxLearner
 from train.learner import Evaluation
+from train.models import FreshMakeMoE
 from train.optimizer import learning_rate
 
 # Streams of the run's seed, one for each purpose.
@@ -32,7 +33,7 @@ class TorchLearner:
         self.config, self.model_config = config, model
         self.torch_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = torch_ref.MakeMoE(model)
-        weights = JaxLearner(config, model).weights()
+        weights = JaxLearner(config, FreshMakeMoE(model)).weights()
         self.model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
         self.model.to(self.torch_device)
         settings = config.optimizer
@@ -133,3 +134,6 @@ class TorchLearner:
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: value.cpu().numpy() for name, value in self.model.state_dict().items()}
+
+    def write(self, folder: Path) -> None:
+        run_folder.write_weights(folder, self.weights())

@@ -4,6 +4,7 @@ from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
 
 # No dropout: the run sees less than half of its text. Without the balance loss half the experts go unused.
 CONFIG = TrainConfig(
+    preset="quick",
     steps=4000,
     eval_every=200,
     eval_batches=10,

