@@ -38,7 +38,7 @@ class Request(NamedTuple):
     prompt_slots: Int[Array, ""]  # the slot of the first new token
     temperature: Array
     key: PRNGKeyArray | None
-    stop_tokens: Array
+    stop_tokens: Array  # filled up with -1, which no token is
     pad_token: Array
 
 
@@ -71,11 +71,12 @@ def generate_cached(
     require(moe.capacity is None, "capacity", moe.capacity, "None to generate with a cache; config.moe.with_capacity(None) is")
     pad_token = pad_token if pad_token is not None else (stop_tokens or (0,))[0]
     prompt_slots, num_slots = bucket(tokens.shape[1]), bucket(bucket(tokens.shape[1]) + max_new_tokens)
+    stops = stop_tokens + (-1,) * (bucket(len(stop_tokens)) - len(stop_tokens))
     padding = [(0, 0), (prompt_slots - tokens.shape[1], 0)]
     request = Request(
         start_B=jnp.asarray(prompt_slots - mask.sum(axis=1), jnp.int32), prompt_slots=jnp.asarray(prompt_slots, jnp.int32),
         temperature=jnp.asarray(temperature, jnp.float32), key=None if temperature == 0 else key,
-        stop_tokens=jnp.asarray(stop_tokens, jnp.int32), pad_token=jnp.asarray(pad_token, jnp.int32),
+        stop_tokens=jnp.asarray(stops, jnp.int32), pad_token=jnp.asarray(pad_token, jnp.int32),
     )
     graphdef, weights = nnx.split(model)
     sampling = Sampling(temperature == 0, top_k, top_p)
@@ -95,7 +96,7 @@ def check_prompt(model: Decoder, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarr
     if mask.shape != tokens.shape:
         raise ValueError(f"mask_BT has shape {mask.shape}: must be that of tokens_BT, {tokens.shape}")
     tokens = np.where(mask, tokens, 0).astype(np.int32)
-    model.check_tokens(tokens)  # type: ignore[arg-type]
+    model.check_tokens(tokens)
     for row in range(len(tokens)):
         require(bool(mask[row].any()), "mask_BT", "all False", f"True somewhere: sequence {row} has no token")
         left = bool(mask[row, np.argmax(mask[row]) :].all())

@@ -60,10 +60,9 @@ def decode(
     def one_layer(letter: str, layer: Array, number: Array, x_BTD: Array, cache: Cache) -> tuple[Array, Cache]:
         block = nnx.merge(blocks[0], _at(blocks[1], layer))
         q_BTHA, k_BTJA, v_BTJA = block.attention.project(block.attention_norm(x_BTD), turns)
-        cache = Cache(*(
-            jax.lax.dynamic_update_slice(memory, new[None], (layer, 0, slot, 0, 0))
-            for memory, new in zip(cache, (k_BTJA, v_BTJA), strict=True)
-        ))
+        place = [jnp.asarray(index, jnp.int32) for index in (layer, 0, slot, 0, 0)]
+        news = (k_BTJA[None], v_BTJA[None])
+        cache = Cache(*(jax.lax.dynamic_update_slice(old, new, place) for old, new in zip(cache, news, strict=True)))
         visible = visible_positions(slot[None], num_slots, None if windows_L is None else windows_L[layer], mask_BU)
         k_BUJA, v_BUJA = _at(cache, layer)
         x_BTD = model.add(x_BTD, block.attention.attend(q_BTHA, k_BUJA, v_BUJA, visible))

@@ -63,7 +63,7 @@ def _with_tokens(command: Generate, model: Decoder) -> None:
     else:
         tokens = _numbers(command.tokens)
         begin, piece, end = ",".join(map(str, tokens)), lambda token: f",{token}", lambda: ""
-    model.check_tokens(np.asarray([tokens], np.int32))  # type: ignore[arg-type]
+    model.check_tokens(np.asarray([tokens], np.int32))
     show = _printer(begin, piece, stop_tokens)
     continue_text(model, np.asarray([tokens], np.int32), stop_tokens=stop_tokens, callback=show, **_settings(command))
     print(end(), flush=True)

@@ -215,7 +215,7 @@ class Decoder(nnx.Module):
         flat = x_BTD.reshape(1, -1, x_BTD.shape[-1])
         return expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape)
 
-    def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
+    def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
         """Raises ValueError for an empty text or, outside jit, a token that is not in the vocabulary."""
         if tokens_BT.shape[1] < 1:
             raise ValueError("tokens_BT has 0 positions: must be at least 1")
