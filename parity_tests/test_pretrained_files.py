@@ -53,9 +53,9 @@ def test_the_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
 def test_a_bit_that_differs_is_found(checked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole tensors and, above `checked` bytes, some rows at a time."""
     monkeypatch.setattr(tensor_file, "CHECKED_BYTES", checked)
-    values = {"one": np.arange(60, dtype=np.float32).reshape(12, 5), "two": np.ones((2, 2), np.float16)}
+    values = {"one": np.arange(65, dtype=np.float32).reshape(13, 5), "two": np.ones((2, 2), np.float16)}
     write_tensors(tmp_path / "x.safetensors", headers(values))
-    last = values["one"] + np.eye(12, 5, -11, dtype=np.float32)
+    last = values["one"] + np.eye(13, 5, -12, dtype=np.float32)
     for change in ({"one": last}, {"two": values["two"].T[:1]}, {"three": values["one"]}):
         assert differing(tmp_path / "x.safetensors", headers(values | change)) == [next(iter(change))]
     calls = iter(range(10))
@@ -140,7 +140,7 @@ def damage(raw: bytes, cut: int, flips: list[tuple[int, int]]) -> bytes:
 FLIPS = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), max_size=2)
 
 
-@settings(max_examples=150, deadline=2000, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(cut=st.sampled_from([0, 0, 0, 1, 7, 100, 10**6]), flips=FLIPS)
 def test_a_damaged_header_is_refused_or_says_the_same(
     tiny: tuple[Path, dict[str, bytes], dict[str, bytes]], cut: int, flips: list[tuple[int, int]]
@@ -163,7 +163,7 @@ def test_a_damaged_header_is_refused_or_says_the_same(
         file.write_bytes(raw[file.name])
 
 
-@settings(max_examples=120, deadline=5000, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(flips=FLIPS, cut=st.sampled_from([0, 0, 0, 1, 50]))
 def test_a_damaged_config_is_refused_or_loads(
     tiny: tuple[Path, dict[str, bytes], dict[str, bytes]], cut: int, flips: list[tuple[int, int]]

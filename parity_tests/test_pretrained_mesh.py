@@ -41,14 +41,13 @@ for name, value in arrays(split).items():
     parts = [shard.data.nbytes for shard in value.addressable_shards]
     assert len(parts) == 4 and set(parts) == {value.nbytes // 4 if name in experts else value.nbytes}, name
     assert np.asarray(value).tobytes() == np.asarray(one[name]).tobytes(), name
-tokens = jnp.arange(12).reshape(2, 6) % 11
-logits = np.asarray(jax.jit(lambda m, t: m(t))(plain, tokens))
 with jax.set_mesh(sharding.expert_mesh(2, 2)):
     both = jax_moe.load_pretrained(folder)
-    again = np.asarray(jax.jit(lambda m, t: m(t))(both, tokens))
 assert {s.data.nbytes for s in arrays(both)["moe.experts.up"].addressable_shards} == {one["moe.experts.up"].nbytes // 2}
-print("error", np.abs(again - logits).max() / np.abs(logits).max())
-print("error", np.abs(np.asarray(jax.jit(lambda m, t: m(t))(split, tokens)) - logits).max() / np.abs(logits).max())
+if family == "qwen2_moe":
+    tokens = jnp.arange(12).reshape(2, 6) % 11
+    ours, logits = (np.asarray(jax.jit(lambda m, t: m(t))(model, tokens)) for model in (split, plain))
+    print(np.abs(ours - logits).max() / np.abs(logits).max())
 saved(split, "split")
 saved(both, "both")
 data = arrays(jax_moe.load_pretrained(folder, mesh=sharding.data_mesh(4)))
@@ -56,21 +55,21 @@ assert all(value.is_fully_replicated and len(value.devices()) == 4 for value in 
 odd = arrays(jax_moe.load_pretrained(folder, mesh=sharding.expert_mesh(3)))
 assert all(value.is_fully_replicated and len(value.devices()) == 3 for value in odd.values())
 """
-TOLERANCE = 1e-5  # relative; measured 1.2e-7 to 3.5e-7
+TOLERANCE = 1e-6  # relative; measured 0, each expert being whole on one device; another order of sums is 1e-7
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), [("qwen2_moe", "float32"), ("granitemoe", "float32")])
-def test_experts_over_four_devices(model_type: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "granitemoe"])
+def test_experts_over_four_devices(model_type: str, tmp_path: Path) -> None:
     """A quarter of the experts on each, the same logits, the same files; replicated where 3 devices do not divide 4 experts."""
-    jax_moe.save_pretrained(decoder(model_type, dtype), tmp_path / "model", model_type=model_type, max_shard_bytes=4000)
+    jax_moe.save_pretrained(decoder(model_type), tmp_path / "model", model_type=model_type, max_shard_bytes=4000)
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ON_FOUR, str(tmp_path / "model"), model_type],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stderr
-    errors = [float(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(errors) == 2 and max(errors) <= TOLERANCE, errors
+    errors = [float(line) for line in done.stdout.splitlines()]
+    assert len(errors) == (model_type == "qwen2_moe") and max(errors, default=0) <= TOLERANCE, errors
 
 
 def test_only_the_windows_of_the_devices_are_made() -> None:
