@@ -84,12 +84,15 @@ def test_only_the_windows_of_the_devices_are_made() -> None:
     np.testing.assert_array_equal(np.asarray(array), np.arange(24).reshape(2, 4, 3))
 
 
-def test_fetch_takes_a_part() -> None:
+def test_fetch_takes_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From host memory, from the pieces of a mesh, and cut out on a device before it comes to the host."""
     values = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
     array = jax.numpy.asarray(values)
     for index in ((1, 2, slice(None)), (slice(None), 3, slice(None)), (slice(None),) * 3):
         np.testing.assert_array_equal(sharding.fetch(array, index), values[index])
         np.testing.assert_array_equal(sharding._gathered(array, index), values[index])
+    monkeypatch.setattr(sharding, "_on_host", lambda array: False)
+    np.testing.assert_array_equal(sharding.fetch(array, (1, slice(None), slice(None))), values[1])
 
 
 def test_meshes_that_are_refused() -> None:
