@@ -57,6 +57,8 @@ def _port_decoder(command: Port) -> int:
 def _port_module(command: Port) -> int:
     to = form_of(command.to, command.src, command.dst)
     if to == "hf":
+        if command.src.is_dir():
+            read_about(command.src)  # a broken folder is told what it lacks
         raise ValueError(f"{command.src}: is no Hugging Face model: --to must be torch, folder or orbax")
     check_target(command.dst, command.overwrite, Path.is_file if to == "torch" else is_folder)
     if command.to == "auto" and to == "folder" and command.dst.suffix and not command.dst.is_dir():

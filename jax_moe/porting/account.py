@@ -57,7 +57,7 @@ def memory_rows(
     }
 
 
-def readable(size: float) -> str:
+def readable(size: int | float) -> str:
     """Bytes for people."""
     for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:

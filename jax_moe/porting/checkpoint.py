@@ -22,7 +22,7 @@ from jax_moe.porting.config_files import config_from_json, config_to_json
 from jax_moe.porting.engine import PortError
 from jax_moe.porting.files import read_safetensors, read_state, verify, write_safetensors, writing
 from jax_moe.porting.hf_folder import decoder_shapes, is_hf
-from jax_moe.porting.orbax_files import read_orbax, verify_orbax, write_orbax
+from jax_moe.porting.orbax_files import read_orbax, sums_from_json, verify_orbax, write_orbax
 from jax_moe.porting.recognise import Choices, config_of, recognise
 from jax_moe.porting.tensor_file import Header
 from jax_moe.soft_moe import SoftMoE
@@ -101,7 +101,8 @@ def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = 
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:
-    """Writes the folder whole or not at all, once its weights read back bit for bit."""
+    """Writes the folder whole or not at all, once its weights read back bit for bit. A decoder's storage is Orbax."""
+    storage = "orbax" if checkpoint.family == "decoder" else storage
     weights, origin = checkpoint.weights, getattr(checkpoint.module, "origin", None)
     about = about_folder(
         checkpoint.family, checkpoint.config, storage, characters=checkpoint.characters,
@@ -109,8 +110,8 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage
     )
     with writing(path, overwrite, replaceable=is_folder) as part:
         if storage == "orbax":
-            write_orbax(part, weights)
-            verify_orbax(part, weights, lambda _: None)
+            about["files"] = write_orbax(part, weights)
+            verify_orbax(part, about["files"], weights, lambda _: None)
         else:
             part.mkdir()
             write_safetensors(part / "weights.safetensors", weights)
@@ -151,7 +152,7 @@ def open_decoder(path: Path) -> tuple[Origin, DecoderConfig, dict[str, Header]]:
     if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("model_type", "config_json")):
         raise ValueError(f"{where}: origin={said!r}: must be an object with model_type and config_json")
     origin = Origin(model_type=said["model_type"], config_json=said["config_json"], directory=str(path.absolute()))
-    arrays, shapes = read_orbax(path), decoder_shapes(config)
+    arrays, shapes = _read_orbax(path, about), decoder_shapes(config)
     error = PortError(
         str(path),
         missing=[name for name in shapes if name not in arrays],
@@ -226,8 +227,12 @@ def _load_folder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkp
 
 def _read_weights(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
     if about.get("storage") == "orbax":
-        return {name: one.read() for name, one in read_orbax(path).items()}
+        return {name: one.read() for name, one in _read_orbax(path, about).items()}
     return read_state(path / "weights.safetensors")
+
+
+def _read_orbax(path: Path, about: dict[str, Any]) -> dict[str, Header]:
+    return read_orbax(path, sums_from_json(about.get("files"), f"{path / 'config.json'}: files"))
 
 
 def _load_decoder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:

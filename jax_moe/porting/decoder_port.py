@@ -1,6 +1,7 @@
 """A Hugging Face model carried between its folder and an Orbax checkpoint, tensor by tensor, no model built."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +17,7 @@ from jax_moe.decoder_config import DecoderConfig
 from jax_moe.porting.checkpoint import about_folder, is_folder, open_decoder, write_about
 from jax_moe.porting.engine import Piece, Plan, assemble, make_plan, take_apart
 from jax_moe.porting.families.hf import decoder_tables
-from jax_moe.porting.files import writing
+from jax_moe.porting.files import check_target, writing
 from jax_moe.porting.hf_folder import check_head, config_text, is_hf, open_folder
 from jax_moe.porting.orbax_files import verify_orbax, write_orbax
 from jax_moe.porting.pretrained import COPIED
@@ -66,7 +67,7 @@ def port_decoder(
             found = replace(found, text=config_text(found.text, json.loads(found.text), dtype))
         write = _write_hf if to == "hf" else _write_orbax
         files, kept = write(replace(found, tensors=read), target, max_shard_bytes, overwrite, progress, say)
-    elements = sum(one.nbytes // one.dtype.itemsize for one in read.values())
+    elements = sum(math.prod(shape) for shape in found.plan.our_shapes.values())
     return Ported(found.model_type, elements, sorted({one.dtype.name for one in read.values()}), files, kept)
 
 
@@ -76,7 +77,7 @@ def open_source(path: Path) -> Iterator[Source]:
     if is_hf(path):
         with open_folder(path) as folder:
             check_head(folder)
-            yield Source(path, folder.model_type, folder.text, folder.config, folder.plan, folder.headers, False)
+            yield Source(path, folder.model_type, folder.text, folder.config, folder.plan, folder.stored, False)
         return
     origin, config, arrays = open_decoder(path)
     plan = make_plan(decoder_tables(config, origin.model_type)[0], {name: one.shape for name, one in arrays.items()})
@@ -93,6 +94,7 @@ def _write_hf(
 ) -> tuple[int, int]:
     tensors = _theirs(source.plan, source.tensors) if source.ours else source.tensors
     shards, total = plan_shards(tensors, max_shard_bytes), sum(one.nbytes for one in tensors.values())
+    check_target(target, overwrite, replaceable)
     room_for(target, total)
     dtypes = {name: one.dtype.name for name, one in tensors.items()}
     note = {"source": identity(source.path), "dtypes": dtypes, "shards": shards}
@@ -108,6 +110,7 @@ def _write_orbax(
 ) -> tuple[int, int]:
     tensors = source.tensors if source.ours else _ours(source.plan, source.tensors)
     total = sum(one.nbytes for one in tensors.values())
+    check_target(target, overwrite, replaceable)
     room_for(target, total)
     about = about_folder("decoder", source.config, "orbax", origin=(source.model_type, source.text))
     with writing(target, overwrite, replaceable) as part, progress(f"writing {target.name}", 2 * total) as advance:
@@ -115,10 +118,10 @@ def _write_orbax(
         for name, header in tensors.items():
             arrays[name] = header.read()
             advance(arrays[name].nbytes)
-        write_orbax(part, arrays)
+        about["files"] = write_orbax(part, arrays)
         write_about(part, about)
         _copy_others(source.path, part)
-        verify_orbax(part, arrays, advance)
+        verify_orbax(part, about["files"], arrays, advance)
     return 0, 0
 
 

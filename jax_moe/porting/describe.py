@@ -85,11 +85,12 @@ def _decoder(config: DecoderConfig) -> list[str]:
     told = [f"{what} {value:g}" for what, value in multipliers.items() if value != 1]
     if told:
         lines.append("multipliers: " + ", ".join(told))
-    balance = config.moe.balance
+    balance, router = config.moe.balance, config.moe.router
     pooled = "f and P averaged over the layers first" if balance.pooled == "over_layers" else "the mean of the layers' losses"
     sums = "the top-k" if balance.f_sums_to == "k" else "1"
+    wide = ["in fp32" if kept == "float32" else "in the model's dtype" for kept in (router.dtype, router.weight_dtype)]
     return [
-        *lines, *_sparse(config.moe),
+        *lines, *_sparse(config.moe), f"precision: router {wide[0]}, its weights {wide[1]}",
         f"balance loss: E * sum(f * P), f summing to {sums}, {pooled}, weight {config.balance_loss_weight:g}",
     ]
 

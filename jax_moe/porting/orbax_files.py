@@ -1,6 +1,17 @@
-"""Orbax checkpoints of bare weights: {our path: array} as a nested dict, written whole, read one array at a time."""
+"""Orbax checkpoints of bare weights: {our path: array} as a nested dict, written whole, read one array at a time.
 
-from collections.abc import Callable, Mapping
+Size and sha256 of every file are kept, and tested before Orbax reads, whose own account of a damaged file is pages long.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +20,87 @@ import numpy as np
 from jax_moe.porting.files import same_bits
 from jax_moe.porting.tensor_file import Header
 
+Sums = dict[str, tuple[int, str]]  # {file: size and sha256}
+SMALL = 1 << 20  # bytes of a file
 ITEM = "state"  # what ocp.load(folder) reads
-MARK = "_CHECKPOINT_METADATA"
 
 
-def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A new folder that `orbax.checkpoint.v1.load` reads."""
+def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
+    """Writes a new folder that `orbax.checkpoint.v1.load` reads. Raises OSError where it cannot be written."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save_checkpointables(path.absolute(), {ITEM: _nested(arrays)})
+    path.mkdir()
+    inner = path / "new"  # Orbax works beside what it writes: there, too, nothing stays behind
+    with _quiet():
+        try:
+            ocp.save_checkpointables(inner.absolute(), {ITEM: _nested(arrays)})
+        except OSError:
+            raise
+        except Exception as error:  # of the library below Orbax, the system's number in its text
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else " ".join(str(error).split())[:160]) from None
+    for entry in list(inner.iterdir()):
+        os.replace(entry, path / entry.name)
+    inner.rmdir()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): (file.stat().st_size, _sha256(file)) for file in files}
 
 
-def read_orbax(path: Path) -> dict[str, Header]:
-    """{our path: header}. Raises ValueError for what is no whole Orbax checkpoint."""
-    from orbax.checkpoint import v1 as ocp
+def sums_from_json(value: Any, where: str) -> Sums:
+    """Sums as they stand in config.json. Raises ValueError if they are none."""
+    fits = isinstance(value, dict) and value and all(
+        isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and isinstance(one[1], str) for one in value.values()
+    )
+    if not fits:
+        raise ValueError(f"{where}={value!r:.80}: must be an object of size and sha256 of every file of the checkpoint")
+    return {name: (size, digest) for name, (size, digest) in value.items()}
 
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax and what is below it print an error with pages of traceback before they raise it; the one line is ours."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.level for logger in loggers], sys.excepthook
+
+    def rest(kind: Any, error: Any, trace: Any) -> None:
+        if str(error) != "Event loop is closed":  # what threads say that come too late
+            hook(kind, error, trace)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.excepthook = rest
     try:
-        leaves = _flat(ocp.checkpointables_metadata(path.absolute()).metadata[ITEM])
-        return {name: Header(tuple(one.shape), np.dtype(one.dtype), _reader(path, leaves, name)) for name, one in leaves.items()}
-    except Exception as error:  # Orbax raises a dozen kinds for a damaged folder
-        raise damaged(path, error) from None
+        yield
+        sys.excepthook = hook  # after an error not: those threads still run
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
-def verify_orbax(path: Path, arrays: Mapping[str, np.ndarray], advance: Callable[[int], None]) -> None:
+def read_orbax(path: Path, sums: Sums) -> dict[str, Header]:
+    """{our path: header}. Raises ValueError for what is no whole checkpoint.
+
+    Small files, among which those that say where the arrays are, are tested here; the others at the first reading.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    wrong = [name for name, (size, _) in sums.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+    if wrong:
+        raise damaged(path, f"missing or of another size: {', '.join(wrong[:20])}")
+    _test(path, {name: digest for name, (size, digest) in sums.items() if size <= SMALL})
+    with _quiet():
+        try:
+            leaves = _flat(ocp.checkpointables_metadata(path.absolute()).metadata[ITEM])
+            read = _Reader(path, {name: digest for name, (size, digest) in sums.items() if size > SMALL}, leaves)
+            return {name: Header(tuple(one.shape), np.dtype(one.dtype), partial(read, name)) for name, one in leaves.items()}
+        except Exception as error:  # Orbax raises a dozen kinds
+            raise damaged(path, str(error)) from None
+
+
+def verify_orbax(path: Path, sums: Sums, arrays: Mapping[str, np.ndarray], advance: Callable[[int], None]) -> None:
     """Raises ValueError unless every array reads back bit for bit."""
-    found = read_orbax(path)
+    found = read_orbax(path, sums)
     wrong = sorted(found.keys() ^ arrays.keys())
     for name in found.keys() & arrays.keys():
         if not same_bits(arrays[name], found[name].read()):
@@ -43,24 +110,40 @@ def verify_orbax(path: Path, arrays: Mapping[str, np.ndarray], advance: Callable
         raise ValueError(f"{path}: must read back as written; differs in {', '.join(wrong[:20])}")
 
 
-def damaged(path: Path, error: Exception) -> ValueError:
+def damaged(path: Path, reason: str) -> ValueError:
     """One line for a checkpoint that cannot be read."""
-    reason = " ".join(str(error).split())[:160]
-    return ValueError(f"{path}: must be a whole Orbax checkpoint, it is damaged or cut short ({reason})")
+    return ValueError(f"{path}: must be a whole Orbax checkpoint, it is damaged or cut short ({' '.join(reason.split())[:160]})")
 
 
-def _reader(path: Path, leaves: Mapping[str, Any], wanted: str) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
+class _Reader:
+    """Reads one array by its path, once the files are known to be whole."""
+
+    def __init__(self, path: Path, untested: dict[str, str], leaves: Mapping[str, Any]):
+        self.path, self.untested, self.leaves = path, untested, leaves
+
+    def __call__(self, wanted: str) -> np.ndarray:
         from orbax.checkpoint import v1 as ocp
 
-        leaf = leaves[wanted]
-        like = dict.fromkeys(leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)}
-        try:
-            return _flat(ocp.load_checkpointables(path.absolute(), {ITEM: _nested(like)})[ITEM])[wanted]
-        except Exception as error:
-            raise damaged(path, error) from None
+        _test(self.path, self.untested)
+        self.untested = {}
+        leaf = self.leaves[wanted]
+        like = dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)}
+        with _quiet():
+            try:
+                return _flat(ocp.load_checkpointables(self.path.absolute(), {ITEM: _nested(like)})[ITEM])[wanted]
+            except Exception as error:
+                raise damaged(self.path, str(error)) from None
 
-    return read
+
+def _test(path: Path, digests: Mapping[str, str]) -> None:
+    wrong = [name for name, digest in digests.items() if _sha256(path / name) != digest]
+    if wrong:
+        raise damaged(path, f"changed: {', '.join(wrong[:20])}")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

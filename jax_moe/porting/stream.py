@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,15 @@ def resumable(
     check_target(path, overwrite, replaceable)
     outer = path.with_name(f".{path.name}.part")
     with _alone(outer, path):
-        if _note(outer) != note:
-            if _note(outer) is not None:
-                say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
-            shutil.rmtree(outer / path.name, ignore_errors=True)
-            (outer / path.name).mkdir()
-            (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
         try:
+            if _note(outer) != note:
+                if _note(outer) is not None:
+                    say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
+                shutil.rmtree(outer / path.name, ignore_errors=True)
+                (outer / path.name).mkdir()
+                (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
             yield outer / path.name
+            sync(outer / path.name)
             _put(outer / path.name, path)
         except KeyboardInterrupt:
             done = len(list((outer / path.name).glob("*.safetensors")))
@@ -169,7 +170,11 @@ def resumable(
 def room_for(path: Path, needed: int) -> None:
     """Raises ValueError as `check_space`; what an interrupted port left beside `path` counts as there."""
     left = path.with_name(f".{path.name}.part")
-    check_space(path, needed - sum(file.stat().st_size for file in left.rglob("*") if file.is_file()))
+    try:
+        there = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+    except OSError as error:  # a name that is too long with its ending
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    check_space(path, needed - there)
 
 
 def _note(outer: Path) -> Any:
@@ -180,14 +185,19 @@ def _note(outer: Path) -> Any:
 
 
 def _put(part: Path, path: Path) -> None:
-    """Renames into place; what was there goes last."""
+    """Renames into place; what was there goes with the hidden folder."""
     if path.is_dir():
         old = part.with_name(f"{part.name}.old")
         os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old)
+        try:
+            os.replace(part, path)
+        except OSError:
+            os.replace(old, path)
+            raise
     else:
         os.replace(part, path)
+    with suppress(OSError):  # a folder that may be written and not read
+        sync(path.parent, deep=False)
 
 
 @contextmanager
