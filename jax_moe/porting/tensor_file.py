@@ -6,7 +6,7 @@ The library checks every header; the data never pass through it twice, so that a
 import json
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SORTED = ("F64", "F32", "BF16", "F16")  # the order in which the library writes dtypes
 CHECKED_BYTES = 1 << 20  # read back at a time
-REOPENED_BYTES = 1 << 26
+BATCH_BYTES = 1 << 26  # between two openings
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,29 @@ def _mapped(mapped: mmap.mmap, data: int, about: dict[str, Any]) -> Header:
 def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
     """The file that the library's `save_file` would write, byte for byte, with one tensor in memory at a time.
 
-    Raises ValueError unless the library then reads every tensor as it was given, bit for bit.
+    Raises ValueError unless the library reads every tensor back as it was given, bit for bit.
     """
+    from safetensors import safe_open
+
     names = sorted(headers, key=lambda name: (SORTED.index(CODES[headers[name].dtype]), name))
+    text, end = _header(names, headers)
+    wrong: list[str] = []
+    with path.open("wb") as file:
+        file.write(text)
+        file.truncate(len(text) + end)  # at its full length it can be opened, and each tensor read back once it is written
+        for some in _in_batches(names, headers):
+            with safe_open(path, framework="np") as written:
+                for name in some:
+                    value = np.ascontiguousarray(headers[name].read()).reshape(headers[name].shape)
+                    file.write(value.reshape(-1).view(np.uint8).data)
+                    file.flush()
+                    wrong += [] if reads_as(written, name, value) else [name]
+    if wrong:
+        raise ValueError(f"{path}: must read back as written; differs in {', '.join(wrong[:20])}")
+
+
+def _header(names: list[str], headers: Mapping[str, Header]) -> tuple[bytes, int]:
+    """What stands before the data, as the library writes it, and the bytes of the data."""
     about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -100,35 +120,22 @@ def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
         about[name] = {"dtype": CODES[headers[name].dtype], "shape": list(headers[name].shape), "data_offsets": [start, end]}
     text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            file.write(np.ascontiguousarray(headers[name].read()).reshape(-1).view(np.uint8).data)
-    wrong = differing(path, headers)
-    if wrong:
-        raise ValueError(f"{path}: must read back as written; differs in {', '.join(wrong[:20])}")
+    return struct.pack("<Q", len(text)) + text, end
 
 
-def differing(path: Path, headers: Mapping[str, Header]) -> list[str]:
-    """Names that the library does not read from the file as `headers` give them, bit for bit; a part of a tensor at a time."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        there = set(file.keys())
-    wrong, left = sorted(there ^ headers.keys()), sorted(there & headers.keys())
-    while left:
-        with safe_open(path, framework="np") as file:  # opened anew, as what was read stays mapped until it is closed
-            read = 0
-            while left and read < REOPENED_BYTES:
-                name = left.pop()
-                read += headers[name].nbytes
-                if not _reads(file, name, headers[name]):
-                    wrong.append(name)
-    return wrong
+def _in_batches(names: list[str], headers: Mapping[str, Header]) -> Iterator[list[str]]:
+    """Names of some megabytes each: what the library has read stays in this process until it closes the file."""
+    batch: list[str] = []
+    for name in names:
+        batch.append(name)
+        if sum(headers[one].nbytes for one in batch) >= BATCH_BYTES or name == names[-1]:
+            yield batch
+            batch = []
 
 
-def _reads(file: Any, name: str, header: Header) -> bool:
-    value, stored = header.read(), file.get_slice(name)
+def reads_as(file: Any, name: str, value: np.ndarray) -> bool:
+    """Whether the library's opened file has the tensor, bit for bit; of a large one some rows at a time."""
+    stored = file.get_slice(name)
     if tuple(stored.get_shape()) != value.shape:
         return False
     if value.ndim == 0 or value.nbytes <= CHECKED_BYTES:
