@@ -71,7 +71,7 @@ def generate_cached(
     require(moe.capacity is None, "capacity", moe.capacity, "None to generate with a cache; config.moe.with_capacity(None) is")
     pad_token = pad_token if pad_token is not None else (stop_tokens or (0,))[0]
     prompt_slots, num_slots = bucket(tokens.shape[1]), bucket(bucket(tokens.shape[1]) + max_new_tokens)
-    stops = stop_tokens + (-1,) * (bucket(len(stop_tokens)) - len(stop_tokens))
+    stops = stop_tokens + (-1,) * (bucket(max(len(stop_tokens), 1)) - len(stop_tokens))
     padding = [(0, 0), (prompt_slots - tokens.shape[1], 0)]
     request = Request(
         start_B=jnp.asarray(prompt_slots - mask.sum(axis=1), jnp.int32), prompt_slots=jnp.asarray(prompt_slots, jnp.int32),
