@@ -5,7 +5,8 @@
 Generates a Mixtral checkpoint in bf16 and then, in turn and each in a process of its own: loads it; saves it (written, read
 back, on the disk), which must give every tensor again bit for bit; copies its files (shutil.copyfile, with and without
 fsync); reads them. Files are in the page cache. Extra memory is the process's peak beyond what it held before and the
-weights themselves, mapped files included, as a ratio to the largest stacked tensor. Linux only (/proc).
+weights themselves, mapped files included, as a ratio to the largest stacked tensor. Ratios of processor time say what a
+busy machine hides. Linux only (/proc).
 """
 
 import argparse
@@ -66,12 +67,12 @@ def resident(field: str) -> int:
 def measured(run: Callable[[], object]) -> dict[str, float]:
     """Seconds, and the peak of memory beyond what was held before."""
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from now
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start, worked = resident("VmRSS"), time.perf_counter(), time.process_time()
     kept = run()
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     peak = resident("VmHWM") - before
     del kept
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": seconds, "cpu_seconds": worked, "peak": peak}
 
 
 def work(kind: str, folder: Path, into: Path) -> dict[str, float]:
@@ -147,6 +148,11 @@ def measure(folder: Path, gib: float, rounds: int) -> dict:
         f"{kind}_over_{base.replace(' ', '_')}": statistics.median(
             one["seconds"] / other["seconds"] for one, other in zip(found[kind], found[base], strict=True))
         for kind in ("load", "save") for base in ("copy", "copy without fsync", "read")
+    }
+    ratios |= {
+        f"{kind}_cpu_over_copy_cpu": statistics.median(
+            one["cpu_seconds"] / other["cpu_seconds"] for one, other in zip(found[kind], found["copy"], strict=True))
+        for kind in ("load", "save")
     }
     peaks = {kind: statistics.median(one["peak"] for one in found[kind]) for kind in ("load", "save")}
     return {
