@@ -98,7 +98,7 @@ def _write_hf(
     room_for(target, total)
     dtypes = {name: one.dtype.name for name, one in tensors.items()}
     note = {"source": identity(source.path), "dtypes": dtypes, "shards": shards}
-    with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", 2 * total) as advance:
+    with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", total) as advance:
         kept = write_shards(part, tensors, shards, advance)
         (part / "config.json").write_text(source.text, encoding="utf-8")
         _copy_others(source.path, part)

@@ -4,6 +4,7 @@ Needs PyTorch and transformers, imported when `compare` runs. Of the folder only
 """
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,17 +69,21 @@ def _there_and_back(path: Path, model: Decoder) -> Check:
     return Check("weights there and back", float(len(differ)), 0.0, ", ".join(differ[:1]))
 
 
-def _run_jax(model: Decoder, tokens: np.ndarray) -> Answers:
-    graphdef, params = nnx.split(model)
-
+@partial(jax.jit, static_argnums=0)
+def _loss_and_gradients(graphdef: Any, params: Any, tokens_BT: jax.Array) -> Any:
     def loss(params: Any) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params)
-        output = model.run(jnp.asarray(tokens))
+        output = model.run(tokens_BT)
         log_probs = jax.nn.log_softmax(output.logits_BTV[:, :-1])
-        entropy = -jnp.take_along_axis(log_probs, jnp.asarray(tokens)[:, 1:, None], axis=-1).mean()
+        entropy = -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
         return entropy + model.config.balance_loss_weight * pool_balance_loss(output.stats, model.config.moe), output
 
-    (value, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def _run_jax(model: Decoder, tokens: np.ndarray) -> Answers:
+    graphdef, params = nnx.split(model)
+    (value, output), gradients = _loss_and_gradients(graphdef, params, jnp.asarray(tokens))
     layout = tables_of(model)[FUSED].name
     choices = np.asarray(output.expert_LBTK)
     return Answers(
