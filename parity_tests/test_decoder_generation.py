@@ -165,7 +165,7 @@ def test_a_callback_sees_every_step_and_may_end_it(model: Decoder) -> None:
         if step == 2:
             raise EnoughError("of that")
 
-    with pytest.raises(EnoughError, match="^of that$"):
+    with pytest.raises(EnoughError, match=r"^of that$"):
         request(callback=enough)
 
 
