@@ -77,7 +77,7 @@ def test_against_transformers(sizes: Sizes) -> None:
 
 @pytest.mark.parametrize(("sizes", "group", "balance"), [
     (SIZES[0], "sequence", "batch"), (SIZES[0], "batch", "group"), (SIZES[1], "sequence", "group"), (SIZES[1], "batch", "batch"),
-    (SIZES[2], "sequence", "group"), (SIZES[3], "batch", "batch"), (SIZES[3], "sequence", "group"),
+    (SIZES[2], "sequence", "group"), (SIZES[3], "batch", "batch"),
 ])
 def test_against_the_papers(sizes: Sizes, group: str, balance: str) -> None:
     """Eq. 3's capacity with a factor that drops, both groups, both countings of the balance loss, in fp64."""
@@ -322,11 +322,13 @@ def swapped(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("fault", ["experts", "slots", "order", "balance"])
 def test_planted_fault_is_caught(fault: str) -> None:
-    """Experts swapped, one slot too many, the last tokens first, the other counting of the balance loss."""
+    """Experts swapped, one slot too many, the surest tokens first, the other counting of the balance loss.
+
+    Without a fault the same comparison is `test_against_transformers`.
+    """
     sizes, config = SIZES[1], contract(SIZES[1])
     theirs, x = sizes.theirs().train(), sizes.tokens().astype(np.float32)
     expected, state = their_numbers(theirs, x), state_of(theirs)
-    check_close(our_numbers(ours(config, state), x)[0], expected, FP32, "without a fault")
     if fault == "experts":
         state = swapped(state)
     elif fault == "balance":

@@ -215,6 +215,11 @@ def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
     check_exact(states[0], states[1], "untrained")
     files = [jax_moe.porting.files.read_safetensors(tmp_path / name / "model.safetensors") for name in ("pretrained", "tiny")]
     check_exact(files[0], files[1], "tensors on the disk")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pretrained").write_text("in the way")
+    with pytest.raises(OSError, match=r"^the model is in .*checkpoints but could not be written: [^\n]*$"):
+        pretrained.write(nnx.merge(graphdef, params, rest), tmp_path / "other")
+    assert (tmp_path / "other" / "pretrained").read_text() == "in the way"
 
 
 # Data

