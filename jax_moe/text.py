@@ -1,4 +1,4 @@
-"""Text in and out of a Hugging Face folder: its `tokenizer.json` through the `tokenizers` library, and its end of text."""
+"""Text in and out of a Hugging Face model: its folder's `tokenizer.json` by the library `tokenizers`, its end of text."""
 
 import json
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
     return tokens
 
 
-def end_tokens(folder: Path) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, or else of config.json: none, one or several.
+def end_tokens(folder: Path, config: str) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, or else of the text of Hugging Face's config.json: none, one or several.
 
     Raises ValueError for a file that is not JSON or an entry that is not a token.
     """
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
+    for file in (folder / "generation_config.json", folder / "config.json"):
         try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            text = config if file.name == "config.json" else file.read_text(encoding="utf-8")
+            found = json.loads(text).get("eos_token_id")
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{file}: must be a JSON object ({error})") from None
         tokens = found if isinstance(found, list) else [found]

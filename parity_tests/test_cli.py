@@ -108,7 +108,7 @@ def _text(path: Path) -> list[str]:
 
 def _other(path: Path) -> list[str]:
     write_state(path, {"wte.weight": np.zeros((2, 2), np.float32), "h.0.b": np.zeros(2, np.float32)}, overwrite=True)
-    return ["makeMoE, Mixtral block or Soft MoE", "wte.weight", "h.0.b"]
+    return ["makeMoE, Mixtral block, Switch layer or Soft MoE", "wte.weight", "h.0.b"]
 
 
 def _faults(path: Path) -> list[str]:

@@ -105,7 +105,7 @@ def test_pieces_of_a_text_are_the_text() -> None:
 def test_end_tokens(files: dict, expected: tuple, tmp_path: Path) -> None:
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
-    assert end_tokens(tmp_path) == expected
+    assert end_tokens(tmp_path, json.dumps(files["config.json"])) == expected
 
 
 def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

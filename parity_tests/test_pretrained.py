@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     model = jax_moe.load_pretrained(folder)
-    monkeypatch.setattr(pretrained, "_copy_others", fail)
+    monkeypatch.setattr(pretrained, "copy_others", fail)
     with pytest.raises(ValueError, match="No space left on device"):
         jax_moe.save_pretrained(model, tmp_path / "full")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

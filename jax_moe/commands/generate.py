@@ -52,7 +52,8 @@ def _with_characters(command: Generate, checkpoint: Checkpoint) -> None:
 
 def _with_tokens(command: Generate, model: Decoder) -> None:
     """Prints the text token by token as it comes; numbers for a prompt in numbers."""
-    stop_tokens = end_tokens(command.path)
+    assert model.origin is not None
+    stop_tokens = end_tokens(command.path, model.origin.config_json)
     if command.tokens is None:
         require(command.prompt is not None, "prompt", None, "given, or --tokens in its place")
         assert command.prompt is not None

@@ -12,8 +12,10 @@ from jax_moe.cli import Inspect
 from jax_moe.commands.common import summary
 from jax_moe.config import require
 from jax_moe.decoder_config import DecoderConfig
+from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.account import bytes_by_dtype, count_parameters, memory_rows, readable
-from jax_moe.porting.checkpoint import is_folder, load, open_decoder, read_about
+from jax_moe.porting.checkpoint import load
+from jax_moe.porting.decoder_folder import open_decoder
 from jax_moe.porting.describe import describe
 from jax_moe.porting.files import read_state
 from jax_moe.porting.hf_folder import is_hf, open_folder, weight_files
@@ -60,11 +62,11 @@ def _inspect_decoder(command: Inspect) -> int:
             dtypes = {piece.ours: folder.headers[piece.theirs].dtype.itemsize for piece in folder.plan.pieces}
             _print(folder.model_type, folder.config, folder.shapes, dtypes, folder.stored, where, command)
         return 0
-    origin, config, arrays = open_decoder(path)
+    origin, model, arrays = open_decoder(path)
     shapes = {name: one.shape for name, one in arrays.items()}
     dtypes = {name: one.dtype.itemsize for name, one in arrays.items()}
     where = f"an Orbax checkpoint, {len(arrays)} arrays"
-    _print(origin.model_type, config, shapes, dtypes, arrays, where, command)
+    _print(origin.model_type, model.config, shapes, dtypes, arrays, where, command)
     return 0
 
 

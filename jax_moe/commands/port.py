@@ -8,7 +8,8 @@ import jax
 
 from jax_moe.cli import Form, Port
 from jax_moe.commands.common import progress, summary, with_characters
-from jax_moe.porting.checkpoint import is_folder, load, read_about, save
+from jax_moe.porting.about import is_folder, read_about
+from jax_moe.porting.checkpoint import load, save
 from jax_moe.porting.decoder_port import dtype_named, port_decoder
 from jax_moe.porting.files import SUFFIXES, check_target, write_state
 from jax_moe.porting.hf_folder import is_hf

@@ -2,10 +2,10 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,16 @@ import numpy as np
 
 from jax_moe.config import require
 from jax_moe.decoder_config import DecoderConfig
-from jax_moe.porting.checkpoint import about_folder, is_folder, open_decoder, write_about
-from jax_moe.porting.engine import Piece, Plan, assemble, make_plan, take_apart
+from jax_moe.porting.about import about_folder, is_folder, write_about
+from jax_moe.porting.decoder_folder import open_decoder
+from jax_moe.porting.engine import Piece, Plan, assemble, make_plan
 from jax_moe.porting.families.hf import decoder_tables
 from jax_moe.porting.files import check_target, writing
-from jax_moe.porting.hf_folder import check_head, config_text, is_hf, open_folder
+from jax_moe.porting.hf_folder import check_head, config_text, copy_others, decoder_shapes, is_hf, open_folder
 from jax_moe.porting.orbax_files import verify_orbax, write_orbax
-from jax_moe.porting.pretrained import COPIED
-from jax_moe.porting.stream import Advance, Readings, identity, plan_shards, resumable, room_for, write_shards
+from jax_moe.porting.shards import plan_shards
+from jax_moe.porting.stacking import theirs_from
+from jax_moe.porting.stream import Advance, Readings, identity, resumable, room_for, write_shards
 from jax_moe.porting.tensor_file import DTYPES, Header
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
@@ -77,11 +79,11 @@ def open_source(path: Path) -> Iterator[Source]:
     if is_hf(path):
         with open_folder(path) as folder:
             check_head(folder)
-            yield Source(path, folder.model_type, folder.text, folder.config, folder.plan, folder.stored, False)
+            yield Source(path, folder.model_type, folder.origin.config_json, folder.config, folder.plan, folder.stored, False)
         return
-    origin, config, arrays = open_decoder(path)
-    plan = make_plan(decoder_tables(config, origin.model_type)[0], {name: one.shape for name, one in arrays.items()})
-    yield Source(path, origin.model_type, origin.config_json, config, plan, arrays, True)
+    origin, model, arrays = open_decoder(path)
+    plan = make_plan(decoder_tables(model.config, origin.model_type)[0], decoder_shapes(model))
+    yield Source(path, origin.model_type, origin.config_json, model.config, plan, arrays, True)
 
 
 def replaceable(path: Path) -> bool:
@@ -101,7 +103,7 @@ def _write_hf(
     with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", total) as advance:
         kept = write_shards(part, tensors, shards, advance)
         (part / "config.json").write_text(source.text, encoding="utf-8")
-        _copy_others(source.path, part)
+        copy_others(source.path, part)
     return len(shards), kept
 
 
@@ -120,15 +122,9 @@ def _write_orbax(
             advance(arrays[name].nbytes)
         about["files"] = write_orbax(part, arrays)
         write_about(part, about)
-        _copy_others(source.path, part)
+        copy_others(source.path, part)
         verify_orbax(part, about["files"], arrays, advance)
     return 0, 0
-
-
-def _copy_others(source: Path, part: Path) -> None:
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, part / name)
 
 
 def _ours(plan: Plan, theirs: Mapping[str, Header]) -> dict[str, Header]:
@@ -155,26 +151,8 @@ def _of_ours(piece: Piece) -> str:
 
 def _theirs(plan: Plan, ours: Mapping[str, Header]) -> dict[str, Header]:
     """Their tensors, each taken out of ours, which stay in memory: a shard wants a little of every stacked array."""
-    host: dict[str, np.ndarray] = {}
-    pieces: dict[str, list[Piece]] = {}
-    for piece in plan.pieces:
-        pieces.setdefault(piece.theirs, []).append(piece)
-
-    def stacked(name: str) -> np.ndarray:
-        if name not in host:
-            host[name] = ours[name].read()
-        return host[name]
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            value = np.empty(plan.their_shapes[name], ours[pieces[name][0].ours].dtype)
-            for piece in pieces[name]:
-                take_apart(piece, stacked(piece.ours), value)
-            return value
-
-        return read
-
-    return {name: Header(plan.their_shapes[name], ours[pieces[name][0].ours].dtype, reader(name)) for name in pieces}
+    kept = {name: replace(one, read=cache(one.read)) for name, one in ours.items()}
+    return theirs_from(plan, kept, lambda one, index: one.read()[index])
 
 
 def dtype_named(name: str | None) -> Any:

@@ -55,6 +55,8 @@ def _sparse(config: MoEConfig) -> list[str]:
 def _capacity(config: MoEConfig, rule: CapacityConfig) -> str:
     k = "K " if rule.counts_top_k else ""
     group = _GROUP.get(rule.group, f"groups of {rule.group_size} tokens")
+    if rule.slots is not None:
+        return f"{rule.slots} slots an expert over {group}, however long, {_PRIORITY[rule.priority]}"
     return f"{rule.rounding}(tokens {k}/ experts * {rule.factor}) slots an expert over {group}, {_PRIORITY[rule.priority]}"
 
 

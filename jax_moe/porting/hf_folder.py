@@ -1,6 +1,8 @@
 """A Hugging Face folder looked at through its headers: contract, names, shapes and dtypes, no weight read."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jax_moe.decoder_config import DecoderConfig
+from jax_moe.decoder_config import DecoderConfig, Origin
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.engine import Plan, PortError, check, make_plan
 from jax_moe.porting.families.hf import decoder_tables, family_named
@@ -19,6 +21,11 @@ from jax_moe.porting.shards import BIN, BIN_INDEX, INDEX, SINGLE, open_weights
 from jax_moe.porting.tensor_file import Header
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Beside config.json and the weights: copied as they are. Code (.py) never is.
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,21 @@ class HFFolder:
     """What a folder holds; `headers` can be read while it is open."""
 
     path: Path
-    model_type: str
-    text: str  # config.json
-    config: DecoderConfig
+    origin: Origin
+    model: Decoder  # shapes, no numbers
     plan: Plan
     headers: dict[str, Header]
     head: Header | None  # a tied head that is stored all the same, not among the headers
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's word for the family."""
+        return self.origin.model_type
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The contract."""
+        return self.model.config
 
     @property
     def shapes(self) -> Shapes:
@@ -59,19 +75,31 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
 
     Raises ValueError (PortError for weights) with everything that is wrong, so far as headers tell.
     """
-    text, values = _read_config(path / "config.json")
-    try:
+    text, values = _read_config(path)
+    with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
-        config = family.config(values)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
-    shapes = decoder_shapes(config)
-    plans = [make_plan(table, shapes) for table in decoder_tables(config, family.model_type)]
     with open_weights(path) as headers:
+        with _named(path / "config.json"):
+            check_layers(values, headers)
+            config = family.config(values)
+            check_sizes(config, headers)
+        origin = Origin(model_type=family.model_type, config_json=text, directory=str(path.absolute()))
+        model = abstract_decoder(config, origin)
+        plans = [make_plan(table, decoder_shapes(model)) for table in decoder_tables(config, family.model_type)]
         plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
         headers, head = _tied_head_apart(config, headers)
         check(plan, headers, f"{path} (layout {plan.table.name})")
-        yield HFFolder(path, family.model_type, text, config, plan, headers, head)
+        yield HFFolder(path, origin, model, plan, headers, head)
+
+
+def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:
+    """A decoder of shapes without numbers."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), origin=origin))
+
+
+def decoder_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """{our path: shape} of a decoder."""
+    return {".".join(map(str, keys)): v.shape for keys, v in nnx.to_flat_state(nnx.state(model))}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -85,35 +113,72 @@ def weight_files(path: Path) -> list[Path]:
     return []
 
 
-def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """{our path: shape} of a decoder."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return {".".join(map(str, keys)): v.shape for keys, v in nnx.to_flat_state(nnx.state(model))}
-
-
 def check_head(folder: HFFolder) -> None:
     """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
     if folder.head is not None and not same_bits(folder.head.read(), folder.headers["model.embed_tokens.weight"].read()):
         raise PortError(f"{folder.path} (layout {folder.plan.table.name})", unexpected=["lm_head.weight"])
 
 
-def config_text(text: str | None, values: dict[str, Any], dtype: np.dtype) -> str:
+def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
+    """Refuses, before anything is made for every layer, more layers than there are tensors."""
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(headers):
+        raise ValueError(f"num_hidden_layers={layers}: must fit the weights, which are {len(headers)} tensors")
+
+
+def check_sizes(config: DecoderConfig, headers: Mapping[str, Header]) -> None:
+    """Refuses, before anything of that size is named, a size that no tensor can have."""
+    held = sum(math.prod(header.shape) for header in headers.values())
+    moe = config.moe
+    sizes = {
+        "vocab_size": config.vocab_size, "model_dim": config.model_dim,
+        "num_heads * head_dim": config.num_heads * config.head_dim,
+        "num_layers * num_experts": len(config.moe_layers) * moe.num_experts, "expert_dim": moe.expert_dim,
+        "dense_dim": config.dense_dim, "shared_dim": moe.expert.shared_dim,
+    }
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size > held]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: must fit the weights, which are {held} numbers")
+
+
+def config_text(text: str | None, values: Mapping[str, Any], dtype: np.dtype) -> str:
     """The text of config.json as it was, unless the weights' dtype is another by now."""
     names = [name for name in ("dtype", "torch_dtype") if name in values] or ["dtype"]
     if text is not None and all(values.get(name) in (dtype.name, None) for name in names):
         return text
-    return json.dumps(values | dict.fromkeys(names, dtype.name), indent=2) + "\n"
+    return json.dumps({**values, **dict.fromkeys(names, dtype.name)}, indent=2) + "\n"
 
 
-def _read_config(file: Path) -> tuple[str, dict[str, Any]]:
+def copy_others(source: Path, part: Path) -> None:
+    """The tokenizer's files and their like, as they are."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, part / name)
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_dir():
+        raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
+    file = path / "config.json"
     try:
         text = file.read_text(encoding="utf-8")
         values = json.loads(text)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: must be JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: must hold an object")
     return text, values
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors begin with the file's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _tied_head_apart(config: DecoderConfig, headers: dict[str, Header]) -> tuple[dict[str, Header], Header | None]:

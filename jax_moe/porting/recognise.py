@@ -1,7 +1,7 @@
 """What a state dict is: its family by names that only that family has, and the sizes that its shapes determine."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jax_moe import presets
@@ -15,6 +15,7 @@ SIGNS = {
     "mixtral": r"experts\.\d+\.w1\.weight",
     "soft_moe": r"phi",
     "moe": r"router\.linear\.weight",
+    "switch": r"router\.classifier\.weight",
 }
 ASKED = {
     "makemoe": ("top_k", "capacity_factor", "dropout"),
@@ -22,18 +23,24 @@ ASKED = {
     "mixtral": ("top_k",),
     "soft_moe": ("hidden_activation", "output_activation", "residual"),
     "moe": (),
+    "switch": ("expert_capacity", "capacity_factor"),
 }
-PUBLISHED = 1.0  # makeMoE's capacity factor
+SLOTS = 64  # of an expert in a sequence: transformers' own, for Switch
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Settings that no weight tells. None: the published value (makeMoE top-2, factor 1, dropout 0.1; Mixtral top-2)."""
+    """Settings that no weight tells.
+
+    None: the published value (makeMoE top-2, factor 1, dropout 0.1; Mixtral top-2; Switch 64 slots).
+    """
 
     top_k: int | None = None
     """Experts a token goes to."""
     capacity_factor: float | None = None
-    """makeMoE's capacity factor; 0 is dropless."""
+    """makeMoE's or Switch's capacity factor; 0 is dropless."""
+    expert_capacity: int | None = None
+    """Switch: slots of an expert in a sequence, whatever its length, in place of a factor."""
     dropout: float | None = None
     """makeMoE's dropout rate (only training reads it)."""
     hidden_activation: Activation | None = None
@@ -69,6 +76,8 @@ def config_of(family: str, shapes: Shapes, choices: Choices) -> MakeMoEConfig | 
         return _language_model(shapes, chosen)
     if family == "soft_moe":
         return _soft_moe(shapes, chosen)
+    if family == "switch":
+        return _switch(shapes, chosen)
     if family == "moe":
         raise ValueError("torch_ref.MoE's names do not tell its contract: must come in a folder with config.json")
     if family == "mixtral":
@@ -105,6 +114,18 @@ def _soft_moe(shapes: Shapes, chosen: dict[str, Any]) -> SoftMoEConfig:
         output_layer_norm=any(".last_ln." in name for name in shapes),
         **chosen,
     )
+
+
+def _switch(shapes: Shapes, chosen: dict[str, Any]) -> MoEConfig:
+    """As transformers has it: a constant capacity, and the balance loss of each sequence."""
+    if "expert_capacity" not in chosen and "capacity_factor" not in chosen:
+        chosen["expert_capacity"] = SLOTS
+    elif len(chosen) > 1:
+        raise ValueError("capacity_factor, expert_capacity: must be one of the two")
+    router, up = r"router\.classifier\.weight", r"experts\.expert_\d+\.wi\.weight"
+    D, F, E = _size(shapes, router, 1), _size(shapes, up, 0), _size(shapes, router, 0)
+    config = presets.switch(D, F, E, balance_per_sequence=True, **chosen)
+    return replace(config, router=replace(config.router, bias="router.classifier.bias" in shapes))
 
 
 def _size(shapes: Shapes, pattern: str, axis: int) -> int:

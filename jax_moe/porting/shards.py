@@ -7,8 +7,6 @@ from pathlib import Path
 
 from jax_moe.porting.tensor_file import DTYPES, Header, map_tensors, write_tensors
 
-__all__ = ["BIN", "BIN_INDEX", "DTYPES", "INDEX", "SINGLE", "Header", "open_weights", "write_weights"]
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -76,8 +74,8 @@ def _open(path: Path) -> dict[str, Header]:
     }
 
 
-def write_weights(directory: Path, headers: Mapping[str, Header], max_shard_bytes: int) -> None:
-    """Writes what the headers read: one file, or shards with their index, each read back. One tensor is in memory at a time."""
+def plan_shards(headers: Mapping[str, Header], max_shard_bytes: int) -> dict[str, list[str]]:
+    """{file: names}, in order; a tensor larger than a shard has one to itself."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, header in headers.items():
@@ -86,12 +84,23 @@ def write_weights(directory: Path, headers: Mapping[str, Header], max_shard_byte
             held = 0
         shards[-1].append(name)
         held += header.nbytes
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, {name: headers[name] for name in names})
-        files |= dict.fromkeys(names, file)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_index(directory: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]]) -> None:
+    """The index of several shards; one needs none."""
     if len(shards) > 1:
-        total = sum(header.nbytes for header in headers.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        where = {name: file for file, names in shards.items() for name in names}
+        total = sum(headers[name].nbytes for name in where)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(directory: Path, headers: Mapping[str, Header], max_shard_bytes: int) -> None:
+    """Writes what the headers read: one file, or shards with their index, each read back. One tensor is in memory at a time."""
+    shards = plan_shards(headers, max_shard_bytes)
+    for file, names in shards.items():
+        write_tensors(directory / file, {name: headers[name] for name in names})
+    write_index(directory, headers, shards)

@@ -13,6 +13,7 @@ from jax_moe.porting.engine import Piece, Plan, PortError, assemble, memory_orde
 from jax_moe.porting.table import words
 from jax_moe.porting.tensor_file import Header
 
+Fetch = Callable[[Any, tuple], np.ndarray]  # (array, index) to that part in host memory
 EXPONENT = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 CHUNK = 1 << 18  # bytes looked at a time: they stay in the cache
 
@@ -100,10 +101,11 @@ def _not_finite(pieces: list[Piece], headers: Mapping[str, Header], dtype: np.dt
     return found
 
 
-def theirs_from(plan: Plan, arrays: Mapping[str, jax.Array]) -> dict[str, Header]:
+def theirs_from(plan: Plan, arrays: Mapping[str, Any], fetch: Fetch = sharding.fetch) -> dict[str, Header]:
     """Their tensors, in the order of the rows: what they will be, and how each is read from our arrays when its turn comes.
 
-    Raises PortError if two of our arrays that make up one tensor differ in dtype.
+    `fetch` gives a part of one of the arrays, by default of jax's. Raises PortError if two of our arrays that make up one
+    tensor differ in dtype.
     """
     pieces: dict[str, list[Piece]] = {}
     for piece in plan.pieces:
@@ -114,18 +116,18 @@ def theirs_from(plan: Plan, arrays: Mapping[str, jax.Array]) -> dict[str, Header
         raise PortError(f"layout {plan.table.name}", mistyped=mixed)
     shapes = plan.their_shapes
     return {
-        name: Header(shapes[name], dtype, _taker(parts, arrays, shapes[name], dtype))
+        name: Header(shapes[name], dtype, _taker(parts, arrays, fetch, shapes[name], dtype))
         for name, parts in pieces.items() for dtype in dtypes[name]
     }
 
 
 def _taker(
-    pieces: list[Piece], arrays: Mapping[str, jax.Array], shape: tuple[int, ...], dtype: np.dtype
+    pieces: list[Piece], arrays: Mapping[str, Any], fetch: Fetch, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         value = np.empty(shape, dtype)
         for piece in pieces:
-            put(piece, sharding.fetch(arrays[piece.ours], piece.our_index), value)
+            put(piece, fetch(arrays[piece.ours], piece.our_index), value)
         return value
 
     return read

@@ -17,26 +17,12 @@ import numpy as np
 
 from jax_moe.porting.engine import PortError
 from jax_moe.porting.files import check_space, check_target, sync
-from jax_moe.porting.shards import INDEX, SINGLE
-from jax_moe.porting.tensor_file import Header, reads_as, write_tensors
+from jax_moe.porting.shards import write_index
+from jax_moe.porting.stacking import all_finite
+from jax_moe.porting.tensor_file import Header, in_batches, reads_as, write_tensors
 
 Advance = Callable[[int], None]
 NOTE, LOCK = "port.json", "lock"
-
-
-def plan_shards(headers: Mapping[str, Header], max_shard_bytes: int) -> dict[str, list[str]]:
-    """{file: names}, in order; a tensor larger than a shard has one to itself."""
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, header in headers.items():
-        if shards[-1] and held + header.nbytes > max_shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += header.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
@@ -66,23 +52,25 @@ def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[st
         write_tensors(unfinished, counted(part, advance))
         sync(unfinished)
         os.replace(unfinished, folder / file)
-    if len(shards) > 1:
-        where = {name: file for file, names in shards.items() for name in names}
-        total = sum(headers[name].nbytes for name in where)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, headers, shards)
     return kept
 
 
 def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
-    """Whether a file holds these tensors and no other, bit for bit; both sides are read."""
+    """Whether a file holds these tensors and no other, bit for bit; both sides are read, some megabytes at a time."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            return set(file.keys()) == headers.keys() and all(reads_as(file, name, headers[name].read()) for name in headers)
+            if set(file.keys()) != headers.keys():
+                return False
+        for names in in_batches(headers, headers):
+            with safe_open(path, framework="np") as file:
+                if not all(reads_as(file, name, headers[name].read()) for name in names):
+                    return False
     except (SafetensorError, OSError):
         return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -117,9 +105,9 @@ class Readings:
         before = self.headers[name].read()
         with np.errstate(over="ignore"):  # looked at below
             value = before.astype(self._dtype(name), copy=False)
-        if self.allow_nonfinite or np.isfinite(value).all():
+        if self.allow_nonfinite or all_finite(value):
             return value, ""
-        why = f"is too large for {self._dtype(name)}" if np.isfinite(before).all() else "holds NaN or infinity"
+        why = f"is too large for {self._dtype(name)}" if all_finite(before) else "holds NaN or infinity"
         return value, f"{name} {why}"
 
 

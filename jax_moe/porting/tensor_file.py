@@ -6,7 +6,7 @@ The library checks every header; the data never pass through it twice, so that a
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
     with path.open("wb") as file:
         file.write(text)
         file.truncate(len(text) + end)  # at its full length it can be opened, and each tensor read back once it is written
-        for some in _in_batches(names, headers):
+        for some in in_batches(names, headers):
             with safe_open(path, framework="np") as written:
                 for name in some:
                     value = np.ascontiguousarray(headers[name].read()).reshape(headers[name].shape)
@@ -123,14 +123,18 @@ def _header(names: list[str], headers: Mapping[str, Header]) -> tuple[bytes, int
     return struct.pack("<Q", len(text)) + text, end
 
 
-def _in_batches(names: list[str], headers: Mapping[str, Header]) -> Iterator[list[str]]:
+def in_batches(names: Iterable[str], headers: Mapping[str, Header]) -> Iterator[list[str]]:
     """Names of some megabytes each: what the library has read stays in this process until it closes the file."""
     batch: list[str] = []
+    held = 0
     for name in names:
         batch.append(name)
-        if sum(headers[one].nbytes for one in batch) >= BATCH_BYTES or name == names[-1]:
+        held += headers[name].nbytes
+        if held >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def reads_as(file: Any, name: str, value: np.ndarray) -> bool:

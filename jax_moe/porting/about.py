@@ -1,0 +1,85 @@
+"""config.json of our own folders: what is in them. A run of train/train.py is one of them, by another config.json."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flax import nnx
+
+from jax_moe.config import MakeMoEConfig, MoEConfig, SoftMoEConfig
+from jax_moe.decoder_config import DecoderConfig
+from jax_moe.models.decoder import Decoder
+from jax_moe.models.makemoe import MakeMoE
+from jax_moe.moe import MoE
+from jax_moe.porting.config_files import config_to_json
+from jax_moe.porting.orbax_files import read_orbax, sums_from_json
+from jax_moe.porting.tensor_file import Header
+from jax_moe.soft_moe import SoftMoE
+
+FORMAT, VERSION = "jax_moe", 1
+RUN = "run"  # a folder of train/train.py: the model's contract in config.json, its weights under makeMoE's names
+MODULES: dict[str, tuple[type[nnx.Module], type]] = {
+    "decoder": (Decoder, DecoderConfig),  # a Hugging Face model, always stored by Orbax
+    "makemoe": (MakeMoE, MakeMoEConfig),
+    "makemoe_layer": (MoE, MoEConfig),
+    "mixtral": (MoE, MoEConfig),
+    "moe": (MoE, MoEConfig),
+    "soft_moe": (SoftMoE, SoftMoEConfig),
+    "switch": (MoE, MoEConfig),
+}
+Storage = Literal["safetensors", "orbax"]
+
+
+def about_folder(
+    family: str, config: Any, storage: Storage, *, characters: str | None = None, origin: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """config.json of a folder; `origin` are a decoder's model_type and the text of its config.json."""
+    about = {"format": FORMAT, "version": VERSION, "family": family, "config": config_to_json(config)}
+    if storage != "safetensors":
+        about["storage"] = storage
+    if characters is not None:
+        about["characters"] = characters
+    if origin is not None:
+        about["origin"] = {"model_type": origin[0], "config_json": origin[1]}
+    return about
+
+
+def write_about(path: Path, about: dict[str, Any]) -> None:
+    """config.json into a folder."""
+    (path / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder that `save` wrote."""
+    try:
+        return path.is_dir() and read_about(path)["format"] == FORMAT
+    except ValueError:
+        return False
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """config.json. Raises ValueError if it is not there, not JSON or not ours."""
+    file = path / "config.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: must be JSON ({error})") from None
+    if isinstance(about, dict) and "format" not in about and "settings" in about and "model" in about:
+        return {**about, "format": RUN}
+    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise ValueError(f'{file}: must say "format": "{FORMAT}" and "version": {VERSION}')
+    if about.get("family") not in MODULES:
+        raise ValueError(f"{file}: family={about.get('family')!r}: must be one of {', '.join(MODULES)}")
+    if about.get("storage", "safetensors") not in get_args(Storage):
+        raise ValueError(f"{file}: storage={about['storage']!r}: must be one of {', '.join(get_args(Storage))}")
+    characters = about.get("characters")
+    if characters is not None and not (isinstance(characters, str) and len(set(characters)) == len(characters)):
+        raise ValueError(f"{file}: characters must be a string without repeats")
+    return about
+
+
+def stored_arrays(path: Path, about: dict[str, Any]) -> dict[str, Header]:
+    """The arrays of a folder stored by Orbax, still to be read."""
+    return read_orbax(path, sums_from_json(about.get("files"), f"{path / 'config.json'}: files"))
