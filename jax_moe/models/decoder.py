@@ -123,11 +123,13 @@ class Decoder(nnx.Module):
         training: bool = True,
         mask_BT: Bool[Array, "B T"] | None = None,
         position_BT: Int[Array, "B T"] | None = None,
+        expert_LBTK: Int[Array, "L B T K"] | None = None,
     ) -> DecoderOutput:
         """All that a call computes.
 
         Without a key deterministic; with one and `training` the contract's dropout and jitter. `mask_BT` is False at
         padding, left or right; logits there mean nothing. Positions count from 0 with the padding, unless given.
+        `expert_LBTK` replays choices, as another run's `DecoderOutput` has them.
         Raises ValueError for a token outside the vocabulary.
         """
         self.check_tokens(tokens_BT)
@@ -136,7 +138,9 @@ class Decoder(nnx.Module):
         if position_BT is None:
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         turns = rotations(position_BT, config.rope, config.head_dim, x_BTD.dtype)
-        x_BTD, (stats, expert_LBTK), _ = self.layers(x_BTD, turns, mask_BT, key=key, training=training)
+        x_BTD, (stats, expert_LBTK), _ = self.layers(
+            x_BTD, turns, mask_BT, key=key, training=training, expert_LBTK=expert_LBTK
+        )
         return DecoderOutput(self.logits(x_BTD), stats, expert_LBTK)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -156,6 +160,7 @@ class Decoder(nnx.Module):
     def layers(
         self, x_BTD: Float[Array, "B T D"], turns: Rotations, mask_BT: Bool[Array, "B T"] | None = None, *,
         key: PRNGKeyArray | None = None, training: bool = False, keep_heads: bool = False,
+        expert_LBTK: Int[Array, "L B T K"] | None = None,
     ) -> tuple[Array, tuple[MoEStats, Array], tuple[Array, Array] | None]:
         """The last layer's output, statistics and choices, and with `keep_heads` keys and values [L, B, T, J, A].
 
@@ -168,6 +173,7 @@ class Decoder(nnx.Module):
         weights: dict[str, Any] = {}
         for letter, stack in stacks.items():
             graphs[letter], weights[letter] = nnx.split(stack)
+        weights["M"] = (weights["M"], expert_LBTK)
         weights["W"] = layer_windows(config)
         weights["K"] = None if key is None else jax.random.split(key, config.num_layers)
 
@@ -180,7 +186,9 @@ class Decoder(nnx.Module):
                 q, k, v = block.attention.project(block.attention_norm(x_BTD), turns)
                 heads += [(k, v)] if keep_heads else []
                 x_BTD = self.add(x_BTD, block.attention.attend(q, k, v, visible, fold(key, 0) if training else None))
-                y_BTD, report = self._ffn(block.ffn_norm(x_BTD), nnx.merge(graphs[letter], ffn), fold(key, 1), training, mask_BT)
+                params, replay = ffn if letter == "M" else (ffn, None)
+                module = nnx.merge(graphs[letter], params)
+                y_BTD, report = self._ffn(block.ffn_norm(x_BTD), module, fold(key, 1), training, mask_BT, replay)
                 x_BTD = self.add(x_BTD, y_BTD)
                 reports += [] if report is None else [report]
             return x_BTD, [jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None for found in (reports, heads)]
@@ -201,13 +209,14 @@ class Decoder(nnx.Module):
         return x_BTD + (y_BTD if multiplier == 1 else y_BTD * multiplier)
 
     def _ffn(
-        self, x_BTD: Array, ffn: MoE | Experts, key: Array | None, training: bool, mask_BT: Array | None
+        self, x_BTD: Array, ffn: MoE | Experts, key: Array | None, training: bool, mask_BT: Array | None,
+        replay_BTK: Array | None,
     ) -> tuple[Array, tuple[MoEStats, Array] | None]:
         if isinstance(ffn, Experts):
             return self.dense_answer(x_BTD, ffn), None
-        y_BTD, stats = ffn(x_BTD, key=key, training=training, mask_BT=mask_BT)
+        y_BTD, stats = ffn(x_BTD, key=key, training=training, mask_BT=mask_BT, expert_BTK=replay_BTK)
         # the same computation as inside the call; compiled, it is done once, and not at all where nobody asks
-        expert_BTK = ffn.routing(x_BTD, mask_BT=mask_BT)[1].expert_GSK.reshape(*x_BTD.shape[:2], -1)
+        expert_BTK = ffn.routing(x_BTD, mask_BT=mask_BT, expert_BTK=replay_BTK)[1].expert_GSK.reshape(*x_BTD.shape[:2], -1)
         return y_BTD, (stats, expert_BTK)
 
     def dense_answer(self, x_BTD: Array, ffn: Experts) -> Array:
