@@ -109,8 +109,9 @@ def _mixtures(model: Decoder) -> Callable[[Array, Array], Array]:
             return nnx.merge(graph, _at(experts, number), _at(others, number))(x_BTD, training=False)[0]
         mixture: MoE = nnx.merge(graph, through, _at(others, number))
         x_GSD, routing, slots, capacity, mask_GS = mixture.routing(x_BTD, training=False)
-        apply = experts_in_place(mixture.experts.weights(), number * config.num_experts, config.expert)
-        moves = Moves(config=config, capacity=capacity, apply=apply, dropout=None, keep_GSKD=None)
+        weights = mixture.experts.weights()
+        apply = experts_in_place(weights, number * config.num_experts, config.expert)
+        moves = Moves(config=config, capacity=capacity, apply=apply, weights=weights)
         y_GSD = chosen_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
         if config.expert.shared_dim:
             y_GSD += mixture._shared_answer(x_GSD, mask_GS)

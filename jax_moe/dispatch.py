@@ -4,15 +4,16 @@ A dispatcher is a function (x_GSD, routing, slots, moves) -> y_GSD; the faster o
 signature. All of them share `assign_slots`, so they drop the same tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_moe.config import MoEConfig, Priority
-from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, Shaped
-from jax_moe.dropout import apply_keep
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped
+from jax_moe.dropout import apply_keep, draw_keep, dropout
 from jax_moe.routing import Routing, safe_denominator, wide
 
 
@@ -29,8 +30,20 @@ class Moves(NamedTuple):
     config: MoEConfig
     capacity: int
     apply: Callable  # (x_ECD, expert_E or None) -> y_ECD: the experts; expert_E names whose weights serve each E
-    dropout: Callable | None  # (y) -> y with fresh dropout, in whatever shape the dispatcher holds answers
-    keep_GSKD: Bool[Array, "G S K D"] | None  # given dropout mask instead
+    weights: Mapping[str, Array]  # the same experts' parameters, for a dispatcher with a backward of its own
+    dropout_key: PRNGKeyArray | None = None  # draws fresh dropout
+    keep_GSKD: Bool[Array, "G S K D"] | None = None  # given dropout mask instead
+
+    def dropout(self, y: Float[Array, "*any"]) -> Float[Array, "*any"]:
+        """Answers with fresh dropout, in whatever shape the dispatcher holds them; as they are without a key."""
+        return dropout(y, self.config.expert.dropout, self.dropout_key)
+
+    def keep(self, shape: tuple[int, ...]) -> Bool[Array, "*any"] | None:
+        """The dropout mask of all choices, given or drawn; None without dropout."""
+        if self.keep_GSKD is not None:
+            return self.keep_GSKD.reshape(shape)
+        rate = self.config.expert.dropout
+        return None if self.dropout_key is None or rate == 0 else draw_keep(self.dropout_key, rate, shape)
 
 
 def split_groups(x_BT: Shaped[Array, "B T *rest"], group_size: int) -> Shaped[Array, "G S *rest"]:
@@ -58,23 +71,36 @@ def queue_positions(
 ) -> Int[Array, "G S K"]:
     """How many choices stand before this one in its expert's queue (int32: bf16 counts collide above 256)."""
     G, S, K = expert_GSK.shape
-    taken_GSKE = jax.nn.one_hot(expert_GSK, num_experts, dtype=jnp.int32)
-    if mask_GS is not None:
-        taken_GSKE *= mask_GS[..., None, None].astype(jnp.int32)
+    R = S * K
+    queue_GSK = expert_GSK if mask_GS is None else jnp.where(mask_GS[..., None], expert_GSK, num_experts)
     if priority == "choice":
-        taken_GRE = taken_GSKE.swapaxes(1, 2).reshape(G, K * S, num_experts)
-        before_GRE = jnp.cumsum(taken_GRE, axis=1) - taken_GRE
-        before_GSKE = before_GRE.reshape(G, K, S, num_experts).swapaxes(1, 2)
+        turn_SK = jnp.arange(R, dtype=jnp.int32).reshape(K, S).T
+        turn_GR = jnp.broadcast_to(turn_SK.reshape(-1), (G, R))
     else:
-        taken_GRE = taken_GSKE.reshape(G, S * K, num_experts)
-        if priority == "probability":
-            order_GR = jnp.argsort(-jax.lax.stop_gradient(weight_GSK).reshape(G, S * K), axis=1, stable=True)
-            taken_GRE = jnp.take_along_axis(taken_GRE, order_GR[..., None], axis=1)
-        before_GRE = jnp.cumsum(taken_GRE, axis=1) - taken_GRE
-        if priority == "probability":
-            before_GRE = jnp.take_along_axis(before_GRE, jnp.argsort(order_GR, axis=1)[..., None], axis=1)
-        before_GSKE = before_GRE.reshape(G, S, K, num_experts)
-    return jnp.take_along_axis(before_GSKE, expert_GSK[..., None], axis=-1)[..., 0]
+        turn_GR = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (G, R))
+    if priority == "probability":
+        order_GR = jnp.argsort(-jax.lax.stop_gradient(weight_GSK).reshape(G, R), axis=1, stable=True)
+        turn_GR = jax.vmap(_inverse)(order_GR)
+    return jax.vmap(partial(_ranks, num_queues=num_experts + 1))(queue_GSK.reshape(G, R), turn_GR).reshape(G, S, K)
+
+
+def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int) -> Int[Array, " R"]:
+    """How many of its queue come before each, by turn (a permutation): one sort, where one-hot sums would cost R * E."""
+    R = queue_R.shape[0]
+    if num_queues * R < 2**31:
+        sorted_R = jax.lax.sort(queue_R * R + turn_R)
+        sorted_queue_R, sorted_turn_R = sorted_R // R, sorted_R % R
+    else:
+        sorted_queue_R, sorted_turn_R = jax.lax.sort((queue_R, turn_R), num_keys=2)
+    first_Q = jnp.searchsorted(sorted_queue_R, jnp.arange(num_queues)).astype(jnp.int32)
+    rank_R = jnp.arange(R, dtype=jnp.int32) - first_Q[sorted_queue_R]
+    by_turn_R = jnp.zeros(R, jnp.int32).at[sorted_turn_R].set(rank_R, unique_indices=True)
+    return by_turn_R[turn_R]
+
+
+def _inverse(order_R: Int[Array, " R"]) -> Int[Array, " R"]:
+    """Where each index stands in a permutation."""
+    return jnp.zeros(order_R.shape, jnp.int32).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
 
 
 def assign_slots(
@@ -110,7 +136,7 @@ def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Mo
     y_GECD = y_ERD.reshape(E, G, C, D).swapaxes(0, 1).astype(wide(x_GECD.dtype))
     if keep_GECD is not None:
         return apply_keep(y_GECD, keep_GECD > 0, moves.config.expert.dropout)
-    return y_GECD if moves.dropout is None else moves.dropout(y_GECD)
+    return moves.dropout(y_GECD)
 
 
 def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:

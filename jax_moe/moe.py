@@ -1,7 +1,6 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from flax import nnx
 from jax_moe.config import ExpertConfig, MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
-from jax_moe.dropout import dropout, fold
+from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
@@ -100,11 +99,10 @@ class MoE(nnx.Module):
             expert_BTK=expert_BTK, capacity_limit=capacity_limit,
         )
         x_GSD, routing, slots, capacity, mask_GS = routed
-        rate, dropout_key = self.config.expert.dropout, fold(key, 1) if training else None
-        drawn = rate > 0 and keep_BTKD is None and dropout_key is not None
+        rate = self.config.expert.dropout
         moves = Moves(
-            config=self.config, capacity=capacity, apply=self._apply_experts,
-            dropout=partial(dropout, rate=rate, key=dropout_key) if drawn else None,
+            config=self.config, capacity=capacity, apply=self._apply_experts, weights=self.experts.weights(),
+            dropout_key=fold(key, 1) if training and rate > 0 and keep_BTKD is None else None,
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
         dispatcher = choose_dispatcher(self.config)

@@ -23,7 +23,5 @@ def chosen_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
     x_RD = x_GSD.reshape(G * S, D).repeat(K, axis=0)
     if moves.config.expert.weight_on == "input":
         x_RD = (x_RD * slots.weight_GSK.reshape(-1, 1)).astype(x_RD.dtype)
-    y_R1D = moves.apply(x_RD[:, None], routing.expert_GSK.reshape(-1))
-    if moves.dropout is not None:
-        y_R1D = moves.dropout(y_R1D)
+    y_R1D = moves.dropout(moves.apply(x_RD[:, None], routing.expert_GSK.reshape(-1)))
     return combine_choices(y_R1D.reshape(G, S, K, D), slots, moves)

@@ -22,8 +22,6 @@ def gather_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
     x_PD = tokens_to_places(x_GSD.reshape(G * S, D), choice_P, place_SK)
     if moves.config.expert.weight_on == "input":
         x_PD = weight_of_place(x_PD, slots, choice_P)
-    y_ECD = moves.apply(x_PD.reshape(E, G * C, D), None)
-    if moves.dropout is not None:
-        y_ECD = moves.dropout(y_ECD)
+    y_ECD = moves.dropout(moves.apply(x_PD.reshape(E, G * C, D), None))
     y_SKD = places_to_choices(y_ECD.reshape(E * G * C, D), choice_P, place_SK)
     return combine_choices(y_SKD.reshape(G, S, -1, D), slots, moves)
