@@ -133,7 +133,9 @@ def transformers_block(shape: Shape, numbers: Arrays, implementation: str) -> Co
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config)
     gate_up = np.concatenate([numbers["gate"], numbers["up"]], axis=2).swapaxes(1, 2)
-    theirs = {"gate.weight": numbers["router"].T, "experts.gate_up_proj": gate_up, "experts.down_proj": numbers["down"].swapaxes(1, 2)}
+    theirs = {
+        "gate.weight": numbers["router"].T, "experts.gate_up_proj": gate_up, "experts.down_proj": numbers["down"].swapaxes(1, 2),
+    }
     block.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in theirs.items()})
     x, probe = (torch.from_numpy(numbers[name])[None] for name in ("x", "probe"))
     x.requires_grad_()

@@ -19,7 +19,7 @@ ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
 Priority = Literal["token", "choice", "probability"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
-Dispatcher = Literal["auto", "einsum", "gather", "grouped"]
+Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "chosen"]
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -212,9 +212,10 @@ class MoEConfig:
         require(self.top_k <= top * width, "top_k", self.top_k, f"at most {top * width}, the experts in top_clusters={top}")
         two = clusters == 1 or self.router.cluster_score != "top2_sum" or width >= 2
         require(two, "cluster_score", self.router.cluster_score, "'max' when a cluster holds one expert")
-        other, when = ("grouped", "without") if self.capacity is None else ("gather", "with")
-        allowed = self.dispatcher in ("auto", "einsum", other)
-        require(allowed, "dispatcher", self.dispatcher, f"'auto', 'einsum' or {other!r} {when} a capacity")
+        when, others = ("with", ["gather"]) if self.capacity else ("without", ["grouped", "ragged", "chosen"])
+        allowed = ["auto", "einsum", *others]
+        words = f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r} {when} a capacity"
+        require(self.dispatcher in allowed, "dispatcher", self.dispatcher, words)
 
     def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
         """This contract with another capacity factor; `None` makes it dropless. `settings` are fields of CapacityConfig."""

@@ -16,6 +16,8 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shape
 from jax_moe.dropout import apply_keep, draw_keep, dropout
 from jax_moe.routing import Routing, safe_denominator, wide
 
+LARGEST_KEY = 2**31 - 1  # of an int32: queue and turn are sorted as one number up to here
+
 
 class Slots(NamedTuple):
     """Where each choice stands in its expert's queue, after drops."""
@@ -87,7 +89,7 @@ def queue_positions(
 def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int) -> Int[Array, " R"]:
     """How many of its queue come before each, by turn (a permutation): one sort, where one-hot sums would cost R * E."""
     R = queue_R.shape[0]
-    if num_queues * R < 2**31:
+    if num_queues * R <= LARGEST_KEY:
         sorted_R = jax.lax.sort(queue_R * R + turn_R)
         sorted_queue_R, sorted_turn_R = sorted_R // R, sorted_R % R
     else:

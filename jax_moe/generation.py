@@ -10,10 +10,8 @@ from jax_moe.config import require
 from jax_moe.dims import Array, Bool, Int, PRNGKeyArray
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
-from jax_moe.sampling import check_sampling, filter_logits
+from jax_moe.sampling import check_sampling
 from jax_moe.windowed_generation import generate_windowed
-
-__all__ = ["filter_logits", "generate"]
 
 
 def generate(

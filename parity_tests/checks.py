@@ -18,7 +18,8 @@ import torch
 from flax import nnx
 
 import jax_moe
-from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig
+from jax_moe import kernels
+from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig
 from parity_tests.cases import Case
 from parity_tests.compare import check_close, check_exact
 from parity_tests.inputs import generator
@@ -102,6 +103,10 @@ def needs_router(case: Case) -> str | None:
     return None if case.moe is not None else "Soft MoE has no choices, losses or statistics"
 
 
+def needs_sparse_layer(case: Case) -> str | None:
+    return None if isinstance(case.config, MoEConfig) else "dispatchers belong to the sparse layer"
+
+
 def needs_vectors(case: Case) -> str | None:
     return "tokens are integers" if isinstance(case.config, MakeMoEConfig) else None
 
@@ -182,6 +187,32 @@ def round_trip(runs: Runs, tolerance: float) -> float:
     return 0.0
 
 
+def legal_dispatchers(config: MoEConfig) -> list[str]:
+    """All that the contract can be run through."""
+    names = []
+    for name in kernels.DISPATCHERS:
+        try:
+            dataclasses.replace(config, dispatcher=name)  # type: ignore[arg-type]
+        except ValueError:
+            continue
+        names.append(name)
+    return names
+
+
+def every_dispatcher(runs: Runs, tolerance: float) -> float:
+    """The same case through each dispatcher: choices and drops exact; answers, statistics and all gradients close."""
+    config, expected, errors = runs.case.config, runs.float64.torch_outcome, []
+    assert isinstance(config, MoEConfig)
+    for name in legal_dispatchers(config):
+        case = dataclasses.replace(runs.case, config=dataclasses.replace(config, dispatcher=name))  # type: ignore[arg-type]
+        found, where = make_pair(case, "float64").jax_outcome, f"{case.name}: dispatcher {name}"
+        check_exact(found.choices, expected.choices, where)
+        errors.append(check_close(found.forward, expected.forward, tolerance, where))
+        errors.append(check_close(found.statistics, expected.statistics, tolerance, where))
+        errors.append(check_close(everything(found), everything(expected), tolerance, where))
+    return max(errors)
+
+
 def _leaves(module: nnx.Module) -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
@@ -240,6 +271,7 @@ COLUMNS = [
     compared("input_gradient", "float64", 1e-10, "input gradient", needs_vectors),
     compared("parameter_gradients", "float64", 1e-10, "parameter gradients", always),
     compared("loss_gradients", "float64", 1e-10, "loss gradients", needs_router),
+    Column("every dispatcher", "float64", 1e-10, every_dispatcher, needs_sparse_layer),
     Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always),
     Column("there and back", "float32", 0, round_trip, always),
     Column("ten AdamW steps", "float64", 1e-10, ten_adamw_steps, always),

@@ -79,7 +79,7 @@ def render() -> str:
     reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
     lines = [
         f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, JAX against PyTorch "
-        "(bf16: both against fp64); the first seven columns and the AdamW steps are in fp64.",
+        "(bf16: both against fp64); the first eight columns and the AdamW steps are in fp64.",
         "",
         *grid(COLUMNS, {case.name: found["cells"].get(case.name, {}) for case in CASES}),
         "",

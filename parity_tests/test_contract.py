@@ -245,7 +245,10 @@ BAD = [
         MoEConfig, {**SIZES, "top_k": 1, "router": RouterConfig(num_clusters=8, top_clusters=2)},
         "cluster_score='top2_sum': must be 'max' when a cluster holds one expert",
     ),
-    (MoEConfig, {**SIZES, "dispatcher": "fast"}, "dispatcher='fast': must be one of 'auto', 'einsum', 'gather', 'grouped'"),
+    (
+        MoEConfig, {**SIZES, "dispatcher": "fast"},
+        "dispatcher='fast': must be one of 'auto', 'einsum', 'gather', 'grouped', 'ragged', 'chosen'",
+    ),
     (SoftMoEConfig, {**SOFT, "num_slots": 0}, "num_slots=0: must be an integer of at least 1"),
     (SoftMoEConfig, {**SOFT, "hidden_dims": (4, 0)}, "hidden_dims=(4, 0): must be integers of at least 1"),
     (

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jax_moe import MakeMoE, MakeMoEConfig, generate
-from jax_moe.generation import filter_logits
+from jax_moe.sampling import filter_logits
 from parity_tests.filled import filled
 
 TINY = MakeMoEConfig(

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="this leg has no PyTorch")
 
 import torch_ref  # noqa: E402
 from parity_tests.test_generation import BAD, KEPT, SHARES, TINY, reference_filter  # noqa: E402
-from torch_ref.generation import filter_logits  # noqa: E402
+from torch_ref.sampling import filter_logits  # noqa: E402
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "kept"), KEPT)

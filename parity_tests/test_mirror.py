@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = (
     "routing.py", "dispatch.py", "experts.py", "losses.py", "moe.py", "soft_moe.py", "attention.py", "block.py",
-    "generation.py", "models/makemoe.py",
+    "generation.py", "sampling.py", "models/makemoe.py",
 )
 SHAPED = ("Bool", "Float", "Int", "Shaped", "Key")
 
@@ -32,6 +32,8 @@ TORCH_ARGUMENTS = {
 # Public names of one side alone: {file: {name or "Class.*": reason}}.
 JAX_ONLY = {
     "dispatch.py": {
+        "Moves.dropout": "in whatever shape a dispatcher holds answers; torch draws for one expert at a time",
+        "Moves.keep": "see Moves.dropout",
         "einsum_dispatch": "the batched reference; torch loops (loop_dispatch)",
         "queue_positions": "positions of all choices at once; torch walks each expert's queue (expert_queue)",
     },
@@ -79,7 +81,6 @@ TORCH_ONLY = {
     },
     "block.py": {"block_forward": "serves Block and MakeMoEBlock, whose parameter names differ"},
     "generation.py": {
-        "next_token": "one step of the plain loop; jax scans inside jit",
         "router_noise": "draws the router's noise from the generator; jax folds keys",
     },
     "models/makemoe.py": {
@@ -103,8 +104,13 @@ DIFFERENT = {
     },
     "attention.py": {"Attention.__init__": "block_size makes the `tril` buffers of the original's state dict"},
     "generation.py": {
-        "check_sampling": "without a key jax cannot sample",
+        "generate": "jax also serves the Hugging Face decoders: padding, stop tokens, a callback",
         "generate(tokens_BT)": "jax also takes numpy tokens",
+    },
+    "sampling.py": {
+        "check_sampling": "without a key jax cannot sample",
+        "choose_tokens(return)": "torch keeps the dim, to append it",
+        "choose_tokens(temperature)": "traced in jax",
     },
     "models/makemoe.py": {
         "MakeMoE.forward": "jax hands all of logits_and_stats' arguments on",

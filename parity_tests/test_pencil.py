@@ -50,7 +50,7 @@ def build(config: MoEConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = 
 
 
 def dispatchers(config: MoEConfig) -> tuple[str, ...]:
-    return ("einsum", "grouped") if config.capacity is None else ("einsum", "gather")
+    return ("einsum", "grouped", "ragged", "chosen") if config.capacity is None else ("einsum", "gather")
 
 
 def told(stories: list[Scenario]) -> list:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("jax", "jaxlib", "flax", "torch", "optax", "orbax", "safetensors", "tyro", "matplotlib", "rich", "tokenizers")
 CORE = (
     "__init__.py", "config.py", "dims.py", "presets.py", "routing.py", "dispatch.py", "experts.py", "losses.py", "moe.py",
-    "soft_moe.py", "attention.py", "decoder_config.py", "grouped_attention.py", "rope.py", "block.py", "generation.py",
+    "soft_moe.py", "attention.py", "decoder_config.py", "grouped_attention.py", "rope.py", "block.py",
+    "generation.py", "cached_generation.py", "windowed_generation.py", "sampling.py", "decoding.py",
     "sharding.py", "kernels", "models",
 )
 CORE_MAY = {"numpy", "jax", "flax", "jaxtyping", "jax_moe", *sys.stdlib_module_names}
