@@ -88,19 +88,34 @@ class Generate:
 
 @dataclass(frozen=True)
 class Parity:
-    """Runs a checkpoint in JAX and in PyTorch on one batch and prints the errors; exit status 0 only within tolerance.
+    """Runs a checkpoint in JAX and in PyTorch on one batch and compares them stage by stage.
 
-    The other side of a Hugging Face folder is `transformers` (extra hf), in fp32; of all else it is torch_ref.
+    Names the first stage beyond tolerance and tells a choice that flips at a near tie from a wrong number; exit status 0 only
+    if all is within tolerance. The other side of a Hugging Face folder is `transformers` (extra hf), of all else torch_ref.
     """
 
     path: tyro.conf.Positional[Path]
+    tokens: Path | None = None
+    """The batch, in place of random tokens: text with one sequence of numbers a line, or a .npy. For a layer: a .npy of
+    vectors."""
+    grads: bool = False
+    """Every gradient as well."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """What both sides compute in. float64 sees what rounding hides in float32, such as another epsilon of a norm."""
+    replay: bool = True
+    """Our side follows the other's choices of experts, so that a flip at a near tie does not hide what comes after it."""
+    html: Path | None = None
+    """Write the report as one HTML page with plots."""
+    json: bool = False
+    """Print all stages as JSON and nothing else."""
     batch_size: int = 2
-    """Sequences."""
+    """Sequences, of a random batch."""
     num_tokens: int | None = None
-    """Positions; by default the model's block, or 16 for a layer."""
+    """Positions, of a random batch; by default the model's block, or 16."""
     seed: int = 0
-    """Decides the batch."""
+    """Decides the random batch."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
+    # Fields of whole training runs (--train) stand below this line.
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,46 +1,108 @@
 """`jax-moe parity`: a checkpoint in both frameworks."""
 
+import json
+import math
+from pathlib import Path
+
 import jax
+import numpy as np
 
 from jax_moe.cli import Parity
-from jax_moe.commands.common import summary
 from jax_moe.config import require
-from jax_moe.porting.checkpoint import load
-from jax_moe.porting.hf_folder import is_hf
-from jax_moe.porting.parity import Check
+from jax_moe.parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
+from jax_moe.parity.memory import check_memory
+from jax_moe.parity.report import Report, print_table
+from jax_moe.porting.checkpoint import Checkpoint, load
+from jax_moe.porting.files import writing
+from jax_moe.porting.hf_folder import is_hf, open_folder
+
+POSITIONS = 16  # of a random batch, where the model has no block
 
 
 def parity(command: Parity) -> int:
-    """Prints the table; 1 if a check fails."""
+    """Prints the report; 1 if anything is beyond tolerance."""
+    _check(command)
+    report = _against_transformers(command) if is_hf(command.path) else _against_torch_ref(command)
+    if command.html is not None:
+        _write_page(command.html, report)
+    if command.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        print_table(report)
+        if command.html is not None:
+            print(f"The page is {command.html}")
+    return 0 if report.passed else 1
+
+
+def _check(command: Parity) -> None:
+    """What the command line alone tells, before anything is loaded."""
     require(command.batch_size >= 1, "batch_size", command.batch_size, "at least 1")
     least = 2 if is_hf(command.path) else 1  # the loss is of the next token
     require(command.num_tokens is None or command.num_tokens >= least, "num_tokens", command.num_tokens, f"at least {least}")
-    checks = _against_transformers(command) if is_hf(command.path) else _against_torch_ref(command)
-    print(f"{'check':26} {'worst error':>12} {'allowed':>9}")
-    for check in checks:
-        where = "" if not check.where else f"  {check.where}"
-        print(f"{check.name:26} {check.error:12.2e} {check.tolerance:9.0e}  {'ok' if check.passed else 'FAILED'}{where}")
-    return 0 if all(check.passed for check in checks) else 1
+    if command.tokens is not None:
+        require(command.num_tokens is None, "num_tokens", command.num_tokens, "left out with --tokens")
+    if command.html is not None:
+        _check_target(command.html)
 
 
-def _against_torch_ref(command: Parity) -> list[Check]:
-    from jax_moe.porting.parity import compare
+def _check_target(path: Path) -> None:
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except OSError as error:  # a name that the file system does not allow
+        raise ValueError(f"html={str(path)!r}: cannot be written ({error.strerror})") from None
+    require(not folder, "html", str(path), "the name of a file, is a folder")
+    require(not there or path.is_file(), "html", str(path), "the name of a file")
+    require(path.parent.is_dir(), "html", str(path), f"in a folder that exists, {path.parent} is none")
+
+
+def _write_page(path: Path, report: Report) -> None:
+    from jax_moe.parity.html import page
+
+    with writing(path, overwrite=True) as part:
+        part.write_text(page([report]), encoding="utf-8")
+
+
+def _against_torch_ref(command: Parity) -> Report:
+    from jax_moe.parity.compare import compare_checkpoint
 
     with jax.enable_x64(True):
         checkpoint = load(command.path, command.choices)
     require(checkpoint.family != "decoder", "path", str(command.path), "a Hugging Face folder (`jax-moe port` makes one of this)")
-    print(summary(checkpoint))
-    return compare(checkpoint, batch_size=command.batch_size, num_tokens=command.num_tokens, seed=command.seed)
+    sizes = [value.nbytes for value in checkpoint.weights.values()]
+    check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), command.grads)
+    batch = _batch_of_checkpoint(command, checkpoint)
+    return compare_checkpoint(checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay)
 
 
-def _against_transformers(command: Parity) -> list[Check]:
-    from jax_moe.porting.hf_folder import open_folder
-    from jax_moe.porting.hf_parity import compare, import_transformers
+def _batch_of_checkpoint(command: Parity, checkpoint: Checkpoint) -> np.ndarray:
+    config = checkpoint.config
+    if checkpoint.family == "makemoe":
+        return _tokens(command, config.vocab_size, 1, config.block_size, config.block_size)
+    if command.tokens is not None:
+        return read_vectors(command.tokens, config.model_dim)
+    return random_vectors(config.model_dim, command.batch_size, command.num_tokens or POSITIONS, command.seed)
+
+
+def _tokens(command: Parity, vocab_size: int, least: int, most: int | None, usual: int) -> np.ndarray:
+    if command.tokens is None:
+        tokens, where = random_tokens(vocab_size, command.batch_size, command.num_tokens or usual, command.seed), "num_tokens"
+    else:
+        tokens, where = read_tokens(command.tokens), str(command.tokens)
+    check_tokens(tokens, vocab_size, least, most, where)
+    return tokens
+
+
+def _against_transformers(command: Parity) -> Report:
+    from jax_moe.parity.compare import compare_folder
 
     if command.choices.given():
         raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
     with open_folder(command.path) as folder:  # what is wrong with it is said before PyTorch is loaded
-        model_type = folder.model_type
-    version = import_transformers().__version__
-    print(f"{model_type}: jax_moe.Decoder against transformers {version}, training loss with the balance loss")
-    return compare(command.path, batch_size=command.batch_size, num_tokens=command.num_tokens, seed=command.seed)
+        tokens = _tokens(command, folder.config.vocab_size, 2, None, POSITIONS)
+        shapes = [math.prod(shape) for shape in folder.shapes.values()]
+        check_memory(sum(shapes), _itemsize(command), sum(one.nbytes for one in folder.stored.values()), command.grads)
+    return compare_folder(command.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay)
+
+
+def _itemsize(command: Parity) -> int:
+    return np.dtype(command.dtype).itemsize

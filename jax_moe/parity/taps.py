@@ -1,7 +1,7 @@
 """Our side with every intermediate value kept: the model's own modules called one after the other, layer by layer.
 
 The arithmetic is the modules'; only the order in which they are called stands here a second time, unscanned, and that is
-checked: the tapped logits must be those of the model's own call (`check_taps`).
+checked: the tapped answer must be that of the model's own call (a stage of its own in every report).
 """
 
 from collections.abc import Callable
@@ -22,24 +22,24 @@ from jax_moe.grouped_attention import visible_positions
 from jax_moe.models.decoder import Decoder, layer_windows
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.parity.stages import Place
+from jax_moe.parity.stages import KINDS, Place
 from jax_moe.rope import rotations
 from jax_moe.routing import expert_scores
 from jax_moe.soft_moe import SoftMoE, soft_weights
 
 Taps = dict[str, Array]
 Replay = Int[Array, "L B T K"] | None
-TAPPED = {"float64": 1e-13, "float32": 1e-5}  # two ways to compile the same sums; measured 1.1e-15 and 6.0e-7
 
 
 def tap_mixture(layer: MoE, x_BTD: Float[Array, "B T D"], replay_BTK: Int[Array, "B T K"] | None = None) -> Taps:
     """Everything inside a mixture. `experts` are its own choices; all else follows the replayed ones where there are any."""
     B, T = x_BTD.shape[:2]
     own = layer.routing(x_BTD)[1]
-    x_GSD, routing, slots, _, mask_GS = layer.routing(x_BTD, expert_BTK=replay_BTK)
+    x_GSD, routing, slots, capacity, mask_GS = layer.routing(x_BTD, expert_BTK=replay_BTK)
     y_BTD, stats = layer(x_BTD, training=False, expert_BTK=replay_BTK)
     weight_GSK = round_weights(slots._replace(weight_GSK=routing.weight_GSK), layer.config, x_BTD.dtype).weight_GSK
-    answers = expert_answers(layer, x_GSD, routing.expert_GSK, weight_GSK)
+    kept_GSK = slots.slot_GSK < capacity
+    answers = expert_answers(layer, x_GSD, routing.expert_GSK, weight_GSK) * kept_GSK[..., None]
     taps = {
         "router_logits": routing.logits_GSE, "experts": own.expert_GSK, "weights": weight_GSK, "slots": slots.slot_GSK,
         "expert_outputs": answers,
@@ -78,7 +78,7 @@ def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.n
         return np.asarray(scores)[0] + correction_bias_E
 
 
-def tap_decoder(model: Decoder, tokens_BT: Int[np.ndarray, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
+def tap_decoder(model: Decoder, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
     """A decoder's values in the order of computation; L counts the layers with a mixture."""
     config, tokens = model.config, jnp.asarray(tokens_BT)
     model.check_tokens(tokens)
@@ -94,7 +94,7 @@ def tap_decoder(model: Decoder, tokens_BT: Int[np.ndarray, "B T"], replay_LBTK: 
         number[letter] += 1
         replay = replay_LBTK[n] if letter == "M" and replay_LBTK is not None else None
         taps = _decoder_layer(model, block, ffn, x_BTD, turns, None if windows is None else windows[i], replay)
-        trace |= {Place(kind, i): value for kind, value in taps.items() if kind != "balance_loss"}
+        trace |= {Place(kind, i): taps[kind] for kind in in_order(taps) if kind != "balance_loss"}
         x_BTD = taps["residual"]
     trace[Place("final_norm")] = model.final_norm(x_BTD)
     return trace | {Place("logits"): model.logits(x_BTD)}
@@ -138,7 +138,7 @@ def _compiled_layer(
     return taps | inside | {"residual": model.add(x_BTD, inside["combined"])}
 
 
-def tap_makemoe(model: MakeMoE, tokens_BT: Int[np.ndarray, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
+def tap_makemoe(model: MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
     """A makeMoE model's values in the order of computation."""
     tokens = jnp.asarray(tokens_BT)
     model.check_tokens(tokens)
@@ -147,7 +147,7 @@ def tap_makemoe(model: MakeMoE, tokens_BT: Int[np.ndarray, "B T"], replay_LBTK: 
     for i in range(model.config.num_layers):
         graphdef, params = nnx.split(nth(model.blocks, i))
         taps = _compiled_block(graphdef, params, x_BTD, None if replay_LBTK is None else replay_LBTK[i])
-        trace |= {Place(kind, i): value for kind, value in taps.items()}
+        trace |= {Place(kind, i): taps[kind] for kind in in_order(taps)}
         x_BTD = taps["residual"]
     trace[Place("final_norm")] = model.final_norm(x_BTD)
     return trace | {Place("logits"): model.head(trace[Place("final_norm")])}
@@ -166,14 +166,15 @@ def _compiled_block(graphdef: Any, params: Any, x_BTD: Array, replay: Array | No
     return taps | inside | {"residual": x_BTD + inside["combined"]}
 
 
-def tap_moe(layer: MoE, x_BTD: Float[np.ndarray, "B T D"], replay_BTK: Array | None = None) -> dict[Place, Array]:
+def tap_moe(layer: MoE, x_BTD: Float[Any, "B T D"], replay_BTK: Array | None = None) -> dict[Place, Array]:
     """A mixture's values, on vectors."""
     graphdef, params = nnx.split(layer)
-    taps = jax.jit(lambda params, x, replay: tap_mixture(nnx.merge(graphdef, params), x, replay))
-    return {Place(kind): value for kind, value in taps(params, jnp.asarray(x_BTD), replay_BTK).items()}
+    tap = jax.jit(lambda params, x, replay: tap_mixture(nnx.merge(graphdef, params), x, replay))
+    taps = tap(params, jnp.asarray(x_BTD), replay_BTK)
+    return {Place(kind): taps[kind] for kind in in_order(taps)}
 
 
-def tap_soft_moe(layer: SoftMoE, x_BTD: Float[np.ndarray, "B T D"]) -> dict[Place, Array]:
+def tap_soft_moe(layer: SoftMoE, x_BTD: Float[Any, "B T D"]) -> dict[Place, Array]:
     """Soft MoE's values: what every slot reads, what its expert answers, and how tokens read the slots."""
     x = jnp.asarray(x_BTD)
     dispatch_BTEC, combine_BTEC = soft_weights(x, layer.phi[...])
@@ -184,6 +185,11 @@ def tap_soft_moe(layer: SoftMoE, x_BTD: Float[np.ndarray, "B T D"]) -> dict[Plac
         Place("weights", None, "dispatch"): dispatch_BTEC, Place("weights", None, "combine"): combine_BTEC,
         Place("slot_inputs"): x_EBCD, Place("expert_outputs"): y_EBCD, Place("combined"): layer(x),
     }
+
+
+def in_order(taps: Taps) -> list[str]:
+    """Kinds in the order of computation: what jit returns is sorted by name."""
+    return sorted(taps, key=KINDS.index)
 
 
 def nth(stack: nnx.Module, i: int) -> Any:

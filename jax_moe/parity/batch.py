@@ -1,0 +1,92 @@
+"""The batch: from a file of tokens, or random numbers of a seed."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jax_moe.config import require
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """[B, T] tokens from a .npy of integers, or from text with one sequence a line, numbers parted by spaces or commas.
+
+    Raises ValueError for a file that cannot be read or is neither, and for sequences of different lengths.
+    """
+    if path.suffix == ".npy":
+        tokens = _read_npy(path)
+        if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2) or not tokens.size:
+            raise ValueError(f"{path}: must hold integers [sequences, positions], holds {tokens.dtype} {list(tokens.shape)}")
+        return np.atleast_2d(tokens).astype(np.int64)
+    rows = _read_lines(path)
+    if len({len(row) for row in rows}) > 1:
+        lengths = ", ".join(str(len(row)) for row in rows[:8])
+        raise ValueError(f"{path}: sequences must be of one length, have {lengths}{' ...' if len(rows) > 8 else ''}")
+    return np.asarray(rows, np.int64)
+
+
+def read_vectors(path: Path, model_dim: int) -> np.ndarray:
+    """[B, T, D] floats from a .npy: what a layer is given."""
+    require(path.suffix == ".npy", "tokens", str(path), "a .npy of floats [sequences, positions, model_dim] for a layer")
+    x = _read_npy(path)
+    fits = np.issubdtype(x.dtype, np.floating) and x.ndim == 3 and x.shape[-1] == model_dim and x.size
+    if not fits:
+        raise ValueError(f"{path}: must hold floats [sequences, positions, {model_dim}], holds {x.dtype} {list(x.shape)}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: must be finite")
+    return x
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, least: int, most: int | None, where: str) -> None:
+    """Raises ValueError for a token outside the vocabulary, and for too few or too many positions."""
+    low, high = int(tokens.min()), int(tokens.max())
+    bad = low if low < 0 else high
+    if low < 0 or high >= vocab_size:
+        row, column = np.argwhere(tokens == bad)[0]
+        place = f"sequence {row + 1}, position {column + 1}"
+        raise ValueError(f"{where}: token {bad} ({place}): must be 0 to {vocab_size - 1} (vocab_size={vocab_size})")
+    length = tokens.shape[1]
+    allowed = f"at least {least}" if most is None else f"{least} to {most}"
+    if length < least or (most is not None and length > most):
+        raise ValueError(f"{where}: {length} positions: must be {allowed}")
+
+
+def random_tokens(vocab_size: int, batch_size: int, num_tokens: int, seed: int) -> np.ndarray:
+    """Uniform tokens."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_tokens))
+
+
+def random_vectors(model_dim: int, batch_size: int, num_tokens: int, seed: int) -> np.ndarray:
+    """Gaussian vectors."""
+    return np.random.default_rng(seed).standard_normal((batch_size, num_tokens, model_dim))
+
+
+def _read_lines(path: Path) -> list[list[int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: must be text with one sequence of numbers a line, or a .npy") from None
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.replace(",", " ").split()
+        bad = next((word for word in words if not word.lstrip("-").isdecimal() or len(word) > 18), None)
+        if bad is not None:
+            raise ValueError(f"{path}: line {number}: {bad[:40]!r}: must be a number (one sequence a line)")
+        if words:
+            rows.append([int(word) for word in words])
+    if not rows:
+        raise ValueError(f"{path}: must hold at least one sequence, is empty")
+    return rows
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        value = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: must be an array of numpy's ({str(error).splitlines()[0]})") from None
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{path}: must be one array")
+    return value
