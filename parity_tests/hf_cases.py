@@ -1,14 +1,11 @@
-"""Tiny random models of every Hugging Face family, and the reference run: `transformers` as it is, or widened to fp64."""
+"""Tiny random models of every Hugging Face family, and the reference run of `transformers`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 VOCABULARY, TEXTS, LENGTH = 37, 3, 11
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -84,30 +81,6 @@ CASES = [
     Case("granitemoe_tied", "GraniteMoe", sizes(30, 3, 1, 3, **GRANITE), "left", {**MULTIPLIERS, "tie_word_embeddings": True}),
     Case("granitemoe_bias", "GraniteMoe", sizes(22, 1, 1, 2, **GRANITE), "right", {**MULTIPLIERS, "attention_bias": True}),
 ]
-
-
-class Widened(TorchFunctionMode):
-    """Every float32 that the reference names becomes float64: it upcasts to "float32" where we go to "float32 or wider"."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """The call with float64 in the place of float32."""
-        if func is torch.Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if one is torch.float32 else one for one in args)
-        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def widened() -> Iterator[None]:
-    """The reference in fp64 throughout; the counts of its balance loss stay float32, which they fit in exactly."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Widened():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def draw_weights(model: Any, seed: int) -> None:

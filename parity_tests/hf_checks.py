@@ -15,11 +15,12 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.losses import pool_balance_loss
+from jax_moe.parity.widened import widened
 from jax_moe.porting.families import tables_of
 from jax_moe.porting.files import read_safetensors
 from parity_tests.checks import Column, always
 from parity_tests.compare import check_close, check_exact
-from parity_tests.hf_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference, widened
+from parity_tests.hf_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference
 
 LEARNING_RATE, DECAY, STEPS = 3e-3, 0.01, 20
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes the time here, not running

@@ -17,7 +17,8 @@ CORE = (
 )
 CORE_MAY = {"numpy", "jax", "flax", "jaxtyping", "jax_moe", *sys.stdlib_module_names}
 # The reader of .pt files, and `jax-moe parity`, which runs both; inside functions only.
-LAZILY = ("jax_moe/porting/torch_files.py", "jax_moe/porting/parity.py")
+PARITY = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "jax_moe" / "parity").glob("*.py"))
+LAZILY = ("jax_moe/porting/torch_files.py", *PARITY)
 
 
 def python_files(*places: str) -> list[Path]:
@@ -60,7 +61,7 @@ def test_what_needs_torch_imports_it_inside_functions_only(file: str) -> None:
     tree = ast.parse((ROOT / file).read_text())
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [alias.name for node in top for alias in node.names] + [getattr(node, "module", "") or "" for node in top]
-    assert not [name for name in names if name.split(".")[0] in ("torch", "torch_ref")]
+    assert not [name for name in names if name.split(".")[0] in ("torch", "torch_ref", "transformers")]
 
 
 def test_torch_ref_never_imports_jax() -> None:
@@ -103,6 +104,11 @@ def test_jax_moe_loads_no_torch_and_no_tool() -> None:
     loaded = loaded_by("import jax_moe; jax_moe.MoE, jax_moe.SoftMoE, jax_moe.MakeMoE, jax_moe.generate, jax_moe.from_torch")
     assert loaded >= {"jax", "flax"}
     assert loaded.isdisjoint({"torch", "safetensors", "tyro", "matplotlib", "tokenizers"})
+
+
+def test_the_microscope_loads_no_torch_before_it_runs() -> None:
+    loaded = loaded_by("import jax_moe.parity.compare, jax_moe.parity.html, jax_moe.commands.parity")
+    assert "jax" in loaded and "torch" not in loaded
 
 
 def test_torch_ref_loads_no_jax() -> None:

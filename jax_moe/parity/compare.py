@@ -151,18 +151,23 @@ def own_call(
 ) -> tuple[np.ndarray, dict[Place, np.ndarray], Any]:
     """The module's answer, its losses and, with `grads`, the gradients of its objective, which is a tree of its parameters."""
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    run = partial(_objective, graphdef, rest, jnp.asarray(x), replay)
-    if grads:
-        (_, (answer, values)), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
-    else:
-        (_, (answer, values)), gradients = jax.jit(run)(params), None
-    losses = {Place(kind): np.asarray(value) for kind, value in values.items()}
-    return np.asarray(answer), losses, gradients
+    (answer, values), gradients = _compiled_call(graphdef, grads, params, rest, jnp.asarray(x), replay)
+    return np.asarray(answer), {Place(kind): np.asarray(value) for kind, value in values.items()}, gradients
 
 
-def _objective(graphdef: Any, rest: Any, x: jax.Array, replay: jax.Array | None, params: Any) -> Any:
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled_call(graphdef: Any, grads: bool, params: Any, rest: Any, x: jax.Array, replay: jax.Array | None) -> Any:
+    def run(params: Any) -> Any:
+        return _objective(nnx.merge(graphdef, params, rest), x, replay)
+
+    if not grads:
+        return run(params)[1], None
+    (_, found), gradients = jax.value_and_grad(run, has_aux=True)(params)
+    return found, gradients
+
+
+def _objective(module: nnx.Module, x: jax.Array, replay: jax.Array | None) -> Any:
     """What is differentiated, and (answer, {loss: value})."""
-    module = nnx.merge(graphdef, params, rest)
     if isinstance(module, Decoder):
         output = module.run(x, expert_LBTK=replay)
         balance = pool_balance_loss(output.stats, module.config.moe)

@@ -26,6 +26,7 @@ svg { width: 100%; height: auto; display: block; } svg text { font: 12px system-
 circle.same, rect.same { fill: var(--same); } circle.flip, rect.flip { fill: var(--flip); }
 circle.wrong, rect.wrong { fill: var(--wrong); } circle.closest { fill: var(--same); }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin: 0 5px 0 14px; }
+.keys { display: block; white-space: nowrap; margin-left: -14px; }
 .key.line { width: 18px; height: 0; border-radius: 0; border-top: 2px dashed var(--allowed); vertical-align: middle; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -74,7 +75,8 @@ def _key(line: str = "") -> str:
     """What the colours mean."""
     words = (("same", "within"), ("flip", "flip at a near tie"), ("wrong", "wrong number"))
     dots = "".join(f'<span class="key" style="background:var(--{style})"></span>{word}' for style, word in words)
-    return dots + (f'<span class="key line"></span>{line}' if line else "")
+    dots += f'<span class="key line"></span>{line}' if line else ""
+    return f'<span class="keys">{dots}</span>'
 
 
 def _table(results: Sequence[StageResult]) -> str:

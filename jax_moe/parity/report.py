@@ -100,10 +100,10 @@ def parts(results: Sequence[StageResult]) -> dict[str, list[StageResult]]:
             part = f"layer {one.layer}"
         elif one.kind in ("checkpoint", "gradient"):
             part = {"checkpoint": "weights", "gradient": "gradients"}[one.kind]
-        elif one.kind == "embedding" or not seen_layer:
-            part = "embedding" if one.kind == "embedding" else one.name
+        elif one.kind == "embedding":
+            part = "embedding"
         else:
-            part = "after the layers"
+            part = "after the layers" if seen_layer else "the layer"
         found.setdefault(part, []).append(one)
     return found
 

@@ -3,7 +3,7 @@
 Nothing here knows a framework or a model: numpy arrays in, results out. `Trace`s of two runs become stages by `pair`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,14 +135,17 @@ def judge(stage: Stage) -> StageResult:
     if stage.scores is not None:
         return _judge_choices(stage, ours, theirs)
     if stage.kind in EXACT or not np.issubdtype(theirs.dtype, np.inexact):
-        differ = ours != theirs
+        differ = np.asarray(ours != theirs)
         return _result(stage, float(differ.mean()) if differ.size else 0.0, _entry(ours, theirs, differ))
-    size = norm if stage.kind == "gradient" else _largest
-    difference = np.abs(ours.astype(theirs.dtype) - theirs)
-    scale = max(size(theirs), stage.floor)
-    worst = size(difference)
-    error = 0.0 if worst == 0 else (worst / scale if scale > 0 else float("inf"))
+    size = norm if stage.kind == "gradient" else largest
+    error = relative_error(ours, theirs, size, stage.floor)
+    difference = np.asarray(np.abs(ours.astype(theirs.dtype) - theirs))
     return _result(stage, error, _entry(ours, theirs, difference))
+
+
+def largest(values: np.ndarray) -> float:
+    """The largest magnitude; 0 of nothing."""
+    return float(np.abs(values).max(initial=0))
 
 
 def norm(values: np.ndarray) -> float:
@@ -150,8 +153,16 @@ def norm(values: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(values, np.float64).reshape(-1)))
 
 
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max(initial=0))
+def relative_error(
+    ours: np.ndarray, theirs: np.ndarray, size: Callable[[np.ndarray], float] = largest, floor: float = 0.0
+) -> float:
+    """size(ours - theirs) / max(size(theirs), floor); infinite if theirs is all zero and ours is not, or one is not finite."""
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return float("inf")
+    difference, scale = size(np.asarray(ours.astype(theirs.dtype) - theirs)), max(size(theirs), floor)
+    if difference == 0:
+        return 0.0
+    return difference / scale if scale > 0 else float("inf")
 
 
 def _entry(ours: np.ndarray, theirs: np.ndarray, difference: np.ndarray) -> str:
@@ -180,7 +191,7 @@ def _judge_choices(stage: Stage, ours: np.ndarray, theirs: np.ndarray) -> StageR
     """
     assert stage.scores is not None
     mine, other = (np.asarray(one, np.float64) for one in stage.scores)
-    noise = stage.tolerance * _largest(np.where(np.isfinite(other), other, 0))
+    noise = stage.tolerance * largest(np.where(np.isfinite(other), other, 0))
     differ = ours != theirs
     pairs = np.stack([_gap(scores, ours, theirs) for scores in (mine, other)]).max(axis=0) * differ
     order = np.argwhere(differ)[np.argsort(-pairs[differ], kind="stable")][:WORST_FLIPS]
@@ -191,8 +202,8 @@ def _judge_choices(stage: Stage, ours: np.ndarray, theirs: np.ndarray) -> StageR
     ranked = -np.sort(-other, axis=-1)[..., : theirs.shape[-1] + 1]
     gaps = ranked[..., :-1] - ranked[..., 1:]
     verdict = "same" if not flips else "flip at a near tie" if widest <= noise else "wrong number"
-    largest = noise / stage.tolerance if stage.tolerance > 0 else 0.0
-    error = widest / largest if largest > 0 else (0.0 if widest == 0 else float("inf"))
+    scale = noise / stage.tolerance if stage.tolerance > 0 else 0.0
+    error = widest / scale if scale > 0 else (0.0 if widest == 0 else float("inf"))
     count = int(differ.sum())
     return StageResult(
         stage.name, stage.layer, stage.kind, error, stage.tolerance, verdict, _flips_in_words(flips, count, theirs.size),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from jax_moe.parity.report import strain
-from jax_moe.parity.stages import WORDS, StageResult
+from jax_moe.parity.stages import KINDS, WORDS, StageResult
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 64, 16, 14, 40
 DEEP = 1e-4  # the share of its tolerance at which a cell of the map is palest
@@ -80,7 +80,7 @@ def stage_map(results: Sequence[StageResult]) -> str:
     """One cell a layer and stage: the darker, the more of its tolerance it uses; red beyond it."""
     layers = sorted({one.layer for one in results if one.layer is not None})
     inside = [one for one in results if one.layer is not None and one.tolerance > 0]
-    kinds = list(dict.fromkeys(one.kind for one in inside))
+    kinds = sorted({one.kind for one in inside}, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
     left, row = 170, 24
     width = min(64.0, (WIDTH - left - RIGHT) / max(len(layers), 1))
     parts = []

@@ -168,10 +168,13 @@ def _compiled_block(graphdef: Any, params: Any, x_BTD: Array, replay: Array | No
 
 def tap_moe(layer: MoE, x_BTD: Float[Any, "B T D"], replay_BTK: Array | None = None) -> dict[Place, Array]:
     """A mixture's values, on vectors."""
-    graphdef, params = nnx.split(layer)
-    tap = jax.jit(lambda params, x, replay: tap_mixture(nnx.merge(graphdef, params), x, replay))
-    taps = tap(params, jnp.asarray(x_BTD), replay_BTK)
+    taps = _compiled_mixture(*nnx.split(layer), jnp.asarray(x_BTD), replay_BTK)
     return {Place(kind): taps[kind] for kind in in_order(taps)}
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_mixture(graphdef: Any, params: Any, x_BTD: Array, replay_BTK: Array | None) -> Taps:
+    return tap_mixture(nnx.merge(graphdef, params), x_BTD, replay_BTK)
 
 
 def tap_soft_moe(layer: SoftMoE, x_BTD: Float[Any, "B T D"]) -> dict[Place, Array]:
