@@ -116,6 +116,13 @@ class Parity:
     """Decides the random batch."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     # Fields of whole training runs (--train) stand below this line.
+    train: int | None = None
+    """In place of one batch: so many steps of AdamW on both sides, from the same weights, on the same batches, noise and
+    dropout masks, in float64 and float32. For language models."""
+    learning_rate: float = 1e-3
+    """Of the training run: the highest; after warming up it falls to a tenth."""
+    plot: Path | None = None
+    """Write a picture of the training run (.png): both loss curves and their difference."""
 
 
 def main(arguments: list[str] | None = None) -> int:

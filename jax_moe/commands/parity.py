@@ -21,6 +21,10 @@ POSITIONS = 16  # of a random batch, where the model has no block
 
 def parity(command: Parity) -> int:
     """Prints the report; 1 if anything is beyond tolerance."""
+    if command.train is not None:
+        from jax_moe.commands.train_parity import train_parity
+
+        return train_parity(command)
     _check(command)
     report = _against_transformers(command) if is_hf(command.path) else _against_torch_ref(command)
     if command.html is not None:

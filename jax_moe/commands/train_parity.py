@@ -1,0 +1,65 @@
+"""`jax-moe parity --train`: a whole training run in both frameworks."""
+
+from pathlib import Path
+
+import jax
+
+from jax_moe.cli import Parity
+from jax_moe.config import require
+from jax_moe.porting.checkpoint import load
+from jax_moe.porting.files import check_target
+from jax_moe.porting.hf_folder import is_hf, open_folder
+from jax_moe.porting.torch_files import import_torch
+
+POSITIONS = 16
+
+
+def train_parity(command: Parity) -> int:
+    """Prints what became of the runs; 1 if they part faster than rounding explains."""
+    _check(command)
+    import_torch("parity")
+    from jax_moe.parity.train_runs import describe, train_checkpoint, train_folder
+    from jax_moe.parity.train_settings import TrainSettings
+
+    assert command.train is not None
+    given = {
+        "steps": command.train, "batch_size": command.batch_size, "seed": command.seed, "learning_rate": command.learning_rate,
+        "final_learning_rate": command.learning_rate / 10,
+    }
+    if is_hf(command.path):
+        if command.choices.given():
+            raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
+        with open_folder(command.path) as folder:  # what is wrong with it is said before PyTorch is loaded
+            name = folder.model_type
+        settings = TrainSettings(**given, num_tokens=command.num_tokens or POSITIONS)
+        runs = train_folder(command.path, settings)
+    else:
+        with jax.enable_x64(True):
+            checkpoint = load(command.path, command.choices)
+        name = checkpoint.family
+        require(name == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder: it is trained")
+        settings = TrainSettings(**given, num_tokens=command.num_tokens or checkpoint.config.block_size)
+        runs = train_checkpoint(checkpoint, settings)
+    title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
+    print("\n".join([title, *(line for one in runs for line in describe(one))]))
+    if command.plot is not None:
+        from jax_moe.parity.train_plot import write_picture
+
+        write_picture(command.plot, runs, title)
+        print(f"The picture is {command.plot}")
+    return 0 if all(one.passed for one in runs) else 1
+
+
+def _check(command: Parity) -> None:
+    """What the command line alone tells, before anything is loaded."""
+    for name in ("tokens", "html"):
+        require(getattr(command, name) is None, name, str(getattr(command, name)), "left out with --train")
+    for name in ("grads", "json"):
+        require(not getattr(command, name), name, True, "left out with --train")
+    for name, least in (("train", 1), ("batch_size", 1), ("num_tokens", 2)):
+        value = getattr(command, name)
+        require(value is None or value >= least, name, value, f"at least {least}")
+    require(0 < command.learning_rate < float("inf"), "learning_rate", command.learning_rate, "above 0 and finite")
+    if command.plot is not None:
+        require(command.plot.suffix == ".png", "plot", str(command.plot), "the name of a .png")
+        check_target(command.plot, True, Path.is_file)

@@ -1,0 +1,126 @@
+"""The JAX side of a compared training run: one jitted step over nested arrays, weights and optimizer state donated."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_moe.block import Randomness
+from jax_moe.dims import Array
+from jax_moe.losses import MoEStats, pool_balance_loss
+from jax_moe.models.decoder import Decoder
+from jax_moe.models.makemoe import MakeMoE
+from jax_moe.parity.train_settings import Numbers, TrainSettings
+from jax_moe.porting.api import to_torch
+from jax_moe.porting.torch_conventions import adamw_as_torch
+
+Loss = Callable[[Any, dict[str, Array], TrainSettings], tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one side reports of some steps: the loss (S) and the experts of every token [S, parts, L, tokens, K]."""
+
+    loss_S: np.ndarray
+    expert_SNLTK: np.ndarray
+
+
+def schedule(settings: TrainSettings) -> optax.Schedule:
+    """`settings.rate` in optax's words."""
+    warmup, peak = settings.warmup_steps, settings.learning_rate
+    decay = optax.cosine_decay_schedule(peak, max(1, settings.steps - warmup), alpha=settings.final_learning_rate / peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
+    """AdamW as torch has it."""
+    return adamw_as_torch(schedule(settings), weight_decay=settings.weight_decay, max_norm=settings.clip_norm)
+
+
+def makemoe_loss(model: MakeMoE, part: dict[str, Array], settings: TrainSettings) -> tuple[Array, Array]:
+    """Cross-entropy of the next token with both router losses; and the experts [L, tokens, K]."""
+    tokens = part["tokens"]
+    draws = Randomness(**{name: value for name, value in part.items() if name != "tokens"})
+    logits_BTV, stats, expert_LSK = run_makemoe(model, tokens[:, :-1], draws)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens[:, 1:]).mean()
+    loss += settings.balance_loss_weight * pool_balance_loss(stats, model.config.moe)
+    return loss + settings.router_z_loss_weight * stats.router_z_loss.mean(), expert_LSK
+
+
+def run_makemoe(model: MakeMoE, tokens_BT: Array, draws: Randomness) -> tuple[Array, MoEStats, Array]:
+    """`MakeMoE.logits_and_stats`, and the experts; what is computed twice here the compiler does once."""
+    x_BTD = model.token_embedding(tokens_BT) + model.position_embedding(jnp.arange(tokens_BT.shape[1]))
+    graphdef, weights = nnx.split(model.blocks)
+
+    def layer(x_BTD: Array, scanned: tuple[Any, Randomness]) -> tuple[Array, Any]:
+        weights, draws = scanned
+        block = nnx.merge(graphdef, weights)
+        middle_BTD = x_BTD + block.attention(
+            block.attention_norm(x_BTD), attention_keep_BHTU=draws.attention_keep_BHTU, output_keep_BTD=draws.output_keep_BTD
+        )
+        routing = block.moe.routing(block.moe_norm(middle_BTD), noise_BTE=draws.noise_BTE)[1]
+        x_BTD, stats = block(x_BTD, randomness=draws)
+        return x_BTD, (stats, routing.expert_GSK.reshape(-1, routing.expert_GSK.shape[-1])[: tokens_BT.size])
+
+    x_BTD, (stats, expert_LSK) = jax.lax.scan(layer, x_BTD, (weights, draws))
+    return model.head(model.final_norm(x_BTD)), stats, expert_LSK
+
+
+def decoder_loss(model: Decoder, part: dict[str, Array], settings: TrainSettings) -> tuple[Array, Array]:
+    """Cross-entropy of the next token plus the contract's balance loss; and the experts [L, tokens, K]."""
+    tokens, config = part["tokens"], model.config
+    output = model.run(tokens)
+    loss = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV[:, :-1], tokens[:, 1:]).mean()
+    loss += config.balance_loss_weight * pool_balance_loss(output.stats, config.moe)
+    return loss, output.expert_LBTK.reshape(output.expert_LBTK.shape[0], -1, output.expert_LBTK.shape[-1])
+
+
+class JaxTrainer:
+    """A model's weights and optimizer state, and the step that replaces them."""
+
+    def __init__(
+        self, model: nnx.Module, settings: TrainSettings, loss: Loss, optimizer: optax.GradientTransformation | None = None
+    ):
+        self.model, self.settings = model, settings
+        self.optimizer = optimizer or make_optimizer(settings)
+        graphdef, params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.params = jax.tree.map(jnp.copy, params)  # the step takes them for itself
+        self.state = jax.jit(self.optimizer.init)(self.params)
+        self._step = jax.jit(partial(_step, graphdef, self.optimizer, loss, settings), donate_argnums=(0, 1))
+
+    def run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
+        """Trains on the numbers of these steps."""
+        losses, chosen = [], []
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        for step in steps:
+            given = {name: jnp.asarray(v, dtype if v.dtype.kind == "f" else None) for name, v in draw(step).items()}
+            self.params, self.state, loss, expert_NLTK = self._step(self.params, self.state, self.rest, given)
+            losses.append(float(loss))
+            chosen.append(np.asarray(expert_NLTK))
+        return Curve(np.asarray(losses), np.stack(chosen))
+
+    def weights(self, layout: str | None = None) -> dict[str, np.ndarray]:
+        """The parameters as they are now, under their names."""
+        return to_torch(self.model, self.params, layout=layout)
+
+
+def _step(
+    graphdef: Any, optimizer: optax.GradientTransformation, loss: Loss, settings: TrainSettings, params: Any,
+    state: optax.OptState, rest: Any, given: dict[str, Array],
+) -> tuple[Any, optax.OptState, Array, Array]:
+    """New parameters and state, the loss before the step, the experts chosen; gradients are the mean over the parts."""
+
+    def accumulate(total: Any, part: dict[str, Array]) -> tuple[Any, tuple[Array, Array]]:
+        gradient = jax.value_and_grad(lambda params: loss(nnx.merge(graphdef, params, rest), part, settings), has_aux=True)
+        (value, expert_LTK), gradients = gradient(params)
+        return jax.tree.map(lambda a, b: a + b / settings.accumulation, total, gradients), (value, expert_LTK)
+
+    gradients, (loss_N, expert_NLTK) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), given)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, loss_N.mean(), expert_NLTK
