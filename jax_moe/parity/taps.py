@@ -74,8 +74,7 @@ def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.n
     if correction_bias_E is None:
         return logits
     with jax.enable_x64(True):
-        scores = expert_scores(jnp.asarray(logits, jnp.float64)[None], config.router)
-        return np.asarray(scores)[0] + correction_bias_E
+        return np.asarray(expert_scores(jnp.asarray(logits, jnp.float64), config.router)) + correction_bias_E
 
 
 def tap_decoder(model: Decoder, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
