@@ -1,5 +1,6 @@
 """`jax-moe`: what it writes and prints, and one clear line for whatever is wrong; needs no torch."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_moe import presets
 from jax_moe.cli import main
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.files import read_state, verify, write_state
-from parity_tests.porting_cases import STATES, makemoe_state, mixtral_state
+from parity_tests.porting_cases import STATES, drawn, makemoe_state, mixtral_state
 
+
+def switch_state(dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Switch Transformers' sparse layer as transformers names it: 4 experts, width 8, expert width 6."""
+    experts = {f"experts.expert_{e}.{name}.weight": shape for e in range(4) for name, shape in (("wi", (6, 8)), ("wo", (8, 6)))}
+    return drawn({"router.classifier.weight": (4, 8), **experts}, dtype, seed=0)
+
+
+FAMILIES = {**STATES, "switch": switch_state}
 TEXT = "abcdefghijk"  # 11 characters, as TINY
 
 
@@ -26,9 +36,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return errors
 
 
-@pytest.mark.parametrize("family", STATES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_port_there_and_back(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = STATES[family]()
+    state = FAMILIES[family]()
     write_state(tmp_path / "a.safetensors", state)
     assert main(["port", str(tmp_path / "a.safetensors"), str(tmp_path / "folder")]) == 0
     assert main(["port", str(tmp_path / "folder"), str(tmp_path / "b.safetensors")]) == 0
@@ -60,6 +70,36 @@ def test_inspect_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "floor(tokens K / experts * 1.0)", "blocks.2.smoe.experts.3.net.0.weight", "[32, 8]",
     ):
         assert words in out, words
+
+
+def test_a_switch_layer_and_its_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default transformers' 64 slots; or so many, or the paper's factor, or none dropped. bf16 and a router's bias return."""
+    state = switch_state("bfloat16")
+    state["router.classifier.bias"] = state["router.classifier.weight"][:, 0].copy()
+    source = tmp_path / "a.safetensors"
+    write_state(source, state)
+    assert main(["port", str(source), str(tmp_path / "folder")]) == 0
+    assert main(["port", str(tmp_path / "folder"), str(tmp_path / "b.safetensors")]) == 0
+    verify(state, read_state(tmp_path / "b.safetensors"), tmp_path)
+    layer = load(source)
+    expected = presets.switch(8, 6, 4, expert_capacity=64, balance_per_sequence=True)
+    assert layer.config == dataclasses.replace(expected, router=dataclasses.replace(expected.router, bias=True))
+    up = np.asarray(layer.module.experts.up[...])  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(up[3], state["experts.expert_3.wi.weight"].T)
+    capsys.readouterr()
+    for arguments, words in (
+        ([], "capacity: 64 slots an expert over one sequence, however long, in token order"),
+        (["--expert-capacity", "3"], "capacity: 3 slots an expert over one sequence"),
+        (["--capacity-factor", "1.25"], "capacity: ceil(tokens / experts * 1.25) slots an expert over one sequence"),
+        (["--capacity-factor", "0"], "capacity: none, nothing is dropped"),
+    ):
+        assert main(["inspect", str(source), *arguments]) == 0
+        out = capsys.readouterr().out
+        assert words in out and ("balance loss: of each sequence, then their mean" in out) == ("none" not in words), out
+    both = ["--expert-capacity", "3", "--capacity-factor", "1"]
+    assert "capacity_factor, expert_capacity: must be one of the two" in fails(capsys, "inspect", source, *both)
+    assert "slots=0: must be" in fails(capsys, "inspect", source, "--expert-capacity", "0")
+    assert "top_k: must be a setting of switch" in fails(capsys, "inspect", source, "--top-k", "2")
 
 
 def test_generate_writes_text_and_needs_the_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

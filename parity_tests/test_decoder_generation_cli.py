@@ -1,6 +1,7 @@
 """`jax-moe generate` on a Hugging Face folder: text through its tokenizer, numbers without one, one line for what is wrong."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'text': t
 import jax_moe  # noqa: E402
 from jax_moe import presets  # noqa: E402
 from jax_moe.cli import main  # noqa: E402
+from jax_moe.porting import checkpoint  # noqa: E402
 from jax_moe.text import TextStream, end_tokens, read_tokenizer  # noqa: E402
 from parity_tests.test_cli import fails  # noqa: E402
 from parity_tests.test_decoder import decoder  # noqa: E402
@@ -77,6 +79,24 @@ def test_text_numbers_and_stops(folder: Path, capsys: pytest.CaptureFixture[str]
     end = new.index(new[3])
     assert run(capsys, folder, "--tokens", numbers) == ",".join(map(str, [*prompt, *new[:end]])) + "\n"
     (folder / "generation_config.json").unlink()
+
+
+def test_an_orbax_folder_writes_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tokenizer came with it, and where a text ends is said by the config.json that it was made from."""
+    tokenizer, source, orbax = read_tokenizer(folder), tmp_path / "model", tmp_path / "orbax"
+    prompt = tokenizer.encode("the queen").ids
+    numbers = ",".join(map(str, prompt))
+    tokens = [int(one) for one in run(capsys, folder, "--tokens", numbers).split(",")]
+    text = tokens[: tokens.index(tokens[-3], len(prompt))]
+    shutil.copytree(folder, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": tokens[-3]}))
+    assert main(["port", str(source), str(orbax)]) == 0
+    capsys.readouterr()
+    assert run(capsys, orbax, "--tokens", numbers) == ",".join(map(str, text)) + "\n"
+    assert run(capsys, orbax, "--prompt", "the queen") == tokenizer.decode(text) + "\n"
+    checkpoint.save(checkpoint.load(orbax), tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 def test_pieces_of_a_text_are_the_text() -> None:

@@ -1,4 +1,7 @@
-"""Greedy text of every Hugging Face family against `transformers.generate`: left padding, windows, stop tokens."""
+"""Greedy text against `transformers.generate`: left padding and stop tokens, in every Hugging Face family.
+
+Among them a window, dynamic rope and dense layers; the cache against one call is tested elsewhere, without PyTorch.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,8 @@ from parity_tests.hf_cases import CASES, TEXTS, VOCABULARY, Case, draw_weights, 
 
 PROMPT, NEW, PAD = 7, 14, 36
 MASK = np.arange(PROMPT) >= np.asarray([0, 3, 1])[:, None]
+NAMES = ("mixtral", "mixtral_window", "qwen2_moe_tied", "qwen3_moe_dense", "olmoe", "granitemoe")
+CHOSEN = [case for case in CASES if case.name in NAMES]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,21 +59,15 @@ def pair(case: Case, folder: Path) -> tuple["torch.nn.Module", jax_moe.Decoder]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' advice about lengths
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", CHOSEN, ids=[case.name for case in CHOSEN])
 def test_greedy_tokens(case: Case, tmp_path: Path) -> None:
+    """Free, and until each text comes upon one of two stop tokens; with the mask forgotten (the planted fault) it differs."""
     reference, model = pair(case, tmp_path)
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (TEXTS, PROMPT))
     free = theirs(reference, tokens, None)
     check_exact({"tokens": ours(model, tokens, None)}, {"tokens": free}, case.name)
     stops = [int(free[0, PROMPT + 5]), int(free[1, PROMPT + 2])]
     check_exact({"tokens": ours(model, tokens, stops)}, {"tokens": theirs(reference, tokens, stops)}, f"{case.name}, stopping")
-
-
-def test_a_padding_that_is_read_shows(tmp_path: Path) -> None:
-    """The planted fault: the mask forgotten."""
-    reference, model = pair(CASES[0], tmp_path)
-    tokens = np.random.default_rng(3).integers(0, VOCABULARY, (TEXTS, PROMPT))
-    with pytest.raises(MismatchError, match="tokens"):
-        check_exact(
-            {"tokens": ours(model, tokens, None, np.ones_like(MASK))}, {"tokens": theirs(reference, tokens, None)}, "no mask"
-        )
+    if case.name == "mixtral":
+        with pytest.raises(MismatchError, match="tokens"):
+            check_exact({"tokens": ours(model, tokens, None, np.ones_like(MASK))}, {"tokens": free}, "no mask")

@@ -221,6 +221,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "window": (lambda f: edit_config(f, use_sliding_window=False), r"use_sliding_window must be true"),
     "too few layers": (lambda f: edit_config(f, num_hidden_layers=2, layer_types=None), r"unexpected: .*layers\.2\."),
     "too many layers": (lambda f: edit_config(f, num_hidden_layers=4, layer_types=None), r"missing: .*layers\.3\."),
+    "layers without end": (
+        lambda f: edit_config(f, num_hidden_layers=10**12, layer_types=None), r"config.json: num_hidden_layers=10{12}: must fit",
+    ),
+    "experts without end": (lambda f: edit_config(f, num_experts=10**12), r"num_layers \* num_experts=20{12}: must fit the weig"),
     "another width": (lambda f: edit_config(f, moe_intermediate_size=7), r"misshapen: .*is \(6, 8\), must be \(7, 8\)"),
     "another shape": (lambda f: edit_shard(f, misshape), r"1 misshapen: .*is \(99"),
     "missing shard": (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors is missing"),

@@ -1,6 +1,7 @@
 """What conversion may cost and what stops it: memory, a full disk, values that are no numbers or do not fit."""
 
 import os
+import re
 import shutil
 import tracemalloc
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import pytest
 
 import jax_moe
 from jax_moe import presets
-from jax_moe.porting import PortError, files
+from jax_moe.porting import PortError, checkpoint, files, stream, tensor_file
 from jax_moe.porting.files import read_safetensors, write_safetensors, writing
+from jax_moe.porting.tensor_file import Header, write_tensors
 from parity_tests.compare import check_exact
 from parity_tests.test_pretrained import decoder, weights
 
@@ -47,6 +49,26 @@ def test_peak_memory(model_type: str, tmp_path: Path) -> None:
         loaded = jax_moe.load_pretrained(tmp_path / "big")
     assert loaded.moe.experts.up[...].nbytes == largest
     assert max(saving["peak"], loading["peak"]) < 2 * largest, (saving, loading, largest)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much of its files a process holds")
+def test_comparing_a_shard_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 24 MiB, which is opened anew for every 4: no more than two such parts are ever held."""
+    held: list[int] = []
+
+    def read() -> np.ndarray:
+        held.append(int(re.findall(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]))
+        return np.ones((256, 1024), np.float32)
+
+    headers = {str(number): Header((256, 1024), np.dtype(np.float32), read) for number in range(24)}
+    write_tensors(tmp_path / "model.safetensors", headers)
+    peaks = []
+    for size in (1 << 22, 1 << 30):
+        monkeypatch.setattr(tensor_file, "BATCH_BYTES", size)
+        held.clear()
+        assert stream._fits(tmp_path / "model.safetensors", headers)
+        peaks.append(max(held) - held[0])
+    assert peaks[0] < 8 << 10 and peaks[1] > 20 << 10, peaks  # KiB; measured: 3140 and, opened once, 23556
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +131,10 @@ def test_nan_can_be_let_through(tmp_path: Path) -> None:
     assert sorted(caught.value.wrong) == [f"{name} holds NaN or infinity" for name in names]
     jax_moe.save_pretrained(jax_moe.load_pretrained(tmp_path / "model", allow_nonfinite=True), tmp_path / "again")
     check_exact(weights(tmp_path / "again"), state, "with NaN")
+    with pytest.raises(PortError, match="2 wrong"):
+        checkpoint.load(tmp_path / "model")
+    jax_moe.save_pretrained(checkpoint.load(tmp_path / "model", allow_nonfinite=True).module, tmp_path / "third")  # type: ignore[arg-type]
+    check_exact(weights(tmp_path / "third"), state, "with NaN")
 
 
 def test_a_value_that_the_wanted_dtype_cannot_hold(tmp_path: Path) -> None:

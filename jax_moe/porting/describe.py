@@ -49,6 +49,10 @@ def _sparse(config: MoEConfig) -> list[str]:
     )
     if expert.shared_dim:
         lines.append(f"shared expert: width {expert.shared_dim}" + (", behind a sigmoid gate" if expert.shared_gate else ""))
+    rule = config.capacity
+    if config.balance.counted_in == "group" and rule is not None and rule.group != "batch":
+        each = "sequence" if rule.group == "sequence" else f"{rule.group_size} tokens"
+        lines.append(f"balance loss: of each {each}, then their mean")
     return lines
 
 

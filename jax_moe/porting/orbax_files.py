@@ -61,18 +61,18 @@ def sums_from_json(value: Any, where: str) -> Sums:
 def _quiet() -> Iterator[None]:
     """Orbax and what is below it print an error with pages of traceback before they raise it; the one line is ours."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, hook = [logger.level for logger in loggers], sys.excepthook
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
 
-    def rest(kind: Any, error: Any, trace: Any) -> None:
-        if str(error) != "Event loop is closed":  # what threads say that come too late
-            hook(kind, error, trace)
+    def rest(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # what threads of the library below say that come too late
+            hook(unraisable)
 
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    sys.excepthook = rest
+    sys.unraisablehook = rest
     try:
         yield
-        sys.excepthook = hook  # after an error not: those threads still run
+        sys.unraisablehook = hook  # after an error not: those threads still run
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

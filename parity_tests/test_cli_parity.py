@@ -1,0 +1,70 @@
+"""`jax-moe parity` on Hugging Face folders: the answer, a planted fault, and what it says where the reference is missing."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import jax_moe
+from jax_moe.cli import main
+from parity_tests.test_cli import fails
+from parity_tests.test_pretrained import decoder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Compiling takes the time here, not running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral folder that transformers wrote."""
+    pytest.importorskip("torch", reason="the reference is PyTorch")
+    pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
+    from parity_tests.hf_cases import CASES, draw_weights, save_reference
+
+    case = next(case for case in CASES if case.name == "mixtral")
+    reference = case.reference(case.config())
+    draw_weights(reference, seed=1)
+    return save_reference(reference, tmp_path_factory.mktemp("theirs") / "model")
+
+
+def test_parity_with_transformers(theirs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within tolerance as it is; with one expert's gate and up exchanged on our side it is not."""
+    assert main(["parity", str(theirs), "--num-tokens", "9"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "All 25 stages agree within tolerance in float32." in out and "FAILED" not in out
+    from jax_moe.parity import compare
+
+    def faulty(path: Path, dtype: Any = None) -> Any:
+        model = jax_moe.load_pretrained(path, dtype=dtype)
+        up, gate = model.moe.experts.up, model.moe.experts.gate
+        up[...], gate[...] = up[...].at[1, 2].set(gate[...][1, 2]), gate[...].at[1, 2].set(up[...][1, 2])
+        return model
+
+    monkeypatch.setattr(compare, "load_pretrained", faulty)
+    assert main(["parity", str(theirs), "--num-tokens", "9"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 of 39 tensors differ, first model.layers.1.block_sparse_moe.experts.2.w1.weight" in out, out
+
+
+def test_parity_without_the_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, orbax = tmp_path / "whole", tmp_path / "orbax"
+    jax_moe.save_pretrained(decoder("qwen2_moe"), whole, model_type="qwen2_moe")
+    assert "num_tokens=1: must be at least 2" in fails(capsys, "parity", whole, "--num-tokens", "1")
+    assert main(["port", str(whole), str(orbax)]) == 0
+    assert "must be a Hugging Face folder" in fails(capsys, "parity", orbax)
+    monkeypatch.setitem(sys.modules, "torch", None)  # what import does where it is not installed
+    assert "parity needs PyTorch" in fails(capsys, "parity", whole)
+    monkeypatch.undo()
+    pytest.importorskip("torch", reason="the rest is said only where PyTorch is")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "needs transformers, which is not installed: pip install 'jax-moe[hf]'" in fails(capsys, "parity", whole)
