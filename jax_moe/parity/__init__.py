@@ -1,1 +1,28 @@
-"""The parity microscope: one batch in two frameworks, compared stage by stage. No torch is imported before a run needs it."""
+"""The parity microscope: one batch in two frameworks, compared stage by stage. No torch is imported before a run needs it.
+
+Your own modules: `compare_modules`; which convention differs: `explain`. Names load on first use.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Entry": "mapping", "permute": "mapping", "reshape": "mapping", "split": "mapping", "stacked": "mapping", "then": "mapping",
+    "transpose": "mapping",
+    "ModuleReport": "modules", "ModulesDifferError": "modules", "compare_modules": "modules",
+    "Answer": "conventions", "Explanation": "conventions", "explain": "conventions", "in_words": "conventions",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jax_moe.parity' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jax_moe.parity.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,6 +29,7 @@ from jax_moe.parity.stages import Place, Trace
 # Explained: no farther apart than this share of the largest value, ten times what correct frameworks were measured apart.
 EXPLAINED = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.05}
 MOST_PAIRS = 400
+QUICK = {"xla_backend_optimization_level": 0}  # each program runs once or twice: compiling takes the time
 
 MOE_FIELDS: dict[str, tuple] = {
     "router.renormalise": get_args(Renormalise),
@@ -88,13 +89,15 @@ class Convention:
 
 
 def explain(
-    layer: nnx.Module, theirs: Any, x: Any, *, tolerance: float | None = None, pairs: bool = True, **arrays: Any
+    layer: nnx.Module, theirs: Any, x: Any, *, tolerance: float | None = None, pairs: bool = True,
+    candidates: Sequence[Convention] | None = None, **arrays: Any,
 ) -> list[Explanation]:
     """Every convention tried, the best first; a single one comes before pairs that are as good.
 
     `layer` is our MoE, Decoder, MakeMoE or any module with those inside, called with x (and `arrays`) and returning an
     output or (output, MoEStats). `theirs` is the other side's output, an `Answer`, or a function of x that returns one.
     Pairs are tried where no single convention is within `tolerance` (default: `EXPLAINED` by the output's dtype).
+    `candidates`: what to try, of `conventions_of(layer)`; None: all of it.
     Raises ValueError where the outputs' shapes differ: no convention explains that.
     """
     answer = _answer_of(theirs(x) if callable(theirs) else theirs)
@@ -107,7 +110,7 @@ def explain(
     if tried[0].matches:
         return tried
     telling = []  # a convention that changes nothing on these inputs explains nothing, alone or with another
-    for convention in conventions_of(layer):
+    for convention in conventions_of(layer) if candidates is None else candidates:
         ours = our_answer(changed(layer, convention), x, arrays)
         if distance(ours, base) > 0:
             tried.append(Explanation((convention.name,), distance(ours, answer), limit))
@@ -155,11 +158,12 @@ def our_answer(module: nnx.Module, x: Array, arrays: Mapping[str, Array]) -> Ans
     return Answer(np.asarray(output), None if balance is None else float(balance))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _call(graphdef: Any, state: Any, x: Array, arrays: dict[str, Array]) -> tuple[Array, Array | None]:
     module: Any = nnx.merge(graphdef, state)
     if isinstance(module, Decoder | MakeMoE):
-        output, stats = module.logits_and_stats(x, training=False, **arrays)
+        kwargs: Any = arrays
+        output, stats = module.logits_and_stats(x, training=False, **kwargs)
         return output, pool_balance_loss(stats, module.config.moe)
     answer = module(x, training=False, **arrays) if isinstance(module, MoE) else module(x, **arrays)
     output, stats = answer if isinstance(answer, tuple) else (answer, None)
