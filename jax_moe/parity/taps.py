@@ -4,9 +4,8 @@ The arithmetic is the modules'; only the order in which they are called stands h
 checked: the tapped answer must be that of the model's own call (a stage of its own in every report).
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from flax import nnx
 
 from jax_moe.block import Block
 from jax_moe.config import MoEConfig
+from jax_moe.decoder_config import DecoderConfig
 from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import merge_groups, round_weights
 from jax_moe.experts import Experts, expert_ffn
@@ -81,60 +81,74 @@ def tap_decoder(model: Decoder, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay 
     """A decoder's values in the order of computation; L counts the layers with a mixture."""
     config, tokens = model.config, jnp.asarray(tokens_BT)
     model.check_tokens(tokens)
-    x_BTD = model.embed(tokens)
+    ends = nnx.split(_Ends(model))
+    x_BTD, turns = _decoder_start(*ends, tokens)
     trace = {Place("embedding"): x_BTD}
-    position_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    turns = rotations(position_BT, config.rope, config.head_dim, x_BTD.dtype)
-    windows, number = layer_windows(config), {"M": 0, "D": 0}
+    stacks, windows = {"A": nnx.split(model.blocks), "M": nnx.split(model.moe)}, layer_windows(config)
+    if config.dense_layers:
+        stacks["D"] = nnx.split(model.dense)
+    number = {"M": 0, "D": 0}
     for i in range(config.num_layers):
         letter = "D" if i in config.dense_layers else "M"
-        n = number[letter]
-        block, ffn = nth(model.blocks, i), nth(model.dense if letter == "D" else model.moe, n)
+        graphs, params = zip(stacks["A"], stacks[letter], strict=True)
+        taps = _decoder_layer(graphs, config, params, x_BTD, turns, windows, replay_LBTK, i, number[letter])
         number[letter] += 1
-        replay = replay_LBTK[n] if letter == "M" and replay_LBTK is not None else None
-        taps = _decoder_layer(model, block, ffn, x_BTD, turns, None if windows is None else windows[i], replay)
         trace |= {Place(kind, i): taps[kind] for kind in in_order(taps) if kind != "balance_loss"}
         x_BTD = taps["residual"]
-    trace[Place("final_norm")] = model.final_norm(x_BTD)
-    return trace | {Place("logits"): model.logits(x_BTD)}
+    normed_BTD, logits_BTV = _decoder_end(*ends, x_BTD)
+    return trace | {Place("final_norm"): normed_BTD, Place("logits"): logits_BTV}
 
 
-def _decoder_layer(
-    model: Decoder, block: Any, ffn: MoE | Experts, x_BTD: Array, turns: Any, window: Array | None, replay: Array | None
-) -> Taps:
-    """One layer, compiled once for all layers of its form."""
-    graphdef, params = nnx.split((block, ffn))
-    return _compiled_layer(graphdef, _Settings(model), params, x_BTD, turns, window, replay)
-
-
-class _Settings:
-    """The part of a decoder's call that is its contract; equal for models that are alike, so that a program serves them all."""
+class _Ends(Decoder):
+    """A decoder without its layers: what is left of its call, and one program for all decoders of one contract."""
 
     def __init__(self, model: Decoder):
-        self.config = model.config
-        self.add: Callable = partial(Decoder.add, self)  # type: ignore[arg-type]
-        self.dense_answer: Callable = partial(Decoder.dense_answer, self)  # type: ignore[arg-type]
+        self.config, self.embedding, self.final_norm = model.config, model.embedding, model.final_norm
+        if not model.config.tied_embeddings:
+            self.head = model.head
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Settings) and self.config == other.config
 
-    def __hash__(self) -> int:
-        return hash(self.config)
+@partial(jax.jit, static_argnums=0)
+def _decoder_start(graphdef: Any, params: Any, tokens_BT: Array) -> tuple[Array, Any]:
+    model: _Ends = nnx.merge(graphdef, params)
+    x_BTD = model.embed(tokens_BT)
+    position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return x_BTD, rotations(position_BT, model.config.rope, model.config.head_dim, x_BTD.dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decoder_end(graphdef: Any, params: Any, x_BTD: Array) -> tuple[Array, Array]:
+    model: _Ends = nnx.merge(graphdef, params)
+    return model.final_norm(x_BTD), model.logits(x_BTD)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _compiled_layer(
-    graphdef: Any, model: _Settings, params: Any, x_BTD: Array, turns: Any, window: Array | None, replay: Array | None
+def _decoder_layer(
+    graphs: Any, config: DecoderConfig, params: Any, x_BTD: Array, turns: Any, windows: Array | None, replay_LBTK: Array | None,
+    i: Any, n: Any,
 ) -> Taps:
-    block, ffn = nnx.merge(graphdef, params)
+    """Layer i, whose FFN is the n-th of its form; compiled once a form."""
+    block, ffn = (nth(graph, stack, at) for graph, stack, at in zip(graphs, params, (i, n), strict=True))
+    contract: Any = _Contract(config)
+    add, dense = (partial(method, contract) for method in (Decoder.add, Decoder.dense_answer))
     position_T = jnp.arange(x_BTD.shape[1])
     normed_BTD = block.attention_norm(x_BTD)
+    window = None if windows is None else windows[i]
     attended_BTD = block.attention(normed_BTD, turns, visible_positions(position_T, position_T.size, window, None))
-    x_BTD = model.add(x_BTD, attended_BTD)
+    x_BTD = add(x_BTD, attended_BTD)
     ffn_BTD = block.ffn_norm(x_BTD)
     taps = {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD}
-    inside = {"combined": model.dense_answer(ffn_BTD, ffn)} if isinstance(ffn, Experts) else tap_mixture(ffn, ffn_BTD, replay)
-    return taps | inside | {"residual": model.add(x_BTD, inside["combined"])}
+    if isinstance(ffn, Experts):
+        inside = {"combined": dense(ffn_BTD, ffn)}
+    else:
+        inside = tap_mixture(ffn, ffn_BTD, None if replay_LBTK is None else replay_LBTK[n])
+    return taps | inside | {"residual": add(x_BTD, inside["combined"])}
+
+
+class _Contract(NamedTuple):
+    """What `Decoder.add` and `Decoder.dense_answer` read of a decoder."""
+
+    config: Any
 
 
 def tap_makemoe(model: MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
@@ -143,9 +157,9 @@ def tap_makemoe(model: MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay 
     model.check_tokens(tokens)
     x_BTD = model.token_embedding(tokens) + model.position_embedding(jnp.arange(tokens.shape[1]))
     trace = {Place("embedding"): x_BTD}
+    graphdef, params = nnx.split(model.blocks)
     for i in range(model.config.num_layers):
-        graphdef, params = nnx.split(nth(model.blocks, i))
-        taps = _compiled_block(graphdef, params, x_BTD, None if replay_LBTK is None else replay_LBTK[i])
+        taps = _makemoe_layer(graphdef, params, x_BTD, replay_LBTK, i)
         trace |= {Place(kind, i): taps[kind] for kind in in_order(taps)}
         x_BTD = taps["residual"]
     trace[Place("final_norm")] = model.final_norm(x_BTD)
@@ -153,15 +167,15 @@ def tap_makemoe(model: MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay 
 
 
 @partial(jax.jit, static_argnums=0)
-def _compiled_block(graphdef: Any, params: Any, x_BTD: Array, replay: Array | None) -> Taps:
-    block: Block = nnx.merge(graphdef, params)
+def _makemoe_layer(graphdef: Any, params: Any, x_BTD: Array, replay_LBTK: Array | None, i: Any) -> Taps:
+    block: Block = nth(graphdef, params, i)
     normed_BTD = block.attention_norm(x_BTD).astype(x_BTD.dtype)
     attended_BTD = block.attention(normed_BTD)
     x_BTD = x_BTD + attended_BTD
     ffn_BTD = block.moe_norm(x_BTD).astype(x_BTD.dtype)
     taps = {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD}
     assert isinstance(block.moe, MoE)
-    inside = tap_mixture(block.moe, ffn_BTD, replay)
+    inside = tap_mixture(block.moe, ffn_BTD, None if replay_LBTK is None else replay_LBTK[i])
     return taps | inside | {"residual": x_BTD + inside["combined"]}
 
 
@@ -194,7 +208,6 @@ def in_order(taps: Taps) -> list[str]:
     return sorted(taps, key=KINDS.index)
 
 
-def nth(stack: nnx.Module, i: int) -> Any:
+def nth(graphdef: Any, params: Any, i: Any) -> Any:
     """Layer `i` of a stack."""
-    graphdef, params = nnx.split(stack)
     return nnx.merge(graphdef, jax.tree.map(lambda value: value[i], params))
