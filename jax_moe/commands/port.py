@@ -8,17 +8,21 @@ import jax
 
 from jax_moe.cli import Form, Port
 from jax_moe.commands.common import progress, summary, with_characters
+from jax_moe.commands.port_training import port_training
 from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.checkpoint import load, save
 from jax_moe.porting.decoder_port import dtype_named, port_decoder
 from jax_moe.porting.files import SUFFIXES, check_target, write_state
 from jax_moe.porting.hf_folder import is_hf
+from jax_moe.porting.training_files import holds_training
 
 
 def port(command: Port) -> int:
     """Reads SRC, writes DST, says what was written."""
     _check_places(command.src, command.dst)
     with jax.enable_x64(True):  # moves bits, computes nothing; float64 files need it
+        if holds_training(command.src):
+            return port_training(command)
         return _port_decoder(command) if _holds_decoder(command.src) else _port_module(command)
 
 

@@ -1,8 +1,8 @@
-"""The JAX side of a compared training run: one jitted step over nested arrays, weights and optimizer state donated."""
+"""The JAX side of a compared training run: jitted functions over nested arrays, weights and optimizer state donated."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -85,14 +85,16 @@ class JaxTrainer:
     """A model's weights and optimizer state, and the step that replaces them."""
 
     def __init__(
-        self, model: nnx.Module, settings: TrainSettings, loss: Loss, optimizer: optax.GradientTransformation | None = None
+        self, model: nnx.Module, settings: TrainSettings, loss: Loss, optimizer: optax.GradientTransformation | None = None,
+        compiler_options: tuple[tuple[str, int], ...] = (),
     ):
-        self.model, self.settings = model, settings
+        self.model = model
         self.optimizer = optimizer or make_optimizer(settings)
         graphdef, params, self.rest = nnx.split(model, nnx.Param, ...)
         self.params = jax.tree.map(jnp.copy, params)  # the step takes them for itself
         self.state = jax.jit(self.optimizer.init)(self.params)
-        self._step = jax.jit(partial(_step, graphdef, self.optimizer, loss, settings), donate_argnums=(0, 1))
+        self._gradients = gradients_of(graphdef, loss, settings, compiler_options)
+        self._update = jax.jit(partial(_update, self.optimizer), donate_argnums=(0, 1))
 
     def run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
         """Trains on the numbers of these steps."""
@@ -100,7 +102,8 @@ class JaxTrainer:
         dtype = jax.tree.leaves(self.params)[0].dtype
         for step in steps:
             given = {name: jnp.asarray(v, dtype if v.dtype.kind == "f" else None) for name, v in draw(step).items()}
-            self.params, self.state, loss, expert_NLTK = self._step(self.params, self.state, self.rest, given)
+            gradients, loss, expert_NLTK = self._gradients(self.params, self.rest, given)
+            self.params, self.state = self._update(self.params, self.state, gradients)
             losses.append(float(loss))
             chosen.append(np.asarray(expert_NLTK))
         return Curve(np.asarray(losses), np.stack(chosen))
@@ -110,17 +113,23 @@ class JaxTrainer:
         return to_torch(self.model, self.params, layout=layout)
 
 
-def _step(
-    graphdef: Any, optimizer: optax.GradientTransformation, loss: Loss, settings: TrainSettings, params: Any,
-    state: optax.OptState, rest: Any, given: dict[str, Array],
-) -> tuple[Any, optax.OptState, Array, Array]:
-    """New parameters and state, the loss before the step, the experts chosen; gradients are the mean over the parts."""
+@cache
+def gradients_of(graphdef: Any, loss: Loss, settings: TrainSettings, compiler_options: tuple[tuple[str, int], ...]) -> Callable:
+    """(weights, what is not trained, a step's numbers) -> the mean gradient over the parts, the mean loss, the experts chosen."""
 
-    def accumulate(total: Any, part: dict[str, Array]) -> tuple[Any, tuple[Array, Array]]:
-        gradient = jax.value_and_grad(lambda params: loss(nnx.merge(graphdef, params, rest), part, settings), has_aux=True)
-        (value, expert_LTK), gradients = gradient(params)
-        return jax.tree.map(lambda a, b: a + b / settings.accumulation, total, gradients), (value, expert_LTK)
+    def of_step(params: Any, rest: Any, given: dict[str, Array]) -> tuple[Any, Array, Array]:
+        def add_part(total: Any, part: dict[str, Array]) -> tuple[Any, tuple[Array, Array]]:
+            of_part = jax.value_and_grad(lambda params: loss(nnx.merge(graphdef, params, rest), part, settings), has_aux=True)
+            (value, expert_LTK), gradients = of_part(params)
+            return jax.tree.map(lambda a, b: a + b / settings.accumulation, total, gradients), (value, expert_LTK)
 
-    gradients, (loss_N, expert_NLTK) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), given)
+        gradients, (loss_N, expert_NLTK) = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), given)
+        return gradients, loss_N.mean(), expert_NLTK
+
+    return jax.jit(of_step, compiler_options=dict(compiler_options))
+
+
+def _update(optimizer: optax.GradientTransformation, params: Any, state: optax.OptState, gradients: Any) -> tuple[Any, optax.OptState]:
+    """New weights and state in the memory of the old."""
     updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss_N.mean(), expert_NLTK
+    return optax.apply_updates(params, updates), state

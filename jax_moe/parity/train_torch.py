@@ -14,6 +14,7 @@ from jax_moe.parity.train_settings import Numbers, TrainSettings
 from jax_moe.porting.families.hf import family_named
 from jax_moe.porting.torch_files import import_torch, numpy_to_tensor, tensor_to_numpy
 
+SMALL = 1 << 20  # parameters
 Loss = Callable[[Any, Mapping[str, Any], TrainSettings], tuple[Any, np.ndarray]]
 
 
@@ -75,6 +76,19 @@ def transformers_loss(module: Any, part: Mapping[str, Any], settings: TrainSetti
     return output.loss, order[..., : module.config.num_experts_per_tok].numpy()
 
 
+@contextmanager
+def _threads_for(module: Any) -> Iterator[None]:
+    """One thread for a small model: splitting its work costs ten times the work, on a busy machine."""
+    torch = import_torch("parity")
+    before = torch.get_num_threads()
+    if sum(value.numel() for value in module.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class TorchTrainer:
     """A module, torch.optim.AdamW or the optimizer given, and the loop."""
 
@@ -87,6 +101,10 @@ class TorchTrainer:
 
     def run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
         """Trains on the numbers of these steps."""
+        with _threads_for(self.module):
+            return self._run(draw, steps)
+
+    def _run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
         torch, settings = import_torch("parity"), self.settings
         dtype = next(self.module.parameters()).dtype
         curve, experts = [], []

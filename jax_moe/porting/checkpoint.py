@@ -72,7 +72,13 @@ def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = 
         if is_hf(path):
             return Checkpoint("decoder", load_pretrained(path, dtype, allow_nonfinite=allow_nonfinite))
         return _load_folder(path, allow_nonfinite, dtype)
-    state = read_state(path)
+    return checkpoint_of(path, read_state(path), choices, allow_nonfinite=allow_nonfinite, dtype=dtype)
+
+
+def checkpoint_of(
+    path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None
+) -> Checkpoint:
+    """As `load`, of a state dict that was read from a file."""
     family = recognise({name: value.shape for name, value in state.items()})
     if family is None:
         has = ", ".join(list(state)[:8])

@@ -29,6 +29,7 @@ class Moments:
 
     arrays: dict[str, dict[str, np.ndarray]]
     step: int | None  # None: SGD does not count
+    step_dtype: str = "float32"  # of torch's counter
 
 
 def optimizer_from_torch(
@@ -67,9 +68,9 @@ def optimizer_to_torch(
     Raises PortError if the two optimizers or their parameters differ.
     """
     order = _order(like, names)
-    moments = moments_of(state)
-    _same_kind(like["param_groups"][0], moments)
-    named = {word: to_torch(layer, tree, layout=layout) for word, tree in moments.arrays.items()}
+    trees, step = moments_of(state)
+    _same_kind(like["param_groups"][0], list(trees))
+    named = {word: to_torch(layer, tree, layout=layout) for word, tree in trees.items()}
     for word, arrays in named.items():
         error = PortError(
             f"optimizer state ({word})", missing=[name for name in arrays if name not in order],
@@ -77,7 +78,7 @@ def optimizer_to_torch(
         )
         if error:
             raise error
-    return write_state_dict(Moments(named, moments.step), like["param_groups"], order)
+    return write_state_dict(Moments(named, step), like["param_groups"], order)
 
 
 def read_state_dict(state_dict: Mapping[str, Any], names: Sequence[str] | None = None) -> Moments:
@@ -102,45 +103,42 @@ def read_state_dict(state_dict: Mapping[str, Any], names: Sequence[str] | None =
     if error:
         raise error
     arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
-    return Moments(arrays, most if kind is ADAM else None)
+    counter = _numpy(next(iter(entries.values())).get("step", 0)).dtype
+    return Moments(arrays, most if kind is ADAM else None, counter.name if counter.kind == "f" else "float32")
 
 
 def write_state_dict(moments: Moments, groups: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
     """The reverse of `read_state_dict`, with tensors, as `optimizer.load_state_dict` takes it."""
     from jax_moe.porting.torch_files import numpy_to_tensor
 
-    if moments.step is not None and int(np.float32(moments.step)) != moments.step:
-        raise ValueError(f"step={moments.step}: must be a number that torch's step, a float32, can hold")
+    if moments.step is not None and int(np.dtype(moments.step_dtype).type(moments.step)) != moments.step:
+        raise ValueError(f"step={moments.step}: must be a number that torch's counter, a {moments.step_dtype}, can hold")
     indices = [i for group in groups for i in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for i, name in zip(indices, order, strict=True):
-        entry = {} if moments.step is None else {"step": numpy_to_tensor(np.asarray(moments.step, np.float32))}
+        entry = {} if moments.step is None else {"step": numpy_to_tensor(np.asarray(moments.step, moments.step_dtype))}
         state[i] = entry | {word: numpy_to_tensor(arrays[name]) for word, arrays in moments.arrays.items()}
     groups = [{key: list(value) if key == "params" else value for key, value in group.items()} for group in groups]
     return {"state": state if moments.arrays else {}, "param_groups": groups}
 
 
-def moments_of(state: optax.OptState) -> Moments:
-    """The moments in an optax state, their trees (not arrays yet) under torch's words. Raises ValueError for what torch lacks."""
+def moments_of(state: optax.OptState) -> tuple[dict[str, Any], int | None]:
+    """The moments' trees in an optax state under torch's words, and AdamW's count. Raises ValueError for what torch lacks."""
     found: list[Any] = []
-    counts: list[int] = []
 
     def see(node: Any) -> Any:
-        (counts if isinstance(node, optax.ScaleByScheduleState) else found).append(node)
+        found.append(node)
         return node
 
     _walk(state, see)
-    counts = [int(node.count) for node in counts]  # type: ignore[attr-defined]
-    adam = [node for node in found if isinstance(node, optax.ScaleByAdamState)]
-    trace = [node for node in found if isinstance(node, optax.TraceState)]
-    if len(adam) + len(trace) > 1:
-        raise ValueError(f"optax state has {len(adam)} ScaleByAdamState and {len(trace)} TraceState: must be one of them")
-    steps = sorted({*counts, *(int(node.count) for node in adam)})
+    held = [node for node in found if not isinstance(node, optax.ScaleByScheduleState)]
+    if len(held) > 1:
+        raise ValueError(f"optax state has {' and '.join(type(node).__name__ for node in held)}: must have one of them")
+    steps = sorted({int(node.count) for node in found if not isinstance(node, optax.TraceState)})
     if len(steps) > 1:
         raise ValueError(f"optax state counts {' and '.join(map(str, steps))} steps: must be the same throughout")
-    if adam:
-        return Moments({"exp_avg": adam[0].mu, "exp_avg_sq": adam[0].nu}, steps[0])
-    return Moments({"momentum_buffer": trace[0].trace} if trace else {}, None)
+    words = {} if not held else ADAM if isinstance(held[0], optax.ScaleByAdamState) else SGD
+    return {theirs: getattr(held[0], ours) for theirs, ours in words.items()}, steps[0] if words is ADAM else None
 
 
 def _fill(state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None) -> optax.OptState:
@@ -257,13 +255,12 @@ def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{key}={first[key]}: must be {allowed}, optax keeps no such state")
 
 
-def _same_kind(group: Mapping[str, Any], moments: Moments) -> None:
+def _same_kind(group: Mapping[str, Any], words: list[str]) -> None:
     _check_groups([group])
-    adam, theirs = "exp_avg" in moments.arrays, "betas" in group
-    if adam != theirs or (bool(moments.arrays) and not theirs and not group.get("momentum")):
-        has = " and ".join(moments.arrays) or "no moments"
-        kind = "AdamW or Adam" if theirs else f"SGD with momentum={group.get('momentum')}"
-        raise ValueError(f"optax state is {has}: must fit torch's optimizer, {kind}")
+    adam = "betas" in group
+    if words != (list(ADAM) if adam else list(SGD) if group.get("momentum") else []):
+        kind = "AdamW or Adam" if adam else f"SGD with momentum={group.get('momentum')}"
+        raise ValueError(f"optax state is {' and '.join(words) or 'no moments'}: must fit torch's optimizer, {kind}")
 
 
 def _together(where: str, errors: Mapping[str, PortError]) -> PortError:

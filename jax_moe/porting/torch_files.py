@@ -58,17 +58,48 @@ def map_pt(path: Path) -> dict[str, tuple[tuple[int, ...], Any, Callable[[], np.
     return {name: (tuple(value.shape), _dtype(value), _reader(value)) for name, value in _load_pt(path, mapped=True).items()}
 
 
-def _load_pt(path: Path, mapped: bool) -> dict[str, Any]:
+def is_training_pt(path: Path) -> bool:
+    """Whether the `.pt` file holds the state dicts "model" and "optimizer"."""
+    return _is_training(_load_any(path, mapped=True))
+
+
+def read_training_pt(path: Path) -> dict[str, Any] | None:
+    """All that is in a training checkpoint, the weights as numpy; None if the file is not one."""
+    whole = _load_any(path, mapped=False)
+    if not _is_training(whole):
+        return None
+    return {**whole, "model": {name: tensor_to_numpy(value) for name, value in _tensors(path, whole["model"]).items()}}
+
+
+def _is_training(whole: Any) -> bool:
+    return isinstance(whole, Mapping) and all(isinstance(whole.get(name), Mapping) for name in ("model", "optimizer"))
+
+
+def write_training_pt(path: Path, whole: Mapping[str, Any]) -> None:
+    """The reverse of `read_training_pt`."""
+    torch = import_torch(f"{path}: writing it")
+    torch.save({**whole, "model": {name: numpy_to_tensor(value) for name, value in whole["model"].items()}}, path)
+
+
+def _load_any(path: Path, mapped: bool) -> Any:
     torch = import_torch(f"{path}: reading it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols
             mapped = mapped and zipfile.is_zipfile(path)
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen kinds for a file that is not its own
         if "Unsupported global" in str(error):
             raise ValueError(f"{path}: refused, its pickle holds code or objects other than tensors") from None
         raise ValueError(f"{path}: must be a whole PyTorch checkpoint of tensors, it is not one or is cut short") from None
+
+
+def _load_pt(path: Path, mapped: bool) -> dict[str, Any]:
+    return _tensors(path, _load_any(path, mapped))
+
+
+def _tensors(path: Path, state: Any) -> dict[str, Any]:
+    torch = import_torch(f"{path}: reading it")
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: must hold a state dict (names and tensors), holds a {type(state).__name__}")
     odd = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor) or not isinstance(name, str)]

@@ -1,0 +1,32 @@
+"""`jax-moe port` of a training checkpoint: weights and the optimizer's state."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from jax_moe.cli import Port
+from jax_moe.commands.common import summary, with_characters
+from jax_moe.config import require
+from jax_moe.porting.about import is_folder
+from jax_moe.porting.files import PT_SUFFIXES, check_target
+from jax_moe.porting.training_files import read_training, write_training_file, write_training_folder
+
+
+def port_training(command: Port) -> int:
+    """Reads SRC, writes DST, says what was written and what was left out."""
+    to_file = command.to == "torch" or (command.to == "auto" and bool(command.dst.suffix) and not command.dst.is_dir())
+    require(command.to in ("auto", "torch", "folder"), "to", command.to, "torch or folder for weights with an optimizer's state")
+    require(command.dtype is None, "dtype", command.dtype, "left out for weights with an optimizer's state")
+    fits = not to_file or command.dst.suffix in PT_SUFFIXES
+    require(fits, "dst", str(command.dst), f"a folder, or end in {', '.join(PT_SUFFIXES)}: it holds an optimizer's state")
+    check_target(command.dst, command.overwrite, Path.is_file if to_file else is_folder)
+    training = read_training(command.src, command.choices, allow_nonfinite=command.allow_nonfinite)
+    training = dataclasses.replace(training, checkpoint=with_characters(training.checkpoint, command.text))
+    (write_training_file if to_file else write_training_folder)(training, command.dst, command.overwrite)
+    if training.left_out:
+        print(f"jax-moe: left out, for it is not plain values: {', '.join(training.left_out)}", file=sys.stderr)
+    moments, step = training.moments, training.moments.step
+    state = " and ".join(moments.arrays) or "no moments yet"
+    after = "" if step is None else f" after {step:,} steps"
+    print(f"wrote {command.dst}: {summary(training.checkpoint)}, optimizer state ({state}){after}, read back bit for bit")
+    return 0
