@@ -90,12 +90,13 @@ def other_norm(blocks: Any) -> None:
 
 
 def other_scale(blocks: Any) -> None:
-    blocks.attention.query[...] = blocks.attention.query[...].at[1].multiply(2**-0.5)
+    """By sqrt(head_dim) in place of makeMoE's sqrt(model_dim)."""
+    blocks.attention.config = dataclasses.replace(blocks.attention.config, scale="head_dim")
 
 
 FAULTS: list[tuple[Callable[[Any], None], str]] = [
     (swap_router, "layer 1: router logits"), (swap_experts, "layer 1: expert outputs"),
-    (other_norm, "layer 0: norm before the FFN"), (other_scale, "layer 1: attention"),
+    (other_norm, "layer 0: norm before the FFN"), (other_scale, "layer 0: attention"),
 ]
 
 

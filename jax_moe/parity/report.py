@@ -134,4 +134,4 @@ def print_table(report: Report) -> None:
         style = "" if one.passed and not flips else "yellow" if one.passed else "red"
         table.add_row(part, str(len(stages)), name, f"{one.error:.1e}", f"{one.tolerance:.0e}", Text(verdict, style=style))
     console.print(table)
-    console.print(Text(report.sentence(), style="" if report.passed else "red"))
+    console.print(Text(report.sentence(), style="" if report.passed else "red"), soft_wrap=True)

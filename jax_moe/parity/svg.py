@@ -27,7 +27,7 @@ class Axis:
     def at(self, value: float) -> float:
         """Pixels from above; 0 and less at the bottom, infinity at the top."""
         if value <= 0:
-            return TOP + self.height
+            return float(TOP + self.height)
         place = self.high if math.isinf(value) else min(max(math.log10(value), self.low), self.high)
         return TOP + self.height * (self.high - place) / (self.high - self.low)
 
