@@ -29,6 +29,7 @@ from parity_tests.cases import Case, Draw
 
 # The norm of two numbers is +-1 and a gradient through it is all rounding: not a place to compare ten digits.
 LEAST_NORMED = 3
+DROPLESS, DROPPING = ["auto", "einsum", "grouped", "ragged", "chosen"], ["auto", "einsum", "gather"]
 MOST_EXPERTS, MOST_WIDTH, MOST_SEQUENCES, MOST_POSITIONS = 8, 5, 3, 6
 
 
@@ -125,7 +126,7 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
         capacity=capacity,
         expert=draw(experts()),
         balance=draw(balances()),
-        dispatcher=draw(st.sampled_from(["auto", "einsum", "grouped" if capacity is None else "gather"])),
+        dispatcher=draw(st.sampled_from(DROPLESS if capacity is None else DROPPING)),
     )
 
 

@@ -23,7 +23,7 @@ LAYER = MoEConfig(
         score="sigmoid", renormalise_eps=1e-2, scale=2.5, bias=True, correction_bias=True, num_clusters=2, top_clusters=1,
     ),
     capacity=CapacityConfig(factor="0.7", group="sequence", below_one="drop_all"),
-    expert=ExpertConfig(activation="gelu", bias=True, shared_dim=4),
+    expert=ExpertConfig(activation="gelu"),
     balance=BalanceConfig(),
 )
 SMALL = MoEConfig(**SIZES, expert=ExpertConfig(activation="identity", gated=False))
