@@ -104,6 +104,8 @@ class Parity:
     """What both sides compute in. float64 sees what rounding hides in float32, such as another epsilon of a norm."""
     replay: bool = True
     """Our side follows the other's choices of experts, so that a flip at a near tie does not hide what comes after it."""
+    explain: bool = False
+    """Where the outputs differ, try the known conventions and say which explains it; takes minutes."""
     html: Path | None = None
     """Write the report as one HTML page with plots."""
     json: bool = False

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_moe.cli import main
-from jax_moe.parity import memory, svg
+from jax_moe.parity import conventions, memory, svg
 from jax_moe.parity.batch import read_tokens, read_vectors
 from jax_moe.parity.html import page
 from jax_moe.parity.report import Report, parts, worst
@@ -105,7 +105,10 @@ def test_a_fault_is_exit_status_1(model: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert re.search(r"^First divergence: layer 1: expert outputs, error 1\.\d where .*a wrong number", out, re.M), out
     failed = [line.split("  ")[0] for line in out.splitlines() if line.rstrip().endswith("FAILED")]
-    assert failed == ["layer 1", "layer 2", "after the layers"]
+    assert failed == ["layer 1", "layer 2", "after the layers"] and "--explain tries" in out
+    monkeypatch.setattr(conventions, "explain_traces", lambda module, x, theirs: f"matches if {len(x)}")
+    assert main(["parity", str(model), "--explain"]) == 1
+    assert "too. Conventions: matches if 2.\n" in capsys.readouterr().out
 
 
 def report(error: float = 1e-7, margin: float | None = None, layers: int = 2) -> Report:

@@ -33,6 +33,8 @@ def parity(command: Parity) -> int:
         print(json.dumps(report.to_json(), indent=1))
     else:
         print_table(report)
+        if not report.passed and not command.explain:
+            print("--explain tries the known conventions on it: renormalisation, epsilons, gate and up exchanged and others")
         if command.html is not None:
             print(f"The page is {command.html}")
     return 0 if report.passed else 1
@@ -75,7 +77,9 @@ def _against_torch_ref(command: Parity) -> Report:
     sizes = [value.nbytes for value in checkpoint.weights.values()]
     check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), command.grads)
     batch = _batch_of_checkpoint(command, checkpoint)
-    return compare_checkpoint(checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay)
+    return compare_checkpoint(
+        checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
+    )
 
 
 def _batch_of_checkpoint(command: Parity, checkpoint: Checkpoint) -> np.ndarray:
@@ -105,7 +109,9 @@ def _against_transformers(command: Parity) -> Report:
         tokens = _tokens(command, folder.config.vocab_size, 2, None, POSITIONS)
         shapes = [math.prod(shape) for shape in folder.shapes.values()]
         check_memory(sum(shapes), _itemsize(command), sum(one.nbytes for one in folder.stored.values()), command.grads)
-    return compare_folder(command.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay)
+    return compare_folder(
+        command.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
+    )
 
 
 def _itemsize(command: Parity) -> int:

@@ -18,10 +18,11 @@ from jax_moe.losses import pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
+from jax_moe.parity import conventions
 from jax_moe.parity.against_torch_ref import trace_torch_ref
 from jax_moe.parity.against_transformers import import_transformers, trace_transformers
 from jax_moe.parity.report import Report
-from jax_moe.parity.stages import Place, StageResult, Trace, judge, pair
+from jax_moe.parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
 from jax_moe.parity.taps import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
 from jax_moe.parity.tolerances import TOLERANCES
 from jax_moe.porting.api import from_torch, to_torch
@@ -38,7 +39,7 @@ OWN, TAPPED = Place("own_call", None, "against our taps"), Place("tapped")
 
 
 def compare_folder(
-    path: Path, tokens_BT: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True
+    path: Path, tokens_BT: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True, explain: bool = False
 ) -> Report:
     """A Hugging Face folder against `transformers`. Raises ValueError if PyTorch or transformers is absent."""
     version = import_transformers().__version__
@@ -52,11 +53,13 @@ def compare_folder(
         gc.collect()
         model = load_pretrained(path, dtype=dtype)
         results += compare_traces(model, tokens_BT, theirs, dtype=dtype, grads=grads, replay=replay)
-    return Report(model_type, f"transformers {version}", dtype, tokens_BT.shape, replay, tuple(results))
+        words = explained(model, tokens_BT, theirs, results) if explain else ""
+    return Report(model_type, f"transformers {version}", dtype, tokens_BT.shape, replay, tuple(results), words)
 
 
 def compare_checkpoint(
-    checkpoint: Checkpoint, x: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True
+    checkpoint: Checkpoint, x: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True,
+    explain: bool = False,
 ) -> Report:
     """A makeMoE model or a layer against `torch_ref`, on tokens or vectors. Raises ValueError if PyTorch is absent."""
     import_torch("parity")
@@ -68,7 +71,15 @@ def compare_checkpoint(
         theirs = trace_torch_ref(family, config, weights, x, None if family == "makemoe" else cotangent(x), grads)
         module = from_torch(abstract_module(family, config, np.dtype(dtype)), weights, cast=True)
         results += compare_traces(module, x, theirs, dtype=dtype, grads=grads, replay=replay)
-    return Report(family, "torch_ref", dtype, x.shape, replay, tuple(results))
+        words = explained(module, x, theirs, results) if explain else ""
+    return Report(family, "torch_ref", dtype, x.shape, replay, tuple(results), words)
+
+
+def explained(module: nnx.Module, x: np.ndarray, theirs: Trace, results: list[StageResult]) -> str:
+    """Which known convention makes our output theirs, where something is beyond tolerance. Within `settings`."""
+    if first_divergence(results) is None or isinstance(module, SoftMoE):
+        return ""
+    return conventions.explain_traces(module, x, theirs)
 
 
 def settings(dtype: str) -> AbstractContextManager:

@@ -18,6 +18,7 @@ class Report:
     shape: tuple[int, ...]  # of the batch
     replay: bool  # whether our side followed their choices
     results: tuple[StageResult, ...]
+    explanation: str = ""  # which known convention makes the outputs the same
 
     @property
     def passed(self) -> bool:
@@ -46,6 +47,7 @@ class Report:
         return (
             f"First divergence: {first.name}, error {first.error:.2g} where {first.tolerance:.0e} is allowed, a wrong number"
             f"{f' ({first.where})' if first.where else ''}{after}{'; ' + said if said else ''}."
+            f"{' Conventions: ' + self.explanation + '.' if self.explanation else ''}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class Report:
         return {
             "subject": self.subject, "reference": self.reference, "dtype": self.dtype, "batch_shape": list(self.shape),
             "replay": self.replay, "passed": self.passed, "sentence": self.sentence(),
+            "explanation": self.explanation,
             "first_divergence": None if first is None else first.name, "stages": [_stage(one) for one in self.results],
         }
 
