@@ -51,7 +51,7 @@ def test_parity_with_transformers(theirs: Path, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(compare, "load_pretrained", faulty)
     assert main(["parity", str(theirs), "--num-tokens", "9"]) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "2 of 39 tensors differ, first model.layers.1.block_sparse_moe.experts.2.w1.weight" in out, out
+    assert "2 of 47 tensors differ, first model.layers.1.block_sparse_moe.experts.2.w1.weight" in out, out
 
 
 def test_parity_without_the_reference(
