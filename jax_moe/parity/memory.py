@@ -4,8 +4,8 @@ from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
-# Copies of the weights at the worst moment, measured by the resident size over the weights' bytes on a folder of 0.5 GB:
-# the sides run one after the other, but their gradients wait for ours.
+# Copies of the weights at the worst moment, an estimate: one side's weights and room to load them; with gradients theirs,
+# which wait, and our weights, gradients and the gradients again under their names.
 COPIES = {False: 2, True: 5}
 
 
