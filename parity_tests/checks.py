@@ -76,13 +76,13 @@ class Column:
 
 @functools.cache
 def measured() -> dict:
-    """The errors last measured: {"cells" and "families": {case: {column: error or reason}}, versions, date}."""
+    """The errors last measured: {"cells", "families", "runs": {case: {column: error or reason}}, versions, date}."""
     return json.loads(MEASURED.read_text()) if MEASURED.exists() else {"cells": {}}
 
 
 def worst_measured(column: str) -> float:
     """The column's worst error over all cases; infinite before the first measurement."""
-    rows = [row for part in ("cells", "families") for row in measured().get(part, {}).values()]
+    rows = [row for part in ("cells", "families", "runs") for row in measured().get(part, {}).values()]
     errors = [row[column] for row in rows if isinstance(row.get(column), float)]
     return max(errors, default=float("inf"))
 

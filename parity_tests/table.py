@@ -15,6 +15,7 @@ from parity_tests.cases import CASES
 from parity_tests.checks import COLUMNS, MEASURED, Column, Runs, measured, worst_measured
 from parity_tests.hf_cases import CASES as FAMILY_CASES
 from parity_tests.hf_checks import FAMILY_COLUMNS, FamilyRuns
+from parity_tests.run_checks import RUN_CASES, RUN_COLUMNS, measure_runs
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
@@ -29,10 +30,11 @@ def measure_all() -> dict:
         cells[case.name] = {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
         print(f"{number + 1}/{len(CASES)} {case.name}", file=sys.stderr)
     families = measure_families() if find_spec("transformers") else measured()["families"]
+    runs = measure_runs() if find_spec("transformers") else measured()["runs"]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions,
-        "cells": cells, "families": families,
+        "cells": cells, "families": families, "runs": runs,
     }
 
 
@@ -89,6 +91,12 @@ def render() -> str:
         "(the reference with every float32 that it names widened); loss and gradients include the balance loss.",
         "",
         *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
+        "",
+        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout masks, AdamW "
+        "with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes 50 steps in PyTorch, 50 in "
+        "JAX and 100 in PyTorch, with its optimizer state.",
+        "",
+        *grid(RUN_COLUMNS, {case.name: found.get("runs", {}).get(case.name, {}) for case in RUN_CASES}),
     ]
     return "\n".join(lines)
 

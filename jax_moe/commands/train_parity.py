@@ -1,6 +1,7 @@
 """`jax-moe parity --train`: a whole training run in both frameworks."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,7 +23,7 @@ def train_parity(command: Parity) -> int:
     from jax_moe.parity.train_settings import TrainSettings
 
     assert command.train is not None
-    given = {
+    given: dict[str, Any] = {
         "steps": command.train, "batch_size": command.batch_size, "seed": command.seed, "learning_rate": command.learning_rate,
         "final_learning_rate": command.learning_rate / 10,
     }

@@ -16,6 +16,7 @@ from jax_moe.dims import Array
 from jax_moe.losses import MoEStats, pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
+from jax_moe.moe import MoE
 from jax_moe.parity.train_settings import Numbers, TrainSettings
 from jax_moe.porting.api import to_torch
 from jax_moe.porting.torch_conventions import adamw_as_torch
@@ -64,6 +65,7 @@ def run_makemoe(model: MakeMoE, tokens_BT: Array, draws: Randomness) -> tuple[Ar
         middle_BTD = x_BTD + block.attention(
             block.attention_norm(x_BTD), attention_keep_BHTU=draws.attention_keep_BHTU, output_keep_BTD=draws.output_keep_BTD
         )
+        assert isinstance(block.moe, MoE)
         routing = block.moe.routing(block.moe_norm(middle_BTD), noise_BTE=draws.noise_BTE)[1]
         x_BTD, stats = block(x_BTD, randomness=draws)
         return x_BTD, (stats, routing.expert_GSK.reshape(-1, routing.expert_GSK.shape[-1])[: tokens_BT.size])
@@ -90,7 +92,8 @@ class JaxTrainer:
     ):
         self.model = model
         self.optimizer = optimizer or make_optimizer(settings)
-        graphdef, params, self.rest = nnx.split(model, nnx.Param, ...)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        self.rest: Any = rest
         self.params = jax.tree.map(jnp.copy, params)  # the step takes them for itself
         self.state = jax.jit(self.optimizer.init)(self.params)
         self._gradients = gradients_of(graphdef, loss, settings, compiler_options)
@@ -129,7 +132,7 @@ def gradients_of(graphdef: Any, loss: Loss, settings: TrainSettings, compiler_op
     return jax.jit(of_step, compiler_options=dict(compiler_options))
 
 
-def _update(optimizer: optax.GradientTransformation, params: Any, state: optax.OptState, gradients: Any) -> tuple[Any, optax.OptState]:
+def _update(optimizer: optax.GradientTransformation, params: Any, state: optax.OptState, gradients: Any) -> tuple[Any, Any]:
     """New weights and state in the memory of the old."""
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state

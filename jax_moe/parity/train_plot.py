@@ -11,12 +11,12 @@ from jax_moe.parity.train_runs import MOVED, Runs
 from jax_moe.porting.files import writing
 
 COLOURS = {"float64": "#2b6cb0", "float32": "#c05621"}
-LEAST = 1e-17  # what is drawn for equal
+LEAST = {"float64": 2.0**-54, "float32": 2.0**-25}  # equal is drawn at half a rounding
 
 
 def picture(runs: Sequence[Runs], title: str) -> Figure:
     """Two panels over the steps: the losses (both frameworks, fp64), and the relative difference in every dtype."""
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
@@ -32,20 +32,21 @@ def picture(runs: Sequence[Runs], title: str) -> Figure:
     for each in runs:
         _differences(below, each, step)
     below.set_yscale("log")
-    below.set_ylim(bottom=LEAST / 2)
     below.set_ylabel("relative difference of the losses")
     below.set_xlabel("step")
-    below.legend(frameon=False, fontsize="small")
+    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
 def _differences(axes: Any, runs: Runs, step: np.ndarray) -> None:
     colour = COLOURS[runs.dtype]
-    axes.plot(step, np.maximum(runs.drift_S, LEAST), color=colour, linewidth=1.4, label=f"JAX against PyTorch, {runs.dtype}")
+    both, least = f"JAX against PyTorch, {runs.dtype}", LEAST[runs.dtype]
+    axes.plot(step, np.maximum(runs.drift_S, least), color=colour, linewidth=1.4, label=both)
     own = f"JAX against itself, weights moved by {MOVED} roundings, {runs.dtype}"
-    axes.plot(step, np.maximum(runs.control_S, LEAST), ":", color=colour, linewidth=1.2, label=own)
+    axes.plot(step, np.maximum(runs.control_S, least), ":", color=colour, linewidth=1.2, label=own)
     if runs.first_flip is not None:
-        axes.axvline(runs.first_flip, color=colour, linestyle="--", linewidth=0.8, label=f"a token changes its expert, {runs.dtype}")
+        flip = f"a token changes its expert, {runs.dtype}"
+        axes.axvline(runs.first_flip, color=colour, linestyle="--", linewidth=0.8, label=flip)
 
 
 def write_picture(path: Path, runs: Sequence[Runs], title: str) -> None:

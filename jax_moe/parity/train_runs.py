@@ -187,7 +187,7 @@ def train_checkpoint(checkpoint: Checkpoint, settings: TrainSettings) -> list[Ru
     require(checkpoint.family == "makemoe", "family", checkpoint.family, "makemoe: only a language model is trained here")
     fits = settings.num_tokens <= config.block_size
     require(fits, "num_tokens", settings.num_tokens, f"at most the model's block, {config.block_size}")
-    config.moe.expert_capacity(config.moe.group_size(settings.batch_size, settings.num_tokens))  # refuses a batch that is too small
+    config.moe.expert_capacity(config.moe.group_size(settings.batch_size, settings.num_tokens))  # refuses too small a batch
     return [run_both(partial(makemoe_sides, checkpoint), settings, dtype) for dtype in ("float64", "float32")]
 
 
@@ -207,4 +207,5 @@ def describe(runs: Runs) -> list[str]:
         return [*lines, "  every token went to the same experts in every step"]
     flips, rest = runs.flips_S, float(drift[judged:].max())
     of = runs.ours.expert_SNLTK[0].size // runs.ours.expert_SNLTK.shape[-1]
-    return [*lines, f"  from step {judged} on tokens go to other experts ({flips[judged]} of {of:,} there); losses then differ by {rest:.1e}"]
+    flipped = f"  from step {judged} on tokens go to other experts ({flips[judged]} of {of:,} there)"
+    return [*lines, f"{flipped}; losses then differ by {rest:.1e}"]

@@ -170,7 +170,7 @@ def _fill(state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], 
 
 
 def _walk(node: Any, visit: Callable[[Any], Any]) -> Any:
-    """The state with what `visit` makes of every moment's and schedule's state. Raises ValueError for a state it does not know."""
+    """The state with what `visit` makes of moments' and schedules' states. Raises ValueError for a state it does not know."""
     if isinstance(node, optax.ScaleByAdamState | optax.TraceState | optax.ScaleByScheduleState):
         return visit(node)
     if isinstance(node, optax.EmptyState) or not jax.tree.leaves(node):
@@ -207,7 +207,8 @@ def _place(value: np.ndarray, like: Any) -> jax.Array:
 
 def _path(keys: tuple) -> str:
     """Our name of a leaf; the step from an nnx Variable to its value has none."""
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in keys if not isinstance(key, jax.tree_util.GetAttrKey))
+    steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
 
 
 def _numpy(value: Any) -> np.ndarray:

@@ -123,17 +123,18 @@ def _read_folder(path: Path, checkpoint: Checkpoint) -> Training:
     try:
         odd = [name for name in arrays if name.split(".")[0] not in words]
         if odd or set(order) != _parameters(checkpoint):
-            raise ValueError(f"must hold {' and '.join(words)} of the model's parameters; not so: {', '.join(odd[:5]) or 'order'}")
+            wrong = ", ".join(odd[:5]) or "order"
+            raise ValueError(f"must hold {' and '.join(words)} of the model's parameters; not so: {wrong}")
         moments = {
-            word: to_torch(
-                checkpoint.module, {name.removeprefix(f"{word}."): v for name, v in arrays.items() if name.startswith(f"{word}.")},
-                layout=LAYOUTS[checkpoint.family],
-            )
-            for word in words
+            word: to_torch(checkpoint.module, _behind(f"{word}.", arrays), layout=LAYOUTS[checkpoint.family]) for word in words
         }
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return Training(checkpoint, Moments(moments, step, step_dtype), groups, order, others, [])
+
+
+def _behind(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 def _parameters(checkpoint: Checkpoint) -> set[str]:

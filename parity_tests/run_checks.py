@@ -1,0 +1,185 @@
+"""Whole training runs as rows of the parity table: 200 steps in both frameworks, and a run that crosses over twice.
+
+`python -m parity_tests.run_checks FILE.png` draws one of them.
+"""
+
+import functools
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import jax_moe
+from jax_moe.parity.compare import settings as computing_in
+from jax_moe.parity.train_jax import JaxTrainer, decoder_loss, makemoe_loss
+from jax_moe.parity.train_runs import Runs, Sides, folder_sides, makemoe_sides, run_both
+from jax_moe.parity.train_settings import TrainSettings
+from jax_moe.parity.train_torch import TorchTrainer
+from jax_moe.porting.checkpoint import Checkpoint
+from jax_moe.porting.optimizer_state import optimizer_from_torch, optimizer_to_torch
+from parity_tests.checks import Column, always
+from parity_tests.compare import MismatchError, check_close, check_exact
+from parity_tests.filled import filled
+from parity_tests.hf_cases import CASES, draw_weights, save_reference
+
+CONFIG = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=4)
+SETTINGS = TrainSettings(steps=200, num_tokens=8, learning_rate=3e-3, final_learning_rate=3e-4)
+QUICK = (("xla_backend_optimization_level", 0),)  # compiling takes the time here, not running
+CROSSINGS = (50, 100)  # the steps before which the run moves to JAX, and back
+
+
+@dataclass(frozen=True)
+class RunCase:
+    """A model that both frameworks train; `family` names a case of hf_cases, None is makeMoE."""
+
+    name: str
+    family: str | None = None
+
+    def sides(self, folder: Path, settings: TrainSettings, dtype: str) -> Sides:
+        """Both trainers; ours compiled in a hurry."""
+        if self.family is None:
+            made = makemoe_sides(makemoe(), settings, dtype)
+        else:
+            case = next(case for case in CASES if case.name == self.family)
+            if not (folder / "config.json").exists():
+                reference = case.reference(case.config())
+                draw_weights(reference, seed=1)
+                save_reference(reference, folder)
+            made = folder_sides(folder, settings, dtype)
+        loss = makemoe_loss if self.family is None else decoder_loss
+        return made._replace(ours=JaxTrainer(made.ours.model, settings, loss, compiler_options=QUICK))
+
+
+RUN_CASES = [RunCase("makemoe model, noise and dropout"), RunCase("mixtral, transformers", "mixtral")]
+
+
+@functools.cache
+def makemoe() -> Checkpoint:
+    """A small language model."""
+    return Checkpoint("makemoe", filled(lambda: jax_moe.MakeMoE(CONFIG, rngs=nnx.Rngs(0))))
+
+
+def to_jax(theirs: TorchTrainer, ours: JaxTrainer) -> None:
+    """Weights and optimizer state, as a user would move them."""
+    jax_moe.from_torch(ours.model, theirs.module.state_dict())
+    ours.params = jax.tree.map(jnp.copy, nnx.state(ours.model, nnx.Param))
+    state = jax.jit(ours.optimizer.init)(ours.params)
+    ours.state = optimizer_from_torch(ours.model, theirs.optimizer.state_dict(), state, names=theirs.names)
+
+
+def to_pytorch(ours: JaxTrainer, theirs: TorchTrainer, layout: str | None) -> None:
+    """The way back."""
+    nnx.update(ours.model, ours.params)
+    weights = jax_moe.to_torch(ours.model, layout=layout)
+    theirs.module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    like = theirs.optimizer.state_dict()
+    theirs.optimizer.load_state_dict(optimizer_to_torch(ours.model, ours.state, like, names=theirs.names, layout=layout))
+
+
+class WholeRuns:
+    """A case's runs, made when a column first asks for them."""
+
+    def __init__(self, case: RunCase, folder: Path):
+        self.case = case
+        self.make: Callable[[TrainSettings, str], Sides] = functools.partial(case.sides, folder)
+
+    @functools.cached_property
+    def both(self) -> tuple[Runs, dict[str, np.ndarray]]:
+        """Both frameworks alone, and PyTorch's weights at the end."""
+        with computing_in("float64"):
+            made = self.make(SETTINGS, "float64")
+        return run_both(lambda *_: made, SETTINGS, "float64"), made.theirs.weights()
+
+    @functools.cached_property
+    def crossed(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The losses and final weights of the run that begins in PyTorch, goes on in JAX and ends in PyTorch."""
+        there, back = CROSSINGS
+        with computing_in("float64"):
+            ours, theirs, draw, layout, inside = self.make(SETTINGS, "float64")
+            with inside():
+                first = theirs.run(draw, range(there))
+            to_jax(theirs, ours)
+            second = ours.run(draw, range(there, back))
+            to_pytorch(ours, theirs, layout)
+            with inside():
+                last = theirs.run(draw, range(back, SETTINGS.steps))
+            return np.concatenate([first.loss_S, second.loss_S, last.loss_S]), theirs.weights()
+
+
+def same_experts(runs: WholeRuns, tolerance: float) -> float:
+    """Every token's experts, in every layer, of every step."""
+    found = runs.both[0]
+    chosen = ({"experts": np.sort(curve.expert_SNLTK.astype(np.int64), axis=-1)} for curve in (found.ours, found.theirs))
+    return check_exact(*chosen, f"{runs.case.name}: experts chosen")
+
+
+def same_losses(runs: WholeRuns, tolerance: float) -> float:
+    """Step by step, relative to that step's loss."""
+    found = runs.both[0]
+    return _losses(found.ours.loss_S, found.theirs.loss_S, tolerance, f"{runs.case.name}: losses")
+
+
+def same_weights(runs: WholeRuns, tolerance: float) -> float:
+    """After the last step."""
+    found = runs.both[0]
+    if not found.weights_error <= tolerance:
+        where = f"{runs.case.name}: {found.weights_where}"
+        raise MismatchError(f"{where} differs by {found.weights_error:.3g} (tolerance {tolerance:.3g})")
+    return found.weights_error
+
+
+def crossed_losses(runs: WholeRuns, tolerance: float) -> float:
+    """Against both runs that stay where they began."""
+    found = runs.both[0]
+    where = f"{runs.case.name}: losses, crossing over"
+    return max(_losses(runs.crossed[0], alone.loss_S, tolerance, where) for alone in (found.ours, found.theirs))
+
+
+def crossed_weights(runs: WholeRuns, tolerance: float) -> float:
+    """Against PyTorch's own."""
+    return check_close(runs.crossed[1], runs.both[1], tolerance, f"{runs.case.name}: weights, crossing over")
+
+
+def _losses(ours: np.ndarray, theirs: np.ndarray, tolerance: float, where: str) -> float:
+    named = ({f"step {step}": np.asarray(loss) for step, loss in enumerate(curve)} for curve in (ours, theirs))
+    return check_close(*named, tolerance, where)
+
+
+RUN_COLUMNS = [
+    Column("experts of every step", "float64", 0, same_experts, always),  # type: ignore[arg-type]
+    Column("losses of 200 steps", "float64", 1e-10, same_losses, always),  # type: ignore[arg-type]
+    Column("weights after them", "float64", 1e-8, same_weights, always),  # type: ignore[arg-type]
+    Column("losses, crossing over", "float64", 1e-10, crossed_losses, always),  # type: ignore[arg-type]
+    Column("weights after crossing", "float64", 1e-8, crossed_weights, always),  # type: ignore[arg-type]
+]
+
+
+def measure_runs() -> dict[str, dict[str, float]]:
+    """Every cell's error."""
+    rows = {}
+    for case in RUN_CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = WholeRuns(case, Path(folder))
+            rows[case.name] = {column.name: column.measure(runs, column.limit) for column in RUN_COLUMNS}  # type: ignore[arg-type]
+    return rows
+
+
+def main() -> None:
+    """The picture of the last case, in fp64 and fp32."""
+    from jax_moe.parity.train_plot import write_picture
+
+    case = RUN_CASES[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [run_both(functools.partial(case.sides, Path(folder)), SETTINGS, dtype) for dtype in ("float64", "float32")]
+    write_picture(Path(sys.argv[1]), runs, f"{case.name}: {SETTINGS.steps} steps of AdamW in both frameworks")
+
+
+if __name__ == "__main__":
+    main()
