@@ -27,6 +27,8 @@ _HOMES = {
     "from_torch_tree": "porting",
     "generate": "generation",
     "load_pretrained": "porting.pretrained",
+    "optimizer_from_torch": "porting.optimizer_state",
+    "optimizer_to_torch": "porting.optimizer_state",
     "save_pretrained": "porting.pretrained",
     "to_torch": "porting",
 }

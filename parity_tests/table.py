@@ -92,9 +92,9 @@ def render() -> str:
         "",
         *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
         "",
-        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout masks, AdamW "
-        "with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes 50 steps in PyTorch, 50 in "
-        "JAX and 100 in PyTorch, with its optimizer state.",
+        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout masks, "
+        "AdamW with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes 50 steps in "
+        "PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
         "",
         *grid(RUN_COLUMNS, {case.name: found.get("runs", {}).get(case.name, {}) for case in RUN_CASES}),
     ]
