@@ -4,14 +4,16 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from parity_tests.cases import CASES
+from parity_tests.cases import BY_NAME, CASES
 from parity_tests.checks import COLUMNS, MEASURED, Column, Runs, measured, worst_measured
 from parity_tests.hf_cases import CASES as FAMILY_CASES
 from parity_tests.hf_checks import FAMILY_COLUMNS, FamilyRuns
@@ -24,29 +26,30 @@ PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
 
 def measure_all() -> dict:
     """Every cell's error, or why there is none; raises MismatchError at an error above the project's limit."""
-    cells: dict[str, dict[str, float | str]] = {}
-    for number, case in enumerate(CASES):
-        runs = Runs(case)
-        cells[case.name] = {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
-        print(f"{number + 1}/{len(CASES)} {case.name}", file=sys.stderr)
-    families = measure_families() if find_spec("transformers") else measured()["families"]
-    runs = measure_runs() if find_spec("transformers") else measured()["runs"]
+    family_names = [case.name for case in FAMILY_CASES] if find_spec("transformers") else []
+    names = [("cells", case.name) for case in CASES] + [("families", name) for name in family_names]
+    found: dict[str, dict[str, dict[str, float | str]]] = {"cells": {}, "families": {}}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, ((part, name), row) in enumerate(zip(names, pool.map(measure_row, names), strict=True)):
+            found[part][name] = row
+            print(f"{number + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions,
-        "cells": cells, "families": families, "runs": runs,
-    }
+    about = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions}
+    runs = {"runs": measure_runs()} if family_names else {}
+    return measured() | about | {part: rows for part, rows in found.items() if rows} | runs
 
 
-def measure_families() -> dict[str, dict[str, float]]:
-    """The same for the Hugging Face families."""
-    rows = {}
-    for number, case in enumerate(FAMILY_CASES):
-        with tempfile.TemporaryDirectory() as folder:
-            runs = FamilyRuns(case, Path(folder))
-            rows[case.name] = {column.name: column.measure(runs, column.limit) for column in FAMILY_COLUMNS}  # type: ignore[arg-type]
-        print(f"{number + 1}/{len(FAMILY_CASES)} {case.name}", file=sys.stderr)
-    return rows
+def measure_row(which: tuple[str, str]) -> dict[str, float | str]:
+    """One case's cells."""
+    part, name = which
+    if part == "cells":
+        case = BY_NAME[name]
+        runs = Runs(case)
+        return {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
+    (family,) = (case for case in FAMILY_CASES if case.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        family_runs = FamilyRuns(family, Path(folder))
+        return {column.name: column.measure(family_runs, column.limit) for column in FAMILY_COLUMNS}  # type: ignore[arg-type]
 
 
 def write_text(path: Path, text: str) -> None:
