@@ -97,8 +97,7 @@ def _child(mutation: Mutation, folder: Path, log: Path) -> None:
     signal.signal(signal.SIGALRM, lambda *_: (log.write_text("it did not come to an end"), os._exit(CAUGHT)))
     signal.alarm(SECONDS)
     os.chdir(folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("jax_moe", "torch_ref", "parity_tests", "train")]:
-        del sys.modules[name]
+    _forget()
     sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
     sys.dont_write_bytecode = True
     output = io.StringIO()
@@ -110,6 +109,12 @@ def _child(mutation: Mutation, folder: Path, log: Path) -> None:
         log.write_text(f"{type(error).__name__}: {message[0]}")
         os._exit(CAUGHT)
     os._exit(SURVIVED)
+
+
+def _forget() -> None:
+    """Our packages are imported anew: from the copy, and by pytest under its checks of shapes."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("jax_moe", "torch_ref", "parity_tests", "train")]:
+        del sys.modules[name]
 
 
 def _check(mutation: Mutation, folder: Path) -> None:
@@ -125,8 +130,10 @@ def _check(mutation: Mutation, folder: Path) -> None:
     if mutation.tests:
         import pytest
 
+        _forget()
         plugin = _FirstFailure()
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *mutation.tests], plugins=[plugin])
+        quiet = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+        code = pytest.main([*quiet, "--rootdir", str(folder), *mutation.tests], plugins=[plugin])
         if code != 0:
             raise AssertionError(plugin.said or f"pytest ended with {code}")
 

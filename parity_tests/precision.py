@@ -252,6 +252,7 @@ def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]
         "  scores, weights of choices and sums over them in fp32.",
         "- mixed: bf16, but the router's weights and linear map in fp32, as with fp32 master weights.",
         "- `transformers` computes its router in the dtype of its weights: it has no mixed row.",
+        "- PyTorch in fp64 is the truth itself: its error there is 0 by definition.",
         "- GPU: not run; everything here is CPU.", "",
         f"Written by `python -m parity_tests.precision`, {datetime.date.today():%Y-%m-%d}, {versions}.", "",
         "![Errors by precision, with and without the truth's choices](precision.png)", "",

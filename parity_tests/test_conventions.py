@@ -31,7 +31,7 @@ DECODER = DecoderConfig(
     vocab_size=11, model_dim=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=10, qk_norm="per_head", qkv_bias=True,
     moe=dataclasses.replace(SMALL, router=RouterConfig(renormalise="sum")), dense_layers=(), norm_eps=1e-3,
 )
-X = np.random.default_rng(3).normal(size=(2, 6, 6)).astype(np.float32)
+X = np.random.default_rng(3).normal(size=(2, 12, 6)).astype(np.float32)
 TOKENS = np.random.default_rng(4).integers(0, 11, (2, 7))
 # Of one layer nothing tells pooled losses from their mean, and where nobody ties, nothing tells who would win.
 UNSEEN = {"balance.pooled='over_layers'", "ties to the higher expert index"}
@@ -154,7 +154,7 @@ def test_traces_of_the_microscope_are_read() -> None:
 
 
 def test_outputs_of_other_shapes_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"their output has shape \(2, 6\): must be \(2, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"their output has shape \(2, 6\): must be \(2, 12, 6\)"):
         explain(moe(SMALL), np.zeros((2, 6)), X)
 
 
