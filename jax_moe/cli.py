@@ -17,9 +17,9 @@ Form = Literal["auto", "hf", "orbax", "torch", "folder"]
 class Port:
     """Carries a checkpoint between PyTorch and JAX.
 
-    SRC is a Hugging Face folder; a .pt or .safetensors file under the names of makeMoE, Mixtral's sparse block, a Switch layer or Soft MoE;
-    a folder written by this command; or a run of train/train.py. What was written is read back bit for bit before it
-    stands at DST. A port to a Hugging Face folder that was interrupted goes on when the same command is given again.
+    SRC is a Hugging Face folder; a .pt or .safetensors file under the names of makeMoE, Mixtral's sparse block, a Switch layer
+    or Soft MoE; a folder written by this command; or a run of train/train.py. What was written is read back bit for bit before
+    it stands at DST. A port to a Hugging Face folder that was interrupted goes on when the same command is given again.
     """
 
     src: tyro.conf.Positional[Path]
