@@ -18,9 +18,9 @@ class Mutation:
     reason: str = ""  # why it is known to survive
 
 
-CONTRACT = ("parity_tests/test_contract.py",)
-PENCIL = ("parity_tests/test_pencil.py",)
-BF16 = ("bf16 forward",)
+CONTRACT = ("parity_tests/test_contract.py::test_capacity",)
+PRESET = ("parity_tests/test_presets.py::test_preset",)
+CLAMP = "::test_clamped_experts_and_their_gradient_at_the_bound"
 OVERFLOW = ("overflow, choice order",)
 
 CONFIG = [
@@ -67,21 +67,21 @@ CONFIG = [
         "jax_moe/config.py",
         'if self.scale == "head_dim" else',
         'if self.scale != "head_dim" else',
-        tests=("parity_tests/test_original.py", *CONTRACT),
+        tests=("parity_tests/test_contract.py::test_attention_scales",),
     ),
     Mutation(
         "mixtral does not renormalise",
         "jax_moe/presets.py",
         'renormalise="sum", dtype="input", noise',
         'renormalise="none", dtype="input", noise',
-        tests=("parity_tests/test_presets.py",),
+        tests=PRESET,
     ),
     Mutation(
         "makemoe selects after the softmax",
         "jax_moe/presets.py",
         'order="select_then_softmax", bias=True,\n',
         "bias=True,\n",
-        tests=("parity_tests/test_presets.py",),
+        tests=PRESET,
     ),
 ]
 
@@ -162,9 +162,7 @@ JAX_ROUTING = [
         "jax_moe/routing.py",
         "return jnp.promote_types(dtype, jnp.float32)",
         "return jnp.dtype(dtype)",
-        rows=("makemoe dropless", "qwen2_moe"),
-        columns=(*BF16, "bf16 gradients"),
-        tests=("parity_tests/test_mirror.py", "parity_tests/test_losses.py", "parity_tests/test_init.py"),
+        tests=("parity_tests/test_precision.py",),
     ),
 ]
 
@@ -184,7 +182,7 @@ JAX_LAYERS = [
         "jax_moe/experts.py",
         "-clamp_above(-clamp_above(up_ECF, config.clamp), config.clamp)",
         "clamp_above(up_ECF, config.clamp)",
-        tests=("parity_tests/test_mirror.py", "parity_tests/test_pencil.py", "parity_tests/test_presets.py"),
+        tests=("parity_tests/test_pencil.py" + CLAMP,),
     ),
     Mutation(
         "jax: gate and up exchanged",
@@ -298,15 +296,14 @@ JAX_LOSSES = [
         "jax_moe/losses.py",
         "best[..., top_k - 1, None])",
         "best[..., top_k, None])",
-        tests=("parity_tests/test_losses.py", "parity_tests/test_mirror.py"),
+        tests=("parity_tests/test_pencil.py::test_smooth_load",),
     ),
     Mutation(
         "jax: pooled losses are the layers' mean",
         "jax_moe/losses.py",
         'if config.balance.pooled == "per_layer":',
         "if True:",
-        tests=("parity_tests/test_losses.py",),
-        rows=("block, mixtral",),
+        tests=("parity_tests/test_pencil.py::test_balance_loss_per_layer_or_pooled",),
     ),
 ]
 
@@ -336,7 +333,7 @@ JAX_DECODER = [
         "jax: RMSNorm's epsilon is outside the root",
         "jax_moe/grouped_attention.py",
         ".mean(axis=-1, keepdims=True) + eps)",
-        ".mean(axis=-1, keepdims=True)) * (1 + eps",
+        ".mean(axis=-1, keepdims=True)) + eps",
         family="mixtral",
     ),
     Mutation(
@@ -383,10 +380,17 @@ TORCH = [
         'fill = -torch.inf if config.cluster_fill == "neg_inf" else 0.0',
         "fill = 0.0",
         rows=("deepseek_v3", "bf16-rounded logits, clusters"),
-        tests=("parity_tests/test_pencil_torch.py",),
+        tests=("parity_tests/test_pencil_torch.py::test_story",),
     ),
     Mutation(
-        "torch: choices have a gradient through sorting's order",
+        "torch: scores in the input's dtype",
+        "torch_ref/routing.py",
+        "return torch.promote_types(dtype, torch.float32)",
+        "return dtype",
+        tests=("parity_tests/test_precision.py",),
+    ),
+    Mutation(
+        "torch: the chosen weights have no gradient",
         "torch_ref/routing.py",
         "weight_GSK = score_GSE.gather(-1, expert_GSK)",
         "weight_GSK = score_GSE.detach().gather(-1, expert_GSK)",
@@ -414,10 +418,10 @@ TORCH = [
         rows=OVERFLOW,
     ),
     Mutation(
-        "torch: queues are one longer",
+        "torch: queues are one shorter",
         "torch_ref/dispatch.py",
         "priority, mask_S)[:capacity]",
-        "priority, mask_S)[: capacity + 1]",
+        "priority, mask_S)[: capacity - 1]",
         rows=OVERFLOW,
     ),
     Mutation(
@@ -446,7 +450,7 @@ TORCH = [
         "torch_ref/experts.py",
         "gate_RF.clamp(max=config.clamp)",
         "gate_RF.clamp(min=-config.clamp, max=config.clamp)",
-        tests=("parity_tests/test_mirror.py", "parity_tests/test_pencil_torch.py"),
+        tests=("parity_tests/test_pencil_torch.py" + CLAMP,),
     ),
     Mutation("torch: silu becomes gelu", "torch_ref/experts.py", "return F.silu(x)", "return F.gelu(x)", rows=("mixtral",)),
     Mutation(
@@ -489,7 +493,7 @@ DISPATCH = [
         "jax_moe/dispatch.py",
         "kept_GSK = position_GSK < (",
         "kept_GSK = position_GSK <= (",
-        rows=OVERFLOW,
+        rows=("overflow, choice order, renormalised",),
     ),
     Mutation(
         "jax: dropped weight is not given on",
@@ -532,7 +536,7 @@ DISPATCH = [
         "jax_moe/kernels/grouped.py",
         "expert, add=full)",
         "expert, add=False)",
-        tests=("parity_tests/test_tiles.py",),
+        tests=("parity_tests/test_tiles.py::test_tiles_of_any_size",),
     ),
 ]
 

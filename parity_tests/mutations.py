@@ -5,6 +5,7 @@ columns), tests by pytest, a family against `transformers`. `--update` writes do
 """
 
 import argparse
+import ast
 import contextlib
 import datetime
 import io
@@ -39,12 +40,18 @@ class Verdict:
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    """Mutations whose old text does not stand in its file exactly once, or is what they would write."""
+    """Mutations whose old text does not stand in its file exactly once, or whose result is the same or no Python."""
     found = []
     for one in MUTATIONS:
-        count = (root / one.file).read_text().count(one.old)
+        text = (root / one.file).read_text()
+        count = text.count(one.old)
         if count != 1 or one.old == one.new:
-            found.append(f"{one.name}: {one.old!r} stands {count} times in {one.file}, must stand once")
+            found.append(f"{one.name}: {one.old!r} stands {count} times in {one.file}, must stand once and be changed")
+            continue
+        try:
+            ast.parse(text.replace(one.old, one.new))
+        except SyntaxError as error:
+            found.append(f"{one.name}: {one.new!r} in {one.file} is a syntax error: {error.msg}")
     return found
 
 

@@ -18,8 +18,9 @@ def test_no_mutation_is_stale() -> None:
 def test_a_stale_one_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     gone = dataclasses.replace(MUTATIONS[0], old="nobody wrote this")
     same = dataclasses.replace(MUTATIONS[1], new=MUTATIONS[1].old)
-    monkeypatch.setattr(mutations, "MUTATIONS", [gone, same])
-    assert len(mutations.stale()) == 2
+    broken = dataclasses.replace(MUTATIONS[2], new="(")
+    monkeypatch.setattr(mutations, "MUTATIONS", [gone, same, broken])
+    assert len(mutations.stale()) == 3 and "is a syntax error" in mutations.stale()[2]
     assert mutations.main([]) == 2
     assert f"{gone.name}: 'nobody wrote this' stands 0 times in {gone.file}" in capsys.readouterr().err
 
