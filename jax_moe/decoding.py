@@ -114,7 +114,7 @@ def _mixtures(model: Decoder) -> Callable[[Array, Array], Array]:
         moves = Moves(config=config, capacity=capacity, apply=apply, weights=weights)
         y_GSD = chosen_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
         if config.expert.shared_dim:
-            y_GSD += mixture._shared_answer(x_GSD, mask_GS)
+            y_GSD += mixture.shared_answer(x_GSD, mask_GS)
         return y_GSD.reshape(x_BTD.shape)
 
     return answer

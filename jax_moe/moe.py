@@ -108,7 +108,7 @@ class MoE(nnx.Module):
         dispatcher = choose_dispatcher(self.config)
         y_GSD = dispatcher(x_GSD, routing, round_weights(slots, self.config, x_BTD.dtype), moves)
         if self.config.expert.shared_dim:
-            y_GSD += self._shared_answer(x_GSD, mask_GS)
+            y_GSD += self.shared_answer(x_GSD, mask_GS)
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS)
         return merge_groups(y_GSD, *x_BTD.shape[:2]), stats
 
@@ -168,7 +168,10 @@ class MoE(nnx.Module):
     def _apply_experts(self, x_ECD: Array, expert_E: Array | None) -> Array:
         return expert_ffn(x_ECD, take_experts(self.experts.weights(), expert_E), self.config.expert)
 
-    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
+    def shared_answer(
+        self, x_GSD: Float[Array, "G S D"], mask_GS: Bool[Array, "G S"] | None = None
+    ) -> Float[Array, "G S D"]:
+        """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""
         y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), _shared(self.config.expert))
         y_GSD = y_GSD.reshape(x_GSD.shape)
         if self.config.expert.shared_gate:

@@ -202,7 +202,7 @@ JAX_LAYERS = [
     Mutation(
         "jax: the shared expert is left out",
         "jax_moe/moe.py",
-        "y_GSD += self._shared_answer(x_GSD, mask_GS)",
+        "y_GSD += self.shared_answer(x_GSD, mask_GS)",
         "pass",
         rows=("qwen2_moe",),
     ),

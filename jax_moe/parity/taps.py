@@ -45,7 +45,7 @@ def tap_mixture(layer: MoE, x_BTD: Float[Array, "B T D"], replay_BTK: Int[Array,
         "expert_outputs": answers,
     }
     if layer.config.expert.shared_dim:
-        taps["shared"] = layer._shared_answer(x_GSD, mask_GS)
+        taps["shared"] = layer.shared_answer(x_GSD, mask_GS)
     return {kind: merge_groups(value, B, T) for kind, value in taps.items()} | {
         "combined": y_BTD, "balance_loss": stats.load_balance_loss
     }
