@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check table clean
+.PHONY: train test check table nightly mutations precision clean
 
 train: $(VENV)/.train
 	$(BIN)/python train/train.py $(ARGS)
@@ -19,6 +19,16 @@ check: $(VENV)/.test
 # The measured parity table of README.md, from a fresh run.
 table: $(VENV)/.test
 	$(BIN)/python -m parity_tests.table --update
+
+# Ten times the drawn contracts; every small change of the sources, to be caught; docs/precision.md anew.
+nightly: $(VENV)/.test
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest parity_tests/test_hypothesis.py
+
+mutations: $(VENV)/.test
+	$(BIN)/python -m parity_tests.mutations --update
+
+precision: $(VENV)/.test
+	$(BIN)/python -m parity_tests.precision
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
