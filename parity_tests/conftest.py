@@ -4,9 +4,13 @@ fp64 in JAX is switched on around what needs it (`sides.precision`) and nowhere 
 Nothing here needs PyTorch; without it the tests that compare with it are skipped and say so.
 """
 
+import gc
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -23,3 +27,15 @@ if importlib.util.find_spec("torch"):
 
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000  # Linux gives a process 65,530; XLA aborts it when there is no more
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Every compiled program keeps some memory maps: they are dropped, to be compiled anew, before they run out."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
