@@ -342,7 +342,8 @@ def stop_before(number: int, how: Callable[[], object], monkeypatch: pytest.Monk
 
 
 def interrupt() -> None:
-    """Ctrl-C."""
+    """Ctrl-C, also where the tests run in the background and inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)
 
 
