@@ -15,9 +15,9 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.losses import pool_balance_loss
-from jax_moe.parity.widened import widened
 from jax_moe.porting.families import tables_of
 from jax_moe.porting.files import read_safetensors
+from moe_parity.widened import widened
 from parity_tests.checks import Column, always
 from parity_tests.compare import check_close, check_exact
 from parity_tests.hf_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference

@@ -23,9 +23,9 @@ from flax import nnx
 import jax_moe
 import torch_ref
 from jax_moe import presets
-from jax_moe.parity.stages import Place
-from jax_moe.parity.taps import tap_makemoe
-from jax_moe.parity.widened import widened
+from moe_parity.stages import Place
+from moe_parity.taps import tap_makemoe
+from moe_parity.widened import widened
 from parity_tests.filled import filled
 from parity_tests.sides import tensor
 

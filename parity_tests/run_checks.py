@@ -17,13 +17,13 @@ import torch
 from flax import nnx
 
 import jax_moe
-from jax_moe.parity.compare import settings as computing_in
-from jax_moe.parity.train_jax import JaxTrainer, decoder_loss, makemoe_loss
-from jax_moe.parity.train_runs import Runs, Sides, folder_sides, makemoe_sides, run_both
-from jax_moe.parity.train_settings import TrainSettings
-from jax_moe.parity.train_torch import TorchTrainer
 from jax_moe.porting.checkpoint import Checkpoint
 from jax_moe.porting.optimizer_state import optimizer_from_torch, optimizer_to_torch
+from moe_parity.compare import settings as computing_in
+from moe_parity.train_jax import JaxTrainer, decoder_loss, makemoe_loss
+from moe_parity.train_runs import Runs, Sides, folder_sides, makemoe_sides, run_both
+from moe_parity.train_settings import TrainSettings
+from moe_parity.train_torch import TorchTrainer
 from parity_tests.checks import Column, always
 from parity_tests.compare import MismatchError, check_close, check_exact
 from parity_tests.filled import filled
@@ -173,7 +173,7 @@ def measure_runs() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """The picture of the last case, in fp64 and fp32."""
-    from jax_moe.parity.train_plot import write_picture
+    from moe_parity.train_plot import write_picture
 
     case = RUN_CASES[-1]
     with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ def test_parity_with_transformers(theirs: Path, capsys: pytest.CaptureFixture[st
     assert main(["parity", str(theirs), "--num-tokens", "9"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "All 25 stages agree within tolerance in float32." in out and "FAILED" not in out
-    from jax_moe.parity import compare
+    from moe_parity import compare
 
     def faulty(path: Path, dtype: Any = None) -> Any:
         model = jax_moe.load_pretrained(path, dtype=dtype)

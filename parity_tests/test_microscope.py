@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("torch", reason="the other side is PyTorch")
 
 import jax_moe
-from jax_moe.parity.against_torch_ref import trace_torch_ref
-from jax_moe.parity.compare import compare_checkpoint, compare_traces, cotangent, settings
-from jax_moe.parity.stages import Place, Stage, StageResult, first_divergence, judge, pair
 from jax_moe.porting.checkpoint import Checkpoint
+from moe_parity.against_torch_ref import trace_torch_ref
+from moe_parity.compare import compare_checkpoint, compare_traces, cotangent, settings
+from moe_parity.stages import Place, Stage, StageResult, first_divergence, judge, pair
 from parity_tests.cases import DEEPSEEK, ON_INPUT, overflow
 from parity_tests.filled import filled
 from parity_tests.porting_cases import SOFT, TINY, make

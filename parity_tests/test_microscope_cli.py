@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from jax_moe.cli import main
-from jax_moe.parity import conventions, memory, svg
-from jax_moe.parity.batch import read_tokens, read_vectors
-from jax_moe.parity.html import page
-from jax_moe.parity.report import Report, parts, worst
-from jax_moe.parity.stages import Flip, StageResult
 from jax_moe.porting.files import write_state
+from moe_parity import conventions, memory, svg
+from moe_parity.batch import read_tokens, read_vectors
+from moe_parity.html import page
+from moe_parity.report import Report, parts, worst
+from moe_parity.stages import Flip, StageResult
 from parity_tests.porting_cases import STATES
 from parity_tests.test_cli import fails
 

@@ -12,10 +12,10 @@ pytest.importorskip("torch", reason="the other side is PyTorch")
 pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
 
 import jax_moe
-from jax_moe.parity.against_transformers import trace_transformers
-from jax_moe.parity.compare import compare_traces, settings
-from jax_moe.parity.stages import Place, first_divergence
 from jax_moe.porting.files import read_safetensors, write_safetensors
+from moe_parity.against_transformers import trace_transformers
+from moe_parity.compare import compare_traces, settings
+from moe_parity.stages import Place, first_divergence
 from parity_tests.hf_cases import CASES, draw_weights, save_reference
 
 Trace = dict[Place, np.ndarray]
@@ -71,7 +71,7 @@ FAULTS: list[tuple[Callable[[Any], None], str]] = [
 
 
 def test_a_healthy_folder_passes(folder: Path, theirs: Trace) -> None:
-    """Measured over all 15 models of hf_cases: see jax_moe/parity/tolerances.py."""
+    """Measured over all 15 models of hf_cases: see moe_parity/tolerances.py."""
     with settings("float64"):
         results = compare_traces(jax_moe.load_pretrained(folder, dtype="float64"), tokens(), theirs, dtype="float64", grads=True)
     assert first_divergence(results) is None

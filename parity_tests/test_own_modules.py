@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from jax_moe.parity import ModulesDifferError, compare_modules, modules, permute, reshape, split, stacked, then, transpose
+from moe_parity import ModulesDifferError, compare_modules, modules, permute, reshape, split, stacked, then, transpose
 
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
 MAPPING = {"up.weight": ("up.kernel", transpose), "up.bias": "up.bias", "down.weight": ("down.kernel", transpose)}
@@ -44,7 +44,7 @@ class Ours(nnx.Module):
 
 
 def test_importing_the_parity_package_imports_no_torch() -> None:
-    code = "import sys, jax_moe.parity as p; p.compare_modules, p.explain; print('torch' in sys.modules)"
+    code = "import sys, moe_parity as p; p.compare_modules, p.explain; print('torch' in sys.modules)"
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]

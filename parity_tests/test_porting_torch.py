@@ -18,11 +18,11 @@ import jax_moe  # noqa: E402
 import torch_ref  # noqa: E402
 from jax_moe import presets  # noqa: E402
 from jax_moe.cli import main  # noqa: E402
-from jax_moe.parity.stages import relative_error  # noqa: E402
 from jax_moe.porting import PortError, from_torch_tree  # noqa: E402
 from jax_moe.porting.checkpoint import load  # noqa: E402
 from jax_moe.porting.files import read_state, verify, write_state  # noqa: E402
 from jax_moe.porting.torch_files import numpy_to_tensor, tensor_to_numpy  # noqa: E402
+from moe_parity.stages import relative_error  # noqa: E402
 from parity_tests.porting_cases import FUSED, HEADS, SOFT, STATES, TINY, bits, make, mixtral_state  # noqa: E402
 from parity_tests.test_cli import fails  # noqa: E402
 

@@ -15,10 +15,10 @@ pytest.importorskip("torch", reason="trains in PyTorch too, which is not install
 pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
 
 from jax_moe.cli import main
-from jax_moe.parity.train_jax import JaxTrainer, make_optimizer, makemoe_loss, schedule
-from jax_moe.parity.train_runs import changed_tokens, run_both
 from jax_moe.porting.checkpoint import save
 from jax_moe.porting.torch_conventions import adamw_as_torch, clip_as_torch
+from moe_parity.train_jax import JaxTrainer, make_optimizer, makemoe_loss, schedule
+from moe_parity.train_runs import changed_tokens, run_both
 from parity_tests.checks import measured
 from parity_tests.compare import MismatchError, check_close, check_names
 from parity_tests.run_checks import QUICK, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax

@@ -9,12 +9,12 @@ import numpy as np
 
 from jax_moe.cli import Parity
 from jax_moe.config import require
-from jax_moe.parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
-from jax_moe.parity.memory import check_memory
-from jax_moe.parity.report import Report, print_table
 from jax_moe.porting.checkpoint import Checkpoint, load
 from jax_moe.porting.files import writing
 from jax_moe.porting.hf_folder import is_hf, open_folder
+from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
+from moe_parity.memory import check_memory
+from moe_parity.report import Report, print_table
 
 POSITIONS = 16  # of a random batch, where the model has no block
 
@@ -62,14 +62,14 @@ def _check_target(path: Path) -> None:
 
 
 def _write_page(path: Path, report: Report) -> None:
-    from jax_moe.parity.html import page
+    from moe_parity.html import page
 
     with writing(path, overwrite=True) as part:
         part.write_text(page([report]), encoding="utf-8")
 
 
 def _against_torch_ref(command: Parity) -> Report:
-    from jax_moe.parity.compare import compare_checkpoint
+    from moe_parity.compare import compare_checkpoint
 
     with jax.enable_x64(True):
         checkpoint = load(command.path, command.choices)
@@ -101,7 +101,7 @@ def _tokens(command: Parity, vocab_size: int, least: int, most: int | None, usua
 
 
 def _against_transformers(command: Parity) -> Report:
-    from jax_moe.parity.compare import compare_folder
+    from moe_parity.compare import compare_folder
 
     if command.choices.given():
         raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")

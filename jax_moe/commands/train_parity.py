@@ -19,8 +19,8 @@ def train_parity(command: Parity) -> int:
     """Prints what became of the runs; 1 if they part faster than rounding explains."""
     _check(command)
     import_torch("parity")
-    from jax_moe.parity.train_runs import describe, train_checkpoint, train_folder
-    from jax_moe.parity.train_settings import TrainSettings
+    from moe_parity.train_runs import describe, train_checkpoint, train_folder
+    from moe_parity.train_settings import TrainSettings
 
     assert command.train is not None
     given: dict[str, Any] = {
@@ -44,7 +44,7 @@ def train_parity(command: Parity) -> int:
     title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
     print("\n".join([title, *(line for one in runs for line in describe(one))]))
     if command.plot is not None:
-        from jax_moe.parity.train_plot import write_picture
+        from moe_parity.train_plot import write_picture
 
         write_picture(command.plot, runs, title)
         print(f"The picture is {command.plot}")

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe.config import require
-from jax_moe.parity.against_transformers import import_transformers
-from jax_moe.parity.compare import FUSED
-from jax_moe.parity.compare import settings as computing_in
-from jax_moe.parity.train_jax import Curve, JaxTrainer, decoder_loss, makemoe_loss
-from jax_moe.parity.train_settings import Numbers, TrainSettings, decoder_numbers, makemoe_numbers
-from jax_moe.parity.train_torch import TorchTrainer, load_reference, make_makemoe, transformers_loss
-from jax_moe.parity.train_torch import makemoe_loss as makemoe_loss_torch
-from jax_moe.parity.widened import widened
 from jax_moe.porting.api import from_torch, to_torch
 from jax_moe.porting.checkpoint import Checkpoint, abstract_module
 from jax_moe.porting.families import tables_of
 from jax_moe.porting.pretrained import load_pretrained
+from moe_parity.against_transformers import import_transformers
+from moe_parity.compare import FUSED
+from moe_parity.compare import settings as computing_in
+from moe_parity.train_jax import Curve, JaxTrainer, decoder_loss, makemoe_loss
+from moe_parity.train_settings import Numbers, TrainSettings, decoder_numbers, makemoe_numbers
+from moe_parity.train_torch import TorchTrainer, load_reference, make_makemoe, transformers_loss
+from moe_parity.train_torch import makemoe_loss as makemoe_loss_torch
+from moe_parity.widened import widened
 
 LOSS = {"float64": 1e-10, "float32": 1e-5}  # of a loss curve, relative
 WEIGHTS = 1e-8  # of the final weights in fp64, each tensor relative to its largest value

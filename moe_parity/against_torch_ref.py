@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.parity.hooks import Watch, watching
-from jax_moe.parity.stages import Place
 from jax_moe.porting.torch_files import import_torch, numpy_to_tensor
+from moe_parity.hooks import Watch, watching
+from moe_parity.stages import Place
 
 
 def trace_torch_ref(

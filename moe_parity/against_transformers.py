@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.parity.hooks import Watch, first, watching
-from jax_moe.parity.stages import Place
-from jax_moe.parity.widened import widened
 from jax_moe.porting.families.hf import family_named
 from jax_moe.porting.torch_files import import_torch
+from moe_parity.hooks import Watch, first, watching
+from moe_parity.stages import Place
+from moe_parity.widened import widened
 
 
 def import_transformers() -> Any:

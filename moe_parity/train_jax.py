@@ -17,9 +17,9 @@ from jax_moe.losses import MoEStats, pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.parity.train_settings import Numbers, TrainSettings
 from jax_moe.porting.api import to_torch
 from jax_moe.porting.torch_conventions import adamw_as_torch
+from moe_parity.train_settings import Numbers, TrainSettings
 
 Loss = Callable[[Any, dict[str, Array], TrainSettings], tuple[Array, Array]]
 

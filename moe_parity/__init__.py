@@ -1,4 +1,6 @@
-"""The parity microscope: one batch in two frameworks, compared stage by stage. No torch is imported before a run needs it.
+"""The parity microscope: one batch in two frameworks, compared stage by stage.
+
+Beside `jax_moe` and `torch_ref`, for it runs both. No torch is imported before a run needs it.
 
 Your own modules: `compare_modules`; which convention differs: `explain`. Names load on first use.
 """
@@ -18,8 +20,8 @@ __all__ = [*_HOMES]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'jax_moe.parity' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"jax_moe.parity.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'moe_parity' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moe_parity.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.parity.mapping import Entry, check_names, entries_of, moved, our_weights
-from jax_moe.parity.stages import SMALL, Stage, StageResult, first_divergence, judge, norm
 from jax_moe.porting.api import flatten
 from jax_moe.porting.torch_files import import_torch, tensor_to_numpy
+from moe_parity.mapping import Entry, check_names, entries_of, moved, our_weights
+from moe_parity.stages import SMALL, Stage, StageResult, first_divergence, judge, norm
 
 # By dtype of the parameters: outputs by their largest value, gradients by norm.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
@@ -78,7 +78,7 @@ def compare_modules(
 
     >>> import numpy as np, torch, jax
     >>> from flax import nnx
-    >>> from jax_moe.parity import compare_modules, transpose
+    >>> from moe_parity import compare_modules, transpose
     >>> class Ours(nnx.Module):
     ...     def __init__(self, rngs):
     ...         self.up, self.down = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 4, use_bias=False, rngs=rngs)

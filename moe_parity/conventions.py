@@ -24,7 +24,7 @@ from jax_moe.losses import MoEStats, pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.parity.stages import Place, Trace
+from moe_parity.stages import Place, Trace
 
 # Explained: no farther apart than this share of the largest value, ten times what correct frameworks were measured apart.
 EXPLAINED = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.05}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from jax_moe.parity.report import strain
-from jax_moe.parity.stages import KINDS, WORDS, StageResult
+from moe_parity.report import strain
+from moe_parity.stages import KINDS, WORDS, StageResult
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 64, 16, 14, 40
 DEEP = 1e-4  # the share of its tolerance at which a cell of the map is palest

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from html import escape
 
-from jax_moe.parity import svg
-from jax_moe.parity.report import Report
-from jax_moe.parity.stages import StageResult
+from moe_parity import svg
+from moe_parity.report import Report
+from moe_parity.stages import StageResult
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5c6670; --line: #d9dee3; --paper: #ffffff; --card: #f6f8fa;

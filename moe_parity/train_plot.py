@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jax_moe.parity.train_runs import MOVED, Runs
 from jax_moe.porting.files import writing
+from moe_parity.train_runs import MOVED, Runs
 
 COLOURS = {"float64": "#2b6cb0", "float32": "#c05621"}
 LEAST = {"float64": 2.0**-54, "float32": 2.0**-25}  # equal is drawn at half a rounding

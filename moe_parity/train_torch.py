@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config import MakeMoEConfig
-from jax_moe.parity.against_transformers import import_transformers
-from jax_moe.parity.train_jax import Curve
-from jax_moe.parity.train_settings import Numbers, TrainSettings
 from jax_moe.porting.families.hf import family_named
 from jax_moe.porting.torch_files import import_torch, numpy_to_tensor, tensor_to_numpy
+from moe_parity.against_transformers import import_transformers
+from moe_parity.train_jax import Curve
+from moe_parity.train_settings import Numbers, TrainSettings
 
 SMALL = 1 << 20  # parameters
 Loss = Callable[[Any, Mapping[str, Any], TrainSettings], tuple[Any, np.ndarray]]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax_moe.parity.stages import StageResult, first_divergence
+from moe_parity.stages import StageResult, first_divergence
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,6 @@ from jax_moe.losses import pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.parity import conventions
-from jax_moe.parity.against_torch_ref import trace_torch_ref
-from jax_moe.parity.against_transformers import import_transformers, trace_transformers
-from jax_moe.parity.report import Report
-from jax_moe.parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
-from jax_moe.parity.taps import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
-from jax_moe.parity.tolerances import TOLERANCES
 from jax_moe.porting.api import from_torch, to_torch
 from jax_moe.porting.checkpoint import Checkpoint, abstract_module
 from jax_moe.porting.families import tables_of
@@ -33,6 +26,13 @@ from jax_moe.porting.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.torch_files import import_torch
 from jax_moe.soft_moe import SoftMoE
+from moe_parity import conventions
+from moe_parity.against_torch_ref import trace_torch_ref
+from moe_parity.against_transformers import import_transformers, trace_transformers
+from moe_parity.report import Report
+from moe_parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
+from moe_parity.taps import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
+from moe_parity.tolerances import TOLERANCES
 
 FUSED = 1  # the place among a family's tables of the names that transformers has in memory
 OWN, TAPPED = Place("own_call", None, "against our taps"), Place("tapped")

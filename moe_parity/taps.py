@@ -22,10 +22,10 @@ from jax_moe.grouped_attention import visible_positions
 from jax_moe.models.decoder import Decoder, layer_windows
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.parity.stages import KINDS, Place
 from jax_moe.rope import rotations
 from jax_moe.routing import expert_scores
 from jax_moe.soft_moe import SoftMoE, soft_weights
+from moe_parity.stages import KINDS, Place
 
 Taps = dict[str, Array]
 Replay = Int[Array, "L B T K"] | None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.parity.stages import Place
+from moe_parity.stages import Place
 
 
 class Watch:
