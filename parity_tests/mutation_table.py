@@ -1,4 +1,7 @@
-"""The mutations: a file, the text that stands in it exactly once, what takes its place, and what should catch it."""
+"""The mutations: a file, the text that stands in it exactly once, what takes its place, and what should catch it.
+
+Long because it is one table and nothing else: a row a mutation, in the order of the files.
+"""
 
 from dataclasses import dataclass
 

@@ -120,7 +120,7 @@ def _child(mutation: Mutation, folder: Path, log: Path) -> None:
 
 def _forget() -> None:
     """Our packages are imported anew: from the copy, and by pytest under its checks of shapes."""
-    for name in [name for name in sys.modules if name.split(".")[0] in ("jax_moe", "torch_ref", "moe_parity", "parity_tests", "train")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in (*COPIED, "train")]:
         del sys.modules[name]
 
 

@@ -103,6 +103,22 @@ def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool
         raise ValueError(f"{path}: cannot be written, {path.parent} is not a folder")
 
 
+def put_in_place(part: Path, path: Path) -> Path | None:
+    """Renames `part` to `path`; a folder that was there is put back if that fails, else where it is now is returned."""
+    old = part.with_name(f"{part.name}.old") if path.is_dir() else None
+    if old is not None:
+        os.replace(path, old)
+    try:
+        os.replace(part, path)
+    except OSError:
+        if old is not None:
+            os.replace(old, path)
+        raise
+    with suppress(OSError):  # a folder that may be written and not read
+        sync(path.parent, deep=False)
+    return old
+
+
 @contextmanager
 def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to `path` at the end, removed on any error.
@@ -114,19 +130,9 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
     try:
         yield part
         sync(part)
-        if path.is_dir():
-            old = path.with_name(f"{part.name}.old")
-            os.replace(path, old)
-            try:
-                os.replace(part, path)
-            except OSError:
-                os.replace(old, path)
-                raise
+        old = put_in_place(part, path)
+        if old is not None:
             shutil.rmtree(old)
-        else:
-            os.replace(part, path)
-        with suppress(OSError):  # a folder that may be written and not read
-            sync(path.parent, deep=False)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"{path}: cannot be written ({reason})") from None

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jax_moe.porting.engine import PortError
-from jax_moe.porting.files import check_space, check_target, sync
+from jax_moe.porting.files import check_space, check_target, put_in_place, sync
 from jax_moe.porting.shards import write_index
 from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import Header, in_batches, reads_as, write_tensors
@@ -138,7 +138,7 @@ def resumable(
                 (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
             yield outer / path.name
             sync(outer / path.name)
-            _put(outer / path.name, path)
+            put_in_place(outer / path.name, path)
         except KeyboardInterrupt:
             done = len(list((outer / path.name).glob("*.safetensors")))
             if done == 0:
@@ -169,22 +169,6 @@ def _note(outer: Path) -> Any:
         return json.loads((outer / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _put(part: Path, path: Path) -> None:
-    """Renames into place; what was there goes with the hidden folder."""
-    if path.is_dir():
-        old = part.with_name(f"{part.name}.old")
-        os.replace(path, old)
-        try:
-            os.replace(part, path)
-        except OSError:
-            os.replace(old, path)
-            raise
-    else:
-        os.replace(part, path)
-    with suppress(OSError):  # a folder that may be written and not read
-        sync(path.parent, deep=False)
 
 
 @contextmanager
