@@ -7,9 +7,10 @@ Tolerances: exact, or the limit the project promises and ten times the worst err
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ import jax_moe
 from jax_moe import kernels
 from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig
 from parity_tests.cases import Case
-from parity_tests.compare import check_close, check_exact
+from parity_tests.compare import MismatchError, check_close, check_exact, check_names
 from parity_tests.inputs import generator
 from parity_tests.sides import Outcome, Pair, array, jax_module, make_pair, output_shape, precision, probe, torch_module
 
@@ -85,6 +86,31 @@ def worst_measured(column: str) -> float:
     rows = [row for part in ("cells", "families", "runs") for row in measured().get(part, {}).values()]
     errors = [row[column] for row in rows if isinstance(row.get(column), float)]
     return max(errors, default=float("inf"))
+
+
+def check_row(runs: Any, columns: Sequence[Column]) -> None:
+    """Raises with every column of the case that is red."""
+    red = []
+    for column in columns:
+        if column.inapplicable(runs.case) is None:
+            try:
+                column.measure(runs, column.tolerance)
+            except MismatchError as error:
+                red.append(f"{column.name}: {error}")
+    if red:
+        raise MismatchError("\n".join(red))
+
+
+def check_measured(part: str, names: Iterable[str], columns: Sequence[Column]) -> None:
+    """Raises unless that part of `measured` holds these rows, all these columns of each, and none above its limit."""
+    rows = measured()[part]
+    check_names(rows, dict.fromkeys(names), f"{part} of measured.json")
+    for name, row in rows.items():
+        check_names(row, {column.name: column for column in columns}, f"columns of {name}")
+        for column in columns:
+            error = row[column.name]
+            if not isinstance(error, str) and not error <= column.limit:
+                raise MismatchError(f"{name}: {column.name} was measured as {error:.3g} (limit {column.limit:.3g})")
 
 
 def always(case: Case) -> None:

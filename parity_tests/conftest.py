@@ -6,6 +6,7 @@ Nothing here needs PyTorch; without it the tests that compare with it are skippe
 
 import gc
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ settings.register_profile(
 )
 settings.register_profile("search", parent=settings.get_profile("derandomised"), derandomize=False, max_examples=1000)
 settings.load_profile("derandomised")
+
+pytest.register_assert_rewrite("parity_tests.commands")
 
 if importlib.util.find_spec("torch"):
     import torch
@@ -39,3 +42,42 @@ def few_compiled_programs() -> Iterator[None]:
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """For tests in which compiling takes the time, not running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# jax_moe is imported inside: this file is read before the shapes of its functions are checked.
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-MoE folder in five shards, with a tokenizer and code that must not run, that nobody changes."""
+    from jax_moe import save_pretrained
+    from parity_tests.decoder_cases import decoder
+
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    save_pretrained(decoder("qwen2_moe"), folder, model_type="qwen2_moe", max_shard_bytes=4000)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "modeling_evil.py").write_text("raise SystemExit(7)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def orbax(whole: Path) -> Path:
+    """The same as an Orbax checkpoint."""
+    from jax_moe.cli import main
+
+    assert main(["port", str(whole), str(whole.parent / "orbax-0.1")]) == 0
+    return whole.parent / "orbax-0.1"
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))

@@ -96,6 +96,14 @@ def draw_weights(model: Any, seed: int) -> None:
             parameter.copy_(torch.from_numpy(drawn))
 
 
+def case_folder(name: str, folder: Path) -> Path:
+    """The case of that name with its weights drawn, in a new folder as transformers writes it."""
+    case = next(case for case in CASES if case.name == name)
+    reference = case.reference(case.config())
+    draw_weights(reference, seed=1)
+    return save_reference(reference, folder)
+
+
 def batch(case: Case, seed: int) -> dict[str, np.ndarray]:
     """Texts with their mask and labels; a label counts where both it and the token before it are text."""
     generator = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ from moe_parity.train_torch import TorchTrainer
 from parity_tests.checks import Column, always
 from parity_tests.compare import MismatchError, check_close, check_exact
 from parity_tests.filled import filled
-from parity_tests.hf_cases import CASES, draw_weights, save_reference
+from parity_tests.hf_cases import case_folder
 
 CONFIG = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=4)
 SETTINGS = TrainSettings(steps=200, num_tokens=8, learning_rate=3e-3, final_learning_rate=3e-4)
@@ -47,11 +47,8 @@ class RunCase:
         if self.family is None:
             made = makemoe_sides(makemoe(), settings, dtype)
         else:
-            case = next(case for case in CASES if case.name == self.family)
             if not (folder / "config.json").exists():
-                reference = case.reference(case.config())
-                draw_weights(reference, seed=1)
-                save_reference(reference, folder)
+                case_folder(self.family, folder)
             made = folder_sides(folder, settings, dtype)
         loss = makemoe_loss if self.family is None else decoder_loss
         return made._replace(ours=JaxTrainer(made.ours.model, settings, loss, compiler_options=QUICK))

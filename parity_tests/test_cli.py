@@ -15,6 +15,7 @@ from jax_moe import presets
 from jax_moe.cli import main
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.files import read_state, verify, write_state
+from parity_tests.commands import fails
 from parity_tests.porting_cases import STATES, drawn, makemoe_state, mixtral_state
 
 
@@ -26,14 +27,6 @@ def switch_state(dtype: str = "float32") -> dict[str, np.ndarray]:
 
 FAMILIES = {**STATES, "switch": switch_state}
 TEXT = "abcdefghijk"  # 11 characters, as TINY
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail with status 1, nothing on stdout but a listing and one line on stderr; the line."""
-    assert main([str(argument) for argument in arguments]) == 1
-    errors = capsys.readouterr().err
-    assert errors.startswith("jax-moe: error: ") and errors.count("\n") == 1
-    return errors
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,25 +1,17 @@
 """`jax-moe parity` on Hugging Face folders: the answer, a planted fault, and what it says where the reference is missing."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 import jax_moe
 from jax_moe.cli import main
-from parity_tests.test_cli import fails
-from parity_tests.test_pretrained import decoder
+from parity_tests.commands import fails
+from parity_tests.decoder_cases import decoder
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time here, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +19,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mixtral folder that transformers wrote."""
     pytest.importorskip("torch", reason="the reference is PyTorch")
     pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
-    from parity_tests.hf_cases import CASES, draw_weights, save_reference
+    from parity_tests.hf_cases import case_folder
 
-    case = next(case for case in CASES if case.name == "mixtral")
-    reference = case.reference(case.config())
-    draw_weights(reference, seed=1)
-    return save_reference(reference, tmp_path_factory.mktemp("theirs") / "model")
+    return case_folder("mixtral", tmp_path_factory.mktemp("theirs") / "model")
 
 
 def test_parity_with_transformers(theirs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Generation with a cache against the decoder without one: logits, padding, stops, callbacks, and what a step costs. No torch."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from parity_tests.compare import MismatchError, check_close
 from parity_tests.filled import filled
 from parity_tests.test_decoder import SIZES, decoder
 
+pytestmark = pytest.mark.usefixtures("quick")
 START, PROMPT, LENGTH = (2, 0, 1), 5, 12
 TEXT = np.random.default_rng(1).integers(0, 19, (3, LENGTH)).astype(np.int32)
 MASK = np.arange(LENGTH) >= np.asarray(START)[:, None]
@@ -32,14 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 FP32, FP64 = 3e-6, 5e-15  # measured 3.4e-7 and 9.2e-16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time here, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,18 +15,11 @@ from jax_moe import presets  # noqa: E402
 from jax_moe.cli import main  # noqa: E402
 from jax_moe.porting import checkpoint  # noqa: E402
 from jax_moe.text import TextStream, end_tokens, read_tokenizer  # noqa: E402
-from parity_tests.test_cli import fails  # noqa: E402
+from parity_tests.commands import fails  # noqa: E402
 from parity_tests.test_decoder import decoder  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick")
 LINES = ["the king", "the queen and the king", "a gänse ☃ of the queen"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time here, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_tokenizer() -> "tokenizers.Tokenizer":

@@ -3,10 +3,8 @@
 Among them a window, dynamic rope and dense layers; the cache against one call is tested elsewhere, without PyTorch.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,18 +15,11 @@ import jax_moe  # noqa: E402
 from parity_tests.compare import MismatchError, check_exact  # noqa: E402
 from parity_tests.hf_cases import CASES, TEXTS, VOCABULARY, Case, draw_weights, save_reference  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick")
 PROMPT, NEW, PAD = 7, 14, 36
 MASK = np.arange(PROMPT) >= np.asarray([0, 3, 1])[:, None]
 NAMES = ("mixtral", "mixtral_window", "qwen2_moe_tied", "qwen3_moe_dense", "olmoe", "granitemoe")
 CHOSEN = [case for case in CASES if case.name in NAMES]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time here, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def theirs(reference: "torch.nn.Module", tokens: np.ndarray, stops: list[int] | None) -> np.ndarray:

@@ -11,6 +11,7 @@ pytest.importorskip("torch", reason="the reference is PyTorch")
 pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
 
 import jax_moe
+from parity_tests.checks import check_row
 from parity_tests.compare import MismatchError, check_close
 from parity_tests.hf_cases import CASES, Case, batch
 from parity_tests.hf_checks import FAMILY_COLUMNS, FamilyRuns, optimiser, stepper, to_jax
@@ -19,14 +20,7 @@ from parity_tests.hf_checks import FAMILY_COLUMNS, FamilyRuns, optimiser, steppe
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_row(case: Case, tmp_path: Path) -> None:
     """Every column of the case."""
-    runs, red = FamilyRuns(case, tmp_path), []
-    for column in FAMILY_COLUMNS:
-        try:
-            column.measure(runs, column.tolerance)  # type: ignore[arg-type]
-        except MismatchError as error:
-            red.append(f"{column.name}: {error}")
-    if red:
-        raise MismatchError("\n".join(red))
+    check_row(FamilyRuns(case, tmp_path), FAMILY_COLUMNS)
 
 
 def swap(model: jax_moe.Decoder) -> None:

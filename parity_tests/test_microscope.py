@@ -1,10 +1,9 @@
 """The microscope against `torch_ref`: healthy models pass, every planted fault is named where it is, a near tie is a flip."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,16 +18,9 @@ from parity_tests.cases import DEEPSEEK, ON_INPUT, overflow
 from parity_tests.filled import filled
 from parity_tests.porting_cases import SOFT, TINY, make
 
+pytestmark = pytest.mark.usefixtures("quick")
 SMALL = dataclasses.replace(TINY, num_layers=2)
 LAYERS = {"drops by choice": overflow("choice"), "deepseek_v3": DEEPSEEK, "weight on input": ON_INPUT}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tokens(batch_size: int = 6) -> np.ndarray:

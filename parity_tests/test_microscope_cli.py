@@ -3,13 +3,11 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,16 +18,10 @@ from moe_parity.batch import read_tokens, read_vectors
 from moe_parity.html import page
 from moe_parity.report import Report, parts, worst
 from moe_parity.stages import Flip, StageResult
+from parity_tests.commands import fails
 from parity_tests.porting_cases import STATES
-from parity_tests.test_cli import fails
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """The microscope against `transformers`: a healthy folder passes, every planted fault is named where it is, near ties too."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,25 +15,15 @@ from jax_moe.porting.files import read_safetensors, write_safetensors
 from moe_parity.against_transformers import trace_transformers
 from moe_parity.compare import compare_traces, settings
 from moe_parity.stages import Place, first_divergence
-from parity_tests.hf_cases import CASES, draw_weights, save_reference
+from parity_tests.hf_cases import case_folder
 
+pytestmark = pytest.mark.usefixtures("quick")
 Trace = dict[Place, np.ndarray]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """Compiling takes the time, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    case = next(case for case in CASES if case.name == "mixtral")
-    reference = case.reference(case.config())
-    draw_weights(reference, seed=1)
-    return save_reference(reference, tmp_path_factory.mktemp("theirs") / "model")
+    return case_folder("mixtral", tmp_path_factory.mktemp("theirs") / "model")
 
 
 def tokens() -> np.ndarray:

@@ -23,8 +23,8 @@ from jax_moe.porting.checkpoint import load  # noqa: E402
 from jax_moe.porting.files import read_state, verify, write_state  # noqa: E402
 from jax_moe.porting.torch_files import numpy_to_tensor, tensor_to_numpy  # noqa: E402
 from moe_parity.stages import relative_error  # noqa: E402
+from parity_tests.commands import fails  # noqa: E402
 from parity_tests.porting_cases import FUSED, HEADS, SOFT, STATES, TINY, bits, make, mixtral_state  # noqa: E402
-from parity_tests.test_cli import fails  # noqa: E402
 
 CAUSAL = {"model_dim": 8, "num_heads": 2}
 REFERENCES: dict[str, tuple[Callable, str | None]] = {

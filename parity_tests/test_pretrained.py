@@ -1,9 +1,6 @@
 """Hugging Face folders without Hugging Face: names on disk, round trips, and every kind of broken folder."""
 
 import json
-import shutil
-import struct
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,66 +11,14 @@ import pytest
 from flax import nnx
 
 import jax_moe
-from jax_moe import Decoder, DecoderConfig, presets
+from jax_moe import DecoderConfig
 from jax_moe.decoder_config import RopeConfig
 from jax_moe.porting import PortError, pretrained
 from jax_moe.porting.families.hf import FAMILIES, mixtral
 from jax_moe.porting.files import read_safetensors, write_safetensors
+from parity_tests.broken_folders import BROKEN
 from parity_tests.compare import check_exact
-
-SIZES: dict[str, Any] = {"vocab_size": 11, "model_dim": 8, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
-EVERY = {"sliding_window": 3, "sliding_layers": (0, 1, 2)}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "mixtral": {"moe": presets.mixtral(8, 6, 4, 2), "rope": RopeConfig(theta=1e6), **EVERY},
-    "qwen2_moe": {
-        "moe": presets.qwen2_moe(8, 6, 4, 2, shared_dim=4), "qkv_bias": True, "dense_layers": (1,), "dense_dim": 5,
-        "sliding_window": 3, "sliding_layers": (0, 2),
-    },
-    "qwen3_moe": {
-        "moe": presets.qwen3_moe(8, 6, 4, 2), "qk_norm": "per_head", "dense_layers": (0, 2), "dense_dim": 5,
-        "rope": RopeConfig(kind="yarn", factor=2.0, original_max_positions=8, mscale=0.7, mscale_all_dim=0.5),
-    },
-    "olmoe": {
-        "moe": presets.olmoe(8, 6, 4, 2), "qk_norm": "full_width", "clip_qkv": 3.5, "balance_loss_weight": 0.02,
-        "rope": RopeConfig(kind="llama3", factor=2.0, original_max_positions=8), "qkv_bias": True, "output_bias": True,
-    },
-    "granitemoe": {
-        "moe": presets.granite_moe(8, 6, 4, 2), "attention_multiplier": 0.2, "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5, "logits_divisor": 3.0, "tied_embeddings": True, "rope": RopeConfig(kind="linear", factor=2.0),
-    },
-}
-
-
-def decoder(model_type: str, dtype: Any = "float32", **changes: Any) -> Decoder:
-    """A decoder of the family, every weight its own random number."""
-    config = DecoderConfig(**(SIZES | CONFIGS[model_type] | changes))
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))
-    generator = np.random.default_rng(0)
-    filled = [
-        (keys, v.replace(jnp.asarray(generator.normal(size=v.shape), v.dtype))) for keys, v in nnx.to_flat_state(nnx.state(model))
-    ]
-    nnx.update(model, nnx.from_flat_state(filled))
-    return model
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of all files."""
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in read_safetensors(file).items()}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded Qwen2-MoE folder that nobody changes."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    jax_moe.save_pretrained(decoder("qwen2_moe"), folder, model_type="qwen2_moe", max_shard_bytes=4000)
-    jax_moe.load_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+from parity_tests.decoder_cases import CONFIGS, SIZES, decoder, weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -146,99 +91,6 @@ def test_a_new_family_is_a_reader_and_rows(tmp_path: Path, monkeypatch: pytest.M
     loaded = jax_moe.load_pretrained(tmp_path / "cool")
     tokens = jnp.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(np.asarray(loaded(tokens)), np.asarray(model(tokens)))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Changes config.json; None removes."""
-    values = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-
-
-def edit_shard(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
-    """Changes the tensors of one shard (and not the index)."""
-    file = shard(folder)
-    state = read_safetensors(file)
-    edit(state)
-    write_safetensors(file, state)
-
-
-def shard(folder: Path) -> Path:
-    """The second of several."""
-    return sorted(folder.glob("model-*.safetensors"))[1]
-
-
-def lie(folder: Path) -> None:
-    """A header that says more bytes than the file has."""
-    raw = shard(folder).read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + size])
-    last = max((v for k, v in header.items() if k != "__metadata__"), key=lambda v: v["data_offsets"][1])
-    last["data_offsets"][1] += 4000
-    text = json.dumps(header).encode()
-    shard(folder).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
-
-
-def reindex(folder: Path, edit: Callable[[dict[str, str]], None]) -> None:
-    """Changes the index."""
-    file = folder / "model.safetensors.index.json"
-    values = json.loads(file.read_text())
-    edit(values["weight_map"])
-    file.write_text(json.dumps(values))
-
-
-def spoil(state: dict[str, np.ndarray]) -> None:
-    """One NaN."""
-    next(iter(state.values())).flat[1] = np.nan
-
-
-def misshape(state: dict[str, np.ndarray]) -> None:
-    """One row too many."""
-    name = next(iter(state))
-    state[name] = np.zeros((99, *state[name].shape[1:]), np.float32)
-
-
-def narrow(state: dict[str, np.ndarray]) -> None:
-    """Integers."""
-    state |= {name: value.astype(np.int8) for name, value in state.items()}
-
-
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"has no config.json"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: must be JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"must hold an object"),
-    "unknown family": (lambda f: edit_config(f, model_type="llama"), r"model_type='llama': must be one of mixtral, qwen2_moe"),
-    "no family": (lambda f: edit_config(f, model_type=None), r"model_type=None: must be one of"),
-    "two faults": (
-        lambda f: edit_config(f, hidden_size=None, num_hidden_layers="2"),
-        r"num_hidden_layers='2': must be an integer.*hidden_size is missing|hidden_size is missing.*num_hidden_layers='2'",
-    ),
-    "heads": (lambda f: edit_config(f, num_key_value_heads=3), r"num_kv_heads=3: must be a divisor of num_heads=4"),
-    "top k": (lambda f: edit_config(f, num_experts_per_tok=9), r"num_experts_per_tok=9: must be at most the number of exp"),
-    "activation": (lambda f: edit_config(f, hidden_act="mish"), r"hidden_act='mish': must be one of silu"),
-    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "spiral"}), r"rope_type='spiral': must be one of default"),
-    "no factor": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), r"rope_parameters.factor is missing"),
-    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), r"quantised weights are not supported"),
-    "window": (lambda f: edit_config(f, use_sliding_window=False), r"use_sliding_window must be true"),
-    "too few layers": (lambda f: edit_config(f, num_hidden_layers=2, layer_types=None), r"unexpected: .*layers\.2\."),
-    "too many layers": (lambda f: edit_config(f, num_hidden_layers=4, layer_types=None), r"missing: .*layers\.3\."),
-    "layers without end": (
-        lambda f: edit_config(f, num_hidden_layers=10**12, layer_types=None), r"config.json: num_hidden_layers=10{12}: must fit",
-    ),
-    "experts without end": (lambda f: edit_config(f, num_experts=10**12), r"num_layers \* num_experts=20{12}: must fit the weig"),
-    "another width": (lambda f: edit_config(f, moe_intermediate_size=7), r"misshapen: .*is \(6, 8\), must be \(7, 8\)"),
-    "another shape": (lambda f: edit_shard(f, misshape), r"1 misshapen: .*is \(99"),
-    "missing shard": (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors is missing"),
-    "cut short": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-5]), r"model-00002.*is not one or is cut short"),
-    "empty shard": (lambda f: shard(f).write_bytes(b""), r"model-00002.*is not one or is cut short"),
-    "lying header": (lie, r"model-00002.*is not one or is cut short"),
-    "extra tensor": (lambda f: edit_shard(f, lambda s: s.update(more=np.ones(2, np.float32))), r"holds more, which the index"),
-    "lost tensor": (lambda f: edit_shard(f, lambda s: s.pop(next(iter(s)))), r"lacks lm_head.weight, which the index says"),
-    "integers": (lambda f: edit_shard(f, narrow), r"tensors must be one of F64, F32, F16, BF16: lm_head.weight is I8"),
-    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), r"must hold model.safetensors or"),
-    "index elsewhere": (lambda f: reindex(f, lambda m: m.update({next(iter(m)): "../x.safetensors"})), r"a file in this folder"),
-    "index of nothing": (lambda f: reindex(f, lambda m: m.clear()), r"weight_map must say"),
-    "NaN": (lambda f: edit_shard(f, spoil), r"1 wrong: lm_head.weight holds NaN or infinity"),
-}
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -19,7 +19,7 @@ from jax_moe.porting import files, stacking, tensor_file
 from jax_moe.porting.engine import Piece, assemble, memory_order, take_apart
 from jax_moe.porting.shards import DTYPES, open_weights
 from jax_moe.porting.tensor_file import Header, map_tensors, reads_as, write_tensors
-from parity_tests.test_pretrained import decoder
+from parity_tests.decoder_cases import decoder
 
 ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 SECOND = {**ENTRY, "data_offsets": [8, 16]}

@@ -19,7 +19,7 @@ from jax_moe.porting import PortError, checkpoint, files, stream, tensor_file
 from jax_moe.porting.files import read_safetensors, write_safetensors, writing
 from jax_moe.porting.tensor_file import Header, write_tensors
 from parity_tests.compare import check_exact
-from parity_tests.test_pretrained import decoder, weights
+from parity_tests.decoder_cases import decoder, weights
 
 
 @contextmanager

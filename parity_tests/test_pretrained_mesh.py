@@ -11,7 +11,7 @@ import pytest
 
 import jax_moe
 from jax_moe import sharding
-from parity_tests.test_pretrained import decoder
+from parity_tests.decoder_cases import decoder
 
 ON_FOUR = """
 import sys, jax, jax.numpy as jnp, numpy as np

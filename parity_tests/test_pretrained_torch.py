@@ -15,7 +15,7 @@ import jax_moe  # noqa: E402
 from jax_moe.porting.files import read_safetensors, read_state  # noqa: E402
 from jax_moe.porting.torch_files import map_pt, numpy_to_tensor  # noqa: E402
 from parity_tests.compare import check_exact  # noqa: E402
-from parity_tests.test_pretrained import decoder, weights  # noqa: E402
+from parity_tests.decoder_cases import decoder, weights  # noqa: E402
 
 
 class Malicious:

@@ -19,22 +19,16 @@ from jax_moe.porting.checkpoint import save
 from jax_moe.porting.torch_conventions import adamw_as_torch, clip_as_torch
 from moe_parity.train_jax import JaxTrainer, make_optimizer, makemoe_loss, schedule
 from moe_parity.train_runs import changed_tokens, run_both
-from parity_tests.checks import measured
-from parity_tests.compare import MismatchError, check_close, check_names
+from parity_tests.checks import check_measured, check_row
+from parity_tests.compare import MismatchError, check_close
 from parity_tests.run_checks import QUICK, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
 
 
 @pytest.mark.parametrize("case", RUN_CASES, ids=lambda case: case.name)
 def test_row(case: RunCase, tmp_path: Path) -> None:
     """Every column of the case; the model learns, and its router moves."""
-    runs, red = WholeRuns(case, tmp_path), []
-    for column in RUN_COLUMNS:
-        try:
-            column.measure(runs, column.tolerance)  # type: ignore[arg-type]
-        except MismatchError as error:
-            red.append(f"{column.name}: {error}")
-    if red:
-        raise MismatchError("\n".join(red))
+    runs = WholeRuns(case, tmp_path)
+    check_row(runs, RUN_COLUMNS)
     found = runs.both[0]
     assert found.passed and found.first_flip is None
     loss = found.theirs.loss_S
@@ -44,12 +38,7 @@ def test_row(case: RunCase, tmp_path: Path) -> None:
 
 
 def test_every_run_was_measured() -> None:
-    rows = measured()["runs"]
-    check_names(rows, {case.name: case for case in RUN_CASES}, "runs of measured.json")
-    for name, row in rows.items():
-        check_names(row, {column.name: column for column in RUN_COLUMNS}, f"columns of {name}")
-        for column in RUN_COLUMNS:
-            assert row[column.name] <= column.limit, f"{name}: {column.name}"
+    check_measured("runs", (case.name for case in RUN_CASES), RUN_COLUMNS)
 
 
 def test_fp32_drifts_within_bounds(tmp_path: Path) -> None:
