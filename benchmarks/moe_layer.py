@@ -1,304 +1,221 @@
 """How long does one dropless Mixtral layer take, against the dense limit and against peers?
 
-    python -m benchmarks.moe_layer [--shape T,D,F,E,K]... [--only NAME,NAME] [--rounds 7] [--plot OUT.png] [--json]
+    python -m benchmarks.moe_layer [--shape T,D,F,E,K | NAME]... [--dtype bfloat16] [--only NAME,NAME] [--rounds 7]
+                                   [--plot OUT.png] [--json] [--save]
 
 The dense limit is one jitted SwiGLU FFN over K * T rows: the same active FLOPs without any routing. Peers: the experts
-implementations of `transformers` (eager and grouped_mm), raw `jax.lax.ragged_dot` and, where installed, `nano-moe-jax` (its
-layer under its own contract: GELU, biases). Checks first that all give the same answers and the same gradients; then times
-forward alone and forward with backward in turn, and prints medians and ratios. `--plot` draws time against E and T.
+implementations of `transformers` (eager and grouped_mm), raw `jax.lax.ragged_dot` and, where installed, `tokamax` and
+`nano-moe-jax` (its layer under its own contract: GELU, biases). Checks first that all give the same answers and the same
+gradients; then times forward alone and forward with backward in turn, and prints medians, ratios to the dense limit, and
+the share of the rate of one large matrix product of the same dtype, measured in the same run. On a GPU the torch
+contestants run there too; it has not been run on one yet. Exit status 1 if a contestant failed or disagreed.
 """
 
-import argparse
-import dataclasses
+import contextlib
+import datetime
 import json
+import os
+import re
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
+import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-import jax_moe
-from benchmarks.timing import alternate, machine, median_ratio
-from jax_moe.config import MoEConfig
+from benchmarks import layer_contestants as field
+from benchmarks.layer_contestants import DENSE, ENTRIES, TOLERANCE, Contestant, Shape, UnavailableError, Values
+from benchmarks.timing import Parser, alternate, device, machine, median_ratio, one_of, positive
 
-SHAPES = ((2048, 512, 1792, 8, 2), (2048, 512, 256, 64, 8), (8192, 256, 128, 128, 8))
-SAME = 1e-4  # worst difference over the largest number, of the answer and of every gradient; measured 2e-6
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """What is timed. `values` gives answer and gradients for the check; None where the computation is another."""
-
-    forward: Callable[[], object]
-    both: Callable[[], object]
-    values: Callable[[], Arrays] | None
+SHAPES = {
+    "cpu": [Shape(2048, 512, 1792, 8, 2), Shape(2048, 512, 256, 64, 8), Shape(8192, 256, 128, 128, 8)],
+    "mixtral-8x7b": [Shape(T, 4096, 14336, 8, 2) for T in (8192, 32768)],
+    "fine-grained": [Shape(T, 2048, 768, 128, 8) for T in (8192, 32768)],
+}
+RESULTS = Path(__file__).parent / "results"
+Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """T tokens of width D, E experts of width F, K of them a token; and its numbers."""
-
-    T: int
-    D: int
-    F: int
-    E: int
-    K: int
-
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-        return f"{self.T},{self.D},{self.F},{self.E},{self.K}"
-
-    def config(self, dispatcher: str = "auto") -> MoEConfig:
-        """The contract."""
-        return dataclasses.replace(jax_moe.presets.mixtral(self.D, self.F, self.E, self.K), dispatcher=dispatcher)  # type: ignore[arg-type]
-
-    def numbers(self) -> Arrays:
-        """Input, probe and weights, the routers spread as at initialisation."""
-        random = np.random.default_rng(0)
-        shapes = {"x": (self.T, self.D), "probe": (self.T, self.D), "router": (self.D, self.E), "gate": (self.E, self.D, self.F),
-                  "up": (self.E, self.D, self.F), "down": (self.E, self.F, self.D)}
-        numbers = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-        return {n: a if n in ("x", "probe") else a * np.float32(a.shape[-2] ** -0.5) for n, a in numbers.items()}
+def read_shape(text: str) -> list[Shape]:
+    """The shapes of one `--shape`."""
+    if text in SHAPES:
+        return SHAPES[text]
+    sizes = text.split(",")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ArgumentTypeError(f"{text!r}: must be T,D,F,E,K, five integers of at least 1, or of {', '.join(SHAPES)}")
+    shape = Shape(*map(int, sizes))
+    if shape.K > shape.E:
+        raise ArgumentTypeError(f"{text!r}: K={shape.K} must be at most E={shape.E}")
+    return [shape]
 
 
-def jitted(function: Callable[[dict, jax.Array], jax.Array], weights: dict, x: Any, probe: Any, named: bool = True) -> Contestant:
-    """A contestant of `function(weights, x) -> answer`; gradients of sum(answer * probe) in everything."""
-    weights, x, probe = jax.tree.map(jnp.asarray, (weights, x, probe))
-    forward = jax.jit(function)
-    both = jax.jit(jax.value_and_grad(lambda w, x, probe: (function(w, x) * probe).sum(), argnums=(0, 1)))
-
-    def values() -> Arrays:
-        gradients, g_x = both(weights, x, probe)[1]
-        return {name: np.asarray(a) for name, a in (("answer", forward(weights, x)), ("x", g_x), *gradients.items())}
-
-    return Contestant(
-        lambda: jax.block_until_ready(forward(weights, x)), lambda: jax.block_until_ready(both(weights, x, probe)),
-        values if named else None,
-    )
+def product_rate(dtype: str, side: int) -> float:
+    """FLOPs a second of the device's best product of two square matrices."""
+    square = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+    product = jax.jit(jnp.matmul)
+    seconds = alternate({"product": lambda: jax.block_until_ready(product(square, square))}, rounds=10, warmup=2)
+    return 2 * side**3 / min(seconds["product"])
 
 
-def layer(shape: Shape, numbers: Arrays, dispatcher: str) -> Contestant:
-    """Our layer under one dispatcher."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: jax_moe.MoE(shape.config(dispatcher))))
-
-    def answer(weights: dict, x: jax.Array) -> jax.Array:
-        params = {"router": {"kernel": weights["router"]}, "experts": {name: weights[name] for name in ("gate", "up", "down")}}
-        return nnx.merge(graphdef, params)(x[None])[0][0]
-
-    return jitted(answer, {n: numbers[n] for n in ("router", "gate", "up", "down")}, numbers["x"], numbers["probe"])
-
-
-def swiglu(weights: dict, x: jax.Array) -> jax.Array:
-    """One expert."""
-    return (jax.nn.silu(x @ weights["gate"]) * (x @ weights["up"])) @ weights["down"]
-
-
-def dense(shape: Shape, numbers: Arrays) -> Contestant:
-    """The limit: K * T rows through one expert."""
-    rows = [np.tile(numbers[name], (shape.K, 1)) for name in ("x", "probe")]
-    return jitted(swiglu, {name: numbers[name][0] for name in ("gate", "up", "down")}, *rows, named=False)
-
-
-def raw_ragged_dot(shape: Shape, numbers: Arrays) -> Contestant:
-    """Sorted rows and `jax.lax.ragged_dot`, as one would write it in ten lines."""
-
-    def answer(weights: dict, x: jax.Array) -> jax.Array:
-        score, expert = jax.lax.top_k(jax.nn.softmax(x @ weights["router"]), shape.K)
-        order = jnp.argsort(expert.reshape(-1))
-        rows, sizes = x[order // shape.K], jnp.bincount(expert.reshape(-1), length=shape.E)
-        product = partial(jax.lax.ragged_dot, group_sizes=sizes)
-        y = product(jax.nn.silu(product(rows, weights["gate"])) * product(rows, weights["up"]), weights["down"])
-        score = score / score.sum(axis=-1, keepdims=True)
-        return jnp.zeros_like(x).at[order // shape.K].add(y * score.reshape(-1)[order][:, None])
-
-    return jitted(answer, {n: numbers[n] for n in ("router", "gate", "up", "down")}, numbers["x"], numbers["probe"])
+def entrants(shape: Shape, dtype: str, only: set[str] | None) -> tuple[dict[str, Contestant], Result]:
+    """(all that run here and agree, how far each is from the first of its contract or why it is left out)."""
+    numbers = shape.numbers(dtype)
+    chosen: dict[str, Contestant] = {}
+    notes: Result = {}
+    first: dict[str, tuple[str, Values]] = {}
+    for name in field.names(only):
+        contract = ENTRIES[name].contract
+        try:
+            field.available(name)
+            one = ENTRIES[name].make(shape, numbers)
+            if one.values is None:
+                one.both()
+            else:
+                base, expected = first.setdefault(contract, (name, one.values()))
+                error, where = field.difference(one.values() if base != name else expected, expected)
+                if not error <= TOLERANCE[dtype]:
+                    notes[name] = {"failed": f"{where} differs from {base} by {error:.1e}, {TOLERANCE[dtype]:.0e} allowed"}
+                    continue
+                notes[name] = {"difference": error}
+        except UnavailableError as why:
+            notes[name] = {"left_out": str(why)}
+            continue
+        except Exception as error:  # whatever a peer raises, the others can still be timed
+            notes[name] = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"}
+            continue
+        chosen[name] = one
+    return chosen, notes
 
 
-def transformers_block(shape: Shape, numbers: Arrays, implementation: str) -> Contestant:
-    """`MixtralSparseMoeBlock`, with our weights."""
-    import torch
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    config = MixtralConfig(hidden_size=shape.D, intermediate_size=shape.F, num_local_experts=shape.E, num_experts_per_tok=shape.K)
-    config._experts_implementation = implementation
-    block = MixtralSparseMoeBlock(config)
-    gate_up = np.concatenate([numbers["gate"], numbers["up"]], axis=2).swapaxes(1, 2)
-    theirs = {
-        "gate.weight": numbers["router"].T, "experts.gate_up_proj": gate_up, "experts.down_proj": numbers["down"].swapaxes(1, 2),
-    }
-    block.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in theirs.items()})
-    x, probe = (torch.from_numpy(numbers[name])[None] for name in ("x", "probe"))
-    x.requires_grad_()
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return block(x)
-
-    def both() -> Any:
-        block.zero_grad(set_to_none=True)
-        x.grad = None
-        (block(x) * probe).sum().backward()
-
-    def values() -> Arrays:
-        both()
-        gate, up = np.split(block.experts.gate_up_proj.grad.numpy().swapaxes(1, 2), 2, axis=2)
-        assert x.grad is not None
-        return {
-            "answer": forward()[0].numpy(), "x": x.grad[0].numpy(), "router": block.gate.weight.grad.numpy().T,
-            "gate": gate, "up": up, "down": block.experts.down_proj.grad.numpy().swapaxes(1, 2),
-        }
-
-    return Contestant(forward, both, values)
-
-
-def nano(shape: Shape, numbers: Arrays) -> tuple[Contestant, Contestant]:
-    """`nano-moe-jax`'s layer, which runs every expert on every token, and ours under its contract."""
-
-    from nano_moe.config import NanoMoEConfig
-    from nano_moe.layers import MoELayer
-
-    theirs = MoELayer(NanoMoEConfig(d_model=shape.D, d_ff=shape.F, n_experts=shape.E, top_k=shape.K, dropout_rate=0.0))
-    x = jnp.asarray(numbers["x"])
-    params = theirs.init(jax.random.key(0), x[None])["params"]
-
-    def their_answer(weights: dict, x: jax.Array) -> jax.Array:
-        tree = {"Router_0": {"Dense_0": {"kernel": weights["router"]}}}
-        for e in range(shape.E):
-            up, down = ({"kernel": weights[n][e], "bias": weights[f"{n}_bias"][e]} for n in ("up", "down"))
-            tree[f"expert_{e}"] = {"Dense_0": up, "Dense_1": down}
-        return theirs.apply({"params": tree}, x[None])[0][0]
-
-    expert = dataclasses.replace(shape.config().expert, activation="gelu_tanh", gated=False, bias=True)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: jax_moe.MoE(dataclasses.replace(shape.config(), expert=expert))))
-
-    def our_answer(weights: dict, x: jax.Array) -> jax.Array:
-        own = {name: weights[name] for name in ("up", "up_bias", "down", "down_bias")}
-        return nnx.merge(graphdef, {"router": {"kernel": weights["router"]}, "experts": own})(x[None])[0][0]
-
-    stack = {f"{n}{s}": jnp.stack([params[f"expert_{e}"][d][k] for e in range(shape.E)])
-             for n, d in (("up", "Dense_0"), ("down", "Dense_1")) for s, k in (("", "kernel"), ("_bias", "bias"))}
-    weights = stack | {"router": params["Router_0"]["Dense_0"]["kernel"]}
-    return tuple(jitted(one, weights, x, numbers["probe"]) for one in (their_answer, our_answer))  # type: ignore[return-value]
-
-
-def contestants(shape: Shape, only: set[str] | None) -> dict[str, Contestant]:
-    """All that can run here, after the check that they agree."""
-    numbers = shape.numbers()
-    makers: dict[str, Callable[[], Contestant]] = {
-        "dense limit": partial(dense, shape, numbers),
-        "jax_moe auto": partial(layer, shape, numbers, "auto"),
-        "jax_moe einsum": partial(layer, shape, numbers, "einsum"),
-        "ragged_dot": partial(raw_ragged_dot, shape, numbers),
-    }
-    if find_spec("transformers") and find_spec("torch"):
-        for name in ("eager", "grouped_mm"):
-            makers[f"transformers {name}"] = partial(transformers_block, shape, numbers, name)
-    chosen = {name: make() for name, make in makers.items() if only is None or name in only or name == "dense limit"}
-    agree({name: one for name, one in chosen.items() if one.values})
-    if find_spec("nano_moe") and (only is None or "nano-moe-jax" in only):
-        theirs, ours = nano(shape, numbers)
-        agree({"nano-moe-jax": theirs, "jax_moe, nano's contract": ours})
-        chosen |= {"nano-moe-jax": theirs, "jax_moe, nano's contract": ours}
-    return chosen
-
-
-def agree(group: dict[str, Contestant]) -> None:
-    """Raises AssertionError unless all have the first one's answer and gradients."""
-    base = None
-    for name, one in group.items():
-        assert one.values is not None
-        values = one.values()
-        base = values if base is None else base
-        for what, expected in base.items():
-            error = float(np.abs(values[what] - expected).max() / np.abs(expected).max())
-            assert error < SAME, f"{name}: {what} differs by {error:.1e}"
-
-
-def measure(shape: Shape, rounds: int, only: set[str] | None) -> dict[str, Any]:
-    """Medians in ms and ratios to the dense limit."""
-    group = contestants(shape, only)
-    result: dict[str, Any] = {"shape": shape.name}
-    for kind in ("forward", "both"):
-        seconds = alternate({name: getattr(one, kind) for name, one in group.items()}, rounds, warmup=2)
-        result[kind] = {
-            name: {"ms": 1e3 * statistics.median(times), "ratio": median_ratio(seconds, name, "dense limit")}
-            for name, times in seconds.items()
-        }
+def measure(shape: Shape, dtype: str, rounds: int, only: set[str] | None, rate: float) -> Result:
+    """Medians in ms, ratios to the dense limit and shares of `rate`."""
+    result: Result = {"shape": shape.name, "dtype": dtype}
+    # "highest": jax would otherwise multiply float32 in fewer bits on a GPU, which torch does not
+    with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
+        chosen, result["notes"] = entrants(shape, dtype, only)
+        for kind in ("forward", "both"):
+            seconds = alternate({name: getattr(one, kind) for name, one in chosen.items()}, rounds, warmup=2)
+            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            result[kind] = {
+                name: {"ms": 1e3 * median, "ratio": median_ratio(seconds, name, DENSE) if DENSE in seconds else None,
+                       "share_of_rate": _flops(shape, name, kind) / median / rate}
+                for name, median in medians.items()
+            }
     return result
 
 
-def show(result: dict[str, Any]) -> None:
+def _flops(shape: Shape, name: str, kind: str) -> float:
+    """Active ones; experts without a gate have two products where the others have three."""
+    return shape.flops(kind) * (2 / 3 if ENTRIES[name].contract == "nano" else 1)
+
+
+def show(result: Result) -> None:
     """The table."""
-    print(f"\nT,D,F,E,K = {result['shape']}\n{'':26}{'forward':>12}{'/ dense':>9}{'with backward':>16}{'/ dense':>9}")
+    print(f"\nT,D,F,E,K = {result['shape']}, {result['dtype']}")
+    beside = f"{'/ dense':>9}{'of rate':>9}"
+    print(f"{'':26}{'forward':>12}{beside}{'with backward':>16}{beside}{'differs by':>12}")
     for name in result["forward"]:
-        row = [result[kind][name] for kind in ("forward", "both")]
-        print(f"{name:26}{row[0]['ms']:9.1f} ms{row[0]['ratio']:9.2f}{row[1]['ms']:13.1f} ms{row[1]['ratio']:9.2f}")
+        row = f"{name:26}"
+        for kind, width in (("forward", 9), ("both", 13)):
+            cell = result[kind][name]
+            ratio = "-" if cell["ratio"] is None else f"{cell['ratio']:.2f}"
+            row += f"{cell['ms']:{width}.1f} ms{ratio:>9}{cell['share_of_rate']:9.0%}"
+        error = result["notes"].get(name, {}).get("difference")
+        print(row + (f"{error:12.1e}" if error else ""))
+    for name, note in result["notes"].items():
+        for what in ("left_out", "failed"):
+            if what in note:
+                print(f"{name:26}{what.replace('_', ' ')}: {note[what]}")
 
 
-def draw(rounds: int, only: set[str] | None, out: Path) -> list[dict[str, Any]]:
+def draw(dtype: str, rounds: int, only: set[str] | None, rate: float, out: Path) -> list[Result]:
     """Time against E at equal active FLOPs, and against T; the figure and its numbers."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from train.plots import save
 
     sweeps = {
         "experts E (T=2048, D=256, F=128, K=8)": [Shape(2048, 256, 128, E, 8) for E in (8, 16, 32, 64, 128)],
         "tokens T (D=256, F=128, E=64, K=8)": [Shape(T, 256, 128, 64, 8) for T in (512, 1024, 2048, 4096, 8192)],
     }
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     results = []
     for axis, (label, shapes) in zip(axes, sweeps.items(), strict=True):
-        points = [measure(shape, rounds, only) for shape in shapes]
+        points = [measure(shape, dtype, rounds, only, rate) for shape in shapes]
         results += points
         across = [shape.E if label.startswith("experts") else shape.T for shape in shapes]
-        for name in points[0]["both"]:
-            axis.plot(across, [point["both"][name]["ms"] for point in points], marker="o", markersize=4, label=name)
+        for name in field.names(only):
+            there = [(x, point["both"][name]["ms"]) for x, point in zip(across, points, strict=True) if name in point["both"]]
+            if there:
+                axis.plot(*zip(*there, strict=True), marker="o", markersize=4, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.set_xticks(across, [str(x) for x in across], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("forward and backward, ms")
     axes[1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    save(figure, out)
     return results
 
 
-def main() -> None:
+def keep(about: Result, folder: Path) -> Path:
+    """Writes `<date>-<device>.json`, or with a number where that is taken; the path."""
+    from train.metrics import write_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"]["device"].lower()).strip("-")
+    stem, number = f"{about['date'][:10]}-{device}", 1
+    while (path := folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")).exists():
+        number += 1
+    write_whole(path, json.dumps(about, indent=1) + "\n")
+    return path
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = Parser("benchmarks.moe_layer", __doc__)
+    parser.add_argument("--shape", action="extend", type=read_shape, metavar="T,D,F,E,K",
+                        help=f"five sizes, or a name ({', '.join(SHAPES)}); again for more; default cpu, three shapes")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="float32", help="of weights and tokens; the router stays float32")
+    parser.add_argument("--only", type=one_of(ENTRIES), metavar="NAMES",
+                        help=f"contestants by commas, besides the dense limit, which always runs: {', '.join(ENTRIES)}")
+    parser.add_argument("--rounds", type=positive, default=7, help="timed calls of each (default 7)")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw time against E and T instead")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--save", type=Path, nargs="?", const=RESULTS, metavar="FOLDER",
+                        help="also write the JSON as <date>-<device>.json (default benchmarks/results)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_layer", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", action="append", help="T,D,F,E,K; the three published shapes by default")
-    parser.add_argument("--only", help="names of contestants, by commas; the dense limit always runs")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--plot", type=Path, help="draw time against E and T instead")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    only = set(arguments.only.split(",")) if arguments.only else None
-    shapes = [Shape(*map(int, text.split(","))) for text in arguments.shape or []] or [Shape(*shape) for shape in SHAPES]
-    if arguments.plot:
-        results = draw(arguments.rounds, only, arguments.plot)
+    asked = parser().parse_args(arguments)
+    if asked.plot and not asked.plot.absolute().parent.is_dir():
+        parser().error(f"--plot {asked.plot}: there is no folder {asked.plot.parent}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax and torch share one GPU
+    rate = product_rate(asked.dtype, 2048 if jax.default_backend() == "cpu" else 8192)
+    about: Result = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "device": device(), "machine": machine(),
+        "rounds": asked.rounds, "product_rate": rate, "results": [],
+    }
+    if asked.plot:
+        about["results"] = draw(asked.dtype, asked.rounds, asked.only, rate, asked.plot)
+    for shape in [] if asked.plot else asked.shape or SHAPES["cpu"]:
+        about["results"].append(measure(shape, asked.dtype, asked.rounds, asked.only, rate))
+        if not asked.json:
+            show(about["results"][-1])
+        sys.stdout.flush()
+    if asked.json:
+        print(json.dumps(about, indent=1))
     else:
-        results = []
-        for shape in shapes:
-            results.append(measure(shape, arguments.rounds, only))
-            if not arguments.json:
-                show(results[-1])
-    if arguments.json:
-        print(json.dumps({"machine": machine(), "rounds": arguments.rounds, "results": results}, indent=1))
-    else:
-        print(f"\n{machine()}")
+        print(f"\n{rate / 1e9:.0f} GFLOP/s in one {asked.dtype} product\n{about['device'] | about['machine']}")
+    if asked.save:
+        print(f"written: {keep(about, asked.save)}", file=sys.stderr)
+    return int(any("failed" in note for result in about["results"] for note in result["notes"].values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

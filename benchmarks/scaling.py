@@ -1,0 +1,132 @@
+"""How does cost grow with the number of experts, of tokens and of layers?
+
+    python -m benchmarks.scaling [--only experts,tokens,layers] [--rounds 9] [--json]
+
+experts: one layer with 128 experts against the same with 8, top-8, equal active FLOPs. tokens: twice as many of them, 64
+experts, top-8. Both forward with backward on a dropless Mixtral layer, in turn in one process. layers: compile time of a
+training step (AdamW) of 64 layers against 8, of a small Mixtral and of makeMoE, from tracing to the program, each time with
+empty caches. Prints medians and their ratio beside what is wanted; exit status 0 whether or not it is reached.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import jax_moe
+from benchmarks.layer_contestants import Shape, layer
+from benchmarks.timing import Parser, alternate, device, machine, median_ratio, one_of, positive
+
+PAIRS = {
+    "experts": [("128 experts", Shape(T, D, F, 128, 8), "8 experts", Shape(T, D, F, 8, 8))
+                for T, D, F in ((2048, 256, 128), (4096, 512, 256))],
+    "tokens": [("4096 tokens", Shape(4096, D, F, 64, 8), "2048 tokens", Shape(2048, D, F, 64, 8))
+               for D, F in ((256, 128), (512, 256))],
+}
+WANTED = {"experts": 1.3, "tokens": 2.1, "layers": 1.3}
+DEEP, SHALLOW, COMPILES = 64, 8, 3
+BATCH, BLOCK = 4, 64
+Row = dict[str, Any]
+
+
+def compare_layers(question: str, large: str, large_shape: Shape, small: str, small_shape: Shape, rounds: int) -> Row:
+    """Forward with backward of two shapes in turn."""
+    runs = {name: layer(shape, shape.numbers("float32"), "auto").both
+            for name, shape in ((large, large_shape), (small, small_shape))}
+    where = f"layer D={large_shape.D} F={large_shape.F}"
+    return _row(question, f"{where}, {large} / {small}", alternate(runs, rounds, warmup=2), large, small)
+
+
+def _row(question: str, what: str, seconds: dict[str, list[float]], large: str, small: str) -> Row:
+    return {
+        "question": question, "what": what, "large_ms": 1e3 * statistics.median(seconds[large]),
+        "small_ms": 1e3 * statistics.median(seconds[small]), "ratio": median_ratio(seconds, large, small),
+        "wanted": WANTED[question], "rounds": len(seconds[large]),
+    }
+
+
+def mixtral(num_layers: int) -> jax_moe.Decoder:
+    """A small Mixtral; call it abstractly."""
+    config = jax_moe.DecoderConfig(
+        vocab_size=512, model_dim=256, num_layers=num_layers, num_heads=8, num_kv_heads=4, head_dim=32,
+        moe=jax_moe.presets.mixtral(256, 512, 8, 2),
+    )
+    return jax_moe.Decoder(config, rngs=nnx.Rngs(0))
+
+
+def makemoe(num_layers: int) -> jax_moe.MakeMoE:
+    """The published sizes but for the depth."""
+    return jax_moe.MakeMoE(jax_moe.MakeMoEConfig(num_layers=num_layers, block_size=BLOCK), rngs=nnx.Rngs(0))
+
+
+def training_step(make: Callable[[], Any]) -> tuple[Callable, tuple]:
+    """(one step of AdamW with dropout and noise, its abstract arguments)."""
+    graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    params = nnx.to_pure_dict(params)
+    optimizer = optax.adamw(1e-3)
+
+    def loss_of(params: dict, tokens_BT1: jax.Array, key: jax.Array) -> jax.Array:
+        logits, _ = nnx.merge(graphdef, params, rest).logits_and_stats(tokens_BT1[:, :-1], key=key, training=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT1[:, 1:]).mean()
+
+    def step(params: dict, state: optax.OptState, tokens_BT1: jax.Array, key: jax.Array) -> tuple:
+        loss, gradient = jax.value_and_grad(loss_of)(params, tokens_BT1, key)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    tokens = jax.ShapeDtypeStruct((BATCH, BLOCK + 1), jnp.int32)
+    return step, (params, jax.eval_shape(optimizer.init, params), tokens, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def compile_anew(step: Callable, arguments: tuple) -> None:
+    """From tracing to the program; nothing is remembered from before."""
+    jax.clear_caches()
+    jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+
+def compare_depths(name: str, make: Callable[[int], Any], deep: int = DEEP, shallow: int = SHALLOW) -> Row:
+    """Compile time of two depths in turn; the first round warms up the process."""
+    runs = {str(depth): partial(compile_anew, *training_step(partial(make, depth))) for depth in (deep, shallow)}
+    seconds = alternate(runs, COMPILES, warmup=1)
+    return _row("layers", f"compiling {name}, {deep} / {shallow} layers", seconds, str(deep), str(shallow))
+
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = Parser("benchmarks.scaling", __doc__)
+    parser.add_argument("--only", type=one_of(WANTED), default=set(WANTED), metavar="NAMES",
+                        help=f"questions by commas: {', '.join(WANTED)}; all by default")
+    parser.add_argument("--rounds", type=positive, default=9, help=f"timed calls of each (default 9); compiles are {COMPILES}")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    asked = parser().parse_args(arguments)
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = [compare_layers(question, *pair, asked.rounds) for question, pairs in PAIRS.items() if question in asked.only
+            for pair in pairs]
+    if "layers" in asked.only:
+        rows += [compare_depths(name, make) for name, make in (("a small Mixtral", mixtral), ("makeMoE", makemoe))]
+    about = device() | machine()
+    if asked.json:
+        print(json.dumps({"machine": about, "results": rows}, indent=1))
+        return 0
+    print(f"{'':52}{'large':>12}{'small':>13}{'ratio':>8}{'wanted':>10}")
+    for row in rows:
+        times = f"{row['large_ms']:9.1f} ms{row['small_ms']:10.1f} ms"
+        print(f"{row['what']:52}{times}{row['ratio']:8.2f}{'<= ' + str(row['wanted']):>10}")
+    print(about)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
