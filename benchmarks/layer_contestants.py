@@ -214,7 +214,8 @@ def transformers_block(shape: Shape, numbers: Numbers, implementation: str) -> C
 
     def values() -> Values:
         both()
-        router, gate_up, down, input = (p.grad for p in (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, x))
+        weights = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, x
+        router, gate_up, down, input = (weight.grad for weight in weights)
         assert router is not None and gate_up is not None and down is not None and input is not None
         gate, up = gate_up.mT.chunk(2, dim=2)
         found = {"answer": forward()[0], "x": input[0], "router": router.T, "gate": gate, "up": up, "down": down.mT}

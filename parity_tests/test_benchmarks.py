@@ -1,0 +1,123 @@
+"""The benchmarks' checks and commands, without a timing: every contestant gives the same numbers, a wrong one is not timed."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import layer_contestants, moe_layer, scaling
+from benchmarks.layer_contestants import ENTRIES, TOLERANCE, Entry, Shape
+
+pytestmark = pytest.mark.usefixtures("quick")
+TINY = Shape(32, 16, 24, 4, 2)
+MEASURED = {"float32": 4e-7, "bfloat16": 1.5e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_all_contestants_agree(dtype: str) -> None:
+    chosen, notes = moe_layer.entrants(TINY, dtype, None)
+    assert {"dense limit", "jax_moe auto", "jax_moe einsum", "ragged_dot"} <= set(chosen) == set(layer_contestants.names(None))
+    errors = [note["difference"] for note in notes.values()]
+    assert len(errors) == len(chosen) - 1 and max(errors) < min(TOLERANCE[dtype], 10 * MEASURED[dtype])
+    assert max(errors) > 0
+
+
+def test_no_choice_hangs_on_rounding() -> None:
+    logits = {dtype: np.sort(_logits(dtype), axis=1) for dtype in TOLERANCE}
+    gaps = {dtype: (a[:, -2] - a[:, -3]).min() for dtype, a in logits.items()}
+    assert gaps["float32"] < layer_contestants.MARGIN["bfloat16"] < gaps["bfloat16"]
+
+
+def _logits(dtype: str) -> np.ndarray:
+    numbers = Shape(256, 16, 2, 8, 2).numbers(dtype)
+    return np.asarray(numbers["x"], np.float32) @ np.asarray(numbers["router"], np.float32)
+
+
+def _slightly_wrong(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return 1.0002 * jax.lax.ragged_dot(rows, weights, group_sizes)
+
+
+def _breaks(shape: Shape, numbers: Any) -> Any:
+    raise NotImplementedError("no kernel for this device\nand more")
+
+
+def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    planted = {
+        "ragged_dot": Entry(partial(layer_contestants.sorted_rows, grouped_product=_slightly_wrong)),
+        "jax_moe ragged": Entry(_breaks), "tokamax": Entry(_breaks, ("no_such_package",)),
+    }
+    for name, entry in planted.items():
+        monkeypatch.setitem(ENTRIES, name, entry)
+    monkeypatch.setattr(moe_layer, "product_rate", lambda dtype, side: 1e9)
+    asked = ["--shape", TINY.name, "--only", ",".join(["jax_moe einsum", *planted]), "--rounds", "1", "--save", str(tmp_path)]
+    assert moe_layer.main([*asked, "--json"]) == 1
+    about = json.loads(capsys.readouterr().out)
+    (result,) = about["results"]
+    notes = result["notes"]
+    assert set(result["both"]) == {"dense limit", "jax_moe einsum"}
+    assert "differs from jax_moe einsum by" in notes["ragged_dot"]["failed"]
+    assert notes["jax_moe ragged"]["failed"] == "NotImplementedError: no kernel for this device"
+    assert notes["tokamax"] == {"left_out": "no_such_package is not installed"}
+    cell = result["both"]["jax_moe einsum"]  # 32 tokens, 2 choices, 3 products of 16 x 24, 2 FLOPs, 3 with the gradients
+    assert cell["share_of_rate"] * cell["ms"] * 1e6 == pytest.approx(32 * 2 * 3 * 16 * 24 * 2 * 3)
+    moe_layer.show(result)
+    assert "tokamax                   left out: no_such_package is not installed" in capsys.readouterr().out
+    first = f"{about['date'][:10]}-cpu"
+    assert moe_layer.keep(about, tmp_path).name == f"{first}-2.json"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{first}.json", f"{first}-2.json"}
+    assert json.loads((tmp_path / f"{first}.json").read_text()) == about
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (moe_layer.main, ["--shape", "1,2"], "'1,2': must be T,D,F,E,K"),
+        (moe_layer.main, ["--shape", "8,8,8,2,0"], "five integers of at least 1, or of cpu, mixtral-8x7b, fine-grained"),
+        (moe_layer.main, ["--shape", "8,8,8,2,3"], "K=3 must be at most E=2"),
+        (moe_layer.main, ["--only", "megablocks"], "'megablocks': must be of dense limit"),
+        (moe_layer.main, ["--rounds", "0"], "'0': must be an integer of at least 1"),
+        (moe_layer.main, ["--dtype", "int8"], "invalid choice: 'int8'"),
+        (moe_layer.main, ["--plot", "no/such/folder.png"], "there is no folder no/such"),
+        (scaling.main, ["--only", "heads"], "'heads': must be of experts, tokens, layers"),
+        (scaling.main, ["--rounds", "many"], "'many': must be an integer"),
+        (scaling.main, ["more"], "unrecognized arguments: more"),
+    ],
+)
+def test_bad_input_is_one_line(
+    main: Callable[[list[str]], int], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    assert words in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("main", [moe_layer.main, scaling.main])
+def test_help(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0 and "python -m benchmarks." in capsys.readouterr().out
+
+
+def test_names_of_shapes() -> None:
+    assert [shape.T for shape in moe_layer.read_shape("mixtral-8x7b")] == [8192, 32768]
+    assert {shape.name.split(",", 1)[1] for shape in moe_layer.read_shape("fine-grained")} == {"2048,768,128,8"}
+
+
+def test_scaling_compares_equal_work_and_programs_of_equal_size() -> None:
+    for question, times in (("experts", 1), ("tokens", 2)):
+        for _, large, _, small in scaling.PAIRS[question]:
+            assert large.flops("both") == times * small.flops("both")
+    sizes = {}
+    for layers in (2, 3):
+        step, arguments = scaling.training_step(partial(scaling.makemoe, layers))
+        sizes[layers] = jax.jit(step).lower(*arguments).as_text().count("\n")
+    assert sizes[2] == sizes[3]
