@@ -20,9 +20,11 @@ _HOMES = {
     "MoEStats": "losses",
     "Randomness": "block",
     "PortError": "porting",
+    "Precision": "precision",
     "Routing": "routing",
     "SoftMoE": "soft_moe",
     "SoftMoEConfig": "config",
+    "cast_to_compute": "precision",
     "from_torch": "porting",
     "from_torch_tree": "porting",
     "generate": "generation",
@@ -32,7 +34,7 @@ _HOMES = {
     "save_pretrained": "porting.pretrained",
     "to_torch": "porting",
 }
-_MODULES = ("config", "presets", "losses")
+_MODULES = ("config", "presets", "losses", "precision")
 
 __all__ = [*_HOMES, "presets"]
 __version__ = "0.1.0"

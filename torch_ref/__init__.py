@@ -9,6 +9,7 @@ from torch_ref.losses import MoEStats
 from torch_ref.models.makemoe import MakeMoE
 from torch_ref.models.mixtral_block import MixtralSparseMoeBlock
 from torch_ref.moe import MoE
+from torch_ref.precision import call_in, cast_to_compute
 from torch_ref.routing import Routing
 from torch_ref.soft_moe import SoftMoE
 
@@ -27,6 +28,8 @@ __all__ = [
     "Routing",
     "SoftMoE",
     "SoftMoEConfig",
+    "call_in",
+    "cast_to_compute",
     "generate",
     "presets",
 ]

@@ -14,6 +14,7 @@ from jax import Array
 import jax_moe
 from jax_moe import sharding
 from jax_moe.losses import MoEStats, pool_balance_loss
+from jax_moe.precision import PRECISIONS, cast_to_compute
 from train import checkpoint
 from train.configs import TrainConfig
 from train.configs.settings import OptimizerSettings
@@ -55,7 +56,7 @@ class JaxLearner:
     """A `Model` with optax."""
 
     def __init__(self, config: TrainConfig, model: Model):
-        self.config, self.model = config, model
+        self.config, self.model, self.precision = config, model, PRECISIONS[config.precision]
         self.mesh = sharding.data_mesh(choose_devices(config))
         sharding.put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # refuses a batch that does not divide
         self.key = jax.random.key(config.seed)
@@ -72,11 +73,17 @@ class JaxLearner:
         """The model as a module, with the current weights or the given ones."""
         return nnx.merge(self.graphdef, self.state["params"] if params is None else params, self.rest)
 
+    def _logits(self, params: State, tokens_BT: Array, **kwargs: Any) -> tuple[Array, MoEStats]:
+        """What a loss reads, computed in the precision that the settings name."""
+        module = self.module(cast_to_compute(params, self.precision))
+        logits_BTV, stats = module.logits_and_stats(tokens_BT, **kwargs)
+        return logits_BTV.astype(self.precision.output), stats
+
     def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
 
         def losses(params: State) -> tuple[Array, Array]:
-            logits_BTV, stats = self.module(params).logits_and_stats(tokens_BT1[:, :-1], key=key, training=True)
+            logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=key, training=True, remat=self.config.remat)
             loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
             return objective(loss, stats, self.model, self.config.optimizer), loss
 
@@ -86,7 +93,7 @@ class JaxLearner:
 
     def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:
         noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
-        logits_BTV, stats = self.module(params).logits_and_stats(tokens_BT1[:, :-1], key=noise_key, training=False)
+        logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=noise_key, training=False)
         return jax.tree.map(jnp.add, total, {"loss": cross_entropy(logits_BTV, tokens_BT1[:, 1:]), "stats": stats})
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:

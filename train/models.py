@@ -20,7 +20,7 @@ PRETRAINED = "pretrained"
 
 
 class Model(Protocol):
-    """Its modules answer `logits_and_stats(tokens_BT, key=, training=)` and serve `jax_moe.generate`."""
+    """Its modules answer `logits_and_stats(tokens_BT, key=, training=, remat=)` and serve `jax_moe.generate`."""
 
     @property
     def moe(self) -> MoEConfig:

@@ -11,9 +11,11 @@ from torch.nn import functional
 
 import torch_ref
 from jax_moe.config import MakeMoEConfig
+from jax_moe.precision import PRECISIONS
 from torch_ref.block import Randomness
 from torch_ref.generation import generate
 from torch_ref.losses import MoEStats, pool_balance_loss
+from torch_ref.precision import call_in, torch_dtype
 from train import checkpoint, run_folder
 from train.configs import TrainConfig
 from train.jax_learner import JaxLearner
@@ -30,7 +32,7 @@ class TorchLearner:
     """`torch_ref.MakeMoE` with torch.optim.AdamW. Draws are torch's own: the curves agree in law, not draw by draw."""
 
     def __init__(self, config: TrainConfig, model: MakeMoEConfig):
-        self.config, self.model_config = config, model
+        self.config, self.model_config, self.precision = config, model, PRECISIONS[config.precision]
         self.torch_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = torch_ref.MakeMoE(model)
         weights = JaxLearner(config, FreshMakeMoE(model)).weights()
@@ -49,9 +51,10 @@ class TorchLearner:
         words = np.random.SeedSequence([self.config.seed, *numbers]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0]) >> 1)
 
-    def _loss(self, tokens_BT1: np.ndarray, randomness: Randomness | None = None) -> tuple[torch.Tensor, MoEStats]:
+    def _loss(self, tokens_BT1: np.ndarray, **kwargs: Any) -> tuple[torch.Tensor, MoEStats]:
         tokens = torch.as_tensor(tokens_BT1, dtype=torch.int64, device=self.torch_device)
-        logits_BTV, stats = self.model.logits_and_stats(tokens[:, :-1], randomness=randomness)
+        logits_BTV, stats = call_in(self.precision, self.model, tokens[:, :-1], method="logits_and_stats", **kwargs)
+        logits_BTV = logits_BTV.to(torch_dtype(self.precision.output))
         return functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten()), stats
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> torch.Tensor:
@@ -60,7 +63,7 @@ class TorchLearner:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = float(self.rate(step))
-        loss, stats = self._loss(tokens_BT1)
+        loss, stats = self._loss(tokens_BT1, remat=self.config.remat)
         total = loss
         if settings.balance_loss_weight:
             total = total + settings.balance_loss_weight * pool_balance_loss(stats, self.model_config.moe)
@@ -79,7 +82,7 @@ class TorchLearner:
         self.model.eval()
         losses, every = [], []
         for tokens_BT1 in batches:
-            loss, stats = self._loss(tokens_BT1, self._silence(tokens_BT1))
+            loss, stats = self._loss(tokens_BT1, randomness=self._silence(tokens_BT1))
             losses.append(loss)
             every.append(stats)
         if not losses:

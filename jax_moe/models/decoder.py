@@ -20,6 +20,7 @@ from jax_moe.experts import Experts, expert_ffn
 from jax_moe.grouped_attention import GroupedAttention, RMSNorm, Rotations, visible_positions
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
+from jax_moe.remat import Remat, rematerialised
 from jax_moe.rope import rotations
 
 
@@ -124,12 +125,14 @@ class Decoder(nnx.Module):
         mask_BT: Bool[Array, "B T"] | None = None,
         position_BT: Int[Array, "B T"] | None = None,
         expert_LBTK: Int[Array, "L B T K"] | None = None,
+        remat: Remat = "none",
     ) -> DecoderOutput:
         """All that a call computes.
 
         Without a key deterministic; with one and `training` the contract's dropout and jitter. `mask_BT` is False at
         padding, left or right; logits there mean nothing. Positions count from 0 with the padding, unless given.
-        `expert_LBTK` replays choices, as another run's `DecoderOutput` has them.
+        `expert_LBTK` replays choices, as another run's `DecoderOutput` has them. `remat`: what each repeated unit of layers
+        keeps for a gradient.
         Raises ValueError for a token outside the vocabulary.
         """
         self.check_tokens(tokens_BT)
@@ -139,7 +142,7 @@ class Decoder(nnx.Module):
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         turns = rotations(position_BT, config.rope, config.head_dim, x_BTD.dtype)
         x_BTD, (stats, expert_LBTK), _ = self.layers(
-            x_BTD, turns, mask_BT, key=key, training=training, expert_LBTK=expert_LBTK
+            x_BTD, turns, mask_BT, key=key, training=training, expert_LBTK=expert_LBTK, remat=remat
         )
         return DecoderOutput(self.logits(x_BTD), stats, expert_LBTK)
 
@@ -160,7 +163,7 @@ class Decoder(nnx.Module):
     def layers(
         self, x_BTD: Float[Array, "B T D"], turns: Rotations, mask_BT: Bool[Array, "B T"] | None = None, *,
         key: PRNGKeyArray | None = None, training: bool = False, keep_heads: bool = False,
-        expert_LBTK: Int[Array, "L B T K"] | None = None,
+        expert_LBTK: Int[Array, "L B T K"] | None = None, remat: Remat = "none",
     ) -> tuple[Array, tuple[MoEStats, Array], tuple[Array, Array] | None]:
         """The last layer's output, statistics and choices, and with `keep_heads` keys and values [L, B, T, J, A].
 
@@ -196,7 +199,7 @@ class Decoder(nnx.Module):
         start, collected = dict.fromkeys("ADM", 0), []
         for unit, count in layer_units(config):
             scanned = [_layer_weights(weights, unit, place, start, count) for place in range(len(unit))]
-            x_BTD, found = jax.lax.scan(partial(step, unit), x_BTD, scanned)
+            x_BTD, found = jax.lax.scan(rematerialised(partial(step, unit), remat), x_BTD, scanned)
             start = after_units(start, unit, count)
             collected.append(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), found))
         reports, heads = ([each for each in one if each is not None] for one in zip(*collected, strict=True))

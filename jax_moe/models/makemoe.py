@@ -11,6 +11,7 @@ from jax_moe.block import Block, Randomness
 from jax_moe.config import MakeMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.losses import MoEStats
+from jax_moe.remat import Remat, rematerialised
 from jax_moe.soft_moe import layer_norm
 
 
@@ -53,14 +54,18 @@ class MakeMoE(nnx.Module):
         mask_BT: Bool[Array, "B T"] | None = None,
         randomness: Randomness | None = None,
         capacity_limit: Int[Array, ""] | None = None,
+        remat: Remat = "none",
     ) -> tuple[Float[Array, "B T V"], MoEStats]:
         """Logits of the next character, and the statistics of every layer (leading L).
 
         Without a key deterministic; with one the contract's noise and, when training, dropout. `randomness` gives the
-        draws instead, each with a leading L. Raises ValueError for T above block_size or a token outside the vocabulary.
+        draws instead, each with a leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above
+        block_size or a token outside the vocabulary.
         """
         self.check_tokens(tokens_BT)
-        x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(jnp.arange(tokens_BT.shape[1]))
+        # not by calling nnx.Embed: it answers in the dtype it was made in, whatever dtype its weights were cast to
+        tokens_VD, positions_TD = self.token_embedding.embedding[...], self.position_embedding.embedding[...]
+        x_BTD = jnp.take(tokens_VD, tokens_BT, axis=0) + jnp.take(positions_TD, jnp.arange(tokens_BT.shape[1]), axis=0)
         graphdef, weights = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
@@ -71,8 +76,8 @@ class MakeMoE(nnx.Module):
                 x_BTD, key=key, training=training, mask_BT=mask_BT, randomness=draws, capacity_limit=capacity_limit
             )
 
-        x_BTD, stats = jax.lax.scan(layer, x_BTD, (weights, keys, randomness))
-        return self.head(self.final_norm(x_BTD)), stats
+        x_BTD, stats = jax.lax.scan(rematerialised(layer, remat), x_BTD, (weights, keys, randomness))
+        return self.head(self.final_norm(x_BTD).astype(x_BTD.dtype)), stats
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
         """Raises ValueError for a sequence that is too long or, outside jit, a token that is not in the vocabulary."""

@@ -10,6 +10,7 @@ from torch_ref.dims import Bool, Float, Int, Tensor
 from torch_ref.experts import expert_ffn
 from torch_ref.losses import MoEStats
 from torch_ref.moe import Parts, moe_forward
+from torch_ref.remat import Remat, rematerialised
 from torch_ref.soft_moe import normed
 
 
@@ -124,11 +125,13 @@ class MakeMoE(nn.Module):
         *,
         mask_BT: Bool[Tensor, "B T"] | None = None,
         randomness: Randomness | None = None,
+        remat: Remat = "none",
     ) -> tuple[Float[Tensor, "B T V"], MoEStats]:
         """Logits of the next character, and the statistics of every layer (leading L).
 
         Noise and dropout follow `self.training` and the contract; `randomness` gives the draws instead, each with a
-        leading L. Raises ValueError for T above block_size or a token outside the vocabulary.
+        leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above block_size or a token outside
+        the vocabulary.
         """
         self.check_tokens(tokens_BT)
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
@@ -136,7 +139,7 @@ class MakeMoE(nn.Module):
         layers = []
         for i, block in enumerate(self.blocks):
             draws = None if randomness is None else Randomness(*(None if draw is None else draw[i] for draw in randomness))
-            x_BTD, stats = block(x_BTD, mask_BT=mask_BT, randomness=draws)
+            x_BTD, stats = rematerialised(block, remat)(x_BTD, mask_BT=mask_BT, randomness=draws)
             layers.append(stats)
         logits_BTV = self.lm_head(normed(x_BTD, self.ln_f))
         return logits_BTV, MoEStats(*(torch.stack(values) for values in zip(*layers, strict=True)))

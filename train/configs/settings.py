@@ -93,6 +93,10 @@ class TrainConfig(Start):
     """Sequences per step."""
     num_devices: int | None = None
     """Devices to split a batch over; by default the most that divide it (JAX only). Changes rounding only."""
+    precision: Literal["float32", "mixed"] = "float32"
+    """mixed: activations and products in bf16; weights, gradients, optimizer, routing, norms and losses stay fp32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a layer keeps for the backward pass: all, answers of matrix products, or its input. Less memory, same numbers."""
     eval_every: int = 100
     """Steps between evaluations of both splits; also before the first step and after the last."""
     eval_batches: int = 20
@@ -117,7 +121,7 @@ class TrainConfig(Start):
 
 # A resumed run may change these; everything else decides its numbers.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "num_devices", "checkpoint_every", "logger",
+    "preset", "out", "resume", "num_devices", "remat", "checkpoint_every", "logger",
     "sample_length", "sample_temperature", "sample_prompt",
 }
 

@@ -1,0 +1,68 @@
+"""Mixed precision as one object: in which dtype weights are stored, products are computed and losses are taken.
+
+Settings are standard library only; jax is imported where weights are cast.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
+
+from jax_moe.config import require
+
+Dtype = Literal["float64", "float32", "bfloat16"]
+CastExperts = Literal["at_use", "at_once"]
+Tree = TypeVar("Tree")
+
+# Weights of `Experts`, cast where they meet the tokens whatever they are stored in.
+EXPERT_WEIGHTS = frozenset(name + end for name in ("up", "gate", "down") for end in ("", "_bias"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The dtypes of a model, in jmp's terms: params, compute, output.
+
+    Routing has no field. Scores, weights of choices, sums over choices and the routers' losses are fp32 or wider whatever
+    this says, and the router's linear map is in what its contract names (`RouterConfig.dtype`, fp32 by default).
+    """
+
+    params: Dtype = "float32"  # of the stored ("master") weights, and so of gradients and optimizer moments
+    compute: Dtype = "float32"  # of activations and of the operands of products
+    norms: Dtype = "float32"  # of norms' scales and biases; norms compute in fp32 or wider and round their answer once
+    output: Dtype = "float32"  # of the logits, before a loss reads them
+    cast_experts: CastExperts = "at_use"  # by the dispatcher, which adds up gradients in fp32; or beforehand, in one copy
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, allowed = getattr(self, one.name), get_args(one.type)
+            require(value in allowed, one.name, value, "one of " + ", ".join(map(repr, allowed)))
+
+
+PRECISIONS = {"float32": Precision(), "mixed": Precision(compute="bfloat16")}
+
+
+def cast_to_compute(params: Tree, precision: Precision) -> Tree:
+    """Weights as a call should see them: a tree of arrays with our names, a state or a module. To be used inside the loss,
+    so that gradients come back in the stored dtype.
+
+    As they are: routers (a rounded router chooses other experts), the correction bias, Soft MoE's phi, integers, and unless
+    cast at once the experts. Norms become `norms`, all else `compute`; the embeddings' dtype is that of the residual stream.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def cast(path: Any, leaf: Any) -> Any:
+        dtype = dtype_of(jax.tree_util.keystr(path, simple=True, separator="."), precision)
+        return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def dtype_of(path: str, precision: Precision) -> Dtype | None:
+    """What the weight at a dotted path is cast to; None: it stays as it is."""
+    parts = path.split(".")
+    if "router" in parts or "phi" in parts:
+        return None
+    if any(part.endswith(("norm", "norms", "_ln")) for part in parts):
+        return precision.norms
+    if precision.cast_experts == "at_use" and EXPERT_WEIGHTS.intersection(parts):
+        return None
+    return precision.compute

@@ -1,0 +1,80 @@
+"""Mixed precision: weights cast for one call, the stored ones and their gradients in the dtype that they have."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from torch_ref.dims import Tensor
+
+
+@runtime_checkable
+class Precision(Protocol):
+    """`jax_moe.Precision`, or anything with these fields, each a dtype's name; `cast_experts` is "at_use" or "at_once"."""
+
+    @property
+    def compute(self) -> Any: ...
+    @property
+    def norms(self) -> Any: ...
+    @property
+    def output(self) -> Any: ...
+    @property
+    def cast_experts(self) -> Any: ...
+
+
+# Names that parameters of experts have in torch_ref and in the original projects.
+EXPERT_WEIGHTS = frozenset(("up", "gate", "down", "net", "w1", "w2", "w3"))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch.bfloat16 for "bfloat16"."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
+    """The parameters as a call should see them, by name; gradients flow back to the stored ones, in their dtype.
+
+    As they are: routers, Soft MoE's phi, and unless cast at once the experts, which cast where they meet the tokens. Norms
+    become `norms`, all else `compute`.
+    """
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    cast = {}
+    for name, value in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        dtype = precision.norms if owner in norms else dtype_of(name, precision)
+        cast[name] = value if dtype is None else value.to(torch_dtype(dtype))
+    return cast
+
+
+def dtype_of(path: str, precision: Precision) -> str | None:
+    """What the weight at a dotted path, of no norm, is cast to; None: it stays as it is."""
+    parts = path.split(".")
+    inside_expert = bool({"experts", "shared"}.intersection(parts))
+    if "router" in parts or "phi" in parts or ("gate" in parts and not inside_expert):  # Mixtral's router is named gate
+        return None
+    if precision.cast_experts == "at_use" and inside_expert and EXPERT_WEIGHTS.intersection(parts):
+        return None
+    return str(precision.compute)
+
+
+class _Method(nn.Module):
+    """A module whose forward is a method of another, for `functional_call`."""
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.method)(*args, **kwargs)
+
+
+def call_in(precision: Precision, model: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
+    """`model.method(*args, **kwargs)` with the parameters of `cast_to_compute`; logits and inputs are the caller's to cast.
+
+    Layers that `remat` computes again see the stored weights, so they must cast at use, as all of torch_ref's do.
+    """
+    weights = {f"model.{name}": value for name, value in cast_to_compute(model, precision).items()}
+    return functional_call(_Method(model, method), weights, args, kwargs)

@@ -1,0 +1,29 @@
+"""Rematerialisation: what of a layer is kept for the backward pass, and what is computed a second time."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from torch_ref.config import require
+
+Remat = Literal["none", "dots", "full"]
+Layer = TypeVar("Layer", bound=Callable)
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
+
+
+def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The answers of matrix products are kept, all else is computed again."""
+    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def rematerialised(layer: Layer, remat: Remat) -> Layer:
+    """A layer that keeps for the backward all that it needs ("none"), the answers of matrix products ("dots"), or its input
+    alone ("full"). The numbers are the same: random draws are repeated."""
+    require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
+    if remat == "none":
+        return layer
+    context: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
+    return partial(checkpoint, layer, use_reentrant=False, **(context if remat == "dots" else {}))  # type: ignore[return-value]
