@@ -8,7 +8,6 @@ tokens after 32, against `transformers.generate` with its cache. Checks first th
 times whole generations in turn and prints medians and the ratio of tokens a second.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from flax import nnx
 
 import jax_moe
 import torch_ref
-from benchmarks.timing import alternate, machine, median_ratio
+from benchmarks.timing import Parser, alternate, machine, median_ratio, positive
 
 Contestants = dict[str, Callable[[], np.ndarray]]
 
@@ -74,10 +73,10 @@ def mixtral() -> tuple[str, int, Contestants]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__.split("\n")[0])
+    parser = Parser("benchmarks.generate", __doc__)
     parser.add_argument("--model", choices=("makemoe", "mixtral"), help="both by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed generations of each (default 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     results = {}
     for name, make in {"makemoe": makemoe, "mixtral": mixtral}.items():

@@ -8,6 +8,7 @@ from the same weights (noise and dropout silent); then times whole steps in turn
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from flax import nnx
 
 import jax_moe
 import torch_ref
-from benchmarks.timing import alternate, machine, median_ratio
+from benchmarks.timing import Parser, alternate, machine, median_ratio, positive
 
 BATCH_SIZE = 16
 SAME = 2e-5  # relative difference of the two losses; measured 1e-7
@@ -109,16 +110,28 @@ def measure(capacity_factor: float | None, rounds: int, dispatcher: str = "auto"
     }
 
 
+def factor(text: str) -> float | None:
+    """A capacity factor on the command line."""
+    if text.lower() == "none":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0, or none")
+    return value
+
+
 def main() -> None:
     """Prints one table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capacity-factor", default="1.0", help='a number, or "none" for dropless (default 1.0)')
+    parser = Parser("benchmarks.train_step", __doc__)
+    parser.add_argument("--capacity-factor", type=factor, default=1.0, help='above 0, or "none" for dropless (default 1.0)')
     parser.add_argument("--dispatcher", default="auto", choices=["auto", "einsum", "gather", "grouped"])
-    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each contestant (default 30)")
+    parser.add_argument("--rounds", type=positive, default=30, help="timed steps of each contestant (default 30)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    factor = None if arguments.capacity_factor.lower() == "none" else float(arguments.capacity_factor)
-    result = measure(factor, arguments.rounds, arguments.dispatcher)
+    result = measure(arguments.capacity_factor, arguments.rounds, arguments.dispatcher)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
