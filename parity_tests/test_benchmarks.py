@@ -15,13 +15,14 @@ from benchmarks.layer_contestants import ENTRIES, TOLERANCE, Entry, Shape
 
 pytestmark = pytest.mark.usefixtures("quick")
 TINY = Shape(32, 16, 24, 4, 2)
-MEASURED = {"float32": 4e-7, "bfloat16": 1.5e-2}
+MEASURED = {"float32": 2.3e-7, "bfloat16": 1.1e-2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_all_contestants_agree(dtype: str) -> None:
-    chosen, notes = moe_layer.entrants(TINY, dtype, None)
-    assert {"dense limit", "jax_moe auto", "jax_moe einsum", "ragged_dot"} <= set(chosen) == set(layer_contestants.names(None))
+@pytest.mark.parametrize(("dtype", "left_out"), [("float32", set()), ("bfloat16", {"jax_moe einsum", "transformers eager"})])
+def test_all_contestants_agree(dtype: str, left_out: set[str]) -> None:
+    asked = set(layer_contestants.names(None)) - left_out
+    chosen, notes = moe_layer.entrants(TINY, dtype, asked)
+    assert {"dense limit", "jax_moe auto", "ragged_dot"} <= set(chosen) == asked
     errors = [note["difference"] for note in notes.values()]
     assert len(errors) == len(chosen) - 1 and max(errors) < min(TOLERANCE[dtype], 10 * MEASURED[dtype])
     assert max(errors) > 0
