@@ -10,7 +10,14 @@ import jax
 from flax import nnx
 
 from jax_moe.config import require
+from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.checkpoint import Checkpoint
+from jax_moe.porting.hf_folder import is_hf
+
+
+def holds_decoder(path: Path) -> bool:
+    """Whether it is a Hugging Face model: its own folder, or an Orbax folder of ours."""
+    return is_hf(path) or (is_folder(path) and read_about(path).get("family") == "decoder")
 
 
 def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from jax_moe.cli import Form, Port
-from jax_moe.commands.common import progress, summary, with_characters
-from jax_moe.commands.port_training import port_training
+from jax_moe.commands.common import holds_decoder, progress, summary, with_characters
+from jax_moe.commands.port_training import optimizer_of_decoder, port_training, say_what_a_run_keeps
 from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.checkpoint import load, save
 from jax_moe.porting.decoder_port import dtype_named, port_decoder
@@ -21,9 +21,9 @@ def port(command: Port) -> int:
     """Reads SRC, writes DST, says what was written."""
     _check_places(command.src, command.dst)
     with jax.enable_x64(True):  # moves bits, computes nothing; float64 files need it
-        if holds_training(command.src):
-            return port_training(command)
-        return _port_decoder(command) if _holds_decoder(command.src) else _port_module(command)
+        if holds_decoder(command.src):
+            return _port_decoder(command)
+        return port_training(command) if holds_training(command.src) else _port_module(command)
 
 
 def form_of(asked: Form, source: Path, target: Path) -> Form:
@@ -32,13 +32,9 @@ def form_of(asked: Form, source: Path, target: Path) -> Form:
         return asked
     if is_hf(source):
         return "orbax"
-    if _holds_decoder(source):
+    if holds_decoder(source):
         return "hf"
     return "torch" if target.suffix in SUFFIXES else "folder"
-
-
-def _holds_decoder(source: Path) -> bool:
-    return is_hf(source) or (is_folder(source) and read_about(source).get("family") == "decoder")
 
 
 def _port_decoder(command: Port) -> int:
@@ -46,16 +42,17 @@ def _port_decoder(command: Port) -> int:
     _refuse(command, "a Hugging Face model", text=command.text, **command.choices.given())
     if to not in ("hf", "orbax") or command.dst.suffix in SUFFIXES:
         raise ValueError(f"{command.dst}: a Hugging Face model goes to a folder: --to must be hf or orbax")
+    state, also = optimizer_of_decoder(command, to)
     ported = port_decoder(
         command.src, command.dst, "hf" if to == "hf" else "orbax", dtype=dtype_named(command.dtype),
         max_shard_bytes=command.max_shard_bytes, overwrite=command.overwrite, allow_nonfinite=command.allow_nonfinite,
-        progress=progress, say=lambda line: print(f"jax-moe: {line}", file=sys.stderr),
+        progress=progress, say=lambda line: print(f"jax-moe: {line}", file=sys.stderr), also=also,
     )
     parts = [ported.model_type, f"{ported.parameters:,} parameters", " and ".join(ported.dtypes)]
     if ported.files:
         kept = f" ({ported.kept} left by an interrupted port)" if ported.kept else ""
         parts.append(f"{ported.files} {'file' if ported.files == 1 else 'shards'}{kept}")
-    print(f"wrote {command.dst} ({to}): {', '.join(parts)}, read back bit for bit")
+    print(f"wrote {command.dst} ({to}): {', '.join([*parts, *state])}, read back bit for bit")
     return 0
 
 
@@ -74,6 +71,7 @@ def _port_module(command: Port) -> int:
         write_state(command.dst, checkpoint.state(), overwrite=command.overwrite)
     else:
         save(checkpoint, command.dst, overwrite=command.overwrite, storage="orbax" if to == "orbax" else "safetensors")
+    say_what_a_run_keeps(command.src)
     print(f"wrote {command.dst}: {summary(checkpoint)}, read back bit for bit")
     return 0
 

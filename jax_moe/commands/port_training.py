@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from jax_moe.cli import Port
+from jax_moe.cli import Form, Port
 from jax_moe.commands.common import summary, with_characters
 from jax_moe.config import require
 from jax_moe.porting.about import is_folder
+from jax_moe.porting.decoder_training import optimizer_beside, read_decoder_optimizer
 from jax_moe.porting.files import PT_SUFFIXES, check_target
 from jax_moe.porting.training_files import read_training, write_training_file, write_training_folder
 
@@ -25,8 +27,23 @@ def port_training(command: Port) -> int:
     (write_training_file if to_file else write_training_folder)(training, command.dst, command.overwrite)
     if training.left_out:
         print(f"jax-moe: left out, for it is not plain values: {', '.join(training.left_out)}", file=sys.stderr)
-    moments, step = training.moments, training.moments.step
-    state = " and ".join(moments.arrays) or "no moments yet"
-    after = "" if step is None else f" after {step:,} steps"
-    print(f"wrote {command.dst}: {summary(training.checkpoint)}, optimizer state ({state}){after}, read back bit for bit")
+    print(f"wrote {command.dst}: {summary(training.checkpoint)}, {training.optimizer.in_words()}, read back bit for bit")
     return 0
+
+
+def optimizer_of_decoder(command: Port, to: Form) -> tuple[list[str], Callable[[Path], None]]:
+    """What is said of the optimizer's state beside a Hugging Face model, and what writes it into the new folder; or nothing."""
+    file = optimizer_beside(command.src)
+    if file is None:
+        return [], lambda part: None
+    allowed = f"left out for weights with an optimizer's state; move {file} away to convert the weights alone"
+    require(command.dtype is None, "dtype", command.dtype, allowed)
+    optimizer, write = read_decoder_optimizer(command.src)
+    return [optimizer.in_words()], lambda part: write(part, to)
+
+
+def say_what_a_run_keeps(source: Path) -> None:
+    """A run of train.py has its optimizer's state in checkpoints of its own."""
+    if (source / "checkpoints").is_dir():
+        line = f"left out: the optimizer's state in {source / 'checkpoints'}, which train.py --resume reads"
+        print(f"jax-moe: {line}", file=sys.stderr)

@@ -55,9 +55,9 @@ class Ported:
 
 def port_decoder(
     source: Path, target: Path, to: Literal["hf", "orbax"], *, dtype: np.dtype | None, max_shard_bytes: int, overwrite: bool,
-    allow_nonfinite: bool, progress: Progress, say: Callable[[str], None],
+    allow_nonfinite: bool, progress: Progress, say: Callable[[str], None], also: Callable[[Path], None] = lambda part: None,
 ) -> Ported:
-    """Reads either form, writes either; verified bit for bit before it stands at `target`.
+    """Reads either form, writes either; verified bit for bit before it stands at `target`. `also` writes more into the folder.
 
     Between Hugging Face folders one tensor is in memory at a time, to and from Orbax all. What goes to Hugging Face can be
     interrupted and resumed.
@@ -68,7 +68,7 @@ def port_decoder(
         if dtype is not None:
             found = replace(found, text=config_text(found.text, json.loads(found.text), dtype))
         write = _write_hf if to == "hf" else _write_orbax
-        files, kept = write(replace(found, tensors=read), target, max_shard_bytes, overwrite, progress, say)
+        files, kept = write(replace(found, tensors=read), target, max_shard_bytes, overwrite, progress, say, also)
     elements = sum(math.prod(shape) for shape in found.plan.our_shapes.values())
     return Ported(found.model_type, elements, sorted({one.dtype.name for one in read.values()}), files, kept)
 
@@ -92,7 +92,8 @@ def replaceable(path: Path) -> bool:
 
 
 def _write_hf(
-    source: Source, target: Path, max_shard_bytes: int, overwrite: bool, progress: Progress, say: Callable[[str], None]
+    source: Source, target: Path, max_shard_bytes: int, overwrite: bool, progress: Progress, say: Callable[[str], None],
+    also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = _theirs(source.plan, source.tensors) if source.ours else source.tensors
     shards, total = plan_shards(tensors, max_shard_bytes), sum(one.nbytes for one in tensors.values())
@@ -104,11 +105,13 @@ def _write_hf(
         kept = write_shards(part, tensors, shards, advance)
         (part / "config.json").write_text(source.text, encoding="utf-8")
         copy_others(source.path, part)
+        also(part)
     return len(shards), kept
 
 
 def _write_orbax(
-    source: Source, target: Path, _max_shard_bytes: int, overwrite: bool, progress: Progress, _say: Callable[[str], None]
+    source: Source, target: Path, _max_shard_bytes: int, overwrite: bool, progress: Progress, _say: Callable[[str], None],
+    also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = source.tensors if source.ours else _ours(source.plan, source.tensors)
     total = sum(one.nbytes for one in tensors.values())
@@ -123,6 +126,7 @@ def _write_orbax(
         about["files"] = write_orbax(part, arrays)
         write_about(part, about)
         copy_others(source.path, part)
+        also(part)
         verify_orbax(part, about["files"], arrays, advance)
     return 0, 0
 

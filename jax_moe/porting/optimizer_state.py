@@ -1,7 +1,8 @@
 """Optimizer state both ways: torch.optim's `state_dict()` and optax's state tree, moments by name, as strict as weights.
 
 AdamW's (and Adam's) `exp_avg`, `exp_avg_sq`, `step` are optax's `ScaleByAdamState(mu, nu, count)`; the `momentum_buffer` of
-SGD is its `TraceState(trace)`. Wherever they sit in a chain, behind clipping or beside a schedule, they are found there.
+SGD is its `TraceState(trace)`. Wherever they sit in a chain, behind clipping or beside a schedule, they are found there;
+in `optax.MultiSteps` too, between two steps: gradients that are half accumulated have no place in torch's state.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,7 @@ def optimizer_from_torch(
     misshapen or of another kind.
     """
     read = read_state_dict(state_dict, names)
+    _check_groups(state_dict["param_groups"])
     if read.step is not None and step not in (None, read.step):
         raise ValueError(f"step={step}: must be left out, the optimizer has taken {read.step}")
     count = read.step if read.step is not None else step
@@ -55,7 +57,7 @@ def optimizer_from_torch(
             errors[word] = error
     if errors:
         raise _together("optimizer state", errors)
-    return _fill(state, trees, count)
+    return fill(state, trees, count)
 
 
 def optimizer_to_torch(
@@ -82,9 +84,8 @@ def optimizer_to_torch(
 
 
 def read_state_dict(state_dict: Mapping[str, Any], names: Sequence[str] | None = None) -> Moments:
-    """Moments by name. Raises ValueError with everything that is wrong: other kinds, groups that differ, missing moments."""
+    """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ."""
     order = _order(state_dict, names)
-    _check_groups(state_dict["param_groups"])
     entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))
     held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
     if not held:
@@ -131,17 +132,28 @@ def moments_of(state: optax.OptState) -> tuple[dict[str, Any], int | None]:
         return node
 
     _walk(state, see)
-    held = [node for node in found if not isinstance(node, optax.ScaleByScheduleState)]
+    held = [node for node in found if isinstance(node, optax.ScaleByAdamState | optax.TraceState)]
     if len(held) > 1:
         raise ValueError(f"optax state has {' and '.join(type(node).__name__ for node in held)}: must have one of them")
-    steps = sorted({int(node.count) for node in found if not isinstance(node, optax.TraceState)})
+    counts = [_count_of(node) for node in found if not isinstance(node, optax.TraceState)]
+    steps = sorted(set(counts))
     if len(steps) > 1:
         raise ValueError(f"optax state counts {' and '.join(map(str, steps))} steps: must be the same throughout")
     words = {} if not held else ADAM if isinstance(held[0], optax.ScaleByAdamState) else SGD
     return {theirs: getattr(held[0], ours) for theirs, ours in words.items()}, steps[0] if words is ADAM else None
 
 
-def _fill(state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None) -> optax.OptState:
+def _count_of(node: Any) -> int:
+    """The steps that a node has counted. Raises ValueError in the middle of one."""
+    if not isinstance(node, optax.MultiStepsState):
+        return int(node.count)
+    half = int(node.mini_step)
+    if half:
+        raise ValueError(f"optax state MultiSteps, mini_step={half}: must be 0; gradients half accumulated are not carried")
+    return int(node.gradient_step)
+
+
+def fill(state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None) -> optax.OptState:
     """The state with every moment and count in its place; nothing of torch's may be left over."""
     kind, used = (ADAM if "exp_avg" in trees else SGD), []
 
@@ -153,6 +165,9 @@ def _fill(state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], 
     def put(node: Any) -> Any:
         if isinstance(node, optax.ScaleByScheduleState):
             return node._replace(count=counted(node.count))
+        if isinstance(node, optax.MultiStepsState):
+            _count_of(node)
+            return node._replace(gradient_step=counted(node.gradient_step))
         used.append(type(node).__name__)
         own = ADAM if isinstance(node, optax.ScaleByAdamState) else SGD
         if not trees:  # no step taken: as `init` made it
@@ -173,6 +188,9 @@ def _walk(node: Any, visit: Callable[[Any], Any]) -> Any:
     """The state with what `visit` makes of moments' and schedules' states. Raises ValueError for a state it does not know."""
     if isinstance(node, optax.ScaleByAdamState | optax.TraceState | optax.ScaleByScheduleState):
         return visit(node)
+    if isinstance(node, optax.MultiStepsState):
+        inner = _walk(node.inner_opt_state, visit)
+        return visit(node)._replace(inner_opt_state=inner)
     if isinstance(node, optax.EmptyState) or not jax.tree.leaves(node):
         return node
     if type(node) is tuple:  # a chain

@@ -71,6 +71,16 @@ def read_training_pt(path: Path) -> dict[str, Any] | None:
     return {**whole, "model": {name: tensor_to_numpy(value) for name, value in _tensors(path, whole["model"]).items()}}
 
 
+def read_plain_pt(path: Path) -> Any:
+    """Whatever tensors and plain values a `.pt` file holds; as strict as `read_pt` about what may be in it."""
+    return _load_any(path, mapped=False)
+
+
+def write_plain_pt(path: Path, whole: Any) -> None:
+    """The reverse."""
+    import_torch(f"{path}: writing it").save(whole, path)
+
+
 def _is_training(whole: Any) -> bool:
     return isinstance(whole, Mapping) and all(isinstance(whole.get(name), Mapping) for name in ("model", "optimizer"))
 

@@ -1,0 +1,117 @@
+"""A Hugging Face model's optimizer state: `optimizer.pt` beside its weights, or `optimizer.safetensors` in an Orbax folder.
+
+`optimizer.pt` is torch.optim's state_dict(), as transformers' Trainer leaves it in a checkpoint. It numbers the parameters:
+their names are those that the optimizer was given (`param_names`), or follow from the order of transformers' modules.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_moe.models.decoder import Decoder
+from jax_moe.porting.about import is_folder
+from jax_moe.porting.api import from_torch_tree
+from jax_moe.porting.decoder_folder import open_decoder
+from jax_moe.porting.engine import make_plan
+from jax_moe.porting.families.hf import decoder_tables
+from jax_moe.porting.hf_folder import decoder_shapes, is_hf, open_folder
+from jax_moe.porting.optimizer_file import FILE, Optimizer, plain_groups, read_optimizer, write_optimizer
+from jax_moe.porting.optimizer_state import read_state_dict, write_state_dict
+from jax_moe.porting.training_files import verify_moments
+
+TORCH_FILE = "optimizer.pt"
+ENDS = ("model.embed_tokens.weight", "model.layers", "model.norm.weight", "lm_head.weight")
+LAYER = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.", "block_sparse_moe.")
+# transformers' Trainer has two groups: what decays, and what is named so.
+NOT_DECAYED = r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)"
+
+
+def optimizer_beside(path: Path) -> Path | None:
+    """The file of a Hugging Face folder, or of an Orbax folder of one, that holds the optimizer's state."""
+    file = path / (TORCH_FILE if is_hf(path) else FILE)
+    return file if file.is_file() and (is_hf(path) or is_folder(path)) else None
+
+
+def read_decoder_optimizer(path: Path) -> tuple[Optimizer, Callable[[Path, str], None]]:
+    """The optimizer's state, and what writes it into a folder of either form ("hf" or "orbax").
+
+    Raises ValueError with everything in which it does not fit the weights.
+    """
+    file = optimizer_beside(path)
+    assert file is not None
+    if is_hf(path):
+        with open_folder(path) as folder:
+            model, model_type = folder.model, folder.model_type
+    else:
+        origin, model, _ = open_decoder(path)
+        model_type = origin.model_type
+    layout = decoder_tables(model.config, model_type)[-1].name
+    try:
+        optimizer = _read_torch(file, model, model_type) if is_hf(path) else read_optimizer(file, model, layout)
+    except ValueError as error:
+        said = str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"{file}: {said} (move it away to carry the weights alone)") from None
+
+    def write(part: Path, to: str) -> None:
+        if to == "orbax":
+            write_optimizer(part / FILE, optimizer, model, layout)
+        else:
+            _write_torch(part / TORCH_FILE, optimizer)
+
+    return optimizer, write
+
+
+def parameter_order(model: Decoder, model_type: str) -> list[str]:
+    """The names of transformers' `named_parameters()`, in its order."""
+
+    def rank(name: str) -> tuple[int, ...]:
+        inside = re.match(r"model\.layers\.(\d+)\.", name)
+        if inside is None:
+            return (ENDS.index(name),)
+        rest = name[inside.end() :]
+        module = next(i for i, start in enumerate(LAYER) if rest.startswith(start))
+        after = model_type == "qwen3_moe" and rest == "mlp.gate.weight"  # its experts come first
+        return ENDS.index("model.layers"), int(inside[1]), module, int(after)
+
+    plan = make_plan(decoder_tables(model.config, model_type)[-1], decoder_shapes(model))
+    return sorted(plan.their_shapes, key=rank)  # within a module in the order of the table's rows
+
+
+def _read_torch(file: Path, model: Decoder, model_type: str) -> Optimizer:
+    from jax_moe.porting.torch_files import read_plain_pt
+
+    state_dict, layout = read_plain_pt(file), decoder_tables(model.config, model_type)[-1].name
+    order = _in_groups(state_dict, parameter_order(model, model_type))
+    moments = read_state_dict(state_dict, order)
+    for arrays in moments.arrays.values():
+        from_torch_tree(model, arrays, layout=layout)
+    return Optimizer(moments, plain_groups(state_dict["param_groups"]), order, {})
+
+
+def _in_groups(state_dict: Any, order: list[str]) -> list[str]:
+    """The names in the order in which the groups count them. Raises ValueError for groups that nothing names."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, list) or not groups:
+        raise ValueError("must be what torch.optim's state_dict() returns, with state and param_groups")
+    named = [name for group in groups for name in group.get("param_names", ())]
+    if named:
+        return named
+    decayed = [name for name in order if not re.search(NOT_DECAYED, name)]
+    split = [decayed, [name for name in order if name not in set(decayed)]]
+    wanted = split if len(groups) == 2 else [order]
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != [len(names) for names in wanted]:
+        two = " and ".join(str(len(names)) for names in split)
+        raise ValueError(
+            f"param_groups of {' and '.join(map(str, sizes))} parameters: must be one of all {len(order)}, the two of "
+            f"transformers' Trainer ({two}), or named (torch.optim given model.named_parameters())"
+        )
+    return [name for names in wanted for name in names]
+
+
+def _write_torch(file: Path, optimizer: Optimizer) -> None:
+    from jax_moe.porting.torch_files import read_plain_pt, write_plain_pt
+
+    write_plain_pt(file, write_state_dict(optimizer.moments, optimizer.groups, optimizer.order))
+    verify_moments(optimizer.moments, read_state_dict(read_plain_pt(file), optimizer.order), file)

@@ -1,0 +1,129 @@
+"""`optimizer.safetensors` beside weights in our layout: moments under our paths behind torch's word for them.
+
+`exp_avg.blocks.moe.experts.up`; hyperparameters, step count and the order of the parameters stand in its metadata.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_moe.porting.api import flatten, from_torch_tree, to_torch
+from jax_moe.porting.files import read_safetensors, verify, write_safetensors
+from jax_moe.porting.optimizer_state import Moments, fill
+
+FILE = "optimizer.safetensors"
+KEY = "optimizer"  # of its metadata
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer's state by torch's names, and what else torch keeps of it."""
+
+    moments: Moments
+    groups: list[dict[str, Any]]  # torch's param_groups
+    order: list[str]  # the parameters' names, as the groups count them
+    others: dict[str, Any]  # what else stood in the file, as far as it is plain
+
+    def in_words(self) -> str:
+        """What of it moves."""
+        after = "" if self.moments.step is None else f" after {self.moments.step:,} steps"
+        return f"optimizer state ({' and '.join(self.moments.arrays) or 'no moments yet'}){after}"
+
+
+def load_optimizer(
+    directory: str | os.PathLike[str], state: optax.OptState, *, step: int | None = None
+) -> optax.OptState:
+    """`state`, as the optax optimizer's `init` makes it, with the moments and step counts that `jax-moe port` put in a folder.
+
+    `step` counts for schedules beside SGD, which does not count itself. Raises ValueError with all that does not fit.
+    """
+    file = Path(directory) / FILE
+    arrays, about = _read(file)
+    trees = {word: _behind(f"{word}.", arrays) for word in about["words"]}
+    try:
+        return fill(state, trees, step if about["step"] is None else about["step"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def write_optimizer(file: Path, optimizer: Optimizer, module: nnx.Module, layout: str) -> None:
+    """Writes it; raises ValueError unless it reads back bit for bit."""
+    moments = optimizer.moments
+    arrays = {
+        f"{word}.{name}": value for word, named in moments.arrays.items()
+        for name, value in flatten(from_torch_tree(module, named, layout=layout)).items()
+    }
+    about = {
+        "step": moments.step, "step_dtype": moments.step_dtype, "groups": optimizer.groups, "order": optimizer.order,
+        "others": optimizer.others, "words": list(moments.arrays),
+    }
+    write_safetensors(file, arrays, {KEY: json.dumps(about)})
+    verify(arrays, read_safetensors(file), file)
+
+
+def read_optimizer(file: Path, module: nnx.Module, layout: str) -> Optimizer:
+    """The reverse. Raises ValueError with all in which it does not fit the module."""
+    arrays, about = _read(file)
+    names = parameters(module, layout)
+    try:
+        odd = [name for name in arrays if name.split(".")[0] not in about["words"]]
+        if odd or set(about["order"]) != names:
+            wrong = ", ".join(odd[:5]) or "order"
+            raise ValueError(f"must hold {' and '.join(about['words'])} of the model's parameters; not so: {wrong}")
+        moments = {word: to_torch(module, _behind(f"{word}.", arrays), layout=layout) for word in about["words"]}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return Optimizer(Moments(moments, about["step"], about["step_dtype"]), about["groups"], about["order"], about["others"])
+
+
+def parameters(module: nnx.Module, layout: str) -> set[str]:
+    """Torch's names of what is trained: no masks, no buffers."""
+    shapes = {".".join(map(str, keys)): np.broadcast_to(np.int8(0), v.shape) for keys, v in _params(module)}
+    return set(to_torch(module, shapes, layout=layout))
+
+
+def _params(module: nnx.Module) -> list[tuple[Any, Any]]:
+    return list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+
+
+def plain_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """torch's param_groups as they are. Raises ValueError for what JSON cannot hold."""
+    odd = [f"{key}={value!r:.40}" for group in groups for key, value in group.items() if key != "betas" and not plain(value)]
+    if odd:
+        raise ValueError(f"param_groups: {', '.join(odd)}: must be plain numbers, strings and lists")
+    return groups
+
+
+def plain(value: Any) -> bool:
+    """Whether JSON gives it back as it is."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from safetensors import safe_open
+
+    arrays = read_safetensors(file)
+    try:
+        with safe_open(file, framework="np") as opened:
+            about = json.loads((opened.metadata() or {})[KEY])
+        return arrays, {
+            "groups": [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in about["groups"]],
+            "step": about["step"], "step_dtype": np.dtype(about["step_dtype"]).name, "words": list(about["words"]),
+            "order": list(about["order"]), "others": dict(about["others"]),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: must say step, groups, order and words in its metadata ({error!r})") from None
+
+
+def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
