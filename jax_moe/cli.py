@@ -90,8 +90,10 @@ class Generate:
 class Parity:
     """Runs a checkpoint in JAX and in PyTorch on one batch and compares them stage by stage.
 
-    Names the first stage beyond tolerance and tells a choice that flips at a near tie from a wrong number; exit status 0 only
-    if all is within tolerance. The other side of a Hugging Face folder is `transformers` (extra hf), of all else torch_ref.
+    Names the first stage beyond tolerance and tells a choice that flips at a near tie from a wrong number. Exit status 0 only
+    if all is within tolerance, 1 if not and for bad input. A flip at a near tie is within it and is reported: two scores that
+    are closer than rounding decide nothing; what follows from it is judged by --replay, and fails with --no-replay.
+    The other side of a Hugging Face model is `transformers` (extra hf), of all else torch_ref.
     """
 
     path: tyro.conf.Positional[Path]
@@ -109,7 +111,10 @@ class Parity:
     html: Path | None = None
     """Write the report as one HTML page with plots."""
     json: bool = False
-    """Print all stages as JSON and nothing else."""
+    """Print one JSON object and nothing else: subject, reference, dtype, batch_shape, replay, passed, sentence, explanation,
+    first_divergence (a stage's name or null) and stages: each with name, layer, kind, error (null: infinite), tolerance,
+    passed, verdict ("same", "flip at a near tie", "wrong number") and where; of choices also agreement, num_flips, closest,
+    noise and flips (index, ours, theirs, margin, near_tie)."""
     batch_size: int = 2
     """Sequences, of a random batch."""
     num_tokens: int | None = None

@@ -12,7 +12,7 @@ _HOMES = {
     "Entry": "mapping", "permute": "mapping", "reshape": "mapping", "split": "mapping", "stacked": "mapping", "then": "mapping",
     "transpose": "mapping",
     "ModuleReport": "modules", "ModulesDifferError": "modules", "compare_modules": "modules",
-    "Answer": "conventions", "Explanation": "conventions", "explain": "conventions", "in_words": "conventions",
+    "Answer": "explanation", "Explanation": "explanation", "explain": "explanation", "in_words": "explanation",
 }
 
 __all__ = [*_HOMES]

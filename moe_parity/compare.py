@@ -26,7 +26,7 @@ from jax_moe.porting.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.torch_files import import_torch
 from jax_moe.soft_moe import SoftMoE
-from moe_parity import conventions
+from moe_parity import explanation
 from moe_parity.against_torch_ref import trace_torch_ref
 from moe_parity.against_transformers import import_transformers, trace_transformers
 from moe_parity.report import Report
@@ -79,7 +79,7 @@ def explained(module: nnx.Module, x: np.ndarray, theirs: Trace, results: list[St
     """Which known convention makes our output theirs, where something is beyond tolerance. Within `settings`."""
     if first_divergence(results) is None or isinstance(module, SoftMoE):
         return ""
-    return conventions.explain_traces(module, x, theirs)
+    return explanation.explain_traces(module, x, theirs)
 
 
 def settings(dtype: str) -> AbstractContextManager:

@@ -56,7 +56,8 @@ def _section(report: Report) -> str:
         f'<p class="verdict {style}">{escape(report.sentence())}</p>',
     ]
     plots: list[tuple[str, str, bool, Callable[[Sequence[StageResult]], str]]] = [
-        ("Error by stage", "Largest difference over the largest value, in the order of computation. " + _key("allowed"),
+        ("Error by stage", "Largest difference over the largest value, as computed; what is equal stands on the axis. "
+         + _key("allowed"),
          True, svg.journey),
         ("Error by layer", "How much of its tolerance each stage uses: pale is a ten-thousandth and less, full is all. " + _key(),
          any(one.layer is not None for one in report.results), svg.stage_map),

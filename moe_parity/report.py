@@ -51,7 +51,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, in plain values; an infinite error is null."""
+        """All of it, in plain values; an infinite error is null. `jax-moe parity --help` names the keys."""
         first = first_divergence(self.results)
         return {
             "subject": self.subject, "reference": self.reference, "dtype": self.dtype, "batch_shape": list(self.shape),

@@ -12,10 +12,12 @@ from flax import nnx
 import jax_moe
 from jax_moe.config import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
 from jax_moe.decoder_config import DecoderConfig
-from moe_parity.conventions import Answer, changed, conventions_of, distance, explain, explain_traces, in_words, our_answer
+from moe_parity.conventions import changed, conventions_of
+from moe_parity.explanation import Answer, distance, explain, explain_traces, in_words, our_answer
 from moe_parity.stages import Place
 from parity_tests.filled import filled
 
+pytestmark = pytest.mark.usefixtures("quick")
 SIZES: dict[str, Any] = {"model_dim": 6, "expert_dim": 6, "num_experts": 6, "top_k": 2, "dispatcher": "einsum"}
 LAYER = MoEConfig(
     **SIZES,

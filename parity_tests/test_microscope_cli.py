@@ -5,7 +5,6 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 
 from jax_moe.cli import main
 from jax_moe.porting.files import write_state
-from moe_parity import conventions, memory, svg
+from moe_parity import explanation, memory, svg
 from moe_parity.batch import read_tokens, read_vectors
 from moe_parity.html import page
 from moe_parity.report import Report, parts, worst
@@ -98,7 +97,7 @@ def test_a_fault_is_exit_status_1(model: Path, capsys: pytest.CaptureFixture[str
     assert re.search(r"^First divergence: layer 1: expert outputs, error 1\.\d where .*a wrong number", out, re.M), out
     failed = [line.split("  ")[0] for line in out.splitlines() if line.rstrip().endswith("FAILED")]
     assert failed == ["layer 1", "layer 2", "after the layers"] and "--explain tries" in out
-    monkeypatch.setattr(conventions, "explain_traces", lambda module, x, theirs: f"matches if {len(x)}")
+    monkeypatch.setattr(explanation, "explain_traces", lambda module, x, theirs: f"matches if {len(x)}")
     assert main(["parity", str(model), "--explain"]) == 1
     assert "too. Conventions: matches if 2.\n" in capsys.readouterr().out
 
@@ -205,6 +204,9 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(
         ((model, "--batch-size", "0"), "batch_size=0: must be at least 1"),
         ((layer, "--tokens", folder / "tokens.txt"), "a .npy of floats [sequences, positions, model_dim] for a layer"),
         ((folder, "--html", folder / "a.html"), "has no config.json"),
+        ((model, "--plot", folder / "a.png"), "must be left out without --train: --html has the plots"),
+        ((model, "--train", "2", "--explain"), "explain=True: must be left out with --train"),
+        ((model, "--train", "2", "--dtype", "float64"), "dtype='float64': must be left out with --train"),
     ):
         assert words in fails(capsys, "parity", *arguments), arguments
     monkeypatch.setitem(sys.modules, "torch", None)  # what import does where it is not installed
@@ -219,6 +221,8 @@ def test_too_little_memory_is_said_first(
     line = fails(capsys, "parity", model, "--grads", "--dtype", "float64")
     assert re.search(r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line)
     assert line.rstrip().endswith("less would do with --dtype float32 and no --grads")
+    line = fails(capsys, "parity", model, "--train", "2")
+    assert "not enough memory for both sides: " in line and line.endswith(" are available\n")
     monkeypatch.undo()
     assert memory.available() is None or memory.available() > 0  # type: ignore[operator]
 
@@ -234,4 +238,4 @@ def test_memory_of_a_container_is_what_its_group_leaves(tmp_path: Path, monkeypa
     assert memory.available() == 3000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available() == 8192
-    assert SimpleNamespace(needed=memory.needed(10, 4, 30, False)).needed == 80 and memory.needed(10, 4, 900, True) == 1800
+    assert memory.needed(10, 4, 30, "outputs") == 80 and memory.needed(10, 4, 900, "gradients") == 1800

@@ -1,5 +1,6 @@
 """The microscope against `transformers`: a healthy folder passes, every planted fault is named where it is, near ties too."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,27 @@ def other_scale(model: Any) -> None:
     attention.query[...] = attention.query[...].at[0].multiply(0.4 * attention.config.head_dim**0.5)
 
 
+def swap_down(model: Any) -> None:
+    """Two rows of one expert's down."""
+    down = model.moe.experts.down[...]
+    model.moe.experts.down[...] = down.at[1, 2, [0, 1]].set(down[1, 2, [1, 0]])
+
+
+def norm_off(model: Any) -> None:
+    """One weight of one norm, by a thousandth."""
+    scale = model.blocks.ffn_norm.scale
+    scale[...] = scale[...].at[1, 0].add(1e-3)
+
+
+def other_theta(model: Any) -> None:
+    """As config.json would say it."""
+    model.config = dataclasses.replace(model.config, rope=dataclasses.replace(model.config.rope, theta=5e5))
+
+
 FAULTS: list[tuple[Callable[[Any], None], str]] = [
     (exchange, "layer 1: expert outputs"), (swap_rows, "layer 0: router logits"),
-    (other_scale, "layer 0: attention"),
+    (other_scale, "layer 0: attention"), (swap_down, "layer 1: expert outputs"), (norm_off, "layer 1: norm before the FFN"),
+    (other_theta, "layer 0: attention"),
 ]
 
 

@@ -2,18 +2,26 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jax
 import numpy as np
 
 from jax_moe.cli import Parity
+from jax_moe.commands.common import holds_decoder, progress
 from jax_moe.config import require
 from jax_moe.porting.checkpoint import Checkpoint, load
+from jax_moe.porting.decoder_port import port_decoder
 from jax_moe.porting.files import writing
-from jax_moe.porting.hf_folder import is_hf, open_folder
+from jax_moe.porting.hf_folder import HFFolder, is_hf, open_folder
+from jax_moe.porting.pretrained import MAX_SHARD_BYTES
+from jax_moe.porting.recognise import Choices
+from jax_moe.porting.training_files import holds_training, read_training
 from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
-from moe_parity.memory import check_memory
+from moe_parity.memory import Work, check_memory
 from moe_parity.report import Report, print_table
 
 POSITIONS = 16  # of a random batch, where the model has no block
@@ -26,7 +34,7 @@ def parity(command: Parity) -> int:
 
         return train_parity(command)
     _check(command)
-    report = _against_transformers(command) if is_hf(command.path) else _against_torch_ref(command)
+    report = _against_transformers(command) if holds_decoder(command.path) else _against_torch_ref(command)
     if command.html is not None:
         _write_page(command.html, report)
     if command.json:
@@ -43,7 +51,8 @@ def parity(command: Parity) -> int:
 def _check(command: Parity) -> None:
     """What the command line alone tells, before anything is loaded."""
     require(command.batch_size >= 1, "batch_size", command.batch_size, "at least 1")
-    least = 2 if is_hf(command.path) else 1  # the loss is of the next token
+    require(command.plot is None, "plot", str(command.plot), "left out without --train: --html has the plots")
+    least = 2 if holds_decoder(command.path) else 1  # the loss is of the next token
     require(command.num_tokens is None or command.num_tokens >= least, "num_tokens", command.num_tokens, f"at least {least}")
     if command.tokens is not None:
         require(command.num_tokens is None, "num_tokens", command.num_tokens, "left out with --tokens")
@@ -71,11 +80,9 @@ def _write_page(path: Path, report: Report) -> None:
 def _against_torch_ref(command: Parity) -> Report:
     from moe_parity.compare import compare_checkpoint
 
-    with jax.enable_x64(True):
-        checkpoint = load(command.path, command.choices)
-    require(checkpoint.family != "decoder", "path", str(command.path), "a Hugging Face folder (`jax-moe port` makes one of this)")
+    checkpoint = read_weights(command.path, command.choices)
     sizes = [value.nbytes for value in checkpoint.weights.values()]
-    check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), command.grads)
+    check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), _work(command))
     batch = _batch_of_checkpoint(command, checkpoint)
     return compare_checkpoint(
         checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
@@ -103,15 +110,44 @@ def _tokens(command: Parity, vocab_size: int, least: int, most: int | None, usua
 def _against_transformers(command: Parity) -> Report:
     from moe_parity.compare import compare_folder
 
+    with open_decoder_folder(command, _itemsize(command), _work(command)) as folder:
+        tokens = _tokens(command, folder.config.vocab_size, 2, None, POSITIONS)
+        return compare_folder(
+            folder.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
+        )
+
+
+def read_weights(path: Path, choices: Choices) -> Checkpoint:
+    """As `load`; of a training checkpoint its weights."""
+    with jax.enable_x64(True):
+        return read_training(path, choices).checkpoint if holds_training(path) else load(path, choices)
+
+
+@contextmanager
+def open_decoder_folder(command: Parity, itemsize: int, work: Work) -> Iterator[HFFolder]:
+    """The model as transformers reads it; of an Orbax folder a Hugging Face folder is made, which is gone afterwards.
+
+    Raises ValueError for what is wrong with it, or too large for memory, before PyTorch is loaded.
+    """
     if command.choices.given():
         raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
-    with open_folder(command.path) as folder:  # what is wrong with it is said before PyTorch is loaded
-        tokens = _tokens(command, folder.config.vocab_size, 2, None, POSITIONS)
-        shapes = [math.prod(shape) for shape in folder.shapes.values()]
-        check_memory(sum(shapes), _itemsize(command), sum(one.nbytes for one in folder.stored.values()), command.grads)
-    return compare_folder(
-        command.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
-    )
+    with TemporaryDirectory() as temporary:
+        path = command.path
+        if not is_hf(path):
+            path = Path(temporary) / "model"
+            with jax.enable_x64(True):
+                port_decoder(
+                    command.path, path, "hf", dtype=None, max_shard_bytes=MAX_SHARD_BYTES, overwrite=False,
+                    allow_nonfinite=False, progress=progress, say=lambda line: None,
+                )
+        with open_folder(path) as folder:
+            parameters = sum(math.prod(shape) for shape in folder.shapes.values())
+            check_memory(parameters, itemsize, sum(one.nbytes for one in folder.stored.values()), work)
+            yield folder
+
+
+def _work(command: Parity) -> Work:
+    return "gradients" if command.grads else "outputs"
 
 
 def _itemsize(command: Parity) -> int:

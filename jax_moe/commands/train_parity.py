@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jax_moe.cli import Parity
+from jax_moe.commands.common import holds_decoder
+from jax_moe.commands.parity import POSITIONS, open_decoder_folder, read_weights
 from jax_moe.config import require
-from jax_moe.porting.checkpoint import load
 from jax_moe.porting.files import check_target
-from jax_moe.porting.hf_folder import is_hf, open_folder
 from jax_moe.porting.torch_files import import_torch
+from moe_parity.memory import check_memory
 
-POSITIONS = 16
+WIDEST = 8  # bytes of a float64, in which the first of the two runs is
 
 
 def train_parity(command: Parity) -> int:
@@ -27,18 +26,16 @@ def train_parity(command: Parity) -> int:
         "steps": command.train, "batch_size": command.batch_size, "seed": command.seed, "learning_rate": command.learning_rate,
         "final_learning_rate": command.learning_rate / 10,
     }
-    if is_hf(command.path):
-        if command.choices.given():
-            raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
-        with open_folder(command.path) as folder:  # what is wrong with it is said before PyTorch is loaded
+    if holds_decoder(command.path):
+        with open_decoder_folder(command, WIDEST, "training") as folder:
             name = folder.model_type
-        settings = TrainSettings(**given, num_tokens=command.num_tokens or POSITIONS)
-        runs = train_folder(command.path, settings)
+            settings = TrainSettings(**given, num_tokens=command.num_tokens or POSITIONS)
+            runs = train_folder(folder.path, settings)
     else:
-        with jax.enable_x64(True):
-            checkpoint = load(command.path, command.choices)
-        name = checkpoint.family
+        checkpoint = read_weights(command.path, command.choices)
+        name, sizes = checkpoint.family, [value.size for value in checkpoint.weights.values()]
         require(name == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder: it is trained")
+        check_memory(sum(sizes), WIDEST, 0, "training")
         settings = TrainSettings(**given, num_tokens=command.num_tokens or checkpoint.config.block_size)
         runs = train_checkpoint(checkpoint, settings)
     title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
@@ -55,8 +52,9 @@ def _check(command: Parity) -> None:
     """What the command line alone tells, before anything is loaded."""
     for name in ("tokens", "html"):
         require(getattr(command, name) is None, name, str(getattr(command, name)), "left out with --train")
-    for name in ("grads", "json"):
-        require(not getattr(command, name), name, True, "left out with --train")
+    for name, usual in (("grads", False), ("json", False), ("explain", False), ("replay", True), ("dtype", "float32")):
+        value = getattr(command, name)
+        require(value == usual, name, value, "left out with --train, which runs in float64 and in float32")
     for name, least in (("train", 1), ("batch_size", 1), ("num_tokens", 2)):
         value = getattr(command, name)
         require(value is None or value >= least, name, value, f"at least {least}")
