@@ -12,24 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import optax
-import torch
 from flax import nnx
 
 import jax_moe
 from jax_moe import kernels
 from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig
+from parity_tests.adamw_steps import STEPS, jax_trajectory, torch_trajectory
 from parity_tests.cases import Case
 from parity_tests.compare import MismatchError, check_close, check_exact, check_names
-from parity_tests.inputs import generator
-from parity_tests.sides import Outcome, Pair, array, jax_module, make_pair, output_shape, precision, probe, torch_module
+from parity_tests.sides import Outcome, Pair, jax_module, make_pair, precision, torch_module
 
 MEASURED = Path(__file__).with_name("measured.json")
 FLOOR_ULPS = 16
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
-STEPS, LEARNING_RATE, WEIGHT_DECAY = 10, 1e-2, 1e-2
 
 
 class Runs:
@@ -248,47 +244,6 @@ def ten_adamw_steps(runs: Runs, tolerance: float) -> float:
     """optax.adamw under torch's defaults against torch.optim.AdamW: the parameters by name after ten steps in fp64."""
     ours, theirs = jax_trajectory(runs.float64), torch_trajectory(runs.float64)
     return check_close(ours, theirs, tolerance, f"{runs.case.name}: after {STEPS} AdamW steps")
-
-
-def step_inputs(pair: Pair, step: int) -> dict[str, np.ndarray]:
-    """The case's inputs, its vectors moved a little each step, so that the data changes."""
-    given = dict(pair.inputs)
-    if "x_BTD" in given:
-        given["x_BTD"] = given["x_BTD"] + 0.1 * generator(pair.case, f"step {step}").normal(size=given["x_BTD"].shape)
-    return given
-
-
-def jax_trajectory(pair: Pair) -> dict[str, np.ndarray]:
-    """Parameters after the steps, under PyTorch's names."""
-    side, shape = pair.jax, output_shape(pair.case)
-    with precision(pair.dtype):
-        optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        params, state = side.params, jax.jit(optimizer.init)(side.params)
-
-        @jax.jit
-        def update(gradients: nnx.State, state: optax.OptState, params: nnx.State) -> tuple:
-            updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        for step in range(STEPS):
-            gradients, _ = side.raw(step_inputs(pair, step), probe(pair.case, shape, step), 1.0, params)[-1]
-            params, state = update(gradients, state, params)
-    return side.named(params)
-
-
-def torch_trajectory(pair: Pair) -> dict[str, np.ndarray]:
-    """The same loop as anyone would write it in PyTorch."""
-    shape, side = output_shape(pair.case), pair.torch
-    before = {name: value.clone() for name, value in side.module.state_dict().items()}
-    optimizer = torch.optim.AdamW(side.module.parameters(), lr=LEARNING_RATE)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        _, _, weighed, losses, _ = side.losses(step_inputs(pair, step), probe(pair.case, shape, step))
-        (weighed if losses is None else weighed + losses).backward()
-        optimizer.step()
-    after = {name: array(value) for name, value in side.module.named_parameters()}
-    side.module.load_state_dict(before)
-    return after
 
 
 COLUMNS = [

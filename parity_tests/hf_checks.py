@@ -21,9 +21,9 @@ from moe_parity.widened import widened
 from parity_tests.checks import Column, always
 from parity_tests.compare import check_close, check_exact
 from parity_tests.hf_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference
+from parity_tests.quick import QUICK
 
 LEARNING_RATE, DECAY, STEPS = 3e-3, 0.01, 20
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes the time here, not running
 MARGIN = 1e-4  # chosen and not chosen router logits lie at least this far apart: rounding cannot change a choice
 
 

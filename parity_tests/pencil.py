@@ -18,6 +18,8 @@ Capacity is 3 * 2 / 3 = 2 slots, and all three want expert 0, so one of them is 
     highest probability first 12/20 > 9/20 > 8/20              Bob is dropped
 
 What they send when nobody is dropped: Ann (9, 10, 0), Bob (16, 14, 0), Cleo (36, 0, 15).
+
+Long because it is one story with all its numbers.
 """
 
 import dataclasses

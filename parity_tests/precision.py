@@ -1,7 +1,8 @@
-"""docs/precision.md: how far each framework is from the truth in each precision, and how much of that is choices that flip.
+"""docs/precision.md: how far outputs and gradients of each framework are from the truth in each precision, and what flips cost.
 
 `python -m parity_tests.precision` measures and writes the page and its plot. The truth is PyTorch in fp64 on weights and inputs
 that fp32 can hold. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with fp32 master weights.
+Long because it measures, plots and writes one page.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,6 +25,8 @@ from flax import nnx
 import jax_moe
 import torch_ref
 from jax_moe import presets
+from jax_moe.porting.families import tables_of
+from moe_parity.compare import FUSED
 from moe_parity.stages import Place
 from moe_parity.taps import tap_makemoe
 from moe_parity.widened import widened
@@ -35,6 +39,7 @@ MODES = ("float64", "float32", "bfloat16", "mixed")
 DTYPE = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "mixed": jnp.bfloat16}
 LAYER = presets.mixtral(model_dim=64, expert_dim=128, num_experts=8, top_k=2)
 MODEL = jax_moe.MakeMoEConfig(vocab_size=65, block_size=32, model_dim=64, num_heads=4, num_layers=4, dropout=0.0)
+BARS = (("jax", "own", -0.3), ("jax", "replayed", -0.1), ("torch", "own", 0.1), ("torch", "replayed", 0.3))
 FAMILY = {
     "vocab_size": 65, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64,
@@ -43,9 +48,10 @@ FAMILY = {
 
 
 class Answer(NamedTuple):
-    """One run: its output in fp64, and the experts of every token in every layer, [L, B, T, K]."""
+    """One run: output and gradient (all parameters in one vector) in fp64, and every token's experts, [L, B, T, K]."""
 
     output: np.ndarray
+    gradient: np.ndarray
     choices: np.ndarray
 
 
@@ -62,10 +68,12 @@ class Subject(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Two errors and how many choices of the truth's were not made."""
+    """Errors on its own choices and on the truth's, and how many of the truth's were not made."""
 
-    own: float  # on its own choices
+    own: float  # of the output, on its own choices
     replayed: float  # on the truth's
+    own_gradient: float
+    replayed_gradient: float
     flipped: float  # share of tokens and layers whose set of experts is another than the truth's
 
 
@@ -112,6 +120,35 @@ def wide_numpy(value: Any) -> np.ndarray:
     return value.detach().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value).astype(np.float64)
 
 
+def signs(shape: tuple[int, ...]) -> np.ndarray:
+    """What an output is multiplied with before it is summed and differentiated: +1 and -1, exact in every precision."""
+    return np.random.default_rng(5).choice(np.array([-1.0, 1.0], np.float32), shape)
+
+
+def ours_differentiated(module: nnx.Module, run: Callable, names: Callable[[Any], dict[str, np.ndarray]]) -> tuple:
+    """(output, gradient) of `run(module)`."""
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def objective(params: Any) -> tuple[Any, Any]:
+        output = run(nnx.merge(graphdef, params, rest))
+        return (output * jnp.asarray(signs(output.shape), output.dtype)).sum(), output
+
+    (_, output), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    return wide_numpy(output), one_vector(names(gradients))
+
+
+def theirs_differentiated(module: torch.nn.Module, output: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(output, gradient) after a run."""
+    (output * torch.from_numpy(signs(tuple(output.shape))).to(output.dtype)).sum().backward()
+    gradients = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in module.named_parameters()}
+    return wide_numpy(output), one_vector(gradients)
+
+
+def one_vector(named: dict[str, Any]) -> np.ndarray:
+    """All of them, in the order of their names."""
+    return np.concatenate([wide_numpy(named[name]).reshape(-1) for name in sorted(named)])
+
+
 def layer() -> Subject:
     """One Mixtral layer."""
     def make(dtype: Any) -> jax_moe.MoE:
@@ -121,16 +158,17 @@ def layer() -> Subject:
 
     def ours(mode: str, replay: np.ndarray | None) -> Answer:
         made, x_BTD = cast(make, mode), jnp.asarray(x, DTYPE[mode])
-        own = made.routing(x_BTD)[1].expert_GSK.reshape(1, *x.shape[:2], -1)
-        y, _ = made(x_BTD, expert_BTK=None if replay is None else jnp.asarray(replay[0], jnp.int32))
-        return Answer(wide_numpy(y), np.asarray(own))
+        own = np.asarray(made.routing(x_BTD)[1].expert_GSK).reshape(1, *x.shape[:2], -1)
+        given = jnp.asarray((own if replay is None else replay)[0], jnp.int32)
+        found = ours_differentiated(made, lambda made: made(x_BTD, expert_BTK=given)[0], partial(jax_moe.to_torch, made))
+        return Answer(*found, own)
 
     def theirs(mode: str, replay: np.ndarray | None) -> Answer:
         reference = torch_ref.MoE(with_router(LAYER, mode)).eval()
         load(reference, cast(make, mode))
-        with torch.no_grad(), routed(replay, x.shape[:2]) as made:
+        with routed(replay, x.shape[:2]) as made:
             y, _ = reference(torch.from_numpy(x).to(torch_dtype(mode)))
-        return Answer(wide_numpy(y), np.stack(made))
+        return Answer(*theirs_differentiated(reference, y), np.stack(made))
 
     return Subject("Mixtral layer, 8 experts, 512 tokens", "torch_ref", ours, theirs)
 
@@ -143,9 +181,14 @@ def model() -> Subject:
     tokens = np.random.default_rng(2).integers(0, MODEL.vocab_size, (8, 32))
 
     def ours(mode: str, replay: np.ndarray | None) -> Answer:
-        taps = tap_makemoe(cast(make, mode), tokens, None if replay is None else jnp.asarray(replay, jnp.int32))
-        choices = [np.asarray(taps[Place("experts", i)]) for i in range(MODEL.num_layers)]
-        return Answer(wide_numpy(taps[Place("logits")]), np.stack(choices))
+        made = cast(make, mode)
+        taps = tap_makemoe(made, tokens)
+        own = np.stack([np.asarray(taps[Place("experts", i)]) for i in range(MODEL.num_layers)])
+        given = jnp.asarray(own if replay is None else replay, jnp.int32)
+        found = ours_differentiated(
+            made, lambda made: tap_makemoe(made, tokens, given)[Place("logits")], partial(jax_moe.to_torch, made)
+        )
+        return Answer(*found, own)
 
     def theirs(mode: str, replay: np.ndarray | None) -> Answer:
         reference = torch_ref.MakeMoE(MODEL).eval()
@@ -153,9 +196,9 @@ def model() -> Subject:
             block.smoe.config = with_router(block.smoe.config, mode)
         load(reference, cast(make, mode))
         silence = torch.zeros(MODEL.num_layers, *tokens.shape, MODEL.num_experts)
-        with torch.no_grad(), routed(replay, tokens.shape) as made:
+        with routed(replay, tokens.shape) as made:
             logits, _ = reference.logits_and_stats(torch.from_numpy(tokens), randomness=torch_ref.Randomness(noise_BTE=silence))
-        return Answer(wide_numpy(logits), np.stack(made))
+        return Answer(*theirs_differentiated(reference, logits), np.stack(made))
 
     return Subject("makeMoE model, 4 layers, 256 tokens", "torch_ref", ours, theirs)
 
@@ -187,14 +230,18 @@ def family(folder: Path) -> Subject:
     def ours(mode: str, replay: np.ndarray | None) -> Answer:
         loaded = jax_moe.load_pretrained(folder, dtype="float64" if mode == "float64" else "float32")
         made = cast(lambda dtype: jax_moe.Decoder(loaded.config, rngs=nnx.Rngs(0), param_dtype=dtype), mode, loaded)
-        output = made.run(jnp.asarray(tokens), expert_LBTK=None if replay is None else jnp.asarray(replay, jnp.int32))
-        own = output.expert_LBTK if replay is None else made.run(jnp.asarray(tokens)).expert_LBTK
-        return Answer(wide_numpy(output.logits_BTV), np.asarray(own))
+        own = np.asarray(made.run(jnp.asarray(tokens)).expert_LBTK)
+        given = jnp.asarray(own if replay is None else replay, jnp.int32)
+        found = ours_differentiated(
+            made, lambda made: made.run(jnp.asarray(tokens), expert_LBTK=given).logits_BTV,
+            partial(jax_moe.to_torch, made, layout=tables_of(made)[FUSED].name),
+        )
+        return Answer(*found, own)
 
     def theirs(mode: str, replay: np.ndarray | None) -> Answer | None:
         if mode == "mixed":
             return None
-        with widened() if mode == "float64" else nullcontext(), torch.no_grad():
+        with widened() if mode == "float64" else nullcontext():
             reference = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch_dtype(mode), **kinds).eval()
             made: list[np.ndarray] = []
 
@@ -208,7 +255,8 @@ def family(folder: Path) -> Subject:
 
             for block in reference.model.layers:
                 block.mlp.gate.register_forward_hook(choose)
-            return Answer(wide_numpy(reference(torch.from_numpy(tokens), use_cache=False).logits), np.stack(made))
+            logits = reference(torch.from_numpy(tokens), use_cache=False).logits
+            return Answer(*theirs_differentiated(reference, logits), np.stack(made))
 
     return Subject("Mixtral model, 4 layers, 256 tokens", f"transformers {transformers.__version__}", ours, theirs)
 
@@ -231,7 +279,8 @@ def cell(run: Run, mode: str, truth: Answer) -> Cell | None:
     if own is None or replayed is None:
         return None
     other = (np.sort(own.choices, axis=-1) != np.sort(truth.choices, axis=-1)).any(axis=-1)
-    return Cell(error(own.output, truth.output), error(replayed.output, truth.output), float(other.mean()))
+    errors = [error(getattr(one, part), getattr(truth, part)) for part in ("output", "gradient") for one in (own, replayed)]
+    return Cell(*errors, float(other.mean()))
 
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -244,7 +293,8 @@ def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "transformers"))
     lines = [
         "# Precision", "",
-        "How far each framework's output is from the truth (PyTorch in fp64 on the same fp32 weights), by norm, on CPU.",
+        "How far each framework's output, and the gradient of all its parameters, is from the truth (PyTorch in fp64 on the",
+        "same fp32 weights), by norm, on CPU. What is differentiated is the sum of the output under fixed signs.",
         "Two errors a cell: on its own choices, then with the truth's choices replayed. The difference is what *flips* cost:",
         "choices that rounding changes at a near tie, as a share of tokens and layers. They say which expert answers: one flip",
         "outweighs all other rounding of that token. A flip is no fault of either framework; replay takes it out.", "",
@@ -259,42 +309,48 @@ def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]
     ]
     for name, (subject, cells) in results.items():
         lines += [
-            f"## {name}", "", f"| precision | JAX | JAX, replayed | JAX flips | {subject.reference} | replayed | flips |",
+            f"## {name}", "",
+            "| precision | side | output | output, replayed | gradient | gradient, replayed | flips |",
             "|---|---|---|---|---|---|---|",
         ]
         for mode, sides in cells.items():
-            parts = [_cell(sides["jax"]), _cell(sides["torch"])]
-            lines.append(f"| {mode} | {' | '.join(parts)} |")
+            both = (("JAX", sides["jax"]), (subject.reference, sides["torch"]))
+            lines += [f"| {mode} | {who} | {_cell(one)} |" for who, one in both]
         lines.append("")
     return "\n".join(lines)
 
 
 def _cell(one: Cell | None) -> str:
-    return "- | - | -" if one is None else f"{one.own:.1e} | {one.replayed:.1e} | {one.flipped:.2%}"
+    if one is None:
+        return " | ".join("-----")
+    return f"{one.own:.1e} | {one.replayed:.1e} | {one.own_gradient:.1e} | {one.replayed_gradient:.1e} | {one.flipped:.2%}"
 
 
 def plot(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) -> None:
-    """One panel a subject; bars of both sides, solid on own choices, hatched on the truth's."""
+    """A panel a subject, outputs above and gradients below; bars of both sides, pale on the truth's choices."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(results), figsize=(12, 3.6), sharey=True, layout="constrained")
-    bars = [("jax", "own", -0.3), ("jax", "replayed", -0.1), ("torch", "own", 0.1), ("torch", "replayed", 0.3)]
-    for panel, (name, (_, cells)) in zip(panels, results.items(), strict=True):
-        for side, part, shift in bars:
-            found = [(i, getattr(sides[side], part)) for i, sides in enumerate(cells.values()) if sides[side] is not None]
-            panel.bar(
-                [i + shift for i, _ in found], [max(value, 1e-17) for _, value in found], 0.18,
-                color="tab:blue" if side == "jax" else "tab:orange", alpha=1 if part == "own" else 0.45,
-                label=f"{'JAX' if side == 'jax' else 'PyTorch'}, {'own' if part == 'own' else 'replayed'} choices",
-            )
-        panel.set(yscale="log", ylim=(1e-17, 1), title=name)
-        panel.title.set_fontsize(9)
-        panel.set_xticks(range(len(MODES)), MODES)
-    panels[0].set_ylabel("error against fp64, by norm")
-    panels[-1].legend(fontsize=7, loc="upper left")
+    figure, panels = plt.subplots(2, len(results), figsize=(12, 6.4), sharex=True, sharey=True, layout="constrained")
+    for row, (what, suffix) in enumerate((("output", ""), ("gradient", "_gradient"))):
+        for panel, (name, (_, cells)) in zip(panels[row], results.items(), strict=True):
+            for side, part, shift in BARS:
+                held = [(i, sides[side]) for i, sides in enumerate(cells.values()) if sides[side] is not None]
+                found = [(i, getattr(cell, part + suffix)) for i, cell in held]
+                panel.bar(
+                    [i + shift for i, _ in found], [max(value, 1e-17) for _, value in found], 0.18,
+                    color="tab:blue" if side == "jax" else "tab:orange", alpha=1 if part == "own" else 0.45,
+                    label=f"{'JAX' if side == 'jax' else 'PyTorch'}, {'own' if part == 'own' else 'replayed'} choices",
+                )
+            panel.set(yscale="log", ylim=(1e-17, 10))
+            panel.set_xticks(range(len(MODES)), MODES)
+            panel.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                panel.set_title(name, fontsize=10)
+        panels[row][0].set_ylabel(f"error of the {what} against fp64, by norm")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(PLOT, dpi=110)
 
 

@@ -1,4 +1,7 @@
-"""Running one case in JAX and in PyTorch, with the same weights, tokens and draws; numpy comes out of both."""
+"""Running one case in JAX and in PyTorch, with the same weights, tokens and draws; numpy comes out of both.
+
+Long because both sides stand here, to be read next to each other.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,6 +21,7 @@ from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfi
 from jax_moe.losses import pool_balance_loss
 from parity_tests.cases import Case
 from parity_tests.inputs import Arrays, generator, make_inputs, parameter, to_bfloat16
+from parity_tests.quick import QUICK
 
 JAX_DTYPES = {name: jnp.dtype(name) for name in ("float64", "float32", "bfloat16")}
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -186,20 +190,6 @@ def jax_function(case: Case, graphdef: nnx.GraphDef) -> Callable:
     return run
 
 
-@functools.cache
-def quick_compilation() -> dict[str, Any] | None:
-    """Options that compile five times faster into slower code; None where XLA no longer knows them.
-
-    The fp32 columns go without: they are compiled as users compile.
-    """
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x, compiler_options=options)(np.float32(0))
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
 class JaxSide:
     """A case's layer in one dtype, its function compiled once and run as often as wanted."""
 
@@ -212,7 +202,7 @@ class JaxSide:
         """Takes another module (a fault's) in place of the case's own."""
         self.module = module
         self.graphdef, self.params, self.rest = nnx.split(module, nnx.Param, ...)
-        options = None if self.dtype == "float32" else quick_compilation()
+        options = None if self.dtype == "float32" else QUICK
         self.function = jax.jit(jax_function(self.case, self.graphdef), compiler_options=options)
 
     def raw(self, given: Arrays, probe: np.ndarray, weight: float, params: nnx.State | None = None) -> tuple:

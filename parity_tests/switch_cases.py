@@ -17,11 +17,14 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 import jax_moe
 import torch_ref
+from jax_moe import presets
 from jax_moe.config import MoEConfig
 from jax_moe.porting.torch_files import numpy_to_tensor, tensor_to_numpy
+from parity_tests.quick import QUICK
 
 State = dict[str, np.ndarray]
-QUICK = {"xla_backend_optimization_level": 0}
+FP32 = 5e-6  # measured: 6.0e-7
+WIDE = 1e-14  # measured: 2.0e-15
 BALANCE, Z = 0.7, 0.3  # large, so that a wrong loss shows in the gradient
 
 
@@ -157,3 +160,30 @@ def mirror_numbers(layer: jax_moe.MoE, x_BTD: np.ndarray) -> State:
     found = numbers(y, stats.load_balance_loss, stats.router_z_loss, x, named)
     tree = jax_moe.porting.from_torch_tree(layer, {name: found.pop(name).astype(x_BTD.dtype) for name in named})
     return found | jax_moe.to_torch(layer, tree, layout="switch")
+
+
+def contract(sizes: Sizes, **settings: Any) -> MoEConfig:
+    """The preset at these sizes, by default as transformers has it: constant capacity, loss a sequence."""
+    settings = {"expert_capacity": sizes.slots, "balance_per_sequence": True, "jitter_eps": 0.0, **settings}
+    return presets.switch(sizes.width, sizes.expert_width, sizes.experts, **settings)
+
+
+def their_numbers(layer: Any, x_BTD: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs, both losses by transformers' own functions, and gradients."""
+    x = torch.from_numpy(x_BTD).requires_grad_()
+    logits = layer.router(x)[2]
+    z_loss = hf.router_z_loss_func(logits)
+    balance = hf.load_balancing_loss_func(logits.softmax(-1), logits.argmax(-1))
+    return numbers(layer(x), balance, z_loss, x, dict(layer.named_parameters()))
+
+
+def paper_numbers(
+    state: dict[str, np.ndarray], x_BTD: np.ndarray, slots: int, group: str, balance: str
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """The papers' equations in fp64, and the tokens they drop."""
+    B, T, D = x_BTD.shape
+    weights = {name: torch.from_numpy(value.astype(np.float64)).requires_grad_() for name, value in state.items()}
+    x = torch.from_numpy(x_BTD).requires_grad_()
+    groups = [list(range(b * T, (b + 1) * T)) for b in range(B)] if group == "sequence" else [list(range(B * T))]
+    y_RD, balance_loss, z_loss, dropped = paper(weights, x.reshape(-1, D), groups, slots, balance)
+    return numbers(y_RD.reshape(B, T, D), balance_loss, z_loss, x, weights), dropped

@@ -1,4 +1,7 @@
-"""The contract: exact capacities, and errors that name the field, the value and what is allowed. No framework needed."""
+"""The contract: exact capacities, and errors that name the field, the value and what is allowed. No framework needed.
+
+Long because every field has its bad values here, a row each.
+"""
 
 import dataclasses
 import math

@@ -15,8 +15,8 @@ from jax_moe.decoder_config import RopeConfig
 from jax_moe.models.decoder import repeated_units
 from jax_moe.rope import FREQUENCIES, attention_factor, powers
 from parity_tests.compare import check_close
+from parity_tests.quick import QUICK
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes the time here, not running
 SIZES: dict[str, Any] = {
     "vocab_size": 19, "model_dim": 12, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
     "moe": presets.qwen2_moe(12, 6, 4, 2, shared_dim=4),

@@ -16,6 +16,8 @@ from parity_tests.compare import MismatchError, check_close
 from parity_tests.hf_cases import CASES, Case, batch
 from parity_tests.hf_checks import FAMILY_COLUMNS, FamilyRuns, optimiser, stepper, to_jax
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_row(case: Case, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from jax_moe.block import Block
 from jax_moe.config import BlockConfig
 from parity_tests.filled import filled
 
+pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = SoftMoEConfig(model_dim=6, num_experts=3, num_slots=2, hidden_dims=(6, 5))
 MASK = np.asarray([[True, True, False, True, False], [True, True, True, True, True], [False] * 5])
 

@@ -15,6 +15,7 @@ from jax_moe import MoE, MoEConfig, dispatch, presets
 from jax_moe.kernels import grouped, tiles
 from parity_tests.compare import MismatchError, check_close, check_exact
 from parity_tests.filled import filled
+from parity_tests.quick import QUICK
 
 TOLERANCE = 2e-15  # measured 4e-16
 E, K = 5, 2
@@ -43,7 +44,7 @@ def answers(config: MoEConfig, dispatcher: str, load: str, num_tokens: int, mask
         keep = random.random(size=(1, num_tokens, K, 6)) > 0.3
         mask = jnp.asarray(np.arange(num_tokens)[None] % 3 != 1) if masked else None
 
-        @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        @partial(jax.jit, compiler_options=QUICK)
         def run(state: nnx.State, x: jax.Array) -> Any:
             def loss(state: nnx.State, x: jax.Array) -> tuple[jax.Array, Any]:
                 chosen = jnp.asarray(choices(load, num_tokens))

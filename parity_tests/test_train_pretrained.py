@@ -1,4 +1,7 @@
-"""`train.py --pretrained`: a folder of transformers fine-tuned in JAX, resumed, and loaded again by transformers."""
+"""`train.py --pretrained`: a folder of transformers fine-tuned in JAX, resumed, and loaded again by transformers.
+
+Long because all of it runs on one small folder and one finished run of it.
+"""
 
 import dataclasses
 import json
@@ -32,6 +35,7 @@ from train.models import Pretrained
 from train.optimizer import learning_rate
 from train.task import make_learner, read_task
 
+pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(80))
 SETTINGS = "--pretrained tiny --data text.txt --block-size 12 --batch-size 4 --steps 6 --eval-every 3 --eval-batches 2"
 TRAINING = "--learning-rate 0.01 --warmup-steps 2 --balance-loss-weight 0.1 --sample-length 5 --checkpoint-every 100"

@@ -17,6 +17,7 @@ from train.jax_learner import JaxLearner  # noqa: E402
 from train.models import FreshMakeMoE  # noqa: E402
 from train.torch_learner import TorchLearner  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))
 CONFIG = TrainConfig(
     steps=10, batch_size=8, seed=3,

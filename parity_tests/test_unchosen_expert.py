@@ -19,6 +19,7 @@ from jax_moe import MakeMoE, MakeMoEConfig, MoE, presets
 from jax_moe.config import MoEConfig
 from parity_tests.filled import filled
 
+pytestmark = pytest.mark.usefixtures("quick")
 UNCHOSEN = [1, 3]  # of five experts
 MAKEMOE = presets.makemoe(6, num_experts=5, capacity_factor=None)
 OLMOE = presets.olmoe(6, 7, 5, 2)
