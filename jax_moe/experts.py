@@ -45,7 +45,11 @@ def hidden_units(
 
 
 def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "E C D"]:
-    """Every expert's answer. Weights: up, down, [gate], [up_bias, gate_bias, down_bias], each with leading E."""
+    """Every expert's answer. Weights: up, down, [gate], [up_bias, gate_bias, down_bias], each with leading E.
+
+    What goes into a product is computed once, before it: left to itself the TPU compiler recomputes the activation inside
+    every tile of the products around it (docs/performance.md).
+    """
 
     def linear(pattern: str, x: Array, name: str) -> Array:
         y = jnp.einsum(pattern, x, weights[name].astype(x.dtype))
@@ -53,7 +57,9 @@ def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertCon
 
     up_ECF = linear("ECD,EDF->ECF", x_ECD, "up")
     gate_ECF = linear("ECD,EDF->ECF", x_ECD, "gate") if config.gated else None
-    return linear("ECF,EFD->ECD", hidden_units(up_ECF, gate_ECF, config), "down")
+    up_ECF, gate_ECF = jax.lax.optimization_barrier((up_ECF, gate_ECF))
+    hidden_ECF = jax.lax.optimization_barrier(hidden_units(up_ECF, gate_ECF, config))
+    return linear("ECF,EFD->ECD", hidden_ECF, "down")
 
 
 def take_experts(weights: Weights, expert_E: Int[Array, " e"] | None) -> Weights:

@@ -127,8 +127,8 @@ JAX_ROUTING = [
     Mutation(
         "jax: the worst experts are chosen",
         "jax_moe/routing.py",
-        "jnp.where(score == 0, jnp.zeros_like(score), score), count)[1]",
-        "-score, count)[1]",
+        "key = jnp.where(bits < 0, bits ^ largest, bits)",
+        "key = -jnp.where(bits < 0, bits ^ largest, bits)",
         rows=("mixtral",),
     ),
     Mutation(
