@@ -23,11 +23,13 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
+from parity_tests.quick import QUICK
 from train import data, loop, metrics, run_folder
 from train.configs.settings import ModelSettings, TrainConfig
 from train.learner import Evaluation
 from train.logger import open_logger
 
+pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
 SCRIPT = Path(__file__).parent.parent / "train" / "train.py"
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))
 SETTINGS = (
@@ -46,9 +48,9 @@ class Place:
 
     def start(self, *words: str, devices: int = 1) -> subprocess.Popen[str]:
         """The command, started here with warnings as errors, and compiled in half the time without optimisation."""
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        flags = " ".join(f"--{name}={str(value).lower()}" for name, value in (QUICK or {}).items())
         environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
+            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
