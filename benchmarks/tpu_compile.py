@@ -42,11 +42,11 @@ GROUPS = (256, 512, 1024, 2048)
 def contracts(config: MoEConfig) -> dict[str, MoEConfig]:
     """Every dispatcher; the capacity ones at factor 1.0, the one-hot one in groups of several sizes."""
     found = {"ragged, dropless": dataclasses.replace(config, dispatcher="ragged")}
-    found["gather, one group"] = config.with_capacity(1.0, group="batch")
+    found["gather, one group"] = dataclasses.replace(config.with_capacity(1.0, group="batch"), dispatcher="gather")
     for size in GROUPS:
         grouped = config.with_capacity(1.0, group="fixed", group_size=size)
-        found[f"gather, groups of {size}"] = grouped
-        found[f"einsum, groups of {size}"] = dataclasses.replace(grouped, dispatcher="einsum")
+        for name in ("gather", "einsum"):
+            found[f"{name}, groups of {size}"] = dataclasses.replace(grouped, dispatcher=name)  # type: ignore[arg-type]
     return found
 
 
