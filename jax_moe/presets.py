@@ -51,12 +51,13 @@ def switch(
 
     Capacity ceil(S/E * factor) per sequence in token order (eq. 3), or `expert_capacity` slots whatever the length (HF);
     input jitter seen by the router only, whose fp32 answer is rounded to the input's dtype. The balance loss counts
-    the whole batch (eq. 4-6), or with `balance_per_sequence` each sequence (Mesh TensorFlow's groups; HF).
+    the whole batch (eq. 4-6), or with `balance_per_sequence` each sequence (Mesh TensorFlow's groups; HF). Then
+    sequences stay groups without a capacity too: an expert has a slot for every token of one, and drops none.
     """
     router = RouterConfig(noise="input_jitter" if jitter_eps else "none", jitter_eps=jitter_eps, weight_dtype="input")
     capacity = None
-    if capacity_factor is not None or expert_capacity is not None:
-        factor = 1.25 if capacity_factor is None else capacity_factor
+    if capacity_factor is not None or expert_capacity is not None or balance_per_sequence:
+        factor = float(num_experts) if capacity_factor is None else capacity_factor  # of E: all S tokens fit
         capacity = CapacityConfig(
             factor=factor, rounding="ceil", group="sequence", counts_top_k=False, slots=expert_capacity
         )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,6 +60,17 @@ def test_healthy_layers_pass(name: str) -> None:
     report = compare_checkpoint(Checkpoint("moe", layer), x, dtype="float64", grads=name == "deepseek_v3")
     assert report.passed, report.sentence()
     assert {one.kind for one in report.results} >= {"slots", "expert_outputs", "combined"}
+
+
+def test_switch_without_capacity_still_balances_each_sequence() -> None:
+    """Nothing is dropped, and the loss is the mean of the sequences' own; measured: 0."""
+    config = jax_moe.presets.switch(8, 6, 4, capacity_factor=None, jitter_eps=0.0, balance_per_sequence=True)
+    layer = filled(lambda: jax_moe.MoE(config), seed=2)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 7, 8)), jnp.float32)
+    stats = layer(x)[1]
+    alone = [float(layer(x[i : i + 1])[1].load_balance_loss) for i in range(3)]
+    assert float(stats.dropped_fraction) == 0 and np.ptp(alone) > 1e-2
+    np.testing.assert_allclose(float(stats.load_balance_loss), np.mean(alone), rtol=1e-6)
 
 
 def test_a_healthy_soft_moe_passes() -> None:
