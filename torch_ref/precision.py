@@ -72,9 +72,6 @@ class _Method(nn.Module):
 
 
 def call_in(precision: Precision, model: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
-    """`model.method(*args, **kwargs)` with the parameters of `cast_to_compute`; logits and inputs are the caller's to cast.
-
-    Layers that `remat` computes again see the stored weights, so they must cast at use, as all of torch_ref's do.
-    """
+    """`model.method(*args, **kwargs)` with the parameters of `cast_to_compute`; logits and inputs are the caller's to cast."""
     weights = {f"model.{name}": value for name, value in cast_to_compute(model, precision).items()}
     return functional_call(_Method(model, method), weights, args, kwargs)

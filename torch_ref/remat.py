@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torch_ref.config import require
 
 Remat = Literal["none", "dots", "full"]
-Layer = TypeVar("Layer", bound=Callable)
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
 
 
@@ -19,11 +20,16 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def rematerialised(layer: Layer, remat: Remat) -> Layer:
+def rematerialised(layer: nn.Module, remat: Remat) -> Callable:
     """A layer that keeps for the backward all that it needs ("none"), the answers of matrix products ("dots"), or its input
     alone ("full"). The numbers are the same: random draws are repeated."""
     require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
     if remat == "none":
         return layer
+    weights = dict(layer.named_parameters())  # those of now: under `call_in` the stored ones are back when it runs again
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(layer, weights, args, kwargs)
+
     context: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
-    return partial(checkpoint, layer, use_reentrant=False, **(context if remat == "dots" else {}))  # type: ignore[return-value]
+    return partial(checkpoint, answer, use_reentrant=False, **(context if remat == "dots" else {}))
