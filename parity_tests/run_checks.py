@@ -28,10 +28,11 @@ from parity_tests.checks import Column, always
 from parity_tests.compare import MismatchError, check_close, check_exact
 from parity_tests.filled import filled
 from parity_tests.hf_cases import case_folder
+from parity_tests.quick import QUICK
 
 CONFIG = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=4)
 SETTINGS = TrainSettings(steps=200, num_tokens=8, learning_rate=3e-3, final_learning_rate=3e-4)
-QUICK = (("xla_backend_optimization_level", 0),)  # compiling takes the time here, not running
+OPTIONS = tuple((QUICK or {}).items())
 CROSSINGS = (50, 100)  # the steps before which the run moves to JAX, and back
 
 
@@ -51,7 +52,7 @@ class RunCase:
                 case_folder(self.family, folder)
             made = folder_sides(folder, settings, dtype)
         loss = makemoe_loss if self.family is None else decoder_loss
-        return made._replace(ours=JaxTrainer(made.ours.model, settings, loss, compiler_options=QUICK))
+        return made._replace(ours=JaxTrainer(made.ours.model, settings, loss, compiler_options=OPTIONS))
 
 
 RUN_CASES = [RunCase("makemoe model, noise and dropout"), RunCase("mixtral, transformers", "mixtral")]

@@ -21,7 +21,9 @@ from moe_parity.train_jax import JaxTrainer, make_optimizer, makemoe_loss, sched
 from moe_parity.train_runs import changed_tokens, run_both
 from parity_tests.checks import check_measured, check_row
 from parity_tests.compare import MismatchError, check_close
-from parity_tests.run_checks import QUICK, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
+from parity_tests.run_checks import OPTIONS, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
+
+pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
 
 
 @pytest.mark.parametrize("case", RUN_CASES, ids=lambda case: case.name)
@@ -73,7 +75,7 @@ def moments_swapped(ours: JaxTrainer) -> None:
 
 def another(optimizer: Callable[[], optax.GradientTransformation]) -> Callable[[JaxTrainer], None]:
     def plant(ours: JaxTrainer) -> None:
-        state, other = ours.state, JaxTrainer(ours.model, SETTINGS, makemoe_loss, optimizer(), QUICK)
+        state, other = ours.state, JaxTrainer(ours.model, SETTINGS, makemoe_loss, optimizer(), OPTIONS)
         ours.optimizer, ours._update = other.optimizer, other._update
         assert jax.tree.structure(state) == jax.tree.structure(other.state)
 
@@ -126,7 +128,7 @@ def test_faults_after_a_crossing_are_caught(crossed: Any, fault: str | None) -> 
 
 
 def _six_steps(made: Any, after: dict[str, np.ndarray], draw: Any, fault: str | None) -> None:
-    ours = JaxTrainer(made.ours.model, SETTINGS, makemoe_loss, compiler_options=QUICK)
+    ours = JaxTrainer(made.ours.model, SETTINGS, makemoe_loss, compiler_options=OPTIONS)
     to_jax(made.theirs, ours)
     if fault is not None:
         FAULTS[fault](ours)
