@@ -295,7 +295,7 @@ def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]
         "# Precision", "",
         "How far each framework's output, and the gradient of all its parameters, is from the truth (PyTorch in fp64 on the",
         "same fp32 weights), by norm, on CPU. What is differentiated is the sum of the output under fixed signs.",
-        "Two errors a cell: on its own choices, then with the truth's choices replayed. The difference is what *flips* cost:",
+        "Two errors of each: on its own choices, then with the truth's choices replayed. The difference is what *flips* cost:",
         "choices that rounding changes at a near tie, as a share of tokens and layers. They say which expert answers: one flip",
         "outweighs all other rounding of that token. A flip is no fault of either framework; replay takes it out.", "",
         "- fp64: all of it. fp32: all of it. bf16: weights, activations and the router's linear map in bf16;",
@@ -349,7 +349,7 @@ def plot(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) 
             panel.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 panel.set_title(name, fontsize=10)
-        panels[row][0].set_ylabel(f"error of the {what} against fp64, by norm")
+        panels[row][0].set_ylabel(f"{what}: error against fp64")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(PLOT, dpi=110)
 
