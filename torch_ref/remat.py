@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torch_ref.config import require
+from torch_ref.dims import Tensor
 
 Remat = Literal["none", "dots", "full"]
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
@@ -26,7 +27,7 @@ def rematerialised(layer: nn.Module, remat: Remat) -> Callable:
     require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
     if remat == "none":
         return layer
-    weights = dict(layer.named_parameters())  # those of now: under `call_in` the stored ones are back when it runs again
+    weights: dict[str, Tensor] = dict(layer.named_parameters())  # those of now: under `call_in` the stored ones are back when it runs again
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         return functional_call(layer, weights, args, kwargs)

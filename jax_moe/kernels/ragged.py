@@ -1,4 +1,6 @@
-"""Dropless by sorting, with `jax.lax.ragged_dot`: one grouped product over all rows, native on TPU."""
+"""Dropless by sorting, with one grouped product over all rows: `jax.lax.ragged_dot`, or on TPU `tokamax` where installed."""
+
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,22 @@ def sorted_places(routing: Routing, slots: Slots, capacity: int, num_experts: in
     return place_R, jnp.diff(end_E, prepend=0)
 
 
+def grouped_product(
+    x_RD: Float[Array, "R D"], weight_EDF: Float[Array, "E D F"], count_E: Int[Array, " E"]
+) -> Float[Array, "R F"]:
+    """Each expert's rows times its weights; zeros behind the last expert's rows.
+
+    XLA makes the weights' gradient of `jax.lax.ragged_dot` as E masked dense products on TPU (docs/performance.md);
+    `tokamax.ragged_dot` has a kernel for it, and promises nothing of the rows behind.
+    """
+    if jax.default_backend() != "tpu" or find_spec("tokamax") is None:
+        return jax.lax.ragged_dot(x_RD, weight_EDF, count_E)
+    import tokamax
+
+    inside_R1 = (jnp.arange(x_RD.shape[0]) < count_E.sum())[:, None]
+    return jnp.where(inside_R1, tokamax.ragged_dot(jnp.where(inside_R1, x_RD, 0), weight_EDF, count_E), 0)
+
+
 def ragged_ffn(
     x_RD: Float[Array, "R D"], weights: Weights, count_E: Int[Array, " E"], config: ExpertConfig
 ) -> Float[Array, "R D"]:
@@ -43,7 +61,7 @@ def ragged_ffn(
     expert_R = jnp.minimum(jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(R), side="right"), E - 1)
 
     def linear(x: Array, name: str) -> Array:
-        y = jax.lax.ragged_dot(x, weights[name].astype(x.dtype), count_E)
+        y = grouped_product(x, weights[name].astype(x.dtype), count_E)
         return y + weights[f"{name}_bias"].astype(x.dtype)[expert_R] if config.bias else y
 
     gate_RF = linear(x_RD, "gate")[None] if config.gated else None
