@@ -27,7 +27,8 @@ def rematerialised(layer: nn.Module, remat: Remat) -> Callable:
     require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
     if remat == "none":
         return layer
-    weights: dict[str, Tensor] = dict(layer.named_parameters())  # those of now: under `call_in` the stored ones are back when it runs again
+    # those of now: under `call_in` the stored ones are back when it runs again
+    weights: dict[str, Tensor] = dict(layer.named_parameters())
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         return functional_call(layer, weights, args, kwargs)
