@@ -83,7 +83,8 @@ def checkpoint_of(
     if family is None:
         has = ", ".join(list(state)[:8])
         kinds = "makeMoE, Mixtral block, Switch layer or Soft MoE"
-        raise ValueError(f"{path}: must be a {kinds} checkpoint; its names begin with {has}")
+        hint = "; a Hugging Face model is read from its folder, config.json included" if "model.layers." in has else ""
+        raise ValueError(f"{path}: must be a {kinds} checkpoint; its names begin with {has}{hint}")
     _refuse_nonfinite(path, state, allow_nonfinite)
     try:
         config = config_of(family, {name: value.shape for name, value in state.items()}, choices)

@@ -15,7 +15,7 @@ def import_torch(why: str) -> Any:
     try:
         import torch
     except ImportError:
-        hint = "pip install 'jax-moe[torch]', or use .safetensors"
+        hint = "pip install 'jax-moe[torch]'" + ("" if why == "parity" else ", or use .safetensors")
         raise ValueError(f"{why} needs PyTorch, which is not installed: {hint}") from None
     return torch
 
