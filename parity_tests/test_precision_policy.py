@@ -165,7 +165,7 @@ def all_by_norm(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
     return by_norm(*({"": np.concatenate([tree[name].ravel() for name in expected])} for tree in (actual, expected)))[""]
 
 
-def ours(precision: Precision | None) -> tuple[float, dict[str, np.ndarray]]:
+def our_side(precision: Precision | None) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients by torch's names; in fp64 without a precision."""
     with jax.enable_x64(precision is None):
         model = small()
@@ -180,7 +180,7 @@ def ours(precision: Precision | None) -> tuple[float, dict[str, np.ndarray]]:
 
 
 def theirs(precision: Precision, **kwargs: Any) -> tuple[float, dict[str, np.ndarray]]:
-    """As `ours`, in PyTorch."""
+    """As `our_side`, in PyTorch."""
     import torch
 
     import torch_ref
@@ -202,8 +202,8 @@ def theirs(precision: Precision, **kwargs: Any) -> tuple[float, dict[str, np.nda
 
 def test_mixed_is_as_near_the_truth_in_both() -> None:
     pytest.importorskip("torch", reason="the other side of the comparison is PyTorch")
-    truth, gradients = ours(None)
-    (loss_j, ours_j), (loss_t, theirs_t) = ours(MIXED), theirs(MIXED)
+    truth, gradients = our_side(None)
+    (loss_j, ours_j), (loss_t, theirs_t) = our_side(MIXED), theirs(MIXED)
     expected = {name: value for name, value in gradients.items() if np.linalg.norm(value) > 1e-9 and name in theirs_t}
     assert len(expected) > 60
     error_j, error_t = all_by_norm(ours_j, expected), all_by_norm(theirs_t, expected)
@@ -284,16 +284,15 @@ def test_remat_in_torch_changes_no_number() -> None:
             np.testing.assert_array_equal(more[name], value, err_msg=name)
 
 
-def test_both_learners_take_both_settings() -> None:
+def test_both_learners_take_both_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps of train.py's learners on one batch, in mixed precision, every layer computed twice."""
     pytest.importorskip("torch", reason="one of the two is PyTorch's")
     from parity_tests.test_train_torch import CONFIG as RUN
     from parity_tests.test_train_torch import TEXT
-    from train import data
+    from train import data, torch_learner
     from train.configs.settings import model_config
     from train.jax_learner import JaxLearner
     from train.models import FreshMakeMoE
-    from train.torch_learner import TorchLearner
 
     text = data.tokenize(TEXT, "here", 8)
     config = dataclasses.replace(
@@ -301,7 +300,9 @@ def test_both_learners_take_both_settings() -> None:
     )
     model, losses = model_config(config, len(text.vocabulary)), []
     tokens = data.batch(text, config.seed, "train", 0, config.batch_size, 8)
-    for learner in (JaxLearner(config, FreshMakeMoE(model)), TorchLearner(config, model)):
+    ours = JaxLearner(config, FreshMakeMoE(model))
+    monkeypatch.setattr(torch_learner, "JaxLearner", lambda *_: ours)  # whose initial weights it takes; made once
+    for learner in (ours, torch_learner.TorchLearner(config, model)):
         losses.append([float(learner.train_step(step, tokens)) for step in range(3)])
         assert {value.dtype for value in learner.weights().values()} == {np.dtype("float32")}
     error = np.abs(np.subtract(*losses))
