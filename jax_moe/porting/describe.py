@@ -61,6 +61,8 @@ def _capacity(config: MoEConfig, rule: CapacityConfig) -> str:
     group = _GROUP.get(rule.group, f"groups of {rule.group_size} tokens")
     if rule.slots is not None:
         return f"{rule.slots} slots an expert over {group}, however long, {_PRIORITY[rule.priority]}"
+    if rule.exact_factor * (config.top_k if rule.counts_top_k else 1) >= config.num_experts:
+        return f"a slot for every token of {group}, nothing is dropped"
     return f"{rule.rounding}(tokens {k}/ experts * {rule.factor}) slots an expert over {group}, {_PRIORITY[rule.priority]}"
 
 
