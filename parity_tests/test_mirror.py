@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = (
     "routing.py", "dispatch.py", "experts.py", "losses.py", "moe.py", "soft_moe.py", "attention.py", "block.py",
-    "generation.py", "sampling.py", "models/makemoe.py",
+    "generation.py", "sampling.py", "models/makemoe.py", "precision.py", "remat.py",
 )
 SHAPED = ("Bool", "Float", "Int", "Shaped", "Key")
 
@@ -53,6 +53,7 @@ JAX_ONLY = {
         "orthogonal": "an initialiser that also works in bf16; torch has nn.init.orthogonal_",
     },
     "attention.py": {"attention_weights": "all heads at once; torch has head_weights"},
+    "precision.py": {"Precision.*": "standard library only: torch_ref imports it"},
 }
 TORCH_ONLY = {
     "routing.py": {"softplus": "torch's own stops being exact above its threshold"},
@@ -90,6 +91,11 @@ TORCH_ONLY = {
         "SparseMoE.*": "as NoisyTopkRouter",
         "MakeMoEBlock.*": "as NoisyTopkRouter",
     },
+    "precision.py": {
+        "call_in": "torch modules hold their weights; jax merges a cast tree",
+        "torch_dtype": "torch's dtypes go by attribute",
+    },
+    "remat.py": {"keep_products": "a policy of torch.utils.checkpoint; jax has its own"},
 }
 # Same name, other arguments or shapes: {file: {"name" or "name(argument)": reason}}.
 DIFFERENT = {
@@ -104,6 +110,7 @@ DIFFERENT = {
         "SoftExpert.forward(return)": "as its argument",
     },
     "attention.py": {"Attention.__init__": "block_size makes the `tril` buffers of the original's state dict"},
+    "precision.py": {"cast_to_compute": "jax casts a tree, torch a module's parameters"},
     "generation.py": {
         "generate": "jax also serves the Hugging Face decoders: padding, stop tokens, a callback",
         "generate(tokens_BT)": "jax also takes numpy tokens",

@@ -1,27 +1,13 @@
 """Mixed precision: weights cast for one call, the stored ones and their gradients in the dtype that they have."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from jax_moe.precision import Precision
 from torch_ref.dims import Tensor
-
-
-@runtime_checkable
-class Precision(Protocol):
-    """`jax_moe.Precision`, or anything with these fields, each a dtype's name; `cast_experts` is "at_use" or "at_once"."""
-
-    @property
-    def compute(self) -> Any: ...
-    @property
-    def norms(self) -> Any: ...
-    @property
-    def output(self) -> Any: ...
-    @property
-    def cast_experts(self) -> Any: ...
-
 
 # Names that parameters of experts have in torch_ref and in the original projects.
 EXPERT_WEIGHTS = frozenset(("up", "gate", "down", "net", "w1", "w2", "w3"))
