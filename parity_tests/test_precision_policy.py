@@ -1,4 +1,7 @@
-"""Mixed precision and rematerialisation: what is cast and what is not, both frameworks against fp64, what each costs."""
+"""Mixed precision and rematerialisation: what is cast and what is not, both frameworks against fp64, what each costs.
+
+Long because casting and remat are one idea here: what a call sees, keeps and gives back, held against the same small model.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
