@@ -221,10 +221,17 @@ def test_too_little_memory_is_said_first(
     line = fails(capsys, "parity", model, "--grads", "--dtype", "float64")
     assert re.search(r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line)
     assert line.rstrip().endswith("less would do with --dtype float32 and no --grads")
-    line = fails(capsys, "parity", model, "--train", "2")
-    assert "not enough memory for both sides: " in line and line.endswith(" are available\n")
     monkeypatch.undo()
     assert memory.available() is None or memory.available() > 0  # type: ignore[operator]
+
+
+def test_too_little_memory_for_whole_runs_is_said_too(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="its absence is said before")
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    line = fails(capsys, "parity", model, "--train", "2")
+    assert "not enough memory for both sides: " in line and line.endswith(" are available\n")
 
 
 def test_memory_of_a_container_is_what_its_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
