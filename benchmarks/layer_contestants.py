@@ -22,7 +22,8 @@ from jax_moe.config import MoEConfig
 
 # Worst difference over the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}
-# Least gap between the last chosen and the first other router logit: more than a logit of up to 4 is off by (a gap of 8e-7 flips in fp32).
+# Least gap between the last chosen and the first other router logit: more than a logit of up to 4 is off by
+# (in fp32 one with a gap of 8e-7 was seen to flip).
 MARGIN = {"float32": 2**-16, "bfloat16": 2**-5}
 TRITON = "jax_ragged_dot_use_gpu_pallas_triton_lowering"  # a setting of jax 0.10 and 0.11, gone in 0.12
 Numbers = dict[str, jax.Array]
