@@ -44,6 +44,7 @@ def _slightly_wrong(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array)
 
 
 def _breaks(shape: Shape, numbers: Any) -> Any:
+    """Planted: what a peer's kernel raises on a device that it does not serve; the command must report it and go on."""
     raise NotImplementedError("no kernel for this device\nand more")
 
 
