@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_moe import guarded
 from jax_moe.cli import main
 from jax_moe.porting.files import write_state
 from moe_parity import explanation, memory, svg
@@ -217,32 +218,32 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(
 def test_too_little_memory_is_said_first(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     line = fails(capsys, "parity", model, "--grads", "--dtype", "float64")
     assert re.search(r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line)
     assert line.rstrip().endswith("less would do with --dtype float32 and no --grads")
     monkeypatch.undo()
-    assert memory.available() is None or memory.available() > 0  # type: ignore[operator]
+    assert guarded.available_memory() is None or guarded.available_memory() > 0  # type: ignore[operator]
 
 
 def test_too_little_memory_for_whole_runs_is_said_too(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch", reason="its absence is said before")
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     line = fails(capsys, "parity", model, "--train", "2")
     assert "not enough memory for both sides: " in line and line.endswith(" are available\n")
 
 
 def test_memory_of_a_container_is_what_its_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    assert memory.available() is None
+    monkeypatch.setattr(guarded, "CGROUP", tmp_path)
+    monkeypatch.setattr(guarded, "MEMINFO", tmp_path / "meminfo")
+    assert guarded.available_memory() is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:      8 kB\n")
-    assert memory.available() == 8192
+    assert guarded.available_memory() == 8192
     for name, text in (("memory.max", "5000"), ("memory.current", "3000"), ("memory.stat", "anon 9\nfile 1000\n")):
         (tmp_path / name).write_text(text)
-    assert memory.available() == 3000
+    assert guarded.available_memory() == 3000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available() == 8192
+    assert guarded.available_memory() == 8192
     assert memory.needed(10, 4, 30, "outputs") == 80 and memory.needed(10, 4, 900, "gradients") == 1800
