@@ -543,5 +543,59 @@ DISPATCH = [
     ),
 ]
 
-MUTATIONS = [*CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]
+SKIP = "parity_tests/test_unchosen_skip_torch.py::"
+STEPS, STATE = (f"{SKIP}test_steps_are_those_of_pytorch",), (f"{SKIP}test_state_there_and_back",)
+OPTIMIZERS = [
+    Mutation(
+        "jax: an unchosen expert's moments go on",
+        "jax_moe/unchosen.py",
+        "new_mu, new_nu = jnp.where(mask, new_mu, mu), jnp.where(mask, new_nu, nu)",
+        "pass",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: an unchosen expert counts a step",
+        "jax_moe/unchosen.py",
+        "value + masks[path].astype(value.dtype)",
+        "value + 1",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: an unchosen expert decays",
+        "jax_moe/unchosen.py",
+        "value if mask is None else jnp.where(mask, value, 0)",
+        "value",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: the last part alone says who was chosen",
+        "jax_moe/unchosen.py",
+        "value | (before[path] & goes_on)",
+        "value",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: what was all dropped counts as chosen",
+        "jax_moe/losses.py",
+        "(stats.expert_load_E > 0) & (stats.dropped_fraction < 1)[..., None]",
+        "stats.expert_load_E > 0",
+        tests=(f"{SKIP}test_who_had_tokens",),
+    ),
+    Mutation(
+        "torch: an unchosen expert keeps its zeros",
+        "torch_ref/unchosen.py",
+        "parameter.grad = None",
+        "pass",
+        tests=STEPS,
+    ),
+    Mutation(
+        "port: the experts' own counts are lost",
+        "jax_moe/porting/optimizer_state.py",
+        "own_steps = {name: steps[name] for name in own if steps[name] != most}",
+        "own_steps = {}",
+        tests=STATE,
+    ),
+]
+
+MUTATIONS = [*OPTIMIZERS, *CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]
 assert len({one.name for one in MUTATIONS}) == len(MUTATIONS), "names must be unique"

@@ -11,11 +11,13 @@ from torch.nn import functional
 
 import torch_ref
 from jax_moe.config import MakeMoEConfig
+from jax_moe.porting.torch_conventions import in_full_precision
 from jax_moe.precision import PRECISIONS
 from torch_ref.block import Randomness
 from torch_ref.generation import generate
-from torch_ref.losses import MoEStats, pool_balance_loss
+from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
 from torch_ref.precision import call_in, torch_dtype
+from torch_ref.unchosen import skip_unchosen
 from train import checkpoint, run_folder
 from train.configs import TrainConfig
 from train.jax_learner import JaxLearner
@@ -43,7 +45,7 @@ class TorchLearner:
             self.model.parameters(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.eps,
             weight_decay=settings.weight_decay,
         )
-        self.rate = learning_rate(settings, config.steps)
+        self.rate = in_full_precision(learning_rate(settings, config.steps))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.device = f"torch on {self.torch_device}"
 
@@ -69,8 +71,10 @@ class TorchLearner:
             total = total + settings.balance_loss_weight * pool_balance_loss(stats, self.model_config.moe)
         if settings.router_z_loss_weight:
             total = total + settings.router_z_loss_weight * stats.router_z_loss.mean()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        if settings.unchosen == "skip":
+            skip_unchosen(self.model, chosen_experts(stats))
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         self.optimizer.step()

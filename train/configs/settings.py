@@ -65,6 +65,8 @@ class OptimizerSettings:
     """On all parameters, times the learning rate."""
     clip_norm: float | None = None
     """Scale gradients down to this global norm; None: never."""
+    unchosen: Literal["skip", "decay"] = "decay"
+    """An expert without tokens in a step: skip leaves it alone, as PyTorch does; decay: weight decay and momentum move it."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["none", "cosine"] = "none"
