@@ -1,9 +1,10 @@
 """Mixture of Experts in JAX, provably equal to `torch_ref` in PyTorch.
 
-Names load on first use, so `import jax_moe.config` pulls in neither jax nor flax.
+Names and submodules load on first use, so `import jax_moe.config` pulls in neither jax nor flax.
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 _HOMES = {
@@ -37,8 +38,6 @@ _HOMES = {
     "save_pretrained": "porting.pretrained",
     "to_torch": "porting",
 }
-_MODULES = ("config", "presets", "losses", "precision")
-
 __all__ = [*_HOMES, "presets"]
 __version__ = "0.1.0"
 
@@ -46,7 +45,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"jax_moe.{_HOMES[name]}"), name)
-    elif name in _MODULES:
+    elif not name.startswith("_") and importlib.util.find_spec(f"jax_moe.{name}") is not None:
         value = importlib.import_module(f"jax_moe.{name}")
     else:
         raise AttributeError(f"module 'jax_moe' has no attribute {name!r}")

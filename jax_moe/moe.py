@@ -94,11 +94,23 @@ class MoE(nnx.Module):
         `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
         `expert_BTK` replays choices. Raises ValueError if x_BTD is not model_dim wide, or capacity is below one slot.
         """
-        routed = self.routing(
+        y_BTD, stats, _ = self.with_routing(
             x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
-            expert_BTK=expert_BTK, capacity_limit=capacity_limit,
+            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK, capacity_limit=capacity_limit,
         )
-        x_GSD, routing, slots, capacity, mask_GS = routed
+        return y_BTD, stats
+
+    def with_routing(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        keep_BTKD: Bool[Array, "B T K D"] | None = None,
+        **arrays: Array | None,
+    ) -> tuple[Float[Array, "B T D"], MoEStats, Routing]:
+        """The answer, its statistics and the routing that it was made with. Arguments as in a call."""
+        x_GSD, routing, slots, capacity, mask_GS = self.routing(x_BTD, key=key, training=training, **arrays)
         rate = self.config.expert.dropout
         moves = Moves(
             config=self.config, capacity=capacity, apply=self._apply_experts, weights=self.experts.weights(),
@@ -110,7 +122,7 @@ class MoE(nnx.Module):
         if self.config.expert.shared_dim:
             y_GSD += self.shared_answer(x_GSD, mask_GS)
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS)
-        return merge_groups(y_GSD, *x_BTD.shape[:2]), stats
+        return merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing
 
     def routing(
         self,

@@ -2,10 +2,11 @@
 
 Beside `jax_moe` and `torch_ref`, for it runs both. No torch is imported before a run needs it.
 
-Your own modules: `compare_modules`; which convention differs: `explain`. Names load on first use.
+Your own modules: `compare_modules`; which convention differs: `explain`. Names and submodules load on first use.
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 _HOMES = {
@@ -19,9 +20,12 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"moe_parity.{_HOMES[name]}"), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"moe_parity.{name}") is not None:
+        value = importlib.import_module(f"moe_parity.{name}")
+    else:
         raise AttributeError(f"module 'moe_parity' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"moe_parity.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

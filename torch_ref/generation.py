@@ -1,10 +1,13 @@
 """Text from a model: sampling with makeMoE's sliding window, one token after the other."""
 
+from typing import Any
+
 import torch
 
 from torch_ref.block import Randomness
 from torch_ref.dims import Int, Tensor
 from torch_ref.models.makemoe import MakeMoE
+from torch_ref.routing import wide
 from torch_ref.sampling import check_sampling, choose_tokens
 
 
@@ -45,12 +48,13 @@ def generate(
 def router_noise(
     model: MakeMoE, tokens_BT: Int[Tensor, "B T"], random: bool, generator: torch.Generator | None
 ) -> Randomness | None:
-    """Unit Gaussians for every router, or zeros that silence it; None for a model without learned noise."""
+    """Unit Gaussians for every router, in fp32 or wider, or zeros that silence it; None for a model without learned noise."""
     config = model.config
     if not config.noise:
         return None
-    like = model.lm_head.weight
+    weight = model.lm_head.weight
+    like: dict[str, Any] = {"dtype": wide(weight.dtype), "device": weight.device}
     shape = (config.num_layers, *tokens_BT.shape, config.num_experts)
     if not random:
-        return Randomness(noise_BTE=torch.zeros(shape, dtype=like.dtype, device=like.device))
-    return Randomness(noise_BTE=torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator))
+        return Randomness(noise_BTE=torch.zeros(shape, **like))
+    return Randomness(noise_BTE=torch.randn(shape, generator=generator, **like))

@@ -1,20 +1,23 @@
 """The next token from its logits: greedy, or drawn after temperature, top-k and top-p."""
 
+import math
+
 import torch
 
 from torch_ref.config import require
 from torch_ref.dims import Float, Int, Tensor
+from torch_ref.routing import best_first, wide
 
 
 def filter_logits(
     logits_BV: Float[Tensor, "B V"], top_k: int | None = None, top_p: float | int | None = None
 ) -> Float[Tensor, "B V"]:
-    """Logits with -inf outside the top-k and the nucleus: the fewest best tokens whose probabilities reach top_p.
+    """Logits in fp32 or wider, -inf outside the top-k and the nucleus: the fewest best tokens that weigh top_p together.
 
     Ties at the k-th place all stay. The nucleus is taken after the top-k and always keeps the best token.
     """
     filtered = []
-    for logits_V in logits_BV:
+    for logits_V in logits_BV.to(wide(logits_BV.dtype)):
         if top_k is not None:
             kth = logits_V.sort(descending=True).values[:top_k][-1]
             logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
@@ -32,10 +35,13 @@ def choose_tokens(
     logits_BV: Float[Tensor, "B V"], temperature: float | int, top_k: int | None, top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int[Tensor, "B 1"]:
-    """The best token, or one drawn from the filtered softmax."""
+    """The best token, the lower index on ties, or one drawn from the filtered softmax, in fp32 or wider."""
     if temperature == 0:
-        return logits_BV.argmax(dim=-1, keepdim=True)
-    logits_BV = filter_logits(logits_BV / temperature, top_k, top_p)
+        return best_first(logits_BV, 1)
+    logits_BV = logits_BV.to(wide(logits_BV.dtype))
+    # the best at 0: a small temperature must not make several infinite
+    logits_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
+    logits_BV = filter_logits(logits_BV / max(temperature, torch.finfo(logits_BV.dtype).tiny), top_k, top_p)
     return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1, generator=generator)
 
 
@@ -43,5 +49,6 @@ def check_sampling(max_new_tokens: int, temperature: float | int, top_k: int | N
     """Raises ValueError for settings that cannot be sampled with."""
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     require(temperature >= 0, "temperature", temperature, "0 (greedy) or above")
+    require(temperature < math.inf, "temperature", temperature, "finite")
     require(top_k is None or top_k >= 1, "top_k", top_k, "None or at least 1")
     require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "None or above 0 and at most 1")

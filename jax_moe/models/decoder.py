@@ -15,6 +15,7 @@ from flax import nnx
 
 from jax_moe.decoder_config import DecoderConfig, Origin
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
 from jax_moe.grouped_attention import GroupedAttention, RMSNorm, Rotations, visible_positions
@@ -217,9 +218,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, tuple[MoEStats, Array] | None]:
         if isinstance(ffn, Experts):
             return self.dense_answer(x_BTD, ffn), None
-        y_BTD, stats = ffn(x_BTD, key=key, training=training, mask_BT=mask_BT, expert_BTK=replay_BTK)
-        # the same computation as inside the call; compiled, it is done once, and not at all where nobody asks
-        expert_BTK = ffn.routing(x_BTD, mask_BT=mask_BT, expert_BTK=replay_BTK)[1].expert_GSK.reshape(*x_BTD.shape[:2], -1)
+        y_BTD, stats, routing = ffn.with_routing(x_BTD, key=key, training=training, mask_BT=mask_BT, expert_BTK=replay_BTK)
+        expert_BTK = merge_groups(routing.expert_GSK, *x_BTD.shape[:2])
         return y_BTD, (stats, expert_BTK)
 
     def dense_answer(self, x_BTD: Array, ffn: Experts) -> Array:
