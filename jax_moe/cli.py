@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jax_moe.guarded import never_fail_to_print
 from jax_moe.porting.recognise import Choices
 
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
@@ -135,7 +134,6 @@ class Parity:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself."""
-    never_fail_to_print()
     about = "Mixture of Experts in JAX and PyTorch."
     command = tyro.cli(Port | Inspect | Generate | Parity, args=arguments, prog="jax-moe", description=about)  # type: ignore
     try:

@@ -6,7 +6,6 @@ Standard library and NumPy only. Every refusal is a ValueError of one line that 
 import json
 import math
 import stat
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -25,13 +24,6 @@ def shorten(value: object, most: int = MAX_WORDS) -> str:
     """The text of a value on one line, its middle left out where it is longer than `most` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
-
-
-def never_fail_to_print() -> None:
-    """Characters that the terminal's encoding lacks are printed as escapes from now on, instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_json(text: str | bytes, where: object) -> Any:

@@ -77,13 +77,14 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureF
     before = "import os, signal, pytest\nfrom parity_tests.commands import stop_before\n"
     before += "stop_before(3, lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())"
     done = command("port", whole, tmp_path / "target", *PORT, before=before)
-    assert done.returncode == -signal.SIGKILL and names(tmp_path) == {".target.part", ".target.lock"}
+    assert done.returncode == -signal.SIGKILL and names(tmp_path) == {".target.part"}
     assert "2 left by an interrupted port" in run(capsys, "port", whole, tmp_path / "target", *PORT)
     assert names(tmp_path) == {"target"} and jax_moe.load_pretrained(tmp_path / "target")
 
 
 def test_two_at_once(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with (tmp_path / ".target.lock").open("w") as lock:
+    (tmp_path / ".target.part").mkdir()
+    with (tmp_path / ".target.part" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is writing it" in fails(capsys, "port", whole, tmp_path / "target", *PORT)
+        assert "another port is writing it" in fails(capsys, "port", whole, tmp_path / "target", *PORT)
     run(capsys, "port", whole, tmp_path / "target", *PORT)

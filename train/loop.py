@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from jax_moe.guarded import never_fail_to_print, shorten
-from jax_moe.porting.claim import Claim
-from jax_moe.porting.files import check_space
-from train import checkpoint, data, metrics, run_folder
+from train import data, metrics, run_folder
 from train.configs import PRESETS
 from train.configs.settings import Start, TrainConfig, check, flat
 from train.interrupt import Interrupt
@@ -43,12 +39,6 @@ class Run:
     start: int
     rows: list[metrics.Row]
     note: str | None = None
-    held: Claim | None = None  # None: the folder is this process's alone
-
-    def check_there(self) -> None:
-        """Raises OSError if the run's folder was removed or replaced since the run began."""
-        if self.held is not None and not self.held.holds():
-            raise OSError(f"{self.folder} was removed or replaced during the run")
 
     def batch(self, use: data.Use, step: int, number: int = 0) -> np.ndarray:
         """Tokens [B, T + 1]."""
@@ -56,49 +46,45 @@ class Run:
         return data.batch(self.text, config.seed, use, step, config.batch_size, config.model.block_size, number)
 
 
-def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path | None]:
-    """Settings from the command line, those of the run to be resumed, and the folder (None: the next one). Raises ValueError."""
+def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path]:
+    """Settings from the command line, those of the run to be resumed, and the folder. Raises ValueError."""
     asks_help = {"-h", "--help"} & set(arguments)
     start, _ = tyro.cli(Start, args=arguments, add_help=False, return_unknown_args=True)
-    folder = None if asks_help else run_folder.choose(start)
-    saved = run_folder.read_config(folder)["config"] if start.resume and folder is not None else None
+    folder = Path() if asks_help else run_folder.choose(start)
+    saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
     preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
     defaults = saved or PRESETS[preset or "quick"]
     defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
     config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
-    return config, saved, folder
+    return dataclasses.replace(config, out=str(folder)), saved, folder
 
 
-def prepare(config: TrainConfig, saved: TrainConfig | None, chosen: Path | None) -> Run:
+def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run:
     """Everything that can be wrong with a request is found here, as ValueError, before anything is written."""
     check(config)
     check_logger(config)
     if saved is not None:
-        run_folder.check_same(config, saved, chosen or Path())
+        run_folder.check_same(config, saved, folder)
     task = read_task(config)
     text = task.text
     text.encode(config.sample_prompt)
     about = {"model": task.about, "parameters": None, "text": text.about()}
-    if saved is not None and chosen is not None:
-        known = run_folder.read_config(chosen)["text"]["sha256"]
+    if saved is None:
+        run_folder.claim(folder)
+    else:
+        known = run_folder.read_config(folder)["text"]["sha256"]
         if known != text.sha256:
-            raise ValueError(f"data={text.source!r}: must be the text that {chosen} was trained on (sha256 {known[:12]}...)")
-    folder, held = run_folder.claim(chosen, resume=saved is not None)
-    config, note = dataclasses.replace(config, out=str(folder)), task.note
+            raise ValueError(f"data={text.source!r}: must be the text that {folder} was trained on (sha256 {known[:12]}...)")
     try:
         learner = make_learner(config, task)
-        check_space(folder / "checkpoints", checkpoint.DISK_COPIES * learner.num_parameters * 4)
         start, rows = 0, list[metrics.Row]()
-        if saved is not None and (checkpoint.steps_of(folder / "checkpoints") or run_folder.is_finished(folder)):
+        if saved is not None:
             start, rows = _restore(config, learner, folder)
-        elif saved is not None:
-            metrics.keep_until(folder, -1)
-            note = "no checkpoint was saved yet: the run starts over from step 0"
-        run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
     except BaseException:
-        run_folder.release(folder, held)
+        run_folder.release(folder)
         raise
-    return Run(config, folder, text, learner, start, rows, note, held)
+    run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
+    return Run(config, folder, text, learner, start, rows, task.note)
 
 
 def _restore(config: TrainConfig, learner: Learner, folder: Path) -> tuple[int, list[metrics.Row]]:
@@ -109,14 +95,6 @@ def _restore(config: TrainConfig, learner: Learner, folder: Path) -> tuple[int, 
 
 def train(run: Run) -> int:
     """Trains to the end or to a signal; the exit code."""
-    try:
-        return _train(run)
-    finally:
-        if run.held is not None:
-            run.held.release()
-
-
-def _train(run: Run) -> int:
     config, logger = run.config, open_logger(run.folder, run.config)
     with Interrupt() as stop, display(run.start, config.steps) as show:
         learner, text = run.learner, run.text
@@ -128,7 +106,6 @@ def _train(run: Run) -> int:
     if done < config.steps:
         if config.pretrained is not None:
             run.learner.write(run.folder)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved: a second Ctrl-C has nothing to stop
         print(f"stopped and saved at step {done} of {config.steps}; to go on: {resume_command(run.folder)}", flush=True)
         return INTERRUPTED
     finish(run)
@@ -150,7 +127,6 @@ def _steps(run: Run, logger: Logger, stop: Interrupt, show: Display) -> int:
             meter.pause()
             row = evaluate(run, step, meter.rate(), stop)
             if row is not None:
-                run.check_there()
                 run.rows.append(row)
                 metrics.append(run.folder, row)
                 logger.log(row)
@@ -172,25 +148,12 @@ def _steps(run: Run, logger: Logger, stop: Interrupt, show: Display) -> int:
             show.show(step + 1, float(loss), meter.rate())
         if due or step + 1 == config.steps:
             meter.pause()
-            save(run, step + 1)
+            learner.save(run.folder / "checkpoints", step + 1, flat(config))
             saved = step + 1
             meter.resume()
     if saved != step:
-        save(run, step)
+        learner.save(run.folder / "checkpoints", step, flat(config))
     return step
-
-
-def save(run: Run, step: int) -> None:
-    """A checkpoint. Raises OSError that names the last good one where it cannot be written."""
-    folder = run.folder / "checkpoints"
-    try:
-        run.check_there()
-        run.learner.save(folder, step, flat(run.config))
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError for a full disk
-        reason = getattr(error, "strerror", None) or shorten(error)
-        good = [known for known in checkpoint.steps_of(folder) if known != step]
-        last = f"the last good checkpoint is {folder / str(good[-1])}" if good else "no checkpoint was saved before"
-        raise OSError(f"step {step} could not be saved ({reason}); {last}") from None
 
 
 def evaluate(run: Run, step: int, rate: float | None, stop: Interrupt) -> metrics.Row | None:
@@ -225,7 +188,6 @@ def describe(row: metrics.Row, meter: Meter, config: TrainConfig) -> str:
 def finish(run: Run) -> None:
     """Plots, the trained model, and a sample, printed and saved."""
     config, folder = run.config, run.folder
-    run.check_there()
     plot_run(folder, run.rows)
     run.learner.write(folder)
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
@@ -236,7 +198,6 @@ def finish(run: Run) -> None:
 
 def main() -> int:
     """The command; its exit code. What is wrong with a request is one line on stderr."""
-    never_fail_to_print()
     try:
         try:
             run = prepare(*read_settings(sys.argv[1:]))

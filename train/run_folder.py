@@ -10,75 +10,39 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from jax_moe.config import require
-from jax_moe.porting.claim import Claim, TakenError
 from train import metrics
 from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
 
 RUNS = Path("runs")
 CONFIG = "config.json"
-LOCK = ".lock"
-WEIGHTS = "model.safetensors"
-PATTERN = "[]*?\\"  # characters of file name patterns
 
 
-def choose(start: Start) -> Path | None:
-    """The folder that `--out` names, with --resume alone the newest runs/NNN, or None: the next one, once the run begins."""
+def choose(start: Start) -> Path:
+    """The folder that `--out` names, or the next runs/NNN, or with --resume the newest runs/NNN."""
     if start.out is not None:
         return Path(start.out)
-    if not start.resume:
-        return None
-    numbers = _numbers()
-    require(bool(numbers), "resume", True, "used with --out FOLDER, or where runs/NNN exists")
-    return RUNS / f"{max(numbers):03d}"
+    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()] if RUNS.is_dir() else []
+    if start.resume:
+        require(bool(numbers), "resume", True, "used with --out FOLDER, or where runs/NNN exists")
+        return RUNS / f"{max(numbers):03d}"
+    return RUNS / f"{max(numbers, default=0) + 1:03d}"
 
 
-def claim(folder: Path | None, resume: bool = False) -> tuple[Path, Claim]:
-    """Takes the folder of a run for this process: a new one is made, of None the next runs/NNN.
-
-    Raises ValueError if another process holds it, if a new run's folder holds anything, or if it cannot be written.
-    """
+def claim(folder: Path) -> None:
+    """Makes the folder. Raises ValueError if it holds anything or cannot be written."""
     try:
-        if folder is None:
-            return _next()
-        check_name(folder)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"out={str(folder)!r}: must be new or empty; --resume continues the run in it")
         folder.mkdir(parents=True, exist_ok=True)
-        held = Claim(folder / LOCK)
-    except TakenError:
-        raise ValueError(f"out={str(folder)!r}: another run is writing it: must be another folder") from None
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        raise ValueError(f"out={str(folder or RUNS)!r}: must be a folder that can be written ({error.strerror})") from None
-    if not resume and any(entry.name != LOCK for entry in folder.iterdir()):
-        held.release()
-        raise ValueError(f"out={str(folder)!r}: must be new or empty; --resume continues the run in it")
-    return folder, held
+        raise ValueError(f"out={str(folder)!r}: must be a folder that can be written ({error.strerror})") from None
 
 
-def _next() -> tuple[Path, Claim]:
-    """The next number whose folder this process makes: of two that try, one goes on to the number after."""
-    check_name(RUNS)
-    RUNS.mkdir(exist_ok=True)
-    number = max(_numbers(), default=0)
-    while True:
-        number += 1
-        folder = RUNS / f"{number:03d}"
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder, Claim(folder / LOCK)
-
-
-def _numbers() -> list[int]:
-    return [int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()] if RUNS.is_dir() else []
-
-
-def check_name(folder: Path) -> None:
-    """Raises ValueError for a path under which Orbax does not find again what it wrote: it reads it as a pattern."""
-    odd = sorted(set(str(folder.absolute())) & set(PATTERN))
-    require(not odd, "out", str(folder), f"a path without {' '.join(odd)} (the checkpoints could not be read back)")
-
-
-def release(folder: Path, held: Claim) -> None:
-    """Gives a claimed folder back; removes it if it is still empty."""
-    held.release()
+def release(folder: Path) -> None:
+    """Removes a claimed folder that is still empty."""
     with suppress(OSError):
         folder.rmdir()
 
@@ -100,7 +64,7 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
     part = folder / ".model.safetensors"
     contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
     part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
-    part.replace(folder / WEIGHTS)
+    part.replace(folder / "model.safetensors")
 
 
 def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
@@ -111,11 +75,6 @@ def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> No
             versions[name] = version(name)
     content = {"settings": flat(config), **about, "versions": versions}
     metrics.write_whole(folder / CONFIG, json.dumps(content, indent=1) + "\n")
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the trained model is in it."""
-    return any((folder / name).exists() for name in (WEIGHTS, "pretrained"))
 
 
 def check_same(config: TrainConfig, saved: TrainConfig, where: Path) -> None:

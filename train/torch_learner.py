@@ -117,10 +117,10 @@ class TorchLearner:
             old.unlink()
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
-        steps = checkpoint.steps_of(folder)
-        if not steps:
+        paths = sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+        if not paths:
             raise ValueError(f"resume: must find a checkpoint, {folder} has none")
-        path = folder / f"{steps[-1]}.pt"
+        path = paths[-1]
         try:
             loaded = torch.load(path, map_location=self.torch_device, weights_only=True)
             model, optimizer, settings = loaded["model"], loaded["optimizer"], loaded["settings"]

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-
-from jax_moe.porting.claim import claimed
 
 PT_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PT_SUFFIXES)
@@ -129,43 +126,21 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
     Raises ValueError if `path` exists and may not be overwritten, or if the folder cannot be written.
     """
     check_target(path, overwrite, replaceable)
-    with claimed(path):
-        _clear_up(path)
-        check_target(path, overwrite, replaceable)  # another process may have finished between the two
-        part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
-        try:
-            yield part
-            sync(part)
-            old = put_in_place(part, path)
-            if old is not None:
-                shutil.rmtree(old)
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise ValueError(f"{path}: cannot be written ({reason})") from None
-        finally:
-            _remove(part)
-
-
-def _clear_up(path: Path) -> None:
-    """Removes what killed processes left of writing `path`, which is claimed: no living one is writing it.
-
-    One that was killed between two renames left the folder that it was replacing under another name: it is put back.
-    """
-    left = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}\.part{re.escape(path.suffix)}(\.old)?")
-    with suppress(OSError):  # a folder that may be written and not read
-        for found in sorted(path.parent.iterdir(), reverse=True):
-            match = left.fullmatch(found.name)
-            if match and match[1] and not path.exists():
-                os.replace(found, path)
-            elif match:
-                _remove(found)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    try:
+        yield part
+        sync(part)
+        old = put_in_place(part, path)
+        if old is not None:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def sync(path: Path, deep: bool = True) -> None:

@@ -31,8 +31,15 @@ def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
 
     path.mkdir()
     inner = path / "new"  # Orbax works beside what it writes: there, too, nothing stays behind
-    with failing_in_a_line():
-        ocp.save_checkpointables(inner.absolute(), {ITEM: _nested(arrays)})
+    with _quiet():
+        try:
+            ocp.save_checkpointables(inner.absolute(), {ITEM: _nested(arrays)})
+        except OSError:
+            raise
+        except Exception as error:  # of the library below Orbax, the system's number in its text
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else " ".join(str(error).split())[:160]) from None
     for entry in list(inner.iterdir()):
         os.replace(entry, path / entry.name)
     inner.rmdir()
@@ -69,20 +76,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def failing_in_a_line() -> Iterator[None]:
-    """For writing with Orbax: whatever it raises is an OSError, and it prints nothing of its own."""
-    with _quiet():
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:  # of the library below Orbax, the system's number in its text
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code) if number else " ".join(str(error).split())[:160]) from None
 
 
 def read_orbax(path: Path, sums: Sums) -> dict[str, Header]:

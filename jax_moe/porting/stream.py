@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.porting.claim import claimed
 from jax_moe.porting.engine import PortError
 from jax_moe.porting.files import check_space, check_target, put_in_place, sync
 from jax_moe.porting.shards import write_index
@@ -23,7 +22,7 @@ from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import Header, in_batches, reads_as, write_tensors
 
 Advance = Callable[[int], None]
-NOTE = "port.json"
+NOTE, LOCK = "port.json", "lock"
 
 
 def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
@@ -129,10 +128,8 @@ def resumable(
     """
     check_target(path, overwrite, replaceable)
     outer = path.with_name(f".{path.name}.part")
-    with claimed(path):
-        check_target(path, overwrite, replaceable)  # another process may have finished between the two
+    with _alone(outer, path):
         try:
-            outer.mkdir(exist_ok=True)
             if _note(outer) != note:
                 if _note(outer) is not None:
                     say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
@@ -149,7 +146,7 @@ def resumable(
                 raise
             raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
         except (OSError, RuntimeError) as error:
-            shutil.rmtree(outer, ignore_errors=True)
+            shutil.rmtree(outer)
             raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
         except BaseException:
             shutil.rmtree(outer)
@@ -172,3 +169,23 @@ def _note(outer: Path) -> Any:
         return json.loads((outer / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def _alone(outer: Path, path: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock, which ends with the process, however that ends."""
+    try:
+        outer.mkdir(exist_ok=True)
+        lock = (outer / LOCK).open("w")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            raise ValueError(f"{path}: cannot be written, another port is writing it (in {outer})") from None
+        yield
