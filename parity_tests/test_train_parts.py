@@ -91,6 +91,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     for path in files:
         content = path.read_bytes()
         for damaged in (content[: len(content) // 2], b"", content[:-1] + b"~", None):
+            if damaged == content:
+                continue  # an empty file
             if damaged is None:
                 path.unlink()
             else:

@@ -19,7 +19,10 @@ class BusyError(Exception):
 
 
 class Lock:
-    """Takes the lock at once or raises `BusyError`; OSError where the file cannot be made. `works`: whether there are locks here."""
+    """Takes the lock at once. Raises BusyError if it is held, OSError where its file cannot be made.
+
+    `works`: whether the file system has locks.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -34,12 +37,16 @@ class Lock:
                 raise
             os.close(self._descriptor)  # the holder before us removed the file between our opening and our locking
 
+    def lost(self) -> bool:
+        """Whether the file was removed or replaced, with its folder for example: then others see no lock."""
+        return self._descriptor is None or not _is_at(self._descriptor, self.path)
+
     def release(self) -> None:
         """Removes the file and lets go; a second time nothing."""
         if self._descriptor is None:
             return
         with suppress(OSError):  # Windows removes no open file; the folder may be gone
-            if _is_at(self._descriptor, self.path):
+            if not self.lost():
                 self.path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
@@ -88,5 +95,5 @@ def _lock(descriptor: int) -> bool:
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
