@@ -54,6 +54,9 @@ def _with_tokens(command: Generate, model: Decoder) -> None:
     """Prints the text token by token as it comes; numbers for a prompt in numbers."""
     assert model.origin is not None
     stop_tokens = end_tokens(command.path, model.origin.config_json)
+    for token in stop_tokens:
+        allowed = f"0 to {model.config.vocab_size - 1}, the model's vocabulary; correct generation_config.json or config.json"
+        require(0 <= token < model.config.vocab_size, f"{command.path}: eos_token_id", token, allowed)
     if command.tokens is None:
         require(command.prompt is not None, "prompt", None, "given, or --tokens in its place")
         assert command.prompt is not None
