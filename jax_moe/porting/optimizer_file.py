@@ -40,7 +40,7 @@ class Optimizer:
         """What of it moves."""
         after = "" if self.moments.step is None else f" after {self.moments.step:,} steps"
         own = self.moments.own_steps.values()
-        fewer = f" ({min(own):,} to {max(own):,} where experts had no tokens)" if own else ""
+        fewer = f" ({min(own):,} to {max(own):,} where experts had no tokens)" if own and after else ""
         return f"optimizer state ({' and '.join(self.moments.arrays) or 'no moments yet'}){after}{fewer}"
 
 
@@ -69,9 +69,8 @@ def write_optimizer(file: Path, optimizer: Optimizer, module: nnx.Module, layout
         f"{word}.{name}": value for word, named in moments.arrays.items()
         for name, value in flatten(from_torch_tree(module, named, layout=layout)).items()
     }
-    if moments.step is not None:
-        counts = counts_of(tree_plan(module, layout=layout), moments.own_steps, moments.step)
-        arrays |= {f"{COUNTS}{path}": value for path, value in counts.items()}
+    counts = counts_of(tree_plan(module, layout=layout), moments.own_steps, _most(moments.step))
+    arrays |= {f"{COUNTS}{path}": value for path, value in counts.items()}
     about = {
         "step": moments.step, "step_dtype": moments.step_dtype, "groups": optimizer.groups, "order": optimizer.order,
         "others": optimizer.others, "words": list(moments.arrays),
@@ -91,11 +90,16 @@ def read_optimizer(file: Path, module: nnx.Module, layout: str) -> Optimizer:
             raise ValueError(f"must hold {' and '.join(about['words'])} of the model's parameters; not so: {wrong}")
         moments = {word: to_torch(module, _behind(f"{word}.", arrays), layout=layout) for word in about["words"]}
         counts = _behind(COUNTS, arrays)
-        own_steps = own_steps_of(tree_plan(module, layout=layout), counts, about["step"]) if counts else {}
+        own_steps = own_steps_of(tree_plan(module, layout=layout), counts, _most(about["step"]))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     read = Moments(moments, about["step"], about["step_dtype"], own_steps)
     return Optimizer(read, about["groups"], about["order"], about["others"])
+
+
+def _most(step: int | None) -> int:
+    """SGD does not count: of its experts is kept whether they have momentum, 1 or 0."""
+    return 1 if step is None else step
 
 
 def parameters(module: nnx.Module, layout: str) -> set[str]:

@@ -30,7 +30,7 @@ class Moments:
     arrays: dict[str, dict[str, np.ndarray]]
     step: int | None  # None: SGD does not count
     step_dtype: str = "float32"  # of torch's counter
-    own_steps: dict[str, int] = field(default_factory=dict)  # of experts' parameters with another count than `step`
+    own_steps: dict[str, int] = field(default_factory=dict)  # of experts' parameters with another count than `step`; SGD's: 0
 
 
 def optimizer_from_torch(
@@ -96,7 +96,8 @@ def read_state_dict(
 ) -> Moments:
     """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ.
 
-    `experts` {name: shape} may have taken fewer steps of AdamW than the others; those with no entry have taken none.
+    `experts` {name: shape} may have taken fewer steps than the others; those with no entry have taken none, and their moments
+    are zero: SGD goes on from a momentum of zero as it does from none.
     """
     order = _order(state_dict, names)
     entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))
@@ -106,8 +107,9 @@ def read_state_dict(
     kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
     if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
         raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
-    own = {} if kind is SGD or experts is None else {name: experts[name] for name in order if name in experts}
-    entries |= _untouched({name: shape for name, shape in own.items() if not entries[name]}, entries)
+    own = {} if experts is None else {name: experts[name] for name in order if name in experts}
+    untouched = {name: shape for name, shape in own.items() if not entries[name]}
+    entries |= _untouched(untouched, entries, kind)
     steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
     words = [*kind, "step"] if kind is ADAM else list(kind)
     most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
@@ -121,20 +123,22 @@ def read_state_dict(
         raise error
     arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
     if kind is SGD:
-        return Moments(arrays, None)
+        return Moments(arrays, None, own_steps=dict.fromkeys(untouched, 0))
     counter = _numpy(next(entry["step"] for name, entry in entries.items() if steps[name] == max(steps.values()))).dtype
     own_steps = {name: steps[name] for name in own if steps[name] != most}
     return Moments(arrays, most, counter.name if counter.kind == "f" else "float32", own_steps)
 
 
-def _untouched(shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _untouched(
+    shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """Entries of parameters that have taken no step: zeros, in the dtype of those that have."""
     found: dict[str, dict[str, Any]] = {}
     for name, shape in shapes.items():
         ending = name.rsplit(".", 2)[-2:]
         like = sorted((one for one in entries if entries[one]), key=lambda one: one.rsplit(".", 2)[-2:] != ending)
-        dtypes = {word: _numpy(entries[like[0]][word]).dtype for word in ADAM if entries[like[0]].get(word) is not None}
-        found[name] = {"step": 0, **{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
+        dtypes = {word: _numpy(entries[like[0]][word]).dtype for word in kind if entries[like[0]].get(word) is not None}
+        found[name] = ({"step": 0} if kind is ADAM else {}) | {**{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
     return found
 
 
