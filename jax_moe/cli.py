@@ -150,14 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     if words == ["--version"]:
         print(f"jax-moe {jax_moe.__version__}")
         return 0
-    about = "Mixture of Experts in JAX and PyTorch. --version prints the version."
-    try:
-        command = tyro.cli(Port | Inspect | Generate | Parity, args=words, prog="jax-moe", description=about)  # type: ignore
-    except SystemExit as stopped:
-        known = [f"{word} is {SAID_ELSEWHERE[word]} here" for word in words if word in SAID_ELSEWHERE]
-        if stopped.code not in (0, None) and known:
-            print(f"jax-moe: {', '.join(known)}", file=sys.stderr)
-        raise
+    command = parse(words)
     try:
         if isinstance(command, Port):
             from jax_moe.commands.port import port
@@ -183,6 +176,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"jax-moe: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130
+
+
+def parse(words: list[str]) -> Port | Inspect | Generate | Parity:
+    """The command that the words ask for. Raises SystemExit, as tyro does, for what it is not, and for --help."""
+    about = "Mixture of Experts in JAX and PyTorch. --version prints the version."
+    try:
+        return tyro.cli(Port | Inspect | Generate | Parity, args=words, prog="jax-moe", description=about)  # type: ignore
+    except SystemExit as stopped:
+        known = [f"{word} is {SAID_ELSEWHERE[word]} here" for word in words if word in SAID_ELSEWHERE]
+        if stopped.code not in (0, None) and known:
+            print(f"jax-moe: {', '.join(known)}", file=sys.stderr)
+        raise
 
 
 def _in_shell(message: str) -> str:
