@@ -99,7 +99,7 @@ def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     if there:
         if not overwrite:
-            raise ValueError(f"{path}: exists already; --overwrite replaces it")
+            raise ValueError(f"{path}: exists already; overwrite=True replaces it")
         if not replaceable(path):
             raise ValueError(f"{path}: exists and is not a checkpoint; it is not replaced")
     if not path.parent.is_dir():
