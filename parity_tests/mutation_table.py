@@ -416,9 +416,16 @@ TORCH = [
     Mutation(
         "torch: second choices first",
         "torch_ref/dispatch.py",
-        "k_R, token_R = wants_SK.T.nonzero(as_tuple=True)",
-        "k_R, token_R = wants_SK.T.flip(0).nonzero(as_tuple=True); k_R = wants_SK.shape[1] - 1 - k_R",
+        "k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)",
+        "k_R, row_R = wants_SK[order_S].T.flip(0).nonzero(as_tuple=True); k_R = wants_SK.shape[1] - 1 - k_R",
         rows=OVERFLOW,
+    ),
+    Mutation(
+        "torch: batch priority by the last choice's weight",
+        "torch_ref/dispatch.py",
+        "weight_SK.detach().amax(dim=1)",
+        "weight_SK.detach().amin(dim=1)",
+        rows=("overflow, batch order",),
     ),
     Mutation(
         "torch: queues are one shorter",
@@ -512,12 +519,25 @@ DISPATCH = [
         "pass",
         rows=("padding, fixed groups",),
     ),
-    Mutation("jax: first choices are not first", "jax_moe/dispatch.py", 'if priority == "choice":', "if False:", rows=OVERFLOW),
+    Mutation(
+        "jax: first choices are not first",
+        "jax_moe/dispatch.py",
+        "jnp.arange(K, dtype=jnp.int32) * S + token_GS[..., None]",
+        "jnp.arange(K, dtype=jnp.int32) + K * token_GS[..., None]",
+        rows=OVERFLOW,
+    ),
+    Mutation(
+        "jax: batch priority is choice order",
+        "jax_moe/dispatch.py",
+        'if priority == "batch":',
+        "if False:",
+        rows=("overflow, batch order",),
+    ),
     Mutation(
         "jax: lowest probability first",
         "jax_moe/dispatch.py",
-        "jnp.argsort(-jax.lax.stop_gradient(weight_GSK)",
-        "jnp.argsort(jax.lax.stop_gradient(weight_GSK)",
+        "jnp.argsort(-weight_GR",
+        "jnp.argsort(weight_GR",
         rows=("overflow, probability order",),
     ),
     Mutation(
