@@ -1,5 +1,6 @@
 """A module with its contract, in memory and as a folder: `config.json` with `weights.safetensors` or an Orbax checkpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.config import MakeMoEConfig
+from jax_moe.guarded import shorten
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.about import MODULES, Storage, about_folder, is_folder, stored_arrays, write_about
 from jax_moe.porting.api import flatten, from_torch, load_ours, to_torch
@@ -25,6 +27,7 @@ from jax_moe.porting.recognise import Choices, assumed_choices, config_of, recog
 from jax_moe.porting.run_files import checkpoint_arrays
 from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import DTYPES
+from jax_moe.porting.wrapped import without_parts, without_prefix
 
 LAYOUTS = {
     "makemoe": "makemoe", "makemoe_layer": "makemoe", "mixtral": "mixtral", "moe": "torch_ref", "soft_moe": "soft_moe",
@@ -104,9 +107,9 @@ def checkpoint_of(
     path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None
 ) -> Checkpoint:
     """As `load`, of a state dict that was read from a file."""
-    family = recognise({name: value.shape for name, value in state.items()})
+    state, family, taken = _recognised(path, state)
     if family is None:
-        has = ", ".join(list(state)[:8])
+        has = ", ".join(shorten(name, 60) for name in list(state)[:8])
         kinds = "makeMoE, Mixtral block, Switch layer or Soft MoE"
         hint = "; a Hugging Face model is read from its folder, config.json included" if "model.layers." in has else ""
         raise ValueError(f"{path}: must be a {kinds} checkpoint; its names begin with {has}{hint}")
@@ -114,11 +117,25 @@ def checkpoint_of(
     try:
         config = config_of(family, {name: value.shape for name, value in state.items()}, choices)
         state = _converted(state, dtype)
-        module = abstract_module(family, config, _float_dtype(state))
-        assumed = assumed_choices(family, config, choices)
-        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed)
+        module = _module_for(family, config, state)
+        assumed, note = assumed_choices(family, config, choices), f"names without {' and '.join(taken)}" if taken else None
+        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed, note=note)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _recognised(path: Path, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str | None, list[str]]:
+    """The state dict without what wrappers add to its names, its family, and what was taken off."""
+    try:
+        state, taken = without_parts(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    while (family := recognise({name: value.shape for name, value in state.items()})) is None:
+        shorter = without_prefix(state)
+        if shorter is None:
+            break
+        state, taken = shorter[0], [*taken, shorter[1]]
+    return state, family, taken
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:
@@ -148,6 +165,17 @@ def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
     return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
 
 
+def _module_for(family: str, config: Any, weights: Mapping[str, np.ndarray]) -> nnx.Module:
+    """The abstract module, in the weights' dtype. Raises ValueError if the contract asks for far more numbers than they are:
+    before anything of that size is made or named (a few missing tensors are named one by one later)."""
+    module = abstract_module(family, config, _float_dtype(weights))
+    asked = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module)))
+    held = sum(value.size for value in weights.values())
+    if asked > 100 * held + 10_000:
+        raise ValueError(f"the contract asks for {asked:,} numbers: must be those of the weights, which are {held:,}")
+    return module
+
+
 def _load_folder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
     path, about = found.path, found.about
     weights = _read_weights(path, about)
@@ -162,7 +190,7 @@ def _load_folder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Chec
 def _filled(path: Path, family: str, config: Any, weights: dict[str, np.ndarray]) -> nnx.Module:
     """The module with weights under our names."""
     try:
-        return load_ours(abstract_module(family, config, _float_dtype(weights)), weights)
+        return load_ours(_module_for(family, config, weights), weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -198,7 +226,7 @@ def _load_run(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpo
     if ours:
         return Checkpoint("makemoe", _filled(place, "makemoe", config, weights), characters)
     try:
-        module = from_torch(abstract_module("makemoe", config, _float_dtype(weights)), weights)
+        module = from_torch(_module_for("makemoe", config, weights), weights)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     return Checkpoint("makemoe", module, characters)

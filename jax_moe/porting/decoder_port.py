@@ -1,6 +1,5 @@
 """A Hugging Face model carried between its folder and an Orbax checkpoint, tensor by tensor, no model built."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 
 from jax_moe.config import require
 from jax_moe.decoder_config import DecoderConfig
+from jax_moe.guarded import parse_json
 from jax_moe.porting.about import about_folder, is_folder, write_about
 from jax_moe.porting.decoder_folder import open_decoder
 from jax_moe.porting.engine import Piece, Plan, assemble, make_plan
@@ -67,7 +67,7 @@ def port_decoder(
     with open_source(source) as found:
         read = Readings(found.tensors, dtype, allow_nonfinite, str(source)).converted()
         if dtype is not None:
-            found = replace(found, text=config_text(found.text, json.loads(found.text), dtype))
+            found = replace(found, text=config_text(found.text, parse_json(found.text, found.path), dtype))
         write = _write_hf if to == "hf" else _write_orbax
         files, kept = write(replace(found, tensors=read), target, max_shard_bytes, overwrite, progress, say, also)
     elements = sum(math.prod(shape) for shape in found.plan.our_shapes.values())

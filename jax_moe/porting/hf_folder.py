@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.decoder_config import DecoderConfig, Origin
+from jax_moe.guarded import read_json, read_object
 from jax_moe.models.decoder import Decoder
+from jax_moe.porting.about import instead
 from jax_moe.porting.engine import Plan, PortError, check, make_plan
 from jax_moe.porting.families.hf import decoder_tables, family_named
 from jax_moe.porting.files import same_bits
-from jax_moe.porting.shards import BIN, BIN_INDEX, INDEX, SINGLE, open_weights
+from jax_moe.porting.shards import files_of, open_weights
 from jax_moe.porting.tensor_file import Header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,7 +65,7 @@ class HFFolder:
 def is_hf(path: Path) -> bool:
     """Whether a folder's config.json is one of Hugging Face's."""
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "format" not in values and ("model_type" in values or "architectures" in values)
@@ -104,13 +106,7 @@ def decoder_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold a folder's weights; of an opened folder, so that its index is known to be whole."""
-    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
-        if (path / index).is_file():
-            listed = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"]
-            return [path / name for name in sorted(set(listed.values()))]
-        if (path / single).exists():
-            return [path / single]
-    return []
+    return [path / name for name in files_of(path)[0]]
 
 
 def check_head(folder: HFFolder) -> None:
@@ -161,15 +157,10 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
     file = path / "config.json"
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text)
+        values = read_object(file)
     except FileNotFoundError:
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: must be JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: must hold an object")
-    return text, values
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}") from None
+    return file.read_text(encoding="utf-8"), values
 
 
 @contextmanager

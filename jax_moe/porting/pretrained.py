@@ -1,6 +1,5 @@
 """Hugging Face folders: `load_pretrained` makes a Decoder of one, `save_pretrained` writes one."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_moe.guarded import parse_json
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.engine import make_plan
 from jax_moe.porting.families.hf import FAMILIES, decoder_tables, family_named
@@ -58,7 +58,7 @@ def save_pretrained(
         raise ValueError(f"model_type=None: must be one of {', '.join(FAMILIES)} for a decoder that was not loaded")
     family = family_named(model_type or origin.model_type)  # type: ignore[union-attr]
     loaded = origin if origin is not None and origin.model_type == family.model_type else None
-    values = family.values(model.config) if loaded is None else json.loads(loaded.config_json)
+    values = family.values(model.config) if loaded is None else parse_json(loaded.config_json, "config.json")
     arrays = {".".join(map(str, keys)): v[...] for keys, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     plan = make_plan(decoder_tables(model.config, family.model_type)[0], {name: a.shape for name, a in arrays.items()})
     theirs = theirs_from(plan, arrays)

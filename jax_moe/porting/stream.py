@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.guarded import read_json
 from jax_moe.porting.alone import alone
 from jax_moe.porting.engine import PortError
 from jax_moe.porting.files import check_space, check_target, put_in_place, sync
@@ -172,6 +173,6 @@ def room_for(path: Path, needed: int) -> None:
 
 def _note(outer: Path) -> Any:
     try:
-        return json.loads((outer / NOTE).read_text(encoding="utf-8"))
+        return read_json(outer / NOTE)
     except (OSError, ValueError):
         return None
