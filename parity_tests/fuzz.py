@@ -23,8 +23,8 @@ import numpy as np
 
 LONGEST, MOST_BYTES = 5.0, 300e6  # seconds and bytes that one input may take
 ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0", "../x", [], [[]],
-    [1], {}, {"a": {}},
+    None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0", "../x", [],
+    [[]], [1], {}, {"a": {}},
 )
 
 
@@ -47,7 +47,8 @@ def finding(kind: Kind, data: bytes, folder: Path) -> str | None:
         kind.read(folder)
     except (ValueError, OSError) as error:
         message = str(error)
-        said = None if type(error) is not UnicodeDecodeError and "\n" not in message and len(message) < 4000 else repr(error)[:300]
+        fits = type(error) is not UnicodeDecodeError and "\n" not in message and len(message) < 4000
+        said = None if fits else repr(error)[:300]
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -130,6 +131,7 @@ def kinds() -> dict[str, Kind]:
 
     weights = {"model.safetensors": files["hf/model.safetensors"]}
     shard = {"model-00001-of-00001.safetensors": files["hf/model.safetensors"], "config.json": files["hf/config.json"]}
+    ours = {"weights.safetensors": files["ours/weights.safetensors"]}
     index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(files["names"], next(iter(shard)))}).encode()
     found = {
         "Hugging Face config.json": Kind("config.json", lambda: files["hf/config.json"], opened, lambda: weights),
@@ -137,9 +139,7 @@ def kinds() -> dict[str, Kind]:
             "model.safetensors", lambda: files["hf/model.safetensors"], opened, lambda: {"config.json": files["hf/config.json"]}
         ),
         "index": Kind("model.safetensors.index.json", lambda: index, opened, lambda: shard),
-        "our config.json": Kind(
-            "config.json", lambda: files["ours/config.json"], load, lambda: {"weights.safetensors": files["ours/weights.safetensors"]}
-        ),
+        "our config.json": Kind("config.json", lambda: files["ours/config.json"], load, lambda: ours),
         "npy": Kind("x.npy", lambda: files["npy"], lambda folder: read_npy(folder / "x.npy")),
         "metrics": Kind("metrics.jsonl", lambda: files["metrics"], metrics.read),
         "run settings": Kind("config.json", lambda: files["run"], run_folder.read_config),
