@@ -1,9 +1,10 @@
 """How long does one training step of the published makeMoE run take, in JAX and in PyTorch written the original way?
 
-    python -m benchmarks.train_step [--capacity-factor 1.0] [--rounds 30] [--json]
+    python -m benchmarks.train_step [--capacity-factor 1.0] [--rounds 30] [--unchosen] [--json]
 
 Batch 16, block 32, width 128, 8 layers, 8 experts, top-2, dropout 0.1, AdamW. Checks first that both give the same loss
 from the same weights (noise and dropout silent); then times whole steps in turn and prints medians and their ratio.
+`--unchosen` asks instead what it costs in JAX to leave experts without tokens alone (`unchosen="skip"` against "decay").
 """
 
 import argparse
@@ -22,24 +23,27 @@ from flax import nnx
 import jax_moe
 import torch_ref
 from benchmarks.timing import Parser, alternate, machine, median_ratio, positive
+from jax_moe.porting.torch_conventions import Unchosen, adamw_as_torch
 
 BATCH_SIZE = 16
 SAME = 2e-5  # relative difference of the two losses; measured 1e-7
 
 
-def jax_step(model: jax_moe.MakeMoE, batches: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Callable, Callable]:
+def jax_step(
+    model: jax_moe.MakeMoE, batches: list[tuple[np.ndarray, np.ndarray]], unchosen: Unchosen = "decay"
+) -> tuple[Callable, Callable]:
     """(one training step, the deterministic loss of the first batch)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))
-    optimizer = optax.adamw(1e-3, weight_decay=0.01)
+    optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen)
 
-    def loss_of(params: dict, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        logits = nnx.merge(graphdef, params, rest)(x, key=key)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    def loss_of(params: dict, x: jax.Array, y: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        logits, stats = nnx.merge(graphdef, params, rest).logits_and_stats(x, key=key)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), jax_moe.chosen_experts(stats)
 
     def step(params: dict, state: optax.OptState, x: jax.Array, y: jax.Array, key: jax.Array) -> tuple:
-        loss, gradient = jax.value_and_grad(loss_of)(params, x, y, key)
-        updates, state = optimizer.update(gradient, state, params)
+        (loss, chosen_LE), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, x, y, key)
+        updates, state = optimizer.update(gradient, state, params, chosen=chosen_LE)  # unused by "decay": not computed
         return optax.apply_updates(params, updates), state, loss
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
@@ -53,7 +57,7 @@ def jax_step(model: jax_moe.MakeMoE, batches: list[tuple[np.ndarray, np.ndarray]
         held["count"] += 1
         jax.block_until_ready(loss)
 
-    return run, lambda: float(loss_of(params, *map(jnp.asarray, batches[0]), None))
+    return run, lambda: float(loss_of(params, *map(jnp.asarray, batches[0]), None)[0])
 
 
 def torch_step(model: torch_ref.MakeMoE, batches: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Callable, Callable]:
@@ -110,6 +114,26 @@ def measure(capacity_factor: float | None, rounds: int, dispatcher: str = "auto"
     }
 
 
+def measure_unchosen(capacity_factor: float | None, rounds: int, dispatcher: str = "auto") -> dict:
+    """The medians in milliseconds of a step that skips experts without tokens and of one that decays them, and their ratio."""
+    config = jax_moe.MakeMoEConfig(capacity_factor=capacity_factor, dispatcher=dispatcher)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    shape = (BATCH_SIZE, config.block_size)
+    batches = [tuple(rng.integers(0, config.vocab_size, shape, dtype=np.int32) for _ in range(2)) for _ in range(8)]
+    kinds: tuple[Unchosen, ...] = ("skip", "decay")
+    contestants = {kind: jax_step(jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)), batches, kind) for kind in kinds}
+    losses = {kind: loss() for kind, (_, loss) in contestants.items()}
+    if losses["skip"] != losses["decay"]:
+        raise SystemExit(f"The contestants disagree: losses are {losses}; nothing was timed.")
+    seconds = alternate({kind: run for kind, (run, _) in contestants.items()}, rounds, warmup=3)
+    return {
+        "question": "what leaving experts without tokens alone costs a training step", "capacity_factor": capacity_factor,
+        "dispatcher": dispatcher, "rounds": rounds, "skip_ms": 1e3 * statistics.median(seconds["skip"]),
+        "decay_ms": 1e3 * statistics.median(seconds["decay"]), "skip_over_decay": median_ratio(seconds, "skip", "decay"),
+        **machine(),
+    }
+
+
 def factor(text: str) -> float | None:
     """A capacity factor on the command line."""
     if text.lower() == "none":
@@ -129,9 +153,11 @@ def main() -> None:
     parser.add_argument("--capacity-factor", type=factor, default=1.0, help='above 0, or "none" for dropless (default 1.0)')
     parser.add_argument("--dispatcher", default="auto", choices=["auto", "einsum", "gather", "grouped"])
     parser.add_argument("--rounds", type=positive, default=30, help="timed steps of each contestant (default 30)")
+    parser.add_argument("--unchosen", action="store_true", help="time unchosen='skip' against 'decay' in JAX, without PyTorch")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    result = measure(arguments.capacity_factor, arguments.rounds, arguments.dispatcher)
+    question = measure_unchosen if arguments.unchosen else measure
+    result = question(arguments.capacity_factor, arguments.rounds, arguments.dispatcher)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

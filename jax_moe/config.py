@@ -17,7 +17,7 @@ Renormalise = Literal["none", "sum", "eps"]
 ClusterScore = Literal["max", "top2_sum"]
 ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
-Priority = Literal["token", "choice", "probability"]
+Priority = Literal["token", "choice", "probability", "batch"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
 Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "chosen"]
 
@@ -46,7 +46,10 @@ def _positive_int(**values: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of a double
+        return False
 
 
 def _rate(**values: float) -> None:
@@ -109,6 +112,13 @@ class CapacityConfig:
     The queue length is computed once, in exact rational arithmetic with the factor as the decimal written:
     C = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))), or clamp(slots). Where an original computes
     in floats the answer can differ by one: makeMoE's int(100 * 0.29) is 28, here floor(100 * 29/100) is 29.
+
+    `priority` orders the choices of a group, and with them every expert's queue; ties go to the lower token index:
+    "token": token by token, each with its first choice before its second (makeMoE, Switch);
+    "choice": all first choices in token order, then all second ones (GShard; V-MoE's "vanilla" routing);
+    "probability": every choice by its own weight, the highest first;
+    "batch": V-MoE's Batch Prioritized Routing (arXiv 2106.05974, algorithm 2): tokens by their best weight, all first
+    choices in that order, then all second ones. Weights are those before drops, renormalised if the router does so.
     """
 
     factor: float | str | Fraction = 1.0
@@ -120,7 +130,7 @@ class CapacityConfig:
     counts_top_k: bool = True  # K in the formula (V-MoE, makeMoE) or not (Switch, GShard, flaxformer)
     group: Literal["batch", "sequence", "fixed"] = "batch"  # whose tokens compete: all B*T, one sequence, or group_size in a row
     group_size: int | None = None  # for group="fixed"; the last group may be short, its capacity is that of a full one
-    priority: Priority = "token"  # token order; first choices before second ones; or the highest weight first
+    priority: Priority = "token"  # who comes first in an expert's queue, see above
     renormalise_after_drop: bool = False  # survivors take over the weight of a token's dropped choices (GShard)
     below_one: Literal["error", "drop_all"] = "error"  # C = 0: refuse, or drop every token as makeMoE does on short prompts
 

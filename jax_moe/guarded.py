@@ -1,16 +1,23 @@
-"""What comes from outside is judged before it is believed: JSON text, sizes against the machine's memory, words in messages.
+"""What comes from outside is judged before it is believed: JSON text, NumPy files, sizes against memory, words in messages.
 
-Standard library only. Every refusal is a ValueError of one line that says where, what and what is allowed.
+Standard library and NumPy only. Every refusal is a ValueError of one line that says where, what and what is allowed.
 """
 
 import json
+import math
+import stat
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
 
 MAX_JSON_BYTES = 64_000_000  # the index of the largest public checkpoint has 8 million
 MAX_WORDS = 120  # characters of a stranger's text in one of our messages
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that stands for a file not yet fetched
+NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 
 
 def shorten(value: object, most: int = MAX_WORDS) -> str:
@@ -36,15 +43,14 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """`parse_json` of a file. Raises ValueError for a file that cannot be read or is too large; FileNotFoundError passes."""
+    size = _size(path)
+    if size > max_bytes:
+        raise ValueError(f"{path}: must be JSON of at most {max_bytes:,} bytes, has {size:,}")
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ValueError(f"{path}: must be JSON of at most {max_bytes:,} bytes, has {size:,}")
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    refuse_pointer(path, data)
     return parse_json(data, path)
 
 
@@ -54,6 +60,79 @@ def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a JSON object, is {shorten(json.dumps(values), 40)}")
     return values
+
+
+def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """The array of a .npy file; with `mapped` it stays on the disk and is read-only, so that it may be larger than memory.
+
+    Raises ValueError for what is no .npy file of numbers (an archive, a pickle, objects), for a header that says more bytes
+    than the file has, and for more bytes than memory has; FileNotFoundError passes.
+    """
+    size = _size(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(256)
+            refuse_pointer(path, head)
+            if head.startswith(NPZ):
+                raise ValueError(f"{path}: must be one array, is an archive (.npz): np.save of the array writes a .npy file")
+            if not head.startswith(NPY):
+                raise ValueError(f"{path}: must be a .npy file as np.save writes it, does not begin as one")
+            shape, fortran, dtype = _npy_header(path, file)
+            begin = file.tell()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    needed = math.prod(shape) * dtype.itemsize
+    if size - begin < needed:
+        said = f"must hold {needed:,} bytes of {dtype} {shorten(list(shape))}"
+        raise ValueError(f"{path}: {said}, has {size - begin:,}: it is cut short")
+    order: Literal["F", "C"] = "F" if fortran else "C"
+    if needed == 0:
+        return np.empty(shape, dtype, order)
+    if not mapped:
+        require_memory(needed, str(path))
+    view = np.asarray(np.memmap(path, dtype, mode="r", offset=begin, shape=shape, order=order))
+    return view if mapped else np.array(view, order="K")
+
+
+def _npy_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and dtype: all that stands before the numbers, none of it executed."""
+    file.seek(0)
+    try:
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        version = np.lib.format.read_magic(file)[0]
+        if version not in read:
+            raise ValueError(f"version {version} of the format has names of fields")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of that parser, about the stranger's text
+            shape, fortran, dtype = read[version](file)
+    except OSError:
+        raise
+    except Exception as error:  # of Python's own parser, that reads the header: SyntaxError, RecursionError, MemoryError ...
+        raise ValueError(f"{path}: must be a .npy file as np.save writes it (its header: {shorten(error) or 'empty'})") from None
+    if dtype.kind not in "biufc":
+        raise ValueError(f"{path}: must hold numbers, holds {'Python objects' if dtype.hasobject else shorten(dtype)}")
+    if any(n < 0 for n in shape) or len(shape) > 32 or max(shape, default=0) >= 2**63:
+        raise ValueError(f"{path}: must have sizes of at least 0, has {shorten(list(shape))}")
+    return shape, fortran, dtype
+
+
+def refuse_pointer(path: Path, head: bytes) -> None:
+    """Raises ValueError if the bytes with which a file begins are those of a Git LFS pointer."""
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{path}: is a Git LFS pointer and not yet the file that it stands for: `git lfs pull` fetches it")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file. Raises ValueError for what is none (a pipe would be waited for); FileNotFoundError passes."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: cannot be read (it is no file)")
+    return found.st_size
 
 
 def available_memory() -> int | None:

@@ -30,6 +30,15 @@ class MoEStats(NamedTuple):
     load_cv2: Float[Array, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
 
+def chosen_experts(stats: MoEStats) -> Bool[Array, "*L E"]:
+    """Which experts had a token after drops: in PyTorch only these get a gradient, and `unchosen="skip"` asks for them.
+
+    Whatever the priority, the first of an expert's queue has a slot if there are slots: it goes without tokens only if
+    nobody named it, or with a capacity of 0, where everything is dropped.
+    """
+    return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1)[..., None]
+
+
 def _given(name: str, value: Array, mask_GS: Array | None = None, **others: Any) -> list[Any]:
     """The array and those held against it, numbers in fp32 or wider; the mask last, None where there is none."""
     value, sizes = checked_input(name, value)

@@ -24,7 +24,7 @@ from jax_moe.porting.pretrained import load_pretrained
 from moe_parity.against_transformers import import_transformers
 from moe_parity.compare import FUSED
 from moe_parity.compare import settings as computing_in
-from moe_parity.train_jax import Curve, JaxTrainer, decoder_loss, makemoe_loss
+from moe_parity.train_jax import Curve, JaxTrainer, decoder_loss, expert_counts, makemoe_loss
 from moe_parity.train_settings import Numbers, TrainSettings, decoder_numbers, makemoe_numbers
 from moe_parity.train_torch import TorchTrainer, load_reference, make_makemoe, transformers_loss
 from moe_parity.train_torch import makemoe_loss as makemoe_loss_torch
@@ -60,6 +60,7 @@ class Runs:
     control: Curve
     weights_error: float
     weights_where: str
+    expert_counts: dict[str, np.ndarray]  # the steps that each of our experts has taken, where they are counted one by one
 
     @property
     def drift_S(self) -> np.ndarray:
@@ -126,8 +127,9 @@ def run_both(make: Make, settings: TrainSettings, dtype: str) -> Runs:
         with sides.torch_settings():
             theirs = sides.theirs.run(sides.draw, steps)
         error, where = weights_error(sides.ours.weights(sides.layout), sides.theirs.weights())
+        counts = expert_counts(sides.ours.state)
         sides.ours.params, sides.ours.state = _moved(start[0]), start[1]
-        return Runs(dtype, ours, theirs, sides.ours.run(sides.draw, steps), error, where)
+        return Runs(dtype, ours, theirs, sides.ours.run(sides.draw, steps), error, where, counts)
 
 
 def weights_error(ours: Numbers, theirs: Numbers) -> tuple[float, str]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config import MakeMoEConfig, require
+from jax_moe.porting.torch_conventions import Unchosen
 
 Numbers = dict[str, np.ndarray]
 SUCCESSORS = 3  # a token is followed by one of so many: something can be learned
@@ -26,6 +27,8 @@ class TrainSettings:
     final_learning_rate: float = 1e-4
     clip_norm: float = 1.0
     weight_decay: float = 0.01
+    unchosen: Unchosen = "decay"
+    """What becomes of an expert without tokens in a step, as in `adamw_as_torch`."""
     balance_loss_weight: float = 0.01
     """makeMoE; a Hugging Face model's contract has its own."""
     router_z_loss_weight: float = 0.001

@@ -113,7 +113,7 @@ class TorchTrainer:
             given = {name: torch.from_numpy(value).to(kinds[value.dtype.kind]) for name, value in draw(step).items()}
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.rate(step)
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=True)
             losses, chosen = [], []
             for n in range(settings.accumulation):
                 loss, expert_LTK = self.loss(self.module, {name: value[n] for name, value in given.items()}, settings)

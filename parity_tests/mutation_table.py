@@ -416,9 +416,16 @@ TORCH = [
     Mutation(
         "torch: second choices first",
         "torch_ref/dispatch.py",
-        "k_R, token_R = wants_SK.T.nonzero(as_tuple=True)",
-        "k_R, token_R = wants_SK.T.flip(0).nonzero(as_tuple=True); k_R = wants_SK.shape[1] - 1 - k_R",
+        "k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)",
+        "k_R, row_R = wants_SK[order_S].T.flip(0).nonzero(as_tuple=True); k_R = wants_SK.shape[1] - 1 - k_R",
         rows=OVERFLOW,
+    ),
+    Mutation(
+        "torch: batch priority by the last choice's weight",
+        "torch_ref/dispatch.py",
+        "weight_SK.detach().amax(dim=1)",
+        "weight_SK.detach().amin(dim=1)",
+        rows=("overflow, batch order",),
     ),
     Mutation(
         "torch: queues are one shorter",
@@ -512,12 +519,25 @@ DISPATCH = [
         "pass",
         rows=("padding, fixed groups",),
     ),
-    Mutation("jax: first choices are not first", "jax_moe/dispatch.py", 'if priority == "choice":', "if False:", rows=OVERFLOW),
+    Mutation(
+        "jax: first choices are not first",
+        "jax_moe/dispatch.py",
+        "jnp.arange(K, dtype=jnp.int32) * S + token_GS[..., None]",
+        "jnp.arange(K, dtype=jnp.int32) + K * token_GS[..., None]",
+        rows=OVERFLOW,
+    ),
+    Mutation(
+        "jax: batch priority is choice order",
+        "jax_moe/dispatch.py",
+        'if priority == "batch":',
+        "if False:",
+        rows=("overflow, batch order",),
+    ),
     Mutation(
         "jax: lowest probability first",
         "jax_moe/dispatch.py",
-        "jnp.argsort(-jax.lax.stop_gradient(weight_GSK)",
-        "jnp.argsort(jax.lax.stop_gradient(weight_GSK)",
+        "jnp.argsort(-weight_GR",
+        "jnp.argsort(weight_GR",
         rows=("overflow, probability order",),
     ),
     Mutation(
@@ -543,5 +563,59 @@ DISPATCH = [
     ),
 ]
 
-MUTATIONS = [*CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]
+SKIP = "parity_tests/test_unchosen_skip_torch.py::"
+STEPS, STATE = (f"{SKIP}test_steps_are_those_of_pytorch",), (f"{SKIP}test_state_there_and_back",)
+OPTIMIZERS = [
+    Mutation(
+        "jax: an unchosen expert's moments go on",
+        "jax_moe/unchosen.py",
+        "new_mu, new_nu = jnp.where(mask, new_mu, mu), jnp.where(mask, new_nu, nu)",
+        "pass",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: an unchosen expert counts a step",
+        "jax_moe/unchosen.py",
+        "value + masks[path].astype(value.dtype)",
+        "value + 1",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: an unchosen expert decays",
+        "jax_moe/unchosen.py",
+        "value if mask is None else jnp.where(mask, value, 0)",
+        "value",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: the last part alone says who was chosen",
+        "jax_moe/unchosen.py",
+        "value | (before[path] & goes_on)",
+        "value",
+        tests=STEPS,
+    ),
+    Mutation(
+        "jax: what was all dropped counts as chosen",
+        "jax_moe/losses.py",
+        "(stats.expert_load_E > 0) & (stats.dropped_fraction < 1)[..., None]",
+        "stats.expert_load_E > 0",
+        tests=(f"{SKIP}test_who_had_tokens",),
+    ),
+    Mutation(
+        "torch: an unchosen expert keeps its zeros",
+        "torch_ref/unchosen.py",
+        "parameter.grad = None",
+        "pass",
+        tests=STEPS,
+    ),
+    Mutation(
+        "port: the experts' own counts are lost",
+        "jax_moe/porting/optimizer_state.py",
+        "own_steps = {name: steps[name] for name in own if steps[name] != most}",
+        "own_steps = {}",
+        tests=STATE,
+    ),
+]
+
+MUTATIONS = [*OPTIMIZERS, *CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]
 assert len({one.name for one in MUTATIONS}) == len(MUTATIONS), "names must be unique"

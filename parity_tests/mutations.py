@@ -22,7 +22,7 @@ from parity_tests.mutation_table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "docs" / "mutations.md"
-COPIED = ("jax_moe", "torch_ref", "moe_parity", "parity_tests", "pyproject.toml", "README.md")
+COPIED = ("jax_moe", "torch_ref", "moe_parity", "parity_tests", "train", "pyproject.toml", "README.md")
 PRELOADED = ("numpy", "scipy", "jax", "flax.nnx", "optax", "torch", "pytest", "safetensors", "transformers")
 CHECKED = ("experts and slots", "forward", "statistics", "input gradient", "parameter gradients", "loss gradients")
 CAUGHT, SURVIVED = 1, 0
@@ -120,7 +120,7 @@ def _child(mutation: Mutation, folder: Path, log: Path) -> None:
 
 def _forget() -> None:
     """Our packages are imported anew: from the copy, and by pytest under its checks of shapes."""
-    for name in [name for name in sys.modules if name.split(".")[0] in (*COPIED, "train")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
         del sys.modules[name]
 
 

@@ -153,11 +153,21 @@ SLOTS = {
     "token": [[0, 0], [1, 1], [2, 0]],
     "choice": [[0, 2], [0, 1], [1, 0]],
     "probability": [[0, 1], [2, 1], [0, 0]],  # the order is Cleo 12, Ann 10, Ann 9, Bob 8, Bob 7, Cleo 5
+    "batch": [[0, 2], [1, 1], [0, 0]],  # the order is Cleo 12, Ann 10, Bob 8, then Cleo 5, Ann 9, Bob 7
 }
 CHOICES = [[1, 0], [0, 1], [0, 2]]
 ONE = [sequence(*FRIENDS)]
 TWICE = [sequence(*FRIENDS), sequence(*FRIENDS)]
 BY_SEQUENCE = CapacityConfig(group="sequence")
+# Three guests, each to two experts: Ada 0 and 2 with 10 and 9 twentieths, Ben 2 and 1 with 8 and 7, Cy 0 and 1 with 12 and 5.
+# With one slot an expert each order serves others:
+GUESTS = [sequence((10, 1, 9, 20), (5, 7, 8, 40), (12, 5, 3, 60))]
+SERVED = {
+    "token": [[10, 0, 9, 0], [0, 14, 0, 0], [0] * 4],  # Ada 0 and 2, Ben 1
+    "choice": [[10, 0, 0, 0], [0, 14, 16, 0], [0] * 4],  # Ada 0, Ben 2; then Ben 1 before Cy
+    "probability": [[0, 0, 9, 0], [0, 14, 0, 0], [36, 0, 0, 0]],  # Cy 12, Ada 9 before Ben 8, Ben 7 before Cy 5
+    "batch": [[0] * 4, [0, 0, 16, 0], [36, 15, 0, 0]],  # first Cy 0, Ben 2 (Ada lost 0 to Cy); then Cy 1 before Ada and Ben
+}
 STRANGER = (18, 1, 1, 1000)  # goes to expert 0 before everybody
 
 
@@ -171,6 +181,10 @@ DROPS = [
     drop_story("token order", [KEEPS_TOKEN], 1 / 6, CapacityConfig()),
     drop_story("first choices first", [KEEPS_CHOICE], 1 / 6, CapacityConfig(priority="choice")),
     drop_story("highest probability first", [KEEPS_PROBABILITY], 1 / 6, CapacityConfig(priority="probability")),
+    *(
+        drop_story(f"one slot, {priority} order", [served], 1 / 2, CapacityConfig(factor=0.5, priority=priority), x_BTD=GUESTS)  # type: ignore[arg-type]
+        for priority, served in SERVED.items()
+    ),
     # one slot more and everybody fits: floor(2 * 3/2) = 3
     drop_story("capacity one higher", [ALL], 0, CapacityConfig(factor=1.5)),
     # one slot, token order: Ann has both her experts, Bob neither, Cleo expert 2: three of six dropped

@@ -1,7 +1,10 @@
 """The readers of what comes from outside: small files that once passed a parser's own exception to the user."""
 
+import io
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jax_moe import guarded
@@ -46,3 +49,72 @@ def test_a_request_beyond_the_machine_says_how_many_bytes(monkeypatch: pytest.Mo
     guarded.require_memory(1000, "x")
     with pytest.raises(ValueError, match="x needs about 12,000 bytes of memory: must be at most 1,000"):
         guarded.require_memory(12_000, "x")
+
+
+def npy(header: str, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
+    """A .npy file with a header of our own."""
+    text = header.encode()
+    return b"\x93NUMPY" + version + len(text).to_bytes(2 if version[0] == 1 else 4, "little") + text + data
+
+
+def saved(value: object, how: object = np.save) -> bytes:
+    file = io.BytesIO()
+    how(file, value)  # type: ignore[operator]
+    return file.getvalue()
+
+
+HEADER = "{'descr': '%s', 'fortran_order': False, 'shape': %s}"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (saved([1, 2], np.savez), "is an archive"),
+        (saved(np.array([{}], object)), "must hold numbers, holds Python objects"),
+        (saved(np.array(["a"])), "must hold numbers, holds <U1"),
+        (b"", "does not begin as one"),
+        (b"\x93NUMPY\x01", "must be a .npy file"),
+        (b"\x93NUMPY\x07\x00\x02\x00{}", "must be a .npy file"),
+        (npy("(" * 9000), "must be a .npy file"),
+        (npy("-" * 9000 + "1"), "must be a .npy file"),
+        (npy(HEADER % ("<i4", "(1000000000000,)")), "must hold 4,000,000,000,000 bytes of int32"),
+        (npy(HEADER % ("<i4", "(-1, -4)"), bytes(16)), "must have sizes of at least 0"),
+        (npy(HEADER % ("<i4", f"({10**400},)"), bytes(16)), "must have sizes of at least 0|must hold"),
+        (npy(HEADER % ("<i4", f"(0, {10**30})")), "must have sizes of at least 0"),
+        (npy(HEADER % ("V9999999999", "(1,)")), "must be a .npy file|must hold numbers"),
+        (saved(np.arange(9))[:-1], "must hold 72 bytes of int64 \\[9\\], has 71: it is cut short"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+    ],
+)
+def test_what_is_no_npy_file_is_one_line(data: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(data)
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match=said) as caught:
+            guarded.read_npy(tmp_path / "x.npy", mapped=mapped)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_npy_files_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
+    for value in (np.arange(6).reshape(2, 3), np.asfortranarray(np.ones((2, 3), np.float16)), np.float32(3), np.empty((0, 2))):
+        np.save(tmp_path / "x.npy", value)
+        for mapped in (False, True):
+            again = guarded.read_npy(tmp_path / "x.npy", mapped=mapped)
+            assert again.dtype == np.asarray(value).dtype and np.array_equal(again, value) and again.shape == np.shape(value)
+    with pytest.raises(FileNotFoundError):
+        guarded.read_npy(tmp_path / "none.npy")
+
+
+def test_an_array_beyond_memory_is_mapped_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", np.arange(1000))
+    monkeypatch.setattr(guarded, "available_memory", lambda: 1000)
+    assert guarded.read_npy(tmp_path / "x.npy", mapped=True)[-1] == 999
+    with pytest.raises(ValueError, match=r"x.npy needs about 8,000 bytes of memory: must be at most 1,000"):
+        guarded.read_npy(tmp_path / "x.npy")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (guarded.read_json, guarded.read_npy):
+        with pytest.raises(ValueError, match="it is no file"):
+            read(tmp_path / "pipe")

@@ -75,9 +75,10 @@ def test_a_wrong_story_is_caught() -> None:
 def test_the_three_priorities_drop_three_different_people() -> None:
     answers = [pencil.KEEPS_TOKEN, pencil.KEEPS_CHOICE, pencil.KEEPS_PROBABILITY]
     assert all(answers.count(one) == 1 for one in answers)
+    assert all(list(pencil.SERVED.values()).count(one) == 1 for one in pencil.SERVED.values())
 
 
-@pytest.mark.parametrize("priority", ["token", "choice", "probability"])
+@pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
     _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).routing(jnp.asarray(pencil.ONE, WIDE))

@@ -68,7 +68,7 @@ def test_a_wrong_story_is_caught() -> None:
         test_story(wrong)
 
 
-@pytest.mark.parametrize("priority", ["token", "choice", "probability"])
+@pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
     _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).routing(tensor(pencil.ONE))

@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
 
+from moe_parity.train_jax import expert_counts  # noqa: E402
 from train import data, loop, metrics  # noqa: E402
 from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, model_config  # noqa: E402
 from train.jax_learner import JaxLearner  # noqa: E402
 from train.models import FreshMakeMoE  # noqa: E402
+from train.optimizer import make_optimizer  # noqa: E402
 from train.torch_learner import TorchLearner  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -104,3 +107,37 @@ def test_torch_runs_resume_bit_for_bit_and_refuse_damage(command) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     code, error = command("--resume", "--out", "run")
     assert code == 2 and "6.pt: must be a whole checkpoint" in error and error.count("\n") == 1
+
+
+def test_experts_without_tokens_are_skipped_in_both() -> None:
+    """The same curve, weights and step counts of `--unchosen skip`, with batches so small that experts go without."""
+    config = dataclasses.replace(
+        CONFIG, batch_size=1, model=dataclasses.replace(CONFIG.model, block_size=4, num_experts=8),
+        optimizer=dataclasses.replace(CONFIG.optimizer, unchosen="skip", weight_decay=0.5),
+    )
+    text = data.tokenize(TEXT, "here", 4)
+    model = model_config(config, len(text.vocabulary))
+    ours, theirs = JaxLearner(config, FreshMakeMoE(model)), TorchLearner(config, model)
+    (loss_j, weights_j, _), (loss_t, weights_t, _) = curve(ours, text, config), curve(theirs, text, config)
+    np.testing.assert_allclose(loss_j, loss_t, rtol=2e-6)  # measured: 2.3e-7
+    for name, value in weights_t.items():
+        np.testing.assert_allclose(weights_j[name], value, rtol=0, atol=5e-6, err_msg=name)  # measured: 7e-7
+    (counts_LE,) = expert_counts(ours.state["optimizer"]).values()
+    steps = {name: theirs.optimizer.state[p].get("step", 0) for name, p in theirs.model.named_parameters()}
+    for (layer, expert), count in np.ndenumerate(counts_LE):
+        assert {int(n) for name, n in steps.items() if name.startswith(f"blocks.{layer}.smoe.experts.{expert}.")} == {count}
+    assert counts_LE.min() < 5 and counts_LE.max() == config.steps and steps["lm_head.weight"] == config.steps
+
+
+@pytest.mark.parametrize("unchosen", ["skip", "decay"])
+def test_clipping_is_torchs(unchosen: str) -> None:
+    """Where the norm is that of the 1e-6 which torch adds to it: a third of what optax's own clipping gives."""
+    gradient = np.asarray([3e-7, -4e-7, 0.0], np.float32)
+    parameter = torch.zeros(3, requires_grad=True)
+    parameter.grad = torch.from_numpy(gradient.copy())
+    torch.nn.utils.clip_grad_norm_([parameter], 1e-7)
+    torch.optim.AdamW([parameter], lr=1e-3, eps=1.0).step()
+    optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=1e-7, unchosen=unchosen), 10)  # type: ignore[arg-type]
+    params = {"w": jnp.zeros(3)}
+    update, _ = optimizer.update({"w": jnp.asarray(gradient)}, optimizer.init(params), params)
+    np.testing.assert_allclose(update["w"], parameter.detach().numpy(), rtol=2e-6)  # measured: 2.4e-7

@@ -21,7 +21,7 @@ from moe_parity.train_jax import JaxTrainer, make_optimizer, makemoe_loss, sched
 from moe_parity.train_runs import changed_tokens, run_both
 from parity_tests.checks import check_measured, check_row
 from parity_tests.compare import MismatchError, check_close
-from parity_tests.run_checks import OPTIONS, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
+from parity_tests.run_checks import OPTIONS, ORIGINAL, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
 
 pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
 
@@ -35,6 +35,9 @@ def test_row(case: RunCase, tmp_path: Path) -> None:
     assert found.passed and found.first_flip is None
     loss = found.theirs.loss_S
     assert loss[20:60].mean() - loss[-40:].mean() > 0.1  # measured: 0.15 with noise and dropout, 0.9 without
+    if case is ORIGINAL:
+        counts = found.expert_counts["blocks.moe.experts"]
+        assert 1 - counts.mean() / SETTINGS.steps > 0.1 and counts.min() == 0  # measured: 0.48, one expert never
     later = dataclasses.replace(found.ours, expert_SNLTK=np.roll(found.ours.expert_SNLTK, 1, axis=0))
     assert (changed_tokens(found.ours, later) > 0).all()
 

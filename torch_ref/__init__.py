@@ -5,13 +5,14 @@ from torch_ref.attention import Attention
 from torch_ref.block import Block, Randomness
 from torch_ref.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig, SoftMoEConfig
 from torch_ref.generation import generate
-from torch_ref.losses import MoEStats
+from torch_ref.losses import MoEStats, chosen_experts
 from torch_ref.models.makemoe import MakeMoE
 from torch_ref.models.mixtral_block import MixtralSparseMoeBlock
 from torch_ref.moe import MoE
 from torch_ref.precision import call_in, cast_to_compute
 from torch_ref.routing import Routing
 from torch_ref.soft_moe import SoftMoE
+from torch_ref.unchosen import skip_unchosen
 
 __all__ = [
     "Attention",
@@ -30,6 +31,8 @@ __all__ = [
     "SoftMoEConfig",
     "call_in",
     "cast_to_compute",
+    "chosen_experts",
     "generate",
     "presets",
+    "skip_unchosen",
 ]

@@ -50,9 +50,12 @@ def expert_queue(
     wants_SK = expert_SK == expert
     if mask_S is not None:
         wants_SK = wants_SK & mask_S[:, None]
-    if priority == "choice":
-        k_R, token_R = wants_SK.T.nonzero(as_tuple=True)  # nonzero walks row by row: all first choices, then all second
-        return token_R * expert_SK.shape[1] + k_R
+    if priority in ("choice", "batch"):
+        order_S = torch.arange(expert_SK.shape[0], device=expert_SK.device)
+        if priority == "batch":
+            order_S = torch.sort(weight_SK.detach().amax(dim=1), descending=True, stable=True).indices
+        k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)  # walked row by row: all first choices, then all second
+        return order_S[row_R] * expert_SK.shape[1] + k_R
     queue_R = wants_SK.flatten().nonzero().squeeze(1)
     if priority == "probability":
         order_R = torch.sort(weight_SK.detach().flatten()[queue_R], descending=True, stable=True).indices

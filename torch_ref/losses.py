@@ -27,6 +27,15 @@ class MoEStats(NamedTuple):
     load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
 
+def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:
+    """Which experts had a token after drops: those whose gradient is None in a module that calls no expert without tokens.
+
+    Whatever the priority, the first of an expert's queue has a slot if there are slots: it goes without tokens only if
+    nobody named it, or with a capacity of 0, where everything is dropped.
+    """
+    return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1).unsqueeze(-1)
+
+
 def real_tokens(x_GS: Shaped[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Shaped[Tensor, "R *rest"]:
     """The unpadded tokens, one a row."""
     return x_GS.flatten(0, 1) if mask_GS is None else x_GS[mask_GS]

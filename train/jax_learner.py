@@ -13,7 +13,7 @@ from jax import Array
 
 import jax_moe
 from jax_moe import sharding
-from jax_moe.losses import MoEStats, pool_balance_loss
+from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
 from jax_moe.precision import PRECISIONS, cast_to_compute
 from train import checkpoint
 from train.configs import TrainConfig
@@ -82,13 +82,13 @@ class JaxLearner:
     def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
 
-        def losses(params: State) -> tuple[Array, Array]:
+        def losses(params: State) -> tuple[Array, tuple[Array, Array]]:
             logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=key, training=True, remat=self.config.remat)
             loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
-            return objective(loss, stats, self.model, self.config.optimizer), loss
+            return objective(loss, stats, self.model, self.config.optimizer), (loss, chosen_experts(stats))
 
-        (_, loss), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
-        update, moments = self.optimizer.update(gradient, state["optimizer"], state["params"])
+        (_, (loss, chosen_LE)), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
+        update, moments = self.optimizer.update(gradient, state["optimizer"], state["params"], chosen=chosen_LE)
         return {"params": optax.apply_updates(state["params"], update), "optimizer": moments}, loss
 
     def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:

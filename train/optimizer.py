@@ -2,6 +2,7 @@
 
 import optax
 
+from jax_moe.porting.torch_conventions import adamw_as_torch
 from train.configs.settings import OptimizerSettings
 
 
@@ -15,9 +16,9 @@ def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     return after if warmup == 0 else optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
-    """AdamW as torch.optim.AdamW does it (decay on all parameters, times the learning rate), after optional clipping."""
-    adamw = optax.adamw(
-        learning_rate(settings, steps), b1=settings.beta1, b2=settings.beta2, eps=settings.eps, weight_decay=settings.weight_decay
+def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW and clipping as torch has them (decay on all parameters, times the learning rate); `chosen` goes into its update."""
+    return adamw_as_torch(
+        learning_rate(settings, steps), betas=(settings.beta1, settings.beta2), eps=settings.eps,
+        weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen,
     )
-    return adamw if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)

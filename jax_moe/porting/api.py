@@ -1,6 +1,6 @@
 """Modules and state dicts: what `jax_moe.from_torch` and `jax_moe.to_torch` do to nnx modules."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -91,8 +91,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
 def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str | None = None) -> dict[Any, Any]:
     """The inverse of `to_torch(layer, tree)`: a nested dict shaped like the layer's parameters, dtypes as given."""
     arrays = {str(name): _to_numpy(value) for name, value in state.items()}
-    expected = _tree_shapes(_variables(layer), set())
-    plan = _choose_plan(layer, expected, set(arrays), layout)
+    plan = tree_plan(layer, arrays, layout)
     check(plan, arrays, f"tree does not fit {type(layer).__name__} (layout {plan.table.name})", constants=False)
     ours = to_ours(plan, arrays)
     tree: dict[Any, Any] = {}
@@ -102,6 +101,11 @@ def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str 
             node = node.setdefault(key, {})
         node[keys[-1]] = _place(ours[_path(keys)], v, _path(keys))
     return tree
+
+
+def tree_plan(layer: nnx.Module, names: Iterable[str] | None = None, layout: str | None = None) -> Plan:
+    """How gradients or moments of the layer are named: in that layout, or in the one nearest to the names."""
+    return _choose_plan(layer, _tree_shapes(_variables(layer), set()), None if names is None else set(names), layout)
 
 
 def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: set[str] | None, layout: str | None) -> Plan:

@@ -5,26 +5,25 @@ their names are those that the optimizer was given (`param_names`), or follow fr
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.about import is_folder
-from jax_moe.porting.api import from_torch_tree
+from jax_moe.porting.api import from_torch_tree, tree_plan
 from jax_moe.porting.decoder_folder import open_decoder
 from jax_moe.porting.engine import make_plan
 from jax_moe.porting.families.hf import decoder_tables
 from jax_moe.porting.hf_folder import decoder_shapes, is_hf, open_folder
 from jax_moe.porting.optimizer_file import FILE, Optimizer, plain_groups, read_optimizer, write_optimizer
 from jax_moe.porting.optimizer_state import read_state_dict, write_state_dict
+from jax_moe.porting.parameter_groups import names_in_groups
+from jax_moe.porting.step_counts import expert_tensors
 from jax_moe.porting.training_files import verify_moments
 
 TORCH_FILE = "optimizer.pt"
 ENDS = ("model.embed_tokens.weight", "model.layers", "model.norm.weight", "lm_head.weight")
 LAYER = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.", "block_sparse_moe.")
-# transformers' Trainer has two groups: what decays, and what is named so.
-NOT_DECAYED = r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)"
 
 
 def optimizer_beside(path: Path) -> Path | None:
@@ -57,7 +56,7 @@ def read_decoder_optimizer(path: Path) -> tuple[Optimizer, Callable[[Path, str],
         if to == "orbax":
             write_optimizer(part / FILE, optimizer, model, layout)
         else:
-            _write_torch(part / TORCH_FILE, optimizer)
+            _write_torch(part / TORCH_FILE, optimizer, model, layout)
 
     return optimizer, write
 
@@ -82,36 +81,17 @@ def _read_torch(file: Path, model: Decoder, model_type: str) -> Optimizer:
     from jax_moe.porting.torch_files import read_plain_pt
 
     state_dict, layout = read_plain_pt(file), decoder_tables(model.config, model_type)[-1].name
-    order = _in_groups(state_dict, parameter_order(model, model_type))
-    moments = read_state_dict(state_dict, order)
+    plan = tree_plan(model, layout=layout)
+    order = names_in_groups(state_dict, parameter_order(model, model_type), plan.their_shapes)
+    moments = read_state_dict(state_dict, order, expert_tensors(plan))
     for arrays in moments.arrays.values():
         from_torch_tree(model, arrays, layout=layout)
     return Optimizer(moments, plain_groups(state_dict["param_groups"]), order, {})
 
 
-def _in_groups(state_dict: Any, order: list[str]) -> list[str]:
-    """The names in the order in which the groups count them. Raises ValueError for groups that nothing names."""
-    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
-    if not isinstance(groups, list) or not groups:
-        raise ValueError("must be what torch.optim's state_dict() returns, with state and param_groups")
-    named = [name for group in groups for name in group.get("param_names", ())]
-    if named:
-        return named
-    decayed = [name for name in order if not re.search(NOT_DECAYED, name)]
-    split = [decayed, [name for name in order if name not in set(decayed)]]
-    wanted = split if len(groups) == 2 else [order]
-    sizes = [len(group["params"]) for group in groups]
-    if sizes != [len(names) for names in wanted]:
-        two = " and ".join(str(len(names)) for names in split)
-        raise ValueError(
-            f"param_groups of {' and '.join(map(str, sizes))} parameters: must be one of all {len(order)}, the two of "
-            f"transformers' Trainer ({two}), or named (torch.optim given model.named_parameters())"
-        )
-    return [name for names in wanted for name in names]
-
-
-def _write_torch(file: Path, optimizer: Optimizer) -> None:
+def _write_torch(file: Path, optimizer: Optimizer, model: Decoder, layout: str) -> None:
     from jax_moe.porting.torch_files import read_plain_pt, write_plain_pt
 
     write_plain_pt(file, write_state_dict(optimizer.moments, optimizer.groups, optimizer.order))
-    verify_moments(optimizer.moments, read_state_dict(read_plain_pt(file), optimizer.order), file)
+    experts = expert_tensors(tree_plan(model, layout=layout))
+    verify_moments(optimizer.moments, read_state_dict(read_plain_pt(file), optimizer.order, experts), file)

@@ -1,6 +1,7 @@
 """`optimizer.safetensors` beside weights in our layout: moments under our paths behind torch's word for them.
 
-`exp_avg.blocks.moe.experts.up`; hyperparameters, step count and the order of the parameters stand in its metadata.
+`exp_avg.blocks.moe.experts.up`; hyperparameters, step count and the order of the parameters stand in its metadata. Where
+experts have counts of their own, for no token went to them in some steps, these are `step.blocks.moe.experts` [*L, E].
 """
 
 import json
@@ -14,12 +15,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_moe.porting.api import flatten, from_torch_tree, to_torch
+from jax_moe.porting.api import flatten, from_torch_tree, to_torch, tree_plan
 from jax_moe.porting.files import read_safetensors, verify, write_safetensors
-from jax_moe.porting.optimizer_state import Moments, fill
+from jax_moe.porting.optax_state import fill
+from jax_moe.porting.optimizer_state import Moments
+from jax_moe.porting.parameter_groups import check_groups
+from jax_moe.porting.step_counts import counts_of, own_steps_of
 
 FILE = "optimizer.safetensors"
 KEY = "optimizer"  # of its metadata
+COUNTS = "step."  # before the path of experts that have counts of their own
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class Optimizer:
     def in_words(self) -> str:
         """What of it moves."""
         after = "" if self.moments.step is None else f" after {self.moments.step:,} steps"
-        return f"optimizer state ({' and '.join(self.moments.arrays) or 'no moments yet'}){after}"
+        own = self.moments.own_steps.values()
+        fewer = f" ({min(own):,} to {max(own):,} where experts had no tokens)" if own and after else ""
+        return f"optimizer state ({' and '.join(self.moments.arrays) or 'no moments yet'}){after}{fewer}"
 
 
 def load_optimizer(
@@ -42,13 +49,15 @@ def load_optimizer(
 ) -> optax.OptState:
     """`state`, as the optax optimizer's `init` makes it, with the moments and step counts that `jax-moe port` put in a folder.
 
-    `step` counts for schedules beside SGD, which does not count itself. Raises ValueError with all that does not fit.
+    `step` counts for schedules beside SGD, which does not count itself; groups and experts' own counts as in
+    `optimizer_from_torch`. Raises ValueError with all that does not fit.
     """
     file = Path(directory) / FILE
     arrays, about = _read(file)
     trees = {word: _behind(f"{word}.", arrays) for word in about["words"]}
     try:
-        return fill(state, trees, step if about["step"] is None else about["step"])
+        check_groups(about["groups"], state)
+        return fill(state, trees, step if about["step"] is None else about["step"], _behind(COUNTS, arrays))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -60,6 +69,8 @@ def write_optimizer(file: Path, optimizer: Optimizer, module: nnx.Module, layout
         f"{word}.{name}": value for word, named in moments.arrays.items()
         for name, value in flatten(from_torch_tree(module, named, layout=layout)).items()
     }
+    counts = counts_of(tree_plan(module, layout=layout), moments.own_steps, _most(moments.step))
+    arrays |= {f"{COUNTS}{path}": value for path, value in counts.items()}
     about = {
         "step": moments.step, "step_dtype": moments.step_dtype, "groups": optimizer.groups, "order": optimizer.order,
         "others": optimizer.others, "words": list(moments.arrays),
@@ -73,14 +84,22 @@ def read_optimizer(file: Path, module: nnx.Module, layout: str) -> Optimizer:
     arrays, about = _read(file)
     names = parameters(module, layout)
     try:
-        odd = [name for name in arrays if name.split(".")[0] not in about["words"]]
+        odd = [name for name in arrays if name.split(".")[0] not in (*about["words"], "step")]
         if odd or set(about["order"]) != names:
             wrong = ", ".join(odd[:5]) or "order"
             raise ValueError(f"must hold {' and '.join(about['words'])} of the model's parameters; not so: {wrong}")
         moments = {word: to_torch(module, _behind(f"{word}.", arrays), layout=layout) for word in about["words"]}
+        counts = _behind(COUNTS, arrays)
+        own_steps = own_steps_of(tree_plan(module, layout=layout), counts, _most(about["step"]))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return Optimizer(Moments(moments, about["step"], about["step_dtype"]), about["groups"], about["order"], about["others"])
+    read = Moments(moments, about["step"], about["step_dtype"], own_steps)
+    return Optimizer(read, about["groups"], about["order"], about["others"])
+
+
+def _most(step: int | None) -> int:
+    """SGD does not count: of its experts is kept whether they have momentum, 1 or 0."""
+    return 1 if step is None else step
 
 
 def parameters(module: nnx.Module, layout: str) -> set[str]:

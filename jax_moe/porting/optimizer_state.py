@@ -3,25 +3,24 @@
 AdamW's (and Adam's) `exp_avg`, `exp_avg_sq`, `step` are optax's `ScaleByAdamState(mu, nu, count)`; the `momentum_buffer` of
 SGD is its `TraceState(trace)`. Wherever they sit in a chain, behind clipping or beside a schedule, they are found there;
 in `optax.MultiSteps` too, between two steps: gradients that are half accumulated have no place in torch's state.
+Experts without tokens take no step in PyTorch: their own counts fit the state of `adamw_as_torch(..., unchosen="skip")`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-from jax_moe.porting.api import flatten, from_torch_tree, to_torch
+from jax_moe.porting.api import flatten, from_torch_tree, to_torch, tree_plan
 from jax_moe.porting.engine import PortError
+from jax_moe.porting.optax_state import ADAM, SGD, fill, moments_of
+from jax_moe.porting.parameter_groups import check_groups
+from jax_moe.porting.step_counts import counts_of, expert_tensors, own_steps_of
 
-ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's word: optax's
-SGD = {"momentum_buffer": "trace"}
 KINDS = "AdamW or Adam (step, exp_avg, exp_avg_sq) or SGD (momentum_buffer)"
-FREE = ("params", "param_names", "foreach", "fused", "capturable", "differentiable", "initial_lr")  # groups may differ in these
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Moments:
     arrays: dict[str, dict[str, np.ndarray]]
     step: int | None  # None: SGD does not count
     step_dtype: str = "float32"  # of torch's counter
+    own_steps: dict[str, int] = field(default_factory=dict)  # of experts' parameters with another count than `step`; SGD's: 0
 
 
 def optimizer_from_torch(
@@ -41,14 +41,16 @@ def optimizer_from_torch(
 
     `names` are the parameters' names in the order in which the torch optimizer was given them, [name for name, _ in
     module.named_parameters()]; not needed where it was given the pairs. `step` counts for schedules beside SGD, which
-    does not count itself; AdamW's own count serves AdamW's. Raises PortError with all that is missing, unexpected,
-    misshapen or of another kind.
+    does not count itself; AdamW's own count serves AdamW's. Groups that differ in weight decay go into the state of
+    `optax.adamw(mask=...)`; hyperparameters, injected ones too, stay those that optax was made with. An expert without
+    tokens has taken fewer steps than the rest, or has no entry: the state is then one of
+    `adamw_as_torch(..., unchosen="skip")`. Raises PortError with all that is missing, unexpected, misshapen or of another kind.
     """
-    read = read_state_dict(state_dict, names)
-    _check_groups(state_dict["param_groups"])
+    plan = tree_plan(layer, _order(state_dict, names), layout)
+    read = read_state_dict(state_dict, names, expert_tensors(plan))
+    check_groups(state_dict["param_groups"], state)
     if read.step is not None and step not in (None, read.step):
         raise ValueError(f"step={step}: must be left out, the optimizer has taken {read.step}")
-    count = read.step if read.step is not None else step
     trees, errors = {}, {}
     for word, arrays in read.arrays.items():
         try:
@@ -57,22 +59,27 @@ def optimizer_from_torch(
             errors[word] = error
     if errors:
         raise _together("optimizer state", errors)
-    return fill(state, trees, count)
+    if read.step is None:
+        return fill(state, trees, step)
+    return fill(state, trees, read.step, counts_of(plan, read.own_steps, read.step))
 
 
 def optimizer_to_torch(
     layer: nnx.Module, state: optax.OptState, like: Mapping[str, Any], *, names: Sequence[str] | None = None,
     layout: str | None = None,
 ) -> dict[str, Any]:
-    """A `state_dict` for the torch optimizer whose own is `like`: its hyperparameters and order, optax's moments and count.
+    """A `state_dict` for the torch optimizer whose own is `like`: its hyperparameters and order, optax's moments and counts.
 
-    `names` as in `optimizer_from_torch`. A schedule's place stays with torch's scheduler, whose `last_epoch` is the count.
+    `names` and `layout` as in `optimizer_from_torch`: without a layout the one nearest to the names. A schedule's place stays
+    with torch's scheduler, whose `last_epoch` is the count. What has taken no step has no entry, as in torch.
     Raises PortError if the two optimizers or their parameters differ.
     """
     order = _order(like, names)
-    trees, step = moments_of(state)
+    plan = tree_plan(layer, order, layout)
+    trees, step, counts = moments_of(state)
+    check_groups(like["param_groups"][:1])
     _same_kind(like["param_groups"][0], list(trees))
-    named = {word: to_torch(layer, tree, layout=layout) for word, tree in trees.items()}
+    named = {word: to_torch(layer, tree, layout=plan.table.name) for word, tree in trees.items()}
     for word, arrays in named.items():
         error = PortError(
             f"optimizer state ({word})", missing=[name for name in arrays if name not in order],
@@ -80,153 +87,78 @@ def optimizer_to_torch(
         )
         if error:
             raise error
-    return write_state_dict(Moments(named, step), like["param_groups"], order)
+    own_steps = {} if step is None else own_steps_of(plan, counts, step)
+    return write_state_dict(Moments(named, step, own_steps=own_steps), like["param_groups"], order)
 
 
-def read_state_dict(state_dict: Mapping[str, Any], names: Sequence[str] | None = None) -> Moments:
-    """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ."""
+def read_state_dict(
+    state_dict: Mapping[str, Any], names: Sequence[str] | None = None, experts: Mapping[str, tuple[int, ...]] | None = None
+) -> Moments:
+    """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ.
+
+    `experts` {name: shape} may have taken fewer steps than the others; those with no entry have taken none, and their moments
+    are zero: SGD goes on from a momentum of zero as it does from none.
+    """
     order = _order(state_dict, names)
     entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))
     held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
     if not held:
         return Moments({}, 0 if "betas" in state_dict["param_groups"][0] else None)
     kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
-    steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
     if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
         raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
+    own = {} if experts is None else {name: experts[name] for name in order if name in experts}
+    untouched = {name: shape for name, shape in own.items() if not entries[name]}
+    entries |= _untouched(untouched, entries, kind)
+    steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
     words = [*kind, "step"] if kind is ADAM else list(kind)
-    most = max(steps.values(), default=0)
+    most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
+    wrong = {name: step for name, step in steps.items() if step != most and name not in own}
     error = PortError(
         "optimizer state",
         missing=[f"{word} of {name}" for word in words for name, entry in entries.items() if entry.get(word) is None],
-        wrong=[f"step of {name} is {step}, must be {most} as of the others" for name, step in steps.items() if step != most],
+        wrong=[f"step of {name} is {step}, must be {most} as of the others" for name, step in wrong.items()],
     )
     if error:
         raise error
     arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
-    counter = _numpy(next(iter(entries.values())).get("step", 0)).dtype
-    return Moments(arrays, most if kind is ADAM else None, counter.name if counter.kind == "f" else "float32")
+    if kind is SGD:
+        return Moments(arrays, None, own_steps=dict.fromkeys(untouched, 0))
+    counter = _numpy(next(entry["step"] for name, entry in entries.items() if steps[name] == max(steps.values()))).dtype
+    own_steps = {name: steps[name] for name in own if steps[name] != most}
+    return Moments(arrays, most, counter.name if counter.kind == "f" else "float32", own_steps)
+
+
+def _untouched(
+    shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Entries of parameters that have taken no step: zeros, in the dtype of those that have."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, shape in shapes.items():
+        ending = name.rsplit(".", 2)[-2:]
+        like = sorted((one for one in entries if entries[one]), key=lambda one: one.rsplit(".", 2)[-2:] != ending)
+        dtypes = {word: _numpy(entries[like[0]][word]).dtype for word in kind if entries[like[0]].get(word) is not None}
+        found[name] = ({"step": 0} if kind is ADAM else {}) | {**{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
+    return found
 
 
 def write_state_dict(moments: Moments, groups: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
-    """The reverse of `read_state_dict`, with tensors, as `optimizer.load_state_dict` takes it."""
+    """The reverse of `read_state_dict`, with tensors, as `optimizer.load_state_dict` takes it; no step taken, no entry."""
     from jax_moe.porting.torch_files import numpy_to_tensor
 
-    if moments.step is not None and int(np.dtype(moments.step_dtype).type(moments.step)) != moments.step:
-        raise ValueError(f"step={moments.step}: must be a number that torch's counter, a {moments.step_dtype}, can hold")
+    for most in () if moments.step is None else {moments.step, *moments.own_steps.values()}:
+        if int(np.dtype(moments.step_dtype).type(most)) != most:
+            raise ValueError(f"step={most}: must be a number that torch's counter, a {moments.step_dtype}, can hold")
     indices = [i for group in groups for i in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for i, name in zip(indices, order, strict=True):
-        entry = {} if moments.step is None else {"step": numpy_to_tensor(np.asarray(moments.step, moments.step_dtype))}
+        step = moments.own_steps.get(name, moments.step)
+        if step == 0:
+            continue
+        entry = {} if step is None else {"step": numpy_to_tensor(np.asarray(step, moments.step_dtype))}
         state[i] = entry | {word: numpy_to_tensor(arrays[name]) for word, arrays in moments.arrays.items()}
     groups = [{key: list(value) if key == "params" else value for key, value in group.items()} for group in groups]
     return {"state": state if moments.arrays else {}, "param_groups": groups}
-
-
-def moments_of(state: optax.OptState) -> tuple[dict[str, Any], int | None]:
-    """The moments' trees in an optax state under torch's words, and AdamW's count. Raises ValueError for what torch lacks."""
-    found: list[Any] = []
-
-    def see(node: Any) -> Any:
-        found.append(node)
-        return node
-
-    _walk(state, see)
-    held = [node for node in found if isinstance(node, optax.ScaleByAdamState | optax.TraceState)]
-    if len(held) > 1:
-        raise ValueError(f"optax state has {' and '.join(type(node).__name__ for node in held)}: must have one of them")
-    counts = [_count_of(node) for node in found if not isinstance(node, optax.TraceState)]
-    steps = sorted(set(counts))
-    if len(steps) > 1:
-        raise ValueError(f"optax state counts {' and '.join(map(str, steps))} steps: must be the same throughout")
-    words = {} if not held else ADAM if isinstance(held[0], optax.ScaleByAdamState) else SGD
-    return {theirs: getattr(held[0], ours) for theirs, ours in words.items()}, steps[0] if words is ADAM else None
-
-
-def _count_of(node: Any) -> int:
-    """The steps that a node has counted. Raises ValueError in the middle of one."""
-    if not isinstance(node, optax.MultiStepsState):
-        return int(node.count)
-    half = int(node.mini_step)
-    if half:
-        raise ValueError(f"optax state MultiSteps, mini_step={half}: must be 0; gradients half accumulated are not carried")
-    return int(node.gradient_step)
-
-
-def fill(state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None) -> optax.OptState:
-    """The state with every moment and count in its place; nothing of torch's may be left over."""
-    kind, used = (ADAM if "exp_avg" in trees else SGD), []
-
-    def counted(like: Any) -> jax.Array:
-        if count is None:
-            raise ValueError("step=None: must say how many steps the schedule has made, SGD does not count them")
-        return jnp.asarray(count, like.dtype)
-
-    def put(node: Any) -> Any:
-        if isinstance(node, optax.ScaleByScheduleState):
-            return node._replace(count=counted(node.count))
-        if isinstance(node, optax.MultiStepsState):
-            _count_of(node)
-            return node._replace(gradient_step=counted(node.gradient_step))
-        used.append(type(node).__name__)
-        own = ADAM if isinstance(node, optax.ScaleByAdamState) else SGD
-        if not trees:  # no step taken: as `init` made it
-            return node
-        if own is not kind:
-            raise ValueError(f"optimizer state of torch is {' and '.join(kind)}: must fit optax's, which has {used[-1]}")
-        filled = {ours: _like(getattr(node, ours), trees[theirs], theirs) for theirs, ours in own.items()}
-        return node._replace(**filled, **({"count": counted(node.count)} if own is ADAM else {}))
-
-    filled = _walk(state, put)
-    if trees and len(used) != 1:
-        has = " and ".join(used) or "neither ScaleByAdamState nor TraceState"
-        raise ValueError(f"optimizer state of torch is {' and '.join(kind)}: must fit optax's, which has {has}")
-    return filled
-
-
-def _walk(node: Any, visit: Callable[[Any], Any]) -> Any:
-    """The state with what `visit` makes of moments' and schedules' states. Raises ValueError for a state it does not know."""
-    if isinstance(node, optax.ScaleByAdamState | optax.TraceState | optax.ScaleByScheduleState):
-        return visit(node)
-    if isinstance(node, optax.MultiStepsState):
-        inner = _walk(node.inner_opt_state, visit)
-        return visit(node)._replace(inner_opt_state=inner)
-    if isinstance(node, optax.EmptyState) or not jax.tree.leaves(node):
-        return node
-    if type(node) is tuple:  # a chain
-        return tuple(_walk(one, visit) for one in node)
-    raise ValueError(f"optax state {type(node).__name__}: must be of adamw, sgd, or chains of these with clipping and schedules")
-
-
-def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:
-    """The arrays in the tree's structure, dtypes and places."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = {_path(keys): leaf for keys, leaf in leaves}
-    error = PortError(
-        f"optimizer state ({word})",
-        missing=[name for name in named if name not in arrays], unexpected=[name for name in arrays if name not in named],
-        misshapen=[f"{n} is {arrays[n].shape}, must be {v.shape}" for n, v in named.items() if _differ(arrays, n, v, "shape")],
-        mistyped=[f"{n} is {arrays[n].dtype}, must be {v.dtype}" for n, v in named.items() if _differ(arrays, n, v, "dtype")],
-    )
-    if error:
-        raise error
-    return jax.tree.unflatten(structure, [_place(arrays[name], leaf) for name, leaf in named.items()])
-
-
-def _differ(arrays: Mapping[str, np.ndarray], name: str, like: Any, what: str) -> bool:
-    return name in arrays and getattr(arrays[name], what) != getattr(like, what)
-
-
-def _place(value: np.ndarray, like: Any) -> jax.Array:
-    sharding = getattr(like, "sharding", None)
-    spread = sharding is not None and len(sharding.device_set) > 1
-    return jax.device_put(value, sharding) if spread else jnp.array(value)
-
-
-def _path(keys: tuple) -> str:
-    """Our name of a leaf; the step from an nnx Variable to its value has none."""
-    steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
 
 
 def _numpy(value: Any) -> np.ndarray:
@@ -261,21 +193,7 @@ def _indices(state_dict: Mapping[str, Any]) -> list[int]:
     return [i for group in state_dict["param_groups"] for i in group["params"]]
 
 
-def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for hyperparameters that one optax optimizer does not have."""
-    first = groups[0]
-    for number, group in enumerate(groups[1:], 1):
-        both = (first.keys() | group.keys()) - set(FREE)
-        differ = [f"{key} ({first.get(key)} and {group.get(key)})" for key in sorted(both) if first.get(key) != group.get(key)]
-        if differ:
-            raise ValueError(f"param_groups 0 and {number} differ in {', '.join(differ)}: must be the same in all")
-    for key, allowed in (("amsgrad", False), ("maximize", False), ("dampening", 0)):
-        if first.get(key, allowed) != allowed:
-            raise ValueError(f"{key}={first[key]}: must be {allowed}, optax keeps no such state")
-
-
 def _same_kind(group: Mapping[str, Any], words: list[str]) -> None:
-    _check_groups([group])
     adam = "betas" in group
     if words != (list(ADAM) if adam else list(SGD) if group.get("momentum") else []):
         kind = "AdamW or Adam" if adam else f"SGD with momentum={group.get('momentum')}"

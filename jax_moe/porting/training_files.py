@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from jax_moe.porting.about import is_folder
-from jax_moe.porting.api import from_torch_tree
+from jax_moe.porting.api import from_torch_tree, tree_plan
 from jax_moe.porting.checkpoint import LAYOUTS, Checkpoint, checkpoint_of, load, save
 from jax_moe.porting.files import PT_SUFFIXES, same_bits, verify, writing
-from jax_moe.porting.optimizer_file import FILE, Optimizer, parameters, plain, plain_groups, read_optimizer, write_optimizer
+from jax_moe.porting.optimizer_file import FILE, Optimizer, plain, plain_groups, read_optimizer, write_optimizer
 from jax_moe.porting.optimizer_state import Moments, read_state_dict, write_state_dict
+from jax_moe.porting.parameter_groups import names_in_groups
 from jax_moe.porting.recognise import Choices
+from jax_moe.porting.step_counts import expert_tensors
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ def read_training(path: Path, choices: Choices, *, allow_nonfinite: bool = False
     checkpoint = checkpoint_of(path, whole["model"], choices, allow_nonfinite=allow_nonfinite)
     layout = LAYOUTS[checkpoint.family]
     try:
-        names = parameters(checkpoint.module, layout)
-        order = [name for name in whole["model"] if name in names]
-        moments = read_state_dict(whole["optimizer"], order)
+        plan = tree_plan(checkpoint.module, layout=layout)
+        inside = [name for name in whole["model"] if name in plan.their_shapes]
+        order = names_in_groups(whole["optimizer"], inside, plan.their_shapes)
+        moments = read_state_dict(whole["optimizer"], order, expert_tensors(plan))
         for arrays in moments.arrays.values():
             from_torch_tree(checkpoint.module, arrays, layout=layout)
         groups = plain_groups(whole["optimizer"]["param_groups"])
@@ -82,7 +85,8 @@ def write_training_file(training: Training, path: Path, overwrite: bool) -> None
         again = read_training_pt(part)
         assert again is not None
         verify(state, again["model"], path)
-        verify_moments(optimizer.moments, read_state_dict(again["optimizer"], optimizer.order), path)
+        experts = expert_tensors(tree_plan(training.checkpoint.module, layout=LAYOUTS[training.checkpoint.family]))
+        verify_moments(optimizer.moments, read_state_dict(again["optimizer"], optimizer.order, experts), path)
 
 
 def verify_moments(written: Moments, read: Moments, path: Path) -> None:
@@ -91,7 +95,7 @@ def verify_moments(written: Moments, read: Moments, path: Path) -> None:
         f"{word} of {name}" for word, arrays in written.arrays.items() for name, value in arrays.items()
         if not same_bits(value, read.arrays[word][name])
     ]
-    if wrong or read.step != written.step:
+    if wrong or (read.step, read.own_steps) != (written.step, written.own_steps):
         raise ValueError(f"{path}: must read back as written; differs in {', '.join([*wrong, 'step'][:20])}")
 
 

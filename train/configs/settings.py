@@ -65,6 +65,8 @@ class OptimizerSettings:
     """On all parameters, times the learning rate."""
     clip_norm: float | None = None
     """Scale gradients down to this global norm; None: never."""
+    unchosen: Literal["skip", "decay"] = "decay"
+    """An expert without tokens in a step: skip leaves it alone, as PyTorch does; decay: weight decay and momentum move it."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["none", "cosine"] = "none"
@@ -126,6 +128,10 @@ FREE_ON_RESUME = {
 }
 
 
+# Settings that the first version's runs did not store, and what they did.
+LATER = {"unchosen": "decay"}
+
+
 def flat(config: TrainConfig) -> dict[str, Any]:
     """All settings by the names of their flags."""
     values = dataclasses.asdict(config)
@@ -134,7 +140,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 def from_flat(values: dict[str, Any]) -> TrainConfig:
     """Inverse of `flat`. Raises ValueError for a missing or unknown name."""
-    values = dict(values)
+    values = {**LATER, **values}
     parts = {"model": ModelSettings, "optimizer": OptimizerSettings}
     wanted = set(flat(TrainConfig()))
     require(set(values) == wanted, "settings", sorted(set(values) ^ wanted), "those of this version, no more and no fewer")

@@ -1,0 +1,175 @@
+"""AdamW that leaves alone the experts to which no token went, as PyTorch's does where each expert is a module of its own.
+
+There the gradient of such an expert is None: no decay, no moments, no step in its own count. Here experts are stacked and
+the gradient is zero, so which of them had tokens is an argument of `update`, `chosen=chosen_experts(stats)`, and every
+expert's steps are counted. Experts are what the tree holds under `experts`: up, gate, down and their biases.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_moe.config import require
+
+_OWN_DIMS = {"up": 2, "gate": 2, "down": 2, "up_bias": 1, "gate_bias": 1, "down_bias": 1}  # last dims, of one expert
+NEEDS = "which experts had tokens: update(gradients, state, params, chosen=chosen_experts(stats))"
+
+
+class SkippingAdamState(NamedTuple):
+    """As optax's `ScaleByAdamState`, with every expert's own count of steps."""
+
+    count: Any  # steps taken by everything that is not an expert's
+    expert_counts: Any  # steps in which an expert had a token, int32 [*L, E], nested under the experts' path
+    mu: Any
+    nu: Any
+
+
+class AccumulatedState(NamedTuple):
+    """`optax.MultiSteps` with what was chosen so far in its step."""
+
+    chosen: Any  # bool [*L, E], nested as `expert_counts`
+    steps: optax.MultiStepsState
+
+
+def path_of(keys: tuple) -> str:
+    """Our name of a leaf; the step from an nnx Variable to its value has none."""
+    steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
+
+
+def experts_of(path: str) -> tuple[str, int] | None:
+    """Of an expert's weight by our path: the path of the experts, and how many last dims are one expert's. Else None."""
+    parent, _, name = path.rpartition(".")
+    is_expert = name in _OWN_DIMS and (parent == "experts" or parent.endswith(".experts"))
+    return (parent, _OWN_DIMS[name]) if is_expert else None
+
+
+def flat_counts(nested: Any) -> dict[str, Any]:
+    """{path of the experts: [*L, E]} of what is nested under that path."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(nested)[0]}
+
+
+def nested_counts(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flat_counts`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = value
+    return tree
+
+
+def _zeros(params: optax.Params, dtype: Any) -> dict[str, Any]:
+    """Zeros [*L, E], nested under the path of the experts."""
+    shapes = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        found = experts_of(path_of(keys))
+        if found is not None:
+            shapes[found[0]] = leaf.shape[: -found[1]]
+    return nested_counts({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()})
+
+
+def _chosen(chosen: Any, like: Mapping[str, Any]) -> dict[str, Any]:
+    """{path of the experts: bool [*L, E]}. Raises ValueError for masks that do not fit."""
+    if not like:
+        return {}
+    require(chosen is not None, "chosen", None, NEEDS)
+    given = flat_counts(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(like, jnp.asarray(chosen))
+    wanted = {path: (value.shape, "bool") for path, value in like.items()}
+    found = {path: (value.shape, str(value.dtype)) for path, value in given.items()}
+    require(found == wanted, "chosen", found, f"{wanted}, {NEEDS}")
+    return given
+
+
+def _for_leaf(keys: tuple, leaf: Any, at: Mapping[str, Any], default: Any) -> Any:
+    """What `at` holds for the experts of a leaf, with a last dim for each of the leaf's own; the default for all others."""
+    found = experts_of(path_of(keys))
+    return default if found is None else at[found[0]].reshape(*leaf.shape[: -found[1]], *(1,) * found[1])
+
+
+def _correction(decay: float, count: Any) -> Any:
+    """1 - decay^count in jax's widest float, without the cancellation that costs float32 half its digits."""
+    count = jnp.maximum(count, 1).astype(jnp.result_type(float))  # an expert never chosen has 0, and its answer is not used
+    return -jnp.expm1(count * (math.log(decay) if decay > 0 else -math.inf))
+
+
+def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` in which an expert without tokens keeps its moments and its count."""
+
+    def init(params: optax.Params) -> SkippingAdamState:
+        zeros = optax.tree.zeros_like
+        return SkippingAdamState(jnp.zeros([], jnp.int32), _zeros(params, jnp.int32), zeros(params), zeros(params))
+
+    def update(
+        updates: optax.Updates, state: SkippingAdamState, params: optax.Params | None = None, *, chosen: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, SkippingAdamState]:
+        before = flat_counts(state.expert_counts)
+        masks = _chosen(chosen, before)
+        count, counts = state.count + 1, {path: value + masks[path].astype(value.dtype) for path, value in before.items()}
+
+        def leaf(keys: tuple, gradient: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
+            new_mu = (1 - b1) * gradient + b1 * mu
+            new_nu = (1 - b2) * gradient**2 + b2 * nu
+            steps, mask = _for_leaf(keys, gradient, counts, count), _for_leaf(keys, gradient, masks, None)
+            mu_hat = new_mu / _correction(b1, steps).astype(mu.dtype)
+            nu_hat = new_nu / _correction(b2, steps).astype(nu.dtype)
+            if mask is not None:
+                new_mu, new_nu = jnp.where(mask, new_mu, mu), jnp.where(mask, new_nu, nu)
+            return mu_hat / (jnp.sqrt(nu_hat) + eps), new_mu.astype(mu.dtype), new_nu.astype(nu.dtype)
+
+        structure = jax.tree.structure(updates)
+        each = jax.tree_util.tree_map_with_path(leaf, updates, state.mu, state.nu)
+        scaled, mu, nu = jax.tree.transpose(structure, jax.tree.structure((0, 0, 0)), each)
+        return scaled, SkippingAdamState(count, nested_counts(counts), mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def only_chosen() -> optax.GradientTransformationExtraArgs:
+    """Zero for every expert without tokens: neither decay nor momentum moves it."""
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, *, chosen: Any = None, **extra: Any
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        masks = _chosen(chosen, flat_counts(jax.eval_shape(lambda: _zeros(updates, bool))))
+
+        def leaf(keys: tuple, value: Any) -> Any:
+            mask = _for_leaf(keys, value, masks, None)
+            return value if mask is None else jnp.where(mask, value, 0)
+
+        return jax.tree_util.tree_map_with_path(leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # type: ignore[arg-type]
+
+
+def accumulated(optimizer: optax.GradientTransformation, parts: int) -> optax.GradientTransformationExtraArgs:
+    """`optax.MultiSteps` around an optimizer that is told `chosen`: an expert counts as chosen if any part chose it.
+
+    Gradients are added up in jax's widest float; `MultiSteps` does it in float32 unless told otherwise.
+    """
+    known = inspect.signature(optax.MultiSteps).parameters  # an older optax adds up in the gradients' own dtype
+    wide = {"accumulator_dtype": jnp.result_type(float)} if "accumulator_dtype" in known else {}
+    steps = optax.MultiSteps(optimizer, parts, **wide)
+
+    def init(params: optax.Params) -> AccumulatedState:
+        return AccumulatedState(_zeros(params, bool), steps.init(params))
+
+    def update(
+        updates: optax.Updates, state: AccumulatedState, params: optax.Params | None = None, *, chosen: Any = None, **extra: Any
+    ) -> tuple[optax.Updates, AccumulatedState]:
+        before = flat_counts(state.chosen)
+        goes_on = state.steps.mini_step > 0
+        so_far = {path: value | (before[path] & goes_on) for path, value in _chosen(chosen, before).items()}
+        both = nested_counts(so_far)
+        updates, inner = steps.update(updates, state.steps, params, chosen=both, **extra)
+        return updates, AccumulatedState(both, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
