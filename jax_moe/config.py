@@ -46,7 +46,10 @@ def _positive_int(**values: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of a double
+        return False
 
 
 def _rate(**values: float) -> None:
@@ -240,17 +243,20 @@ class MoEConfig:
         return dataclasses.replace(self, capacity=capacity)
 
     def group_size(self, batch_size: int, num_positions: int) -> int:
-        """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions."""
+        """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions; at least 1."""
         if self.capacity is None or self.capacity.group == "batch":
-            return batch_size * num_positions
+            return max(batch_size * num_positions, 1)
         if self.capacity.group == "sequence":
-            return num_positions
+            return max(num_positions, 1)
         assert self.capacity.group_size is not None
         return self.capacity.group_size
 
     def expert_capacity(self, group_size: int) -> int:
-        """C, an expert's slots in a group of S tokens; dropless: S. Raises ValueError below one (see `below_one`)."""
-        if self.capacity is None:
+        """C, an expert's slots in a group of S tokens; dropless: S. No tokens need none.
+
+        Raises ValueError below one (see `below_one`).
+        """
+        if self.capacity is None or group_size == 0:
             return group_size
         rule = self.capacity
         if rule.slots is not None:

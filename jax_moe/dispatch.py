@@ -49,9 +49,9 @@ class Moves(NamedTuple):
 
 
 def split_groups(x_BT: Shaped[Array, "B T *rest"], group_size: int) -> Shaped[Array, "G S *rest"]:
-    """Tokens in flat order cut into groups of S; the last group is padded with zeros."""
+    """Tokens in flat order cut into groups of S, at least one; the last group is padded with zeros."""
     B, T, *rest = x_BT.shape
-    num_groups = -(-B * T // group_size)
+    num_groups = max(-(-B * T // group_size), 1)
     flat = x_BT.reshape(B * T, *rest)
     if num_groups * group_size != B * T:
         flat = jnp.pad(flat, [(0, num_groups * group_size - B * T)] + [(0, 0)] * len(rest))

@@ -497,8 +497,8 @@ TORCH = [
     Mutation(
         "torch: P is a softmax of logits whatever the score",
         "torch_ref/losses.py",
-        "return log_scores(logits_GSE, config).softmax(dim=-1)",
-        "return logits_GSE.softmax(dim=-1)",
+        "return log_scores(_widened(logits_GSE), config).softmax(dim=-1)",
+        "return _widened(logits_GSE).softmax(dim=-1)",
         rows=("deepseek_v3",),
     ),
     Mutation(

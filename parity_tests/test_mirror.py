@@ -45,6 +45,7 @@ JAX_ONLY = {
     },
     "moe.py": {
         "CorrectionBias.*": "torch has buffers",
+        "MoE.with_routing": "torch has moe_forward",
         "MoE.shared_answer": "for generation and the stages of jax-moe parity; torch has it inside its forward",
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },

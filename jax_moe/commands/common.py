@@ -10,14 +10,29 @@ import jax
 from flax import nnx
 
 from jax_moe.config import require
-from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.hf_folder import is_hf
 
 
-def holds_decoder(path: Path) -> bool:
-    """Whether it is a Hugging Face model: its own folder, or an Orbax folder of ours."""
-    return is_hf(path) or (is_folder(path) and read_about(path).get("family") == "decoder")
+def say(line: str) -> None:
+    """A remark beside the answer, on stderr."""
+    print(f"jax-moe: {line}", file=sys.stderr)
+
+
+def say_assumed(path: Path, checkpoint: Checkpoint) -> None:
+    """What the file does not say, and so was assumed."""
+    if checkpoint.assumed:
+        say(f"{path}: {assumed_in_words(checkpoint)}")
+
+
+def assumed_in_words(checkpoint: Checkpoint) -> str:
+    """Each assumed setting with the option that says otherwise."""
+    settings = [f"{name}={value} ({option_of(name)})" for name, value in checkpoint.assumed.items()]
+    return f"assumed, for the file does not say it: {', '.join(settings)}"
+
+
+def option_of(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
@@ -40,7 +55,8 @@ def summary(checkpoint: Checkpoint) -> str:
     """Family, parameters and dtypes in one line."""
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(checkpoint.module, nnx.Param)))
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-    return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}"
+    of_run = "" if checkpoint.note is None else f", {checkpoint.note}"
+    return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}{of_run}"
 
 
 @contextmanager

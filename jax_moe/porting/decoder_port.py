@@ -40,6 +40,7 @@ class Source:
     plan: Plan
     tensors: dict[str, Header]
     ours: bool  # whose names the tensors have
+    others: Path  # the folder with its tokenizer
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ def open_source(path: Path) -> Iterator[Source]:
     if is_hf(path):
         with open_folder(path) as folder:
             check_head(folder)
-            yield Source(path, folder.model_type, folder.origin.config_json, folder.config, folder.plan, folder.stored, False)
+            text = folder.origin.config_json
+            yield Source(path, folder.model_type, text, folder.config, folder.plan, folder.stored, False, path)
         return
     origin, model, arrays = open_decoder(path)
     plan = make_plan(decoder_tables(model.config, origin.model_type)[0], decoder_shapes(model))
-    yield Source(path, origin.model_type, origin.config_json, model.config, plan, arrays, True)
+    yield Source(path, origin.model_type, origin.config_json, model.config, plan, arrays, True, Path(origin.directory))
 
 
 def replaceable(path: Path) -> bool:
@@ -104,7 +106,7 @@ def _write_hf(
     with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", total) as advance:
         kept = write_shards(part, tensors, shards, advance)
         (part / "config.json").write_text(source.text, encoding="utf-8")
-        copy_others(source.path, part)
+        copy_others(source.others, part)
         also(part)
     return len(shards), kept
 
@@ -125,7 +127,7 @@ def _write_orbax(
             advance(arrays[name].nbytes)
         about["files"] = write_orbax(part, arrays)
         write_about(part, about)
-        copy_others(source.path, part)
+        copy_others(source.others, part)
         also(part)
         verify_orbax(part, about["files"], arrays, advance)
     return 0, 0

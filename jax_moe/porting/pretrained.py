@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.engine import make_plan
 from jax_moe.porting.families.hf import FAMILIES, decoder_tables, family_named
-from jax_moe.porting.files import check_space, writing
+from jax_moe.porting.files import check_space
 from jax_moe.porting.hf_folder import check_head, config_text, copy_others, open_folder
 from jax_moe.porting.shards import DTYPES, write_weights
 from jax_moe.porting.stacking import place_all, theirs_from
+from jax_moe.porting.targets import saving
 from jax_moe.sharding import mesh_in_use
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -31,7 +32,7 @@ def load_pretrained(
     memory; on a `mesh` (or the one that `jax.set_mesh` has set) experts are split over its expert axis, one device's part at
     a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
     """
-    path, target = Path(directory), None if dtype is None else _float_dtype(dtype)
+    path, target = Path(directory), None if dtype is None else float_dtype(dtype)
     with open_folder(path) as folder:
         check_head(folder)
         arrays = place_all(folder.plan, folder.headers, target, mesh or mesh_in_use(), allow_nonfinite, str(path))
@@ -47,8 +48,9 @@ def save_pretrained(
 ) -> None:
     """Writes config.json, the weights under the family's own names and, of a loaded model, the tokenizer's files.
 
-    Whole or not at all. `model_type` names the family of a decoder that was not loaded. Raises ValueError if the folder
-    exists (without `overwrite`) or cannot be written, or if the family cannot say this contract.
+    Whole or not at all. The folder may be there if it is empty; one with a checkpoint in it is replaced with `overwrite`;
+    missing parents are made. `model_type` names the family of a decoder that was not loaded. Raises ValueError if the folder
+    holds anything else or cannot be written, or if the family cannot say this contract.
     """
     path = Path(directory)
     origin = model.origin
@@ -61,7 +63,7 @@ def save_pretrained(
     plan = make_plan(decoder_tables(model.config, family.model_type)[0], {name: a.shape for name, a in arrays.items()})
     theirs = theirs_from(plan, arrays)
     text = config_text(None if loaded is None else loaded.config_json, values, np.dtype(arrays["embedding"].dtype))
-    with writing(path, overwrite, replaceable=lambda old: (old / "config.json").is_file()) as part:
+    with saving(path, overwrite, lambda old: (old / "config.json").is_file()) as part:
         check_space(path, sum(header.nbytes for header in theirs.values()))
         part.mkdir()
         write_weights(part, theirs, max_shard_bytes)
@@ -70,7 +72,8 @@ def save_pretrained(
             copy_others(Path(loaded.directory), part)
 
 
-def _float_dtype(dtype: Any) -> np.dtype:
+def float_dtype(dtype: Any) -> np.dtype:
+    """numpy's dtype of a float dtype that weights may have. Raises ValueError for another."""
     try:
         found = np.dtype(jnp.dtype(dtype))
     except TypeError:
