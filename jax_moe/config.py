@@ -186,7 +186,13 @@ class ExpertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """The load-balancing loss E * sum_e f_e P_e (Switch Transformers, eq. 4-6; Mixtral in Hugging Face)."""
+    """The load-balancing loss E * sum_e f_e P_e (Switch Transformers, eq. 4-6; Mixtral in Hugging Face).
+
+    f counts the choices that were made, correction bias included. P is the mean of each token's scores over their sum, of
+    whatever kind the router's scores are: softmax(logits), also where it selects on the logits (Hugging Face), and
+    s / sum(s) for sigmoid (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be told
+    from 0 count as equal, as they do for the choice: where all are, P is 1/E and the loss 1 (or K).
+    """
 
     f_sums_to: Literal["one", "k"] = "one"  # f = share of assignments (balanced loss 1), or of tokens (Hugging Face: K)
     pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of the layers' losses, or f and P averaged first (HF)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from jax_moe.arrays import check_choices, check_kind, checked, checked_input
-from jax_moe.config import BalanceConfig, MoEConfig, require
+from jax_moe.config import BalanceConfig, MoEConfig, RouterConfig, require
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int
 from jax_moe.dispatch import Slots
-from jax_moe.routing import Routing, safe_denominator, wide
+from jax_moe.routing import Routing, log_scores, safe_denominator, wide
 from jax_moe.shapes import Dim
+
+SOFTMAX = RouterConfig()
 
 
 class MoEStats(NamedTuple):
@@ -24,8 +26,8 @@ class MoEStats(NamedTuple):
     router_z_loss: Float[Array, "*L"]  # mean over tokens of logsumexp(logits)^2
     dropped_fraction: Float[Array, "*L"]  # share of the tokens' K choices that found no slot
     expert_load_E: Float[Array, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
-    router_entropy: Float[Array, "*L"]  # mean over tokens of the entropy of softmax(logits), in nats
-    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of softmax(logits)
+    router_entropy: Float[Array, "*L"]  # mean over tokens of the entropy of the scores over their sum, in nats
+    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of the scores over their sum
     importance_cv2: Float[Array, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
     load_cv2: Float[Array, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
@@ -73,6 +75,12 @@ def _choices(expert_GSK: Array, num_experts: int, mask_GS: Array | None) -> list
     return _given("expert_GSK", expert_GSK, mask_GS)
 
 
+def router_probs(logits_GSE: Float[Array, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Array, "G S E"]:
+    """Each token's scores over their sum, whatever the score: softmax(logits), or s / sum(s) of sigmoid and its like."""
+    logits_GSE, _ = _given("logits_GSE", logits_GSE)
+    return jax.nn.softmax(log_scores(logits_GSE, config), axis=-1)
+
+
 def load_balance_loss(
     load_E: Float[Array, "*L E"], prob_E: Float[Array, "*L E"], top_k: int, config: BalanceConfig
 ) -> Float[Array, "*L"]:
@@ -92,7 +100,8 @@ def group_balance_loss(
     share_GSE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
     mask_GS = jnp.ones(share_GSE.shape[:2], bool) if mask_GS is None else mask_GS
     load_GE, prob_GE = (
-        jax.vmap(masked_mean)(x_GSE[:, None], mask_GS[:, None]) for x_GSE in (share_GSE, jax.nn.softmax(routing.logits_GSE))
+        jax.vmap(masked_mean)(x_GSE[:, None], mask_GS[:, None])
+        for x_GSE in (share_GSE, router_probs(routing.logits_GSE, config.router))
     )
     loss_G = load_balance_loss(load_GE, prob_GE, config.top_k, config.balance)
     return masked_mean(loss_G[None], mask_GS.any(axis=1)[None])
@@ -115,10 +124,12 @@ def router_z_loss(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"]
     return masked_mean(jax.nn.logsumexp(logits_GSE, axis=-1) ** 2, mask_GS)
 
 
-def router_entropy(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None) -> Float[Array, ""]:
-    """Mean entropy of softmax(logits) in nats: ln E when undecided, 0 when certain."""
+def router_entropy(
+    logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None, config: RouterConfig = SOFTMAX
+) -> Float[Array, ""]:
+    """Mean entropy of `router_probs` in nats: ln E when undecided, 0 when certain."""
     logits_GSE, mask_GS = _given("logits_GSE", logits_GSE, mask_GS)
-    log_GSE = jax.nn.log_softmax(logits_GSE, axis=-1)
+    log_GSE = jax.nn.log_softmax(log_scores(logits_GSE, config), axis=-1)
     return masked_mean(-(jnp.exp(log_GSE) * log_GSE).sum(axis=-1), mask_GS)
 
 
@@ -171,7 +182,7 @@ def layer_stats(
     """All of a layer's losses and statistics."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
-    prob_E = masked_mean(jax.nn.softmax(routing.logits_GSE, axis=-1), mask_GS)
+    prob_E = masked_mean(router_probs(routing.logits_GSE, config.router), mask_GS)
     balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
@@ -181,7 +192,7 @@ def layer_stats(
         router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
         dropped_fraction=masked_mean(dropped_GS, mask_GS),
         expert_load_E=load_E,
-        router_entropy=router_entropy(routing.logits_GSE, mask_GS),
+        router_entropy=router_entropy(routing.logits_GSE, mask_GS, config.router),
         router_prob_E=prob_E,
         importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
         load_cv2=squared_cv(load_E),

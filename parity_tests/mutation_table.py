@@ -293,6 +293,27 @@ JAX_LOSSES = [
         "x_GS.mean(axis=(0, 1))",
         rows=("padding",),
     ),
+    Mutation(
+        "jax: P is a softmax of logits whatever the score",
+        "jax_moe/losses.py",
+        "return jax.nn.softmax(log_scores(logits_GSE, config), axis=-1)",
+        "return jax.nn.softmax(logits_GSE, axis=-1)",
+        rows=("deepseek_v3",),
+    ),
+    Mutation(
+        "jax: the entropy is of softmax(logits) whatever the score",
+        "jax_moe/losses.py",
+        "jax.nn.log_softmax(log_scores(logits_GSE, config), axis=-1)",
+        "jax.nn.log_softmax(logits_GSE, axis=-1)",
+        rows=("sqrt-softplus scores",),
+    ),
+    Mutation(
+        "jax: scores of 0 are told apart by the balance loss",
+        "jax_moe/routing.py",
+        "return jnp.maximum(jax.nn.log_sigmoid(logits_GSE), math.log(tiny))",
+        "return jax.nn.log_sigmoid(logits_GSE)",
+        tests=("parity_tests/test_scores_of_losses.py::test_scores_of_nought_balance",),
+    ),
     Mutation("jax: the sample's variance", "jax_moe/losses.py", "x_E.var() /", "x_E.var(ddof=1) /", rows=("mixtral",)),
     Mutation(
         "jax: smooth load's bar is one rank off",
@@ -472,6 +493,13 @@ TORCH = [
     ),
     Mutation(
         "torch: the sample's variance", "torch_ref/losses.py", "x_E.var(correction=0)", "x_E.var(correction=1)", rows=("mixtral",)
+    ),
+    Mutation(
+        "torch: P is a softmax of logits whatever the score",
+        "torch_ref/losses.py",
+        "return log_scores(_widened(logits_GSE), config).softmax(dim=-1)",
+        "return _widened(logits_GSE).softmax(dim=-1)",
+        rows=("deepseek_v3",),
     ),
     Mutation(
         "torch: importance counts padding",

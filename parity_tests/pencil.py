@@ -295,6 +295,11 @@ BALANCE = 1.15  # 3 * (29/120 + 20/180 + 11/360) = 3 * 138/360
 BALANCE_K = 2.3  # f sums to k = 2
 IMPORTANCE_CV2 = 96 / 289  # given 29, 17, 5 twentieths: mean 17, variance (144 + 0 + 144) / 3 = 96
 LOAD_CV2 = 1 / 6  # 3, 2, 1: mean 2, variance 2/3; 2/3 / 4
+# The balance loss of other scores: two tokens, three experts, two choices each.
+# Sigmoid of ln 3, 0, -ln 3: 3/4, 1/2, 1/4, over their sum 3/2: 1/2, 1/3, 1/6. The other token is the mirror image.
+# Alone the first token has f = (1/2, 1/2, 0), so the loss 3 * (1/4 + 1/6) = 5/4; both have P = (1/3, 1/3, 1/3).
+# Square roots of softplus 2, 1, 1/2 over 7/2: 4/7, 2/7, 1/7; alone: 3 * (2/7 + 1/7) = 9/7
+SCORED = {"sigmoid": (THREE_ONE, [1 / 2, 1 / 3, 1 / 6], 5 / 4), "sqrt_softplus": (SQUARES, [4 / 7, 2 / 7, 1 / 7], 9 / 7)}
 # E / S * p_j * (f_j - sum_e f_e p_e); the inner sum is 48/120 for Ann, 43/120 for Bob, 47/120 for Cleo
 BALANCE_GRADIENT = [
     [9 / 200, -1 / 30, -7 / 600],

@@ -12,7 +12,15 @@ from flax import nnx
 
 from jax_moe import MoE, SoftMoE, losses
 from jax_moe.attention import Attention
-from jax_moe.config import AttentionConfig, BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, SoftMoEConfig
+from jax_moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+    SoftMoEConfig,
+)
 from jax_moe.presets import gpt_oss
 from jax_moe.soft_moe import soft_weights
 from parity_tests import pencil
@@ -169,6 +177,19 @@ def test_gradient_of_the_balance_loss_by_hand() -> None:
     gradient = jax.jit(jax.grad(lambda x: moe(x)[1].load_balance_loss))(jnp.asarray(pencil.ONE, WIDE))
     agree(gradient[0, :, :3], pencil.BALANCE_GRADIENT)  # the logits are the first three features
     agree(gradient[0, :, 3], [0, 0, 0])
+
+
+@pytest.mark.parametrize("score", list(pencil.SCORED))
+def test_balance_loss_follows_the_scores(score: str) -> None:
+    logits, prob, want = pencil.SCORED[score]
+    config = layer(router=RouterConfig(score=score))
+    moe = build(config, pencil.pencil_weights(config))
+    alone = moe(jnp.asarray([[[*logits, 1.0]]], WIDE))[1]
+    agree(alone.router_prob_E, prob)
+    agree(alone.load_balance_loss, want)
+    agree(alone.router_entropy, -sum(p * log(p) for p in prob))
+    both = moe(jnp.asarray([[[*logits, 1.0], [*logits[::-1], 1.0]]], WIDE))[1]
+    agree(both.router_prob_E, [(prob[0] + prob[2]) / 2, prob[1], (prob[0] + prob[2]) / 2])
 
 
 def test_z_loss_and_entropy() -> None:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 
 from torch_ref.arrays import Dim, check_choices, check_kind, checked, checked_input
-from torch_ref.config import BalanceConfig, MoEConfig, require
+from torch_ref.config import BalanceConfig, MoEConfig, RouterConfig, require
 from torch_ref.dims import Bool, Float, Int, Shaped, Tensor
 from torch_ref.dispatch import Slots
-from torch_ref.routing import Routing, safe_denominator, wide
+from torch_ref.routing import Routing, log_scores, safe_denominator, wide
+
+SOFTMAX = RouterConfig()
 
 
 class MoEStats(NamedTuple):
@@ -21,8 +23,8 @@ class MoEStats(NamedTuple):
     router_z_loss: Float[Tensor, "*L"]  # mean over tokens of logsumexp(logits)^2
     dropped_fraction: Float[Tensor, "*L"]  # share of the tokens' K choices that found no slot
     expert_load_E: Float[Tensor, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
-    router_entropy: Float[Tensor, "*L"]  # mean over tokens of the entropy of softmax(logits), in nats
-    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of softmax(logits)
+    router_entropy: Float[Tensor, "*L"]  # mean over tokens of the entropy of the scores over their sum, in nats
+    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of the scores over their sum
     importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
     load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
@@ -70,6 +72,12 @@ def expert_load(
     return share_E.to(dtype)
 
 
+def router_probs(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Tensor, "G S E"]:
+    """Each token's scores over their sum, whatever the score: softmax(logits), or s / sum(s) of sigmoid and its like."""
+    checked_input("logits_GSE", logits_GSE)
+    return log_scores(_widened(logits_GSE), config).softmax(dim=-1)
+
+
 def load_balance_loss(
     load_E: Float[Tensor, "*L E"], prob_E: Float[Tensor, "*L E"], top_k: int, config: BalanceConfig
 ) -> Float[Tensor, "*L"]:
@@ -91,7 +99,7 @@ def group_balance_loss(
         mask = None if mask_GS is None else mask_GS[g : g + 1]
         if mask is None or mask.any():
             load_E = expert_load(routing.expert_GSK[g : g + 1], config.num_experts, dtype, mask)
-            prob_E = masked_mean(routing.logits_GSE[g : g + 1].softmax(dim=-1), mask)
+            prob_E = masked_mean(router_probs(routing.logits_GSE[g : g + 1], config.router), mask)
             losses.append(load_balance_loss(load_E, prob_E, config.top_k, config.balance))
     return torch.stack(losses).mean() if losses else routing.logits_GSE.new_zeros(())
 
@@ -113,10 +121,12 @@ def router_z_loss(logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S
     return masked_mean(_widened(logits_GSE).logsumexp(dim=-1) ** 2, mask_GS)
 
 
-def router_entropy(logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None) -> Float[Tensor, ""]:
-    """Mean entropy of softmax(logits) in nats: ln E when undecided, 0 when certain."""
+def router_entropy(
+    logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None, config: RouterConfig = SOFTMAX
+) -> Float[Tensor, ""]:
+    """Mean entropy of `router_probs` in nats: ln E when undecided, 0 when certain."""
     checked(checked_input("logits_GSE", logits_GSE), mask_GS=mask_GS)
-    log_GSE = _widened(logits_GSE).log_softmax(dim=-1)
+    log_GSE = log_scores(_widened(logits_GSE), config).log_softmax(dim=-1)
     return masked_mean(-(log_GSE.exp() * log_GSE).sum(dim=-1), mask_GS)
 
 
@@ -167,7 +177,7 @@ def layer_stats(
     """All of a layer's losses and statistics."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
-    prob_E = masked_mean(routing.logits_GSE.softmax(dim=-1), mask_GS)
+    prob_E = masked_mean(router_probs(routing.logits_GSE, config.router), mask_GS)
     balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
@@ -177,7 +187,7 @@ def layer_stats(
         router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
         dropped_fraction=masked_mean(dropped_GS, mask_GS),
         expert_load_E=load_E,
-        router_entropy=router_entropy(routing.logits_GSE, mask_GS),
+        router_entropy=router_entropy(routing.logits_GSE, mask_GS, config.router),
         router_prob_E=prob_E,
         importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
         load_cv2=squared_cv(load_E),
