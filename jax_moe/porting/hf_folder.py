@@ -30,6 +30,10 @@ COPIED = (
 )
 
 
+NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers skips it too, and writes it no longer
+TIED = "must be model.embed_tokens.weight, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
+
+
 @dataclass(frozen=True)
 class HFFolder:
     """What a folder holds; `headers` can be read while it is open."""
@@ -80,7 +84,8 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
     text, values = _read_config(path)
     with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
-    with open_weights(path) as headers:
+    with open_weights(path) as found:
+        headers = {name: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
         with _named(path / "config.json"):
             check_layers(values, headers)
             config = family.config(values)
@@ -89,7 +94,7 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
         model = abstract_decoder(config, origin)
         plans = [make_plan(table, decoder_shapes(model)) for table in decoder_tables(config, family.model_type)]
         plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
-        headers, head = _tied_head_apart(config, headers)
+        headers, head = _tied_head_apart(config, headers, path)
         check(plan, headers, f"{path} (layout {plan.table.name})")
         yield HFFolder(path, origin, model, plan, headers, head)
 
@@ -112,7 +117,7 @@ def weight_files(path: Path) -> list[Path]:
 def check_head(folder: HFFolder) -> None:
     """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
     if folder.head is not None and not same_bits(folder.head.read(), folder.headers["model.embed_tokens.weight"].read()):
-        raise PortError(f"{folder.path} (layout {folder.plan.table.name})", unexpected=["lm_head.weight"])
+        raise PortError(f"{folder.path} (layout {folder.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
 
 
 def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
@@ -172,10 +177,12 @@ def _named(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _tied_head_apart(config: DecoderConfig, headers: dict[str, Header]) -> tuple[dict[str, Header], Header | None]:
+def _tied_head_apart(
+    config: DecoderConfig, headers: dict[str, Header], path: Path
+) -> tuple[dict[str, Header], Header | None]:
     head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
     if not config.tied_embeddings or head is None or embedding is None:
         return headers, None
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
-        return headers, None
+        raise PortError(str(path), wrong=[f"lm_head.weight is {head.dtype}{list(head.shape)}, {TIED}"])
     return {name: header for name, header in headers.items() if name != "lm_head.weight"}, head
