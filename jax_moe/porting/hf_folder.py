@@ -21,6 +21,7 @@ from jax_moe.porting.families.hf import decoder_tables, family_named
 from jax_moe.porting.files import same_bits
 from jax_moe.porting.shards import files_of, open_weights
 from jax_moe.porting.tensor_file import Header
+from jax_moe.stored import stored_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Beside config.json and the weights: copied as they are. Code (.py) never is.
@@ -106,7 +107,7 @@ def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Dec
 
 def decoder_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """{our path: shape} of a decoder."""
-    return {".".join(map(str, keys)): v.shape for keys, v in nnx.to_flat_state(nnx.state(model))}
+    return {path: v.shape for path, v in stored_variables(model).items()}
 
 
 def weight_files(path: Path) -> list[Path]:
