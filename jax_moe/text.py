@@ -54,26 +54,46 @@ def end_tokens(folder: Path, config: str) -> tuple[int, ...]:
 class TextStream:
     """A growing text in pieces that can be printed as they are: half a character waits for its other half.
 
-    Only the last tokens are decoded anew, as far back as the piece before, since what precedes a token decides its spaces.
+    By the library's own incremental decoder: prompt, pieces and rest are the text that `Tokenizer.decode` makes of all tokens.
+    Where a token changes what was printed before (a decoder that takes spaces away again), printing goes on behind it.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]):
-        self.tokenizer, self.tokens = tokenizer, list(prompt)
-        self.before, self.shown = 0, len(self.tokens)
+        self.tokenizer, self.tokens, self.text, self.waiting = tokenizer, list[int](), "", ""
+        self._start()
+        for token in prompt:
+            self.add(token)
+        self.waiting = self._left()  # printed with the prompt
 
     def add(self, token: int) -> str:
         """What can be printed now that this token is there."""
         self.tokens.append(token)
-        return self._piece(whole=True)
+        try:
+            piece = self.stream.step(self.tokenizer, token) or ""
+        except Exception as error:  # the library raises no type of its own
+            if "prefix" not in str(error).lower():
+                raise ValueError(f"token {token}: cannot be decoded ({' '.join(str(error).split())})") from None
+            piece = self._left()
+            self._start()
+        self.text += piece
+        return self._unprinted(piece)
 
     def rest(self) -> str:
         """What was still waiting when the text ended."""
-        return self._piece(whole=False)
+        return self._unprinted(self._left())
 
-    def _piece(self, whole: bool) -> str:
-        printed = self.tokenizer.decode(self.tokens[self.before : self.shown])
-        text = self.tokenizer.decode(self.tokens[self.before :])
-        if whole and text.endswith("\N{REPLACEMENT CHARACTER}"):
+    def _left(self) -> str:
+        return self.tokenizer.decode(self.tokens)[len(self.text) :]
+
+    def _unprinted(self, piece: str) -> str:
+        """The piece without what of it came with the prompt."""
+        if not piece:
             return ""
-        self.before, self.shown = self.shown, len(self.tokens)
-        return text[len(printed) :]
+        same = next((i for i, (a, b) in enumerate(zip(self.waiting, piece, strict=False)) if a != b), len(self.waiting))
+        self.waiting = ""
+        return piece[same:]
+
+    def _start(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self.stream = DecodeStream(skip_special_tokens=True)
