@@ -1,6 +1,5 @@
 """`jax-moe port` interrupted, killed or run twice at once: what it leaves, and how it goes on."""
 
-import fcntl
 import signal
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 import jax_moe
 from jax_moe.cli import main
+from jax_moe.porting.alone import alone
 from jax_moe.porting.files import read_safetensors, write_safetensors
 from parity_tests.commands import PORT, command, fails, interrupt, names, run, same_folders, stop_before
 
@@ -77,14 +77,17 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureF
     before = "import os, signal, pytest\nfrom parity_tests.commands import stop_before\n"
     before += "stop_before(3, lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())"
     done = command("port", whole, tmp_path / "target", *PORT, before=before)
-    assert done.returncode == -signal.SIGKILL and names(tmp_path) == {".target.part"}
+    assert done.returncode == -signal.SIGKILL and names(tmp_path) == {".target.part", ".target.lock"}
     assert "2 left by an interrupted port" in run(capsys, "port", whole, tmp_path / "target", *PORT)
     assert names(tmp_path) == {"target"} and jax_moe.load_pretrained(tmp_path / "target")
 
 
-def test_two_at_once(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / ".target.part").mkdir()
-    with (tmp_path / ".target.part" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another port is writing it" in fails(capsys, "port", whole, tmp_path / "target", *PORT)
-    run(capsys, "port", whole, tmp_path / "target", *PORT)
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_two_at_once(to: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One lock for every form that a target may get."""
+    with alone(tmp_path / "target"):
+        said = fails(capsys, "port", whole, tmp_path / "target", "--to", to)
+        assert "target: is being written by another process" in said
+    assert names(tmp_path) == set()
+    run(capsys, "port", whole, tmp_path / "target", "--to", to)
+    assert names(tmp_path) == {"target"}

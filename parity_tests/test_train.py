@@ -132,7 +132,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("--data nowhere.txt", "data='nowhere.txt': must be a readable text file"),
         ("--block-size 900", "data='text.txt': must be longer"),
         ("--out text.txt/x", "out='text.txt/x': must be a folder that can be written (Not a directory)"),
-        ("--out .", "out='.': must be new or empty; --resume continues"),
+        ("--out .", "out='.': must be new or empty; it holds no run"),
         ("--resume --out nowhere", "resume: must find a run, nowhere/config.json does not exist"),
         ("--resume", "resume=True: must be used with --out"),
         ("--dispatcher grouped", "dispatcher='grouped'"),

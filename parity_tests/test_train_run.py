@@ -249,8 +249,8 @@ def a_run(folder: Path, loss: float = 1.0, **changes: Any) -> loop.Run:
     """A run of ten steps, evaluated every three, saved every four."""
     config = TrainConfig(steps=10, eval_every=3, checkpoint_every=4, eval_batches=2, final_eval_batches=7, batch_size=2)
     config = dataclasses.replace(config, model=ModelSettings(block_size=4), sample_prompt="b", **changes)
-    run_folder.claim(folder)
-    return loop.Run(config, folder, data.tokenize(TEXT, "here", 4), CountingLearner(loss), 0, [])
+    folder, lock = run_folder.claim(folder)
+    return loop.Run(config, folder, data.tokenize(TEXT, "here", 4), CountingLearner(loss), 0, [], lock)
 
 
 def test_order_of_evaluations_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,9 @@
 """Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
 
+import os
 import signal
+import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -28,3 +31,16 @@ class Interrupt:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def leave(status: int) -> None:
+    """Ends the process with everything printed; after an error without waiting for threads that a library left behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is decided
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # its reader is gone, or its disk full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if status and any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        os._exit(status)
+    sys.exit(status)

@@ -1,6 +1,8 @@
 """An optional second home for settings and losses: a local MLflow store inside the run's folder."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,11 +55,13 @@ class MlflowLogger:
                 self.client.log_param(self.run_id, name, value)
 
     def log(self, row: dict[str, Any]) -> None:
-        for name in ("train_loss", "val_loss"):
-            self.client.log_metric(self.run_id, name, row[name], step=row["step"])
+        with _in_one_line():
+            for name in ("train_loss", "val_loss"):
+                self.client.log_metric(self.run_id, name, row[name], step=row["step"])
 
     def close(self, finished: bool) -> None:
-        self.client.set_terminated(self.run_id, status="FINISHED" if finished else "KILLED")
+        with _in_one_line():
+            self.client.set_terminated(self.run_id, status="FINISHED" if finished else "KILLED")
 
 
 def check_logger(config: TrainConfig) -> None:
@@ -68,5 +72,16 @@ def check_logger(config: TrainConfig) -> None:
 
 
 def open_logger(folder: Path, config: TrainConfig) -> Logger:
-    """The logger that the settings name."""
-    return MlflowLogger(folder, config) if config.logger == "mlflow" else NoLogger()
+    """The logger that the settings name. Raises OSError where its store cannot be written."""
+    with _in_one_line():
+        return MlflowLogger(folder, config) if config.logger == "mlflow" else NoLogger()
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """MLflow and its database raise dozens of kinds, pages long."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(f"logger='mlflow': cannot be written ({reason[:160]})") from None

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from jax_moe.output import any_encoding
+from jax_moe.porting.alone import Lock
 from train import data, metrics, run_folder
+from train.ahead import check_disk, check_end
 from train.configs import PRESETS
 from train.configs.settings import Start, TrainConfig, check, flat
 from train.interrupt import Interrupt
@@ -38,6 +41,7 @@ class Run:
     learner: Learner
     start: int
     rows: list[metrics.Row]
+    lock: Lock
     note: str | None = None
 
     def batch(self, use: data.Use, step: int, number: int = 0) -> np.ndarray:
@@ -56,7 +60,7 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     defaults = saved or PRESETS[preset or "quick"]
     defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
     config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
-    return dataclasses.replace(config, out=str(folder)), saved, folder
+    return dataclasses.replace(config, out=start.out), saved, folder
 
 
 def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run:
@@ -69,28 +73,38 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
     text = task.text
     text.encode(config.sample_prompt)
     about = {"model": task.about, "parameters": None, "text": text.about()}
+    check_end(config, task, folder)
     if saved is None:
-        run_folder.claim(folder)
+        folder, lock = run_folder.claim(folder, numbered=config.out is None)
     else:
         known = run_folder.read_config(folder)["text"]["sha256"]
         if known != text.sha256:
             raise ValueError(f"data={text.source!r}: must be the text that {folder} was trained on (sha256 {known[:12]}...)")
+        lock = run_folder.lock_run(folder)
+    config = dataclasses.replace(config, out=str(folder))
     try:
         learner = make_learner(config, task)
-        start, rows = 0, list[metrics.Row]()
+        check_disk(config, learner.num_parameters, folder)
+        run = Run(config, folder, text, learner, 0, [], lock, task.note)
         if saved is not None:
-            start, rows = _restore(config, learner, folder)
+            _restore(run)
+        run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
     except BaseException:
-        run_folder.release(folder)
+        run_folder.release(folder, lock)
         raise
-    run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
-    return Run(config, folder, text, learner, start, rows, task.note)
+    return run
 
 
-def _restore(config: TrainConfig, learner: Learner, folder: Path) -> tuple[int, list[metrics.Row]]:
-    step, settings = learner.restore(folder / "checkpoints")
-    run_folder.check_same(config, run_folder.from_flat(settings), folder / "checkpoints")
-    return step, metrics.keep_until(folder, step)
+def _restore(run: Run) -> None:
+    """Puts the run where its newest checkpoint was; at the start if it ended before the first."""
+    if run_folder.never_saved(run.folder, run.config):
+        starts_over = f"{run.folder} has no checkpoint yet: it starts over at step 0"
+        run.note = starts_over if run.note is None else f"{run.note}\n{starts_over}"
+        run.rows = metrics.keep_until(run.folder, -1)
+        return
+    run.start, settings = run.learner.restore(run.folder / "checkpoints")
+    run_folder.check_same(run.config, run_folder.from_flat(settings), run.folder / "checkpoints")
+    run.rows = metrics.keep_until(run.folder, run.start)
 
 
 def train(run: Run) -> int:
@@ -150,9 +164,11 @@ def _steps(run: Run, logger: Logger, stop: Interrupt, show: Display) -> int:
             meter.pause()
             learner.save(run.folder / "checkpoints", step + 1, flat(config))
             saved = step + 1
+            _check_there(run)
             meter.resume()
     if saved != step:
         learner.save(run.folder / "checkpoints", step, flat(config))
+    _check_there(run)
     return step
 
 
@@ -193,11 +209,14 @@ def finish(run: Run) -> None:
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
     metrics.write_whole(folder / "sample.txt", sample + "\n")
+    _check_there(run)
     print(f"\n{sample}\n\nwrote {folder}", flush=True)
 
 
 def main() -> int:
-    """The command; its exit code. What is wrong with a request is one line on stderr."""
+    """The command; its exit code. What is wrong with a request, and what ends a run early, is one line on stderr."""
+    any_encoding()
+    run = None
     try:
         try:
             run = prepare(*read_settings(sys.argv[1:]))
@@ -206,8 +225,30 @@ def main() -> int:
             return 2
         return train(run)
     except (DivergedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error, run)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped at once, nothing more was saved", file=sys.stderr)
+        saved = f"; {run_folder.what_is_saved(run.folder)}" if run else ""
+        print(f"stopped at once, nothing more was saved{saved}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        if run:
+            run.lock.release()
+
+
+def _check_there(run: Run) -> None:
+    """Raises OSError if the run's folder is not the one that it claimed."""
+    if run.lock.lost():
+        raise OSError(f"out={str(run.folder)!r}: was removed or replaced while the run wrote to it")
+
+
+def _told(error: Exception, run: Run | None) -> str:
+    """One line: what failed, and what is safe."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{error.filename}: cannot be written ({error.strerror})" if error.filename else error.strerror
+    if run is None:
+        return reason
+    if run.lock.lost():
+        return f"out={str(run.folder)!r}: was removed or replaced while the run wrote to it"
+    return f"{reason}; {run_folder.what_is_saved(run.folder)}"

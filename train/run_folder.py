@@ -1,6 +1,7 @@
 """The output folder of a run: which one, may it be written, what it says of its settings."""
 
 import json
+import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,41 +11,90 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from jax_moe.config import require
+from jax_moe.porting.alone import BusyError, Lock
 from train import metrics
 from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
 
 RUNS = Path("runs")
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", ".lock"
 
 
 def choose(start: Start) -> Path:
-    """The folder that `--out` names, or the next runs/NNN, or with --resume the newest runs/NNN."""
+    """The folder that `--out` names, or the next runs/NNN, or with --resume the newest runs/NNN that holds a run."""
     if start.out is not None:
         return Path(start.out)
-    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdigit()] if RUNS.is_dir() else []
+    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()] if RUNS.is_dir() else []
     if start.resume:
         require(bool(numbers), "resume", True, "used with --out FOLDER, or where runs/NNN exists")
-        return RUNS / f"{max(numbers):03d}"
+        begun = [number for number in numbers if (RUNS / f"{number:03d}" / CONFIG).exists()]
+        return RUNS / f"{max(begun or numbers):03d}"
     return RUNS / f"{max(numbers, default=0) + 1:03d}"
 
 
-def claim(folder: Path) -> None:
-    """Makes the folder. Raises ValueError if it holds anything or cannot be written."""
+def claim(folder: Path, *, numbered: bool = False) -> tuple[Path, Lock]:
+    """Makes the folder, `numbered` the next one that nobody else has made meanwhile, and takes its lock.
+
+    Raises ValueError if it holds anything, cannot be written, or belongs to a run that is going on.
+    """
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"out={str(folder)!r}: must be new or empty; --resume continues the run in it")
+        while numbered:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                folder = folder.with_name(f"{int(folder.name) + 1:03d}")
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
-        raise ValueError(f"out={str(folder)!r}: must be a folder that can be written ({error.strerror})") from None
+        raise _not_writable(folder, error) from None
+    lock = lock_run(folder)
+    left = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.\d+")  # by a process that died before it had begun
+    if all(left.fullmatch(path.name) for path in folder.iterdir()):
+        return folder, lock
+    lock.release()
+    what = "--resume continues the run in it" if (folder / CONFIG).exists() else "it holds no run, choose another name"
+    raise ValueError(f"out={str(folder)!r}: must be new or empty; {what}")
 
 
-def release(folder: Path) -> None:
-    """Removes a claimed folder that is still empty."""
+def lock_run(folder: Path) -> Lock:
+    """The lock that a run holds while it goes on. Raises ValueError if another process has it, or if none can be made."""
+    try:
+        return Lock(folder / LOCK)
+    except BusyError:
+        raise ValueError(f"out={str(folder)!r}: is being written by another process; wait for its end, or stop it") from None
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def _not_writable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"out={str(folder)!r}: must be a folder that can be written ({error.strerror})")
+
+
+def release(folder: Path, lock: Lock) -> None:
+    """Lets go of a claimed folder, and removes it if it is still empty."""
+    lock.release()
     with suppress(OSError):
         folder.rmdir()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of the run's checkpoints, of either framework, in order."""
+    found = [path.stem for path in (folder / "checkpoints").glob("*") if path.suffix in (".sha256", ".pt")]
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+def never_saved(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run ended before its first checkpoint: it has none, and its metrics never went beyond where that is due."""
+    rows = metrics.read(folder) if (folder / metrics.FILE).exists() else []
+    return not saved_steps(folder) and all(row["step"] <= config.checkpoint_every for row in rows)
+
+
+def what_is_saved(folder: Path) -> str:
+    """For a run that ends before its time."""
+    steps = saved_steps(folder)
+    if steps:
+        return f"the last checkpoint is of step {steps[-1]}, in {folder / 'checkpoints'}; --resume goes on from it"
+    return "no checkpoint was saved; --resume starts over"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

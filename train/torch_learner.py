@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import torch_ref
 from jax_moe.config import MakeMoEConfig
+from jax_moe.porting.files import sync
 from jax_moe.porting.torch_conventions import in_full_precision
 from jax_moe.precision import PRECISIONS
 from torch_ref.block import Randomness
@@ -109,10 +110,14 @@ class TorchLearner:
         return Randomness(noise_BTE=torch.zeros(shape, device=self.torch_device))
 
     def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         part = folder / f".{step}.pt"
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "settings": settings}, part)
-        os.replace(part, folder / f"{step}.pt")
+        whole = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "settings": settings}
+        try:
+            _write_whole(part, whole)
+            os.replace(part, folder / f"{step}.pt")
+        finally:
+            part.unlink(missing_ok=True)
         for old in sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem))[: -checkpoint.KEEP]:
             old.unlink()
 
@@ -144,3 +149,29 @@ class TorchLearner:
 
     def write(self, folder: Path) -> None:
         run_folder.write_weights(folder, self.weights())
+
+
+def _write_whole(path: Path, whole: dict[str, Any]) -> None:
+    """Raises OSError with one line unless every tensor reads back bit for bit."""
+    try:
+        torch.save(whole, path)
+        sync(path)
+        again = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:  # torch has no other kind for a full disk
+        raise OSError(f"{path}: cannot be written ({' '.join(str(error).split())[:160]})") from None
+    if not _same(whole, again):
+        raise OSError(f"{path}: must read back as written; it differs")
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Equal in structure and values, tensors bit for bit."""
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_same(value, two[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(_same, one, two))
+    if isinstance(one, torch.Tensor):
+        bits = [value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for value in (one, two)]
+        return one.dtype == two.dtype and one.shape == two.shape and torch.equal(*bits)
+    return bool(one == two)

@@ -6,6 +6,12 @@ from pathlib import Path
 if __name__ == "__main__":
     # The script's own folder would hide the package `train` behind this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.loop import main
+    try:
+        from train.interrupt import leave
+        from train.loop import main
 
-    sys.exit(main())
+        status = main()
+    except KeyboardInterrupt:  # while importing, or a second one while the first is answered
+        print("stopped at once, nothing more was saved", file=sys.stderr)
+        status = 130
+    leave(status)

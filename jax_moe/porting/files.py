@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+
+from jax_moe.porting.alone import alone
 
 PT_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PT_SUFFIXES)
@@ -123,23 +126,46 @@ def put_in_place(part: Path, path: Path) -> Path | None:
 def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to `path` at the end, removed on any error.
 
-    Raises ValueError if `path` exists and may not be overwritten, or if the folder cannot be written.
+    Raises ValueError if `path` exists and may not be overwritten, if the folder cannot be written, or if another process
+    is writing it.
     """
     check_target(path, overwrite, replaceable)
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
-    try:
-        yield part
-        sync(part)
-        old = put_in_place(part, path)
-        if old is not None:
-            shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
+    with alone(path) as lock:
+        if lock.works:
+            clear_parts(path)
+        check_target(path, overwrite, replaceable)
+        part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+        try:
+            yield part
+            check_target(path, overwrite, replaceable)  # others than us may write there too
+            sync(part)
+            old = put_in_place(part, path)
+            if old is not None:
+                shutil.rmtree(old)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{path}: cannot be written ({reason})") from None
+        finally:
+            _remove(part)
+
+
+def clear_parts(path: Path) -> None:
+    """Removes what a killed process left beside `path`, whose lock is ours; a folder that it had moved away is put back."""
+    left = re.compile(re.escape(f".{path.stem}.") + "[0-9a-f]{8}" + re.escape(f".part{path.suffix}") + r"(\.old)?")
+    for one in list(path.parent.iterdir()):
+        found = left.fullmatch(one.name)
+        if found and found[1] and not path.exists():
+            os.replace(one, path)
+        elif found:
+            _remove(one)
+
+
+def _remove(part: Path) -> None:
+    """Away with it, as far as the system lets us: what is told to the user is why it is in the way, not this."""
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        with suppress(OSError):
             part.unlink(missing_ok=True)
 
 

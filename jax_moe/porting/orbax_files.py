@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,24 +28,48 @@ ITEM = "state"  # what ocp.load(folder) reads
 
 def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
     """Writes a new folder that `orbax.checkpoint.v1.load` reads. Raises OSError where it cannot be written."""
-    from orbax.checkpoint import v1 as ocp
 
     path.mkdir()
     inner = path / "new"  # Orbax works beside what it writes: there, too, nothing stays behind
-    with _quiet():
+    save_tree(inner, _nested(arrays))
+    for entry in list(inner.iterdir()):
+        os.replace(entry, path / entry.name)
+    inner.rmdir()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): (file.stat().st_size, _sha256(file)) for file in files}
+
+
+def save_tree(path: Path, tree: Any, metadata: dict[str, Any] | None = None) -> None:
+    """Writes nested dicts of arrays as a new folder by Orbax. Raises OSError with one line where it cannot be written."""
+    from orbax.checkpoint import v1 as ocp
+
+    with quiet(), plain(path) as target:
         try:
-            ocp.save_checkpointables(inner.absolute(), {ITEM: _nested(arrays)})
+            ocp.save_checkpointables(target, {ITEM: tree}, custom_metadata=metadata)
         except OSError:
             raise
         except Exception as error:  # of the library below Orbax, the system's number in its text
             number = re.search(r"os_error_code='(\d+)'", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code) if number else " ".join(str(error).split())[:160]) from None
-    for entry in list(inner.iterdir()):
-        os.replace(entry, path / entry.name)
-    inner.rmdir()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): (file.stat().st_size, _sha256(file)) for file in files}
+
+
+@contextmanager
+def plain(path: Path) -> Iterator[Path]:
+    """The absolute path; through a link where it holds what Orbax takes for a pattern of `glob` or for its unfinished work.
+
+    A folder still to be made has a plain name itself.
+    """
+    found, patterns = path.absolute(), {"*", "?", "[", "\\"} - {os.sep}
+    if not patterns & set(str(found)) and ".orbax-checkpoint-tmp" not in str(found):
+        yield found
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if patterns & set(folder):
+            raise OSError(errno.EINVAL, f"its path must hold none of {' '.join(sorted(patterns))}, or that of TMPDIR")
+        link = Path(folder) / "link"
+        link.symlink_to(found if found.is_dir() else found.parent, target_is_directory=True)
+        yield link if found.is_dir() else link / found.name
 
 
 def sums_from_json(value: Any, where: str) -> Sums:
@@ -58,7 +83,7 @@ def sums_from_json(value: Any, where: str) -> Sums:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax and what is below it print an error with pages of traceback before they raise it; the one line is ours."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before, hook = [logger.level for logger in loggers], sys.unraisablehook
@@ -89,9 +114,10 @@ def read_orbax(path: Path, sums: Sums) -> dict[str, Header]:
     if wrong:
         raise damaged(path, f"missing or of another size: {', '.join(wrong[:20])}")
     _test(path, {name: digest for name, (size, digest) in sums.items() if size <= SMALL})
-    with _quiet():
+    with quiet():
         try:
-            leaves = _flat(ocp.checkpointables_metadata(path.absolute()).metadata[ITEM])
+            with plain(path) as source:
+                leaves = _flat(ocp.checkpointables_metadata(source).metadata[ITEM])
             read = _Reader(path, {name: digest for name, (size, digest) in sums.items() if size > SMALL}, leaves)
             return {name: Header(tuple(one.shape), np.dtype(one.dtype), partial(read, name)) for name, one in leaves.items()}
         except Exception as error:  # Orbax raises a dozen kinds
@@ -128,9 +154,10 @@ class _Reader:
         self.untested = {}
         leaf = self.leaves[wanted]
         like = dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)}
-        with _quiet():
+        with quiet():
             try:
-                return _flat(ocp.load_checkpointables(self.path.absolute(), {ITEM: _nested(like)})[ITEM])[wanted]
+                with plain(self.path) as source:
+                    return _flat(ocp.load_checkpointables(source, {ITEM: _nested(like)})[ITEM])[wanted]
             except Exception as error:
                 raise damaged(self.path, str(error)) from None
 

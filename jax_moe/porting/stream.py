@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.porting.alone import alone
 from jax_moe.porting.engine import PortError
 from jax_moe.porting.files import check_space, check_target, put_in_place, sync
 from jax_moe.porting.shards import write_index
@@ -22,7 +23,7 @@ from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import Header, in_batches, reads_as, write_tensors
 
 Advance = Callable[[int], None]
-NOTE, LOCK = "port.json", "lock"
+NOTE = "port.json"
 
 
 def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
@@ -128,8 +129,12 @@ def resumable(
     """
     check_target(path, overwrite, replaceable)
     outer = path.with_name(f".{path.name}.part")
-    with _alone(outer, path):
+    with alone(path):
+        check_target(path, overwrite, replaceable)
         try:
+            outer.mkdir(exist_ok=True)
+            if (outer / f"{path.name}.old").exists() and not path.exists():  # killed between moving it away and replacing it
+                os.replace(outer / f"{path.name}.old", path)
             if _note(outer) != note:
                 if _note(outer) is not None:
                     say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
@@ -138,18 +143,19 @@ def resumable(
                 (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
             yield outer / path.name
             sync(outer / path.name)
+            check_target(path, overwrite, replaceable)  # others than us may write there too
             put_in_place(outer / path.name, path)
         except KeyboardInterrupt:
             done = len(list((outer / path.name).glob("*.safetensors")))
             if done == 0:
-                shutil.rmtree(outer)
+                shutil.rmtree(outer, ignore_errors=True)
                 raise
             raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
         except (OSError, RuntimeError) as error:
-            shutil.rmtree(outer)
+            shutil.rmtree(outer, ignore_errors=True)
             raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
         except BaseException:
-            shutil.rmtree(outer)
+            shutil.rmtree(outer, ignore_errors=True)
             raise
         shutil.rmtree(outer)
 
@@ -169,23 +175,3 @@ def _note(outer: Path) -> Any:
         return json.loads((outer / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def _alone(outer: Path, path: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock, which ends with the process, however that ends."""
-    try:
-        outer.mkdir(exist_ok=True)
-        lock = (outer / LOCK).open("w")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError:
-            raise ValueError(f"{path}: cannot be written, another port is writing it (in {outer})") from None
-        yield
