@@ -12,6 +12,7 @@ from flax import nnx
 from jax_moe.config import require
 from jax_moe.porting.checkpoint import Checkpoint
 from jax_moe.stored import stored_state
+from jax_moe.text import read_text
 
 
 def say(line: str) -> None:
@@ -41,12 +42,7 @@ def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
     if text is None:
         return checkpoint
     require(checkpoint.family == "makemoe", "text", str(text), "left out: only a makeMoE language model has characters")
-    try:
-        characters = "".join(sorted(set(text.read_text(encoding="utf-8"))))
-    except OSError as error:
-        raise ValueError(f"{text}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{text}: must be UTF-8 text") from None
+    characters = "".join(sorted(set(read_text(text, str(text)))))
     size = checkpoint.config.vocab_size
     require(len(characters) == size, "text", str(text), f"of {size} different characters, has {len(characters)}")
     return dataclasses.replace(checkpoint, characters=characters)

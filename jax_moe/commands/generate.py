@@ -41,6 +41,7 @@ def _check_choices(command: Generate) -> None:
 
 
 def _settings(command: Generate) -> dict[str, Any]:
+    require(0 <= command.seed < 2**32, "seed", command.seed, f"0 to {2**32 - 1}")  # beyond, jax wraps around
     return {
         "max_new_tokens": command.max_new_tokens, "temperature": command.temperature, "top_k": command.sample_top_k,
         "top_p": command.sample_top_p, "key": None if command.temperature == 0 else jax.random.key(command.seed),

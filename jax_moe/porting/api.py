@@ -24,12 +24,21 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     """
     arrays = {str(name): _to_numpy(value) for name, value in state.items()}
     variables = stored_variables(layer)
+    _refuse_far_larger(layer, variables, len(arrays))
     plan = _choose_plan(layer, {path: v.shape for path, v in variables.items()}, set(arrays), layout)
     dtypes = {path: np.dtype(v.dtype) for path, v in variables.items()}
     where = f"cannot load into {type(layer).__name__} (layout {plan.table.name})"
     check(plan, arrays, where, None if cast else dtypes)
     ours = to_ours(plan, arrays)
     return _fill(layer, {path: value.astype(dtypes[path], copy=False) for path, value in ours.items()})
+
+
+def _refuse_far_larger(layer: nnx.Module, variables: Mapping[str, nnx.Variable], there: int) -> None:
+    """Raises ValueError where the layer has so many more tensors than are there that to list the missing ones takes gigabytes."""
+    here = sum(math.prod(v.shape[:-2]) for v in variables.values())  # a name for each layer, expert, head
+    if here > 100 * (there + 100):
+        name = type(layer).__name__
+        raise ValueError(f"cannot load into {name}: its contract has about {here:,} tensors, another model's {there:,} are there")
 
 
 def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
