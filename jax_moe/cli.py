@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jax_moe.output import any_encoding
 from jax_moe.porting.recognise import Choices
 
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
@@ -134,6 +135,7 @@ class Parity:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself."""
+    any_encoding()
     about = "Mixture of Experts in JAX and PyTorch."
     command = tyro.cli(Port | Inspect | Generate | Parity, args=arguments, prog="jax-moe", description=about)  # type: ignore
     try:
