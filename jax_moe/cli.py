@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 import jax_moe
+from jax_moe.output import any_encoding
 from jax_moe.porting.recognise import Choices
 
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
@@ -146,6 +147,7 @@ IN_SHELL = {"overwrite=True": "--overwrite", "allow_nonfinite=True": "--allow-no
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself."""
+    any_encoding()
     words = sys.argv[1:] if arguments is None else arguments
     if words == ["--version"]:
         print(f"jax-moe {jax_moe.__version__}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def train(run: Run) -> int:
 
 def resume_command(folder: Path) -> str:
     """What the user types to continue."""
-    return f"python {sys.argv[0]} --resume --out {folder}"
+    return f"python {shlex.quote(sys.argv[0])} --resume --out {shlex.quote(str(folder))}"
 
 
 def _steps(run: Run, logger: Logger, stop: Interrupt, show: Display) -> int:
@@ -243,7 +244,8 @@ def _told(error: Exception, run: Run | None) -> str:
     """One line: what failed, and what is safe."""
     reason = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        reason = f"{error.filename}: cannot be written ({error.strerror})" if error.filename else error.strerror
+        where = error.filename or (run.folder if run else "the output")
+        reason = f"{where}: cannot be written ({error.strerror})"
     if run is None:
         return reason
     if run.lock.lost():

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jax_moe.output import any_encoding
 from train import metrics
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
@@ -96,6 +97,7 @@ def main() -> int:
     """`python train/plots.py --compare RUN_A RUN_B OUT.png`."""
     import tyro
 
+    any_encoding()
     folders = tyro.cli(Plots, prog="plots.py").compare
     try:
         if len(folders) < 2 or folders[-1].suffix != ".png":
