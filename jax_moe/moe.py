@@ -16,10 +16,11 @@ from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.routing import Routing, noise_scale, route, router_logits, wide
+from jax_moe.stored import Kept
 
 
-class CorrectionBias(nnx.Variable):
-    """The selection-only bias of a router: not a Param, so no gradient and no optimizer touches it."""
+class CorrectionBias(Kept):
+    """The selection-only bias of a router: no Param, so no gradient and no optimizer touches it. Stored, in fp32."""
 
 
 class Router(nnx.Module):

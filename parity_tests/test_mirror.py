@@ -122,6 +122,7 @@ DIFFERENT = {
         "choose_tokens(temperature)": "traced in jax",
     },
     "models/makemoe.py": {
+        "MakeMoE.check_tokens(tokens_BT)": "jax also looks at numpy tokens, before they become int32",
         "MakeMoE.forward": "jax hands all of logits_and_stats' arguments on",
         "kaiming_normal": "jax returns an array; torch fills a module",
     },

@@ -164,5 +164,5 @@ def test_tied_head_stored_all_the_same(tmp_path: Path) -> None:
     write_safetensors(file, state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     jax_moe.load_pretrained(tmp_path / "tied")
     write_safetensors(file, state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1})
-    with pytest.raises(PortError, match=r"1 unexpected: lm_head\.weight"):
+    with pytest.raises(PortError, match=r"1 wrong: lm_head\.weight must be model\.embed_tokens\.weight"):
         jax_moe.load_pretrained(tmp_path / "tied")

@@ -13,7 +13,7 @@ CORE = (
     "__init__.py", "config.py", "dims.py", "presets.py", "routing.py", "dispatch.py", "experts.py", "losses.py", "moe.py",
     "soft_moe.py", "attention.py", "decoder_config.py", "grouped_attention.py", "rope.py", "block.py",
     "generation.py", "cached_generation.py", "windowed_generation.py", "sampling.py", "decoding.py",
-    "sharding.py", "precision.py", "shapes.py", "arrays.py", "remat.py", "kernels", "models",
+    "sharding.py", "precision.py", "shapes.py", "arrays.py", "stored.py", "remat.py", "kernels", "models",
 )
 CORE_MAY = {"numpy", "jax", "flax", "jaxtyping", "jax_moe", *sys.stdlib_module_names}
 # The reader of .pt files, and the package that runs both frameworks; inside functions only.

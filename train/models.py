@@ -53,8 +53,9 @@ class FreshMakeMoE:
         def make() -> jax_moe.MakeMoE:
             return jax_moe.MakeMoE(self.config, rngs=nnx.Rngs(key), param_dtype=jnp.dtype("float32"))
 
-        graphdef, _, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=sharding)()
+        graphdef = nnx.graphdef(nnx.eval_shape(make))
+        params, rest = jax.jit(lambda: nnx.split(make(), nnx.Param, ...)[1:], out_shardings=sharding)()
+        params = nnx.to_pure_dict(params)
         return graphdef, params, rest
 
     def write(self, module: nnx.Module, folder: Path) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jax_moe.config import require
 from jax_moe.porting.checkpoint import Checkpoint
+from jax_moe.stored import stored_state
 
 
 def say(line: str) -> None:
@@ -53,7 +54,7 @@ def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
 
 def summary(checkpoint: Checkpoint) -> str:
     """Family, parameters and dtypes in one line."""
-    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(checkpoint.module, nnx.Param)))
+    leaves = jax.tree.leaves(nnx.to_pure_dict(stored_state(checkpoint.module)))
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
     of_run = "" if checkpoint.note is None else f", {checkpoint.note}"
     return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}{of_run}"

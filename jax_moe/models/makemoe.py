@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jax_moe.arrays import check_vocabulary, checked, checked_input, dims_of_settings
@@ -84,7 +85,7 @@ class MakeMoE(nnx.Module):
         x_BTD, stats = jax.lax.scan(rematerialised(layer, remat), x_BTD, (weights, keys, randomness))
         return self.head(self.final_norm(x_BTD).astype(x_BTD.dtype)), stats
 
-    def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
+    def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
         """Raises ValueError for what is no array of integers [B, T], a sequence that is too long or, outside jit, a token
         that is not in the vocabulary."""
         config = self.config

@@ -1,6 +1,7 @@
 """A module with its contract, in memory and as a folder: `config.json` with `weights.safetensors` or an Orbax checkpoint."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.config import MakeMoEConfig
+from jax_moe.guarded import shorten
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.about import MODULES, Storage, about_folder, is_folder, stored_arrays, write_about
-from jax_moe.porting.api import flatten, from_torch, load_ours, to_torch
+from jax_moe.porting.api import flatten, from_torch, kept_names, load_ours, to_torch
 from jax_moe.porting.config_files import config_from_json
 from jax_moe.porting.decoder_folder import open_decoder
 from jax_moe.porting.files import PT_SUFFIXES, read_safetensors, read_state, verify, write_safetensors, writing
@@ -25,6 +27,8 @@ from jax_moe.porting.recognise import Choices, assumed_choices, config_of, recog
 from jax_moe.porting.run_files import checkpoint_arrays
 from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import DTYPES
+from jax_moe.porting.wrapped import without_parts, without_prefix
+from jax_moe.stored import kept_paths, stored_state
 
 LAYOUTS = {
     "makemoe": "makemoe", "makemoe_layer": "makemoe", "mixtral": "mixtral", "moe": "torch_ref", "soft_moe": "soft_moe",
@@ -54,7 +58,7 @@ class Checkpoint:
     @property
     def weights(self) -> dict[str, np.ndarray]:
         """{our path: array}."""
-        return flatten(nnx.state(self.module))
+        return flatten(stored_state(self.module))
 
     def state(self) -> dict[str, np.ndarray]:
         """{their name: array}."""
@@ -104,21 +108,36 @@ def checkpoint_of(
     path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None
 ) -> Checkpoint:
     """As `load`, of a state dict that was read from a file."""
-    family = recognise({name: value.shape for name, value in state.items()})
+    state, family, taken = _recognised(path, state)
     if family is None:
-        has = ", ".join(list(state)[:8])
+        has = ", ".join(shorten(name, 60) for name in list(state)[:8])
         kinds = "makeMoE, Mixtral block, Switch layer or Soft MoE"
         hint = "; a Hugging Face model is read from its folder, config.json included" if "model.layers." in has else ""
         raise ValueError(f"{path}: must be a {kinds} checkpoint; its names begin with {has}{hint}")
     _refuse_nonfinite(path, state, allow_nonfinite)
     try:
         config = config_of(family, {name: value.shape for name, value in state.items()}, choices)
-        state = _converted(state, dtype)
-        module = abstract_module(family, config, _float_dtype(state))
-        assumed = assumed_choices(family, config, choices)
-        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed)
+        abstract = _module_for(family, config, state, np.dtype(np.float32))
+        state = _converted(state, dtype, kept_names(abstract, state, LAYOUTS[family]))
+        module = _module_for(family, config, state)
+        assumed, note = assumed_choices(family, config, choices), f"names without {' and '.join(taken)}" if taken else None
+        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed, note=note)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _recognised(path: Path, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str | None, list[str]]:
+    """The state dict without what wrappers add to its names, its family, and what was taken off."""
+    try:
+        state, taken = without_parts(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    while (family := recognise({name: value.shape for name, value in state.items()})) is None:
+        shorter = without_prefix(state)
+        if shorter is None:
+            break
+        state, taken = shorter[0], [*taken, shorter[1]]
+    return state, family, taken
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:
@@ -148,6 +167,20 @@ def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
     return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
 
 
+def _module_for(family: str, config: Any, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:
+    """The abstract module, in the weights' dtype unless another is given.
+
+    Raises ValueError if the contract asks for far more numbers than the weights are, before anything of that size is made or
+    named: a few missing tensors are named one by one later.
+    """
+    module = abstract_module(family, config, dtype or _float_dtype(weights))
+    asked = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module)))
+    held = sum(value.size for value in weights.values())
+    if asked > 100 * held + 10_000:
+        raise ValueError(f"the contract asks for {asked:,} numbers: must be those of the weights, which are {held:,}")
+    return module
+
+
 def _load_folder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
     path, about = found.path, found.about
     weights = _read_weights(path, about)
@@ -156,13 +189,16 @@ def _load_folder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Chec
     characters = about.get("characters")
     if characters is not None and len(characters) != config.vocab_size:
         raise ValueError(f"{path}: characters must be vocab_size={config.vocab_size} long, has {len(characters)}")
-    return Checkpoint(about["family"], _filled(path, about["family"], config, _converted(weights, dtype)), characters)
+    return Checkpoint(about["family"], _filled(path, about["family"], config, weights, dtype), characters)
 
 
-def _filled(path: Path, family: str, config: Any, weights: dict[str, np.ndarray]) -> nnx.Module:
-    """The module with weights under our names."""
+def _filled(path: Path, family: str, config: Any, weights: dict[str, np.ndarray], dtype: str | None) -> nnx.Module:
+    """The module with weights under our names, as `dtype` but for those that keep their own."""
     try:
-        return load_ours(abstract_module(family, config, _float_dtype(weights)), weights)
+        kept = kept_paths(_module_for(family, config, weights, np.dtype(np.float32)))
+        weights = _converted(weights, dtype, kept)
+        others = {name: value for name, value in weights.items() if name not in kept}
+        return load_ours(_module_for(family, config, weights, _float_dtype(others)), weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -175,11 +211,11 @@ def _read_weights(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _load_decoder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
     _, model, arrays = open_decoder(path)
-    weights = _converted({name: one.read() for name, one in arrays.items()}, dtype)
+    weights = _converted({name: one.read() for name, one in arrays.items()}, dtype, kept_paths(model))
     _refuse_nonfinite(path, weights, allow_nonfinite)
     typed = [  # each array keeps its own dtype
         (keys, v.replace(jax.ShapeDtypeStruct(v.shape, weights[".".join(map(str, keys))].dtype)))
-        for keys, v in nnx.to_flat_state(nnx.state(model))
+        for keys, v in nnx.to_flat_state(stored_state(model))
     ]
     nnx.update(model, nnx.from_flat_state(typed))
     return Checkpoint("decoder", load_ours(model, weights))
@@ -189,27 +225,27 @@ def _load_run(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpo
     """A makeMoE: from what it leaves at its end, or from a checkpoint of either framework."""
     path, about, place = found.path, found.about, found.place
     ours = place.is_dir()
-    read = {name: one.read() for name, one in checkpoint_arrays(place).items()} if ours else _read_file(place)
-    weights = _converted(read, dtype)
+    weights = {name: one.read() for name, one in checkpoint_arrays(place).items()} if ours else _read_file(place)
     _refuse_nonfinite(path, weights, allow_nonfinite)
     config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
     text = about.get("text")
     characters = text.get("vocabulary") if isinstance(text, dict) else None
     if ours:
-        return Checkpoint("makemoe", _filled(place, "makemoe", config, weights), characters)
+        return Checkpoint("makemoe", _filled(place, "makemoe", config, weights, dtype), characters)
     try:
-        module = from_torch(abstract_module("makemoe", config, _float_dtype(weights)), weights)
+        weights = _converted(weights, dtype, frozenset())  # a makeMoE model: nothing keeps its dtype
+        module = from_torch(_module_for("makemoe", config, weights), weights)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     return Checkpoint("makemoe", module, characters)
 
 
-def _converted(state: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
-    """Every float as `dtype`; the correction bias stays as it is."""
+def _converted(state: Mapping[str, np.ndarray], dtype: str | None, kept: Collection[str]) -> dict[str, np.ndarray]:
+    """Every float as `dtype`, but those named in `kept`."""
     if dtype is None:
         return dict(state)
     return {
-        name: value.astype(FLOATS[dtype]) if value.dtype in FLOATS.values() and not name.endswith("correction_bias") else value
+        name: value.astype(FLOATS[dtype]) if value.dtype in FLOATS.values() and name not in kept else value
         for name, value in state.items()
     }
 

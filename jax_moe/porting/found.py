@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jax_moe.porting.about import RUN, read_about
+from jax_moe.porting.about import RUN, instead, read_about
 from jax_moe.porting.hf_folder import is_hf
 from jax_moe.porting.run_files import CHECKPOINTS, RunWeights, is_finetune, newest_weights
 
@@ -35,7 +35,7 @@ def find(path: Path) -> Found:
     if is_hf(path):
         return Found(path, "hf", path, "decoder", {}, None)
     if not (path / "config.json").exists():
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{_hint(path)}")
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}{_hint(path)}")
     about = read_about(path)
     if about["format"] != RUN:
         return Found(path, "ours", path, about["family"], about, None)
