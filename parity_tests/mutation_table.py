@@ -487,8 +487,8 @@ TORCH = [
     Mutation(
         "torch: the load is not divided",
         "torch_ref/losses.py",
-        ".to(dtype) / max(named.shape[0], 1)",
-        ".to(dtype)",
+        ".to(wide(dtype)) / max(named.shape[0], 1)",
+        ".to(wide(dtype))",
         rows=("mixtral",),
     ),
     Mutation(
@@ -504,8 +504,8 @@ TORCH = [
     Mutation(
         "torch: importance counts padding",
         "torch_ref/losses.py",
-        "given = real_tokens(weight_GSK, mask_GS).flatten()",
-        "given = real_tokens(weight_GSK, mask_GS).flatten() * 0 + 1",
+        "given = _widened(real_tokens(weight_GSK, mask_GS)).flatten()",
+        "given = _widened(real_tokens(weight_GSK, mask_GS)).flatten() * 0 + 1",
         rows=("padding",),
     ),
     Mutation(
