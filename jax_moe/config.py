@@ -292,11 +292,12 @@ class SoftMoEConfig:
     layer_norm: bool = True  # after each hidden linear map, before its activation
     output_layer_norm: bool = False  # after the last linear map, before its activation
     residual: bool = True  # around each layer of an expert whose two widths agree
+    normalise: bool = False  # logits of tokens and phi of unit length, times a learned scale (section 2.3)
 
     def __post_init__(self) -> None:
         _check_literals(self)
         _positive_int(model_dim=self.model_dim, num_experts=self.num_experts, num_slots=self.num_slots)
-        _flags(self, "layer_norm", "output_layer_norm", "residual")
+        _flags(self, "layer_norm", "output_layer_norm", "residual", "normalise")
         hidden: object = (self.model_dim,) if self.hidden_dims is None else self.hidden_dims
         if not isinstance(hidden, (tuple, list)):
             raise ValueError(f"hidden_dims={self.hidden_dims!r}: must be None or integers of at least 1")

@@ -13,18 +13,29 @@ from jax_moe.experts import activate
 from jax_moe.routing import wide
 
 LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
+UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
+
+
+def unit(x: Float[Array, "*any"], axis: int) -> Float[Array, "*any"]:
+    """Vectors along `axis` of length 1: x / sqrt(sum x^2 + 1e-6)."""
+    return x * jax.lax.rsqrt((x * x).sum(axis=axis, keepdims=True) + UNIT_EPS)
 
 
 def soft_weights(
-    x_BTD: Float[Array, "B T D"], phi_DEC: Float[Array, "D E C"], mask_BT: Bool[Array, "B T"] | None = None
+    x_BTD: Float[Array, "B T D"], phi_DEC: Float[Array, "D E C"], mask_BT: Bool[Array, "B T"] | None = None,
+    scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
     """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
 
     Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
-    finite: its slots read the plain mean of the tokens. C counts slots per expert.
+    finite: its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
+    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they came.
     """
     compute = wide(x_BTD.dtype)
-    logits_BTEC = jnp.einsum("BTD,DEC->BTEC", x_BTD.astype(compute), phi_DEC.astype(compute))
+    router_BTD, phi_DEC = x_BTD.astype(compute), phi_DEC.astype(compute)
+    if scale is not None:
+        router_BTD, phi_DEC = unit(router_BTD, axis=2), scale.astype(compute) * unit(phi_DEC, axis=0)
+    logits_BTEC = jnp.einsum("BTD,DEC->BTEC", router_BTD, phi_DEC)
     if mask_BT is not None:
         logits_BTEC = jnp.where(mask_BT[..., None, None], logits_BTEC, -jnp.finfo(compute).max)
     combine_BTEC = jax.nn.softmax(logits_BTEC, axis=(2, 3))
@@ -74,7 +85,8 @@ def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = 
 
 
 class SoftMoE(nnx.Module):
-    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1) and `experts`, stacked over E.
+    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts`, stacked over E, and
+    where the contract normalises `scale` [], 1 at first.
 
     Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
     """
@@ -84,6 +96,8 @@ class SoftMoE(nnx.Module):
         rngs = rngs or nnx.Rngs(0)
         shape = (config.model_dim, config.num_experts, config.num_slots)
         self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
+        if config.normalise:
+            self.scale = nnx.Param(jnp.ones((), param_dtype))
         make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))
         self.experts = make(rngs.split(config.num_experts))
 
@@ -94,7 +108,8 @@ class SoftMoE(nnx.Module):
         mean of slots, to be ignored. Raises ValueError for an array of another kind or shape."""
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
-        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi[...], mask_BT)
+        scale = self.scale[...] if self.config.normalise else None
+        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi[...], mask_BT, scale)
         compute = dispatch_BTEC.dtype
         x_EBCD = jnp.einsum("BTEC,BTD->EBCD", dispatch_BTEC, x_BTD.astype(compute)).astype(x_BTD.dtype)
         graphdef, weights = nnx.split(self.experts)

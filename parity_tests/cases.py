@@ -157,6 +157,7 @@ LAYERS = [
     Case("soft moe, deep", SOFT_DEEP),
     Case("soft moe, no hidden layer", SoftMoEConfig(model_dim=8, num_experts=3, num_slots=2, hidden_dims=(), layer_norm=False)),
     Case("soft moe, padding", SOFT, draws=("mask",)),
+    Case("soft moe, normalised", dataclasses.replace(SOFT_NORMED, normalise=True)),
     Case("soft moe, padded row", SOFT_NORMED, draws=("mask",), mask="row"),
     Case("attention, makemoe", ATTENTION, draws=("keep",)),
     Case("attention, no dropout", ATTENTION),

@@ -242,6 +242,13 @@ JAX_LAYERS = [
         rows=("soft moe, residual",),
     ),
     Mutation(
+        "jax: phi keeps its length under a scale",
+        "jax_moe/soft_moe.py",
+        "scale.astype(compute) * unit(phi_DEC, axis=0)",
+        "scale.astype(compute) * phi_DEC",
+        rows=("soft moe, normalised",),
+    ),
+    Mutation(
         "jax: layer norm's epsilon is flax's",
         "jax_moe/soft_moe.py",
         "LAYER_NORM_EPS = 1e-5",

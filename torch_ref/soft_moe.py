@@ -10,17 +10,27 @@ from torch_ref.dims import Bool, Float, Tensor
 from torch_ref.experts import activate, linear
 from torch_ref.routing import wide
 
+UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
+
+
+def unit(x: Float[Tensor, "*any"], dim: int) -> Float[Tensor, "*any"]:
+    """Vectors along `dim` of length 1: x / sqrt(sum x^2 + 1e-6)."""
+    return x / (x.square().sum(dim=dim, keepdim=True) + UNIT_EPS).sqrt()
+
 
 def soft_weights(
-    x_BTD: Float[Tensor, "B T D"], phi_DEC: Float[Tensor, "D E C"], mask_BT: Bool[Tensor, "B T"] | None = None
+    x_BTD: Float[Tensor, "B T D"], phi_DEC: Float[Tensor, "D E C"], mask_BT: Bool[Tensor, "B T"] | None = None,
+    scale: Float[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "B T E C"], Float[Tensor, "B T E C"]]:
     """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
 
     Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
-    finite: its slots read the plain mean of the tokens. C counts slots per expert.
+    finite: its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
+    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they came.
     """
     compute = wide(x_BTD.dtype)
-    logits = x_BTD.to(compute) @ phi_DEC.to(compute).flatten(1)  # [B, T, E * C]
+    x, phi = x_BTD.to(compute), phi_DEC.to(compute).flatten(1)
+    logits = x @ phi if scale is None else unit(x, dim=-1) @ unit(phi, dim=0) * scale.to(compute)  # [B, T, E * C]
     if mask_BT is not None:
         logits = logits.masked_fill(~mask_BT[..., None], -torch.finfo(compute).max)
     num_experts_and_slots = phi_DEC.shape[1:]
@@ -66,7 +76,8 @@ class SoftExpert(nn.Module):
 
 
 class SoftMoE(nn.Module):
-    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1) and `experts`, one after the other.
+    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts`, one after the other,
+    and where the contract normalises `scale` [], 1 at first.
 
     Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
     """
@@ -75,6 +86,7 @@ class SoftMoE(nn.Module):
         super().__init__()
         self.config = config
         self.phi = nn.Parameter(torch.randn(config.model_dim, config.num_experts, config.num_slots))
+        self.scale = nn.Parameter(torch.ones(())) if config.normalise else None
         self.experts = nn.ModuleList([SoftExpert(config) for _ in range(config.num_experts)])
 
     def forward(
@@ -83,7 +95,7 @@ class SoftMoE(nn.Module):
         """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
         mean of slots, to be ignored. Raises ValueError for a tensor of another kind or shape."""
         checked(checked_input("x_BTD", x_BTD, self.config.model_dim), mask_BT=mask_BT)
-        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi, mask_BT)
+        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi, mask_BT, self.scale)
         sum_BTD = torch.zeros_like(x_BTD, dtype=dispatch_BTEC.dtype)
         for e, expert in enumerate(self.experts):
             x_BCD = dispatch_BTEC[:, :, e].transpose(1, 2) @ x_BTD.to(dispatch_BTEC.dtype)

@@ -1,5 +1,6 @@
 """Modules and state dicts: what `jax_moe.from_torch` and `jax_moe.to_torch` do to nnx modules."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 

@@ -72,6 +72,7 @@ def _soft(config: SoftMoEConfig) -> list[str]:
     norms = [name for name, on in (("hidden", config.layer_norm), ("output", config.output_layer_norm)) if on]
     return [
         f"slots: {config.num_experts} experts of {config.num_slots}; every slot mixes all tokens (not for causal models)",
+        *(["logits: tokens and phi of unit length, times a learned scale"] if config.normalise else []),
         f"experts: {widths}, hidden {config.hidden_activation}, output {config.output_activation}, "
         f"layer norm: {' and '.join(norms) or 'none'}, {'with' if config.residual else 'no'} residual",
     ]

@@ -127,6 +127,7 @@ def _soft_moe(shapes: Shapes, chosen: dict[str, Any]) -> SoftMoEConfig:
         hidden_dims=tuple(_size(shapes, rf"experts\.\d+\.fcs\.{i}\.weight", 0) for i in range(depth)),
         layer_norm=depth == 0 or any(".layer_norms." in name for name in shapes),
         output_layer_norm=any(".last_ln." in name for name in shapes),
+        normalise="scale" in shapes,
         **chosen,
     )
 

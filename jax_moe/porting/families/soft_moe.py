@@ -1,4 +1,4 @@
-"""Soft MoE: `phi` [D, E, slots] and one MLP an expert (`fcs`, `layer_norms`, `last_fc`, `last_ln`)."""
+"""Soft MoE: `phi` [D, E, slots], `scale` [], and one MLP an expert (`fcs`, `layer_norms`, `last_fc`, `last_ln`)."""
 
 from jax_moe.porting.table import Row, Table, layer_norm, linear, stacked
 
@@ -8,5 +8,5 @@ _EXPERT = (
     *linear("last_fc", "last_fc."),
     *layer_norm("last_ln", "last_ln"),
 )
-ROWS = (Row("phi", "D E C", "phi", "D E C"), *stacked(_EXPERT, "experts.{e}.", "experts.", "e"))
+ROWS = (Row("phi", "D E C", "phi", "D E C"), Row("scale", "", "scale", ""), *stacked(_EXPERT, "experts.{e}.", "experts.", "e"))
 SOFT_MOE = Table("soft_moe", ROWS)
