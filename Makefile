@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check table nightly mutations precision clean
+.PHONY: train test check table nightly fuzz kills mutations precision clean
 
 train: $(VENV)/.train
 	$(BIN)/python train/train.py $(ARGS)
@@ -23,6 +23,14 @@ table: $(VENV)/.test
 # Ten times the drawn contracts; every small change of the sources, to be caught; docs/precision.md anew.
 nightly: $(VENV)/.test
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest parity_tests/test_hypothesis.py
+
+# Damaged files for every reader: make fuzz ARGS="--count 1000000 --seed 7"
+fuzz: $(VENV)/.test
+	$(BIN)/python -m parity_tests.fuzz $(ARGS)
+
+# A training run and a port, each killed at 200 moments.
+kills: $(VENV)/.test
+	KILLS=200 $(BIN)/python -m pytest parity_tests/test_killed.py -k killed_
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m parity_tests.mutations --update

@@ -31,10 +31,12 @@ _HOMES = {
     "from_torch": "porting",
     "from_torch_tree": "porting",
     "generate": "generation",
+    "load": "porting.loading",
     "load_optimizer": "porting.optimizer_file",
     "load_pretrained": "porting.pretrained",
     "optimizer_from_torch": "porting.optimizer_state",
     "optimizer_to_torch": "porting.optimizer_state",
+    "save": "porting.loading",
     "save_pretrained": "porting.pretrained",
     "to_torch": "porting",
 }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.arrays import checked, checked_input, dims_of_settings
 from jax_moe.config import AttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray
 from jax_moe.dropout import dropout, fold
@@ -55,15 +56,21 @@ class Attention(nnx.Module):
         attention_keep_BHTU: Bool[Array, "B H T U"] | None = None,
         output_keep_BTD: Bool[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The answer in the input's dtype; dropout only with a key or with masks (True where a value survives)."""
+        """The answer in the input's dtype; dropout only with a key or with masks (True where a value survives).
+
+        Raises ValueError for an array of another kind or shape.
+        """
+        x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
+        sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}
+        given = checked(sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD)
         dtype, rate = x_BTD.dtype, self.config.dropout
         if self.config.projections == "per_head":
             kernel_D3HA = jnp.stack([self.query[...], self.key[...], self.value[...]], axis=1)
         else:
             kernel_D3HA = self.qkv[...]
         q, k, v = jnp.einsum("BTD,DPHA->PBTHA", x_BTD, kernel_D3HA.astype(dtype))
-        weights_BHTU = attention_weights(q, k, self.config, mask_BT).astype(dtype)
-        weights_BHTU = dropout(weights_BHTU, rate, fold(key, 0), attention_keep_BHTU)
+        weights_BHTU = attention_weights(q, k, self.config, given.get("mask_BT")).astype(dtype)
+        weights_BHTU = dropout(weights_BHTU, rate, fold(key, 0), given.get("attention_keep_BHTU"))
         heads_BTHA = jnp.einsum("BHTU,BUHA->BTHA", weights_BHTU, v)
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
-        return dropout(y_BTD, rate, fold(key, 1), output_keep_BTD)
+        return dropout(y_BTD, rate, fold(key, 1), given.get("output_keep_BTD"))

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.arrays import checked, checked_input, dims_of_settings
 from jax_moe.attention import Attention
-from jax_moe.config import BlockConfig, SoftMoEConfig
+from jax_moe.config import BlockConfig, SoftMoEConfig, require
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dropout import fold
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
+from jax_moe.shapes import Dim, Sizes
 from jax_moe.soft_moe import SoftMoE, layer_norm
 
 
@@ -21,6 +23,21 @@ class Randomness(NamedTuple):
     attention_keep_BHTU: Bool[Array, "*L B H T U"] | None = None  # True where dropout lets a value through
     output_keep_BTD: Bool[Array, "*L B T D"] | None = None
     expert_keep_BTKD: Bool[Array, "*L B T K D"] | None = None
+
+
+def checked_draws(
+    draws: Randomness | None, config: BlockConfig, sizes: Sizes, leading: str = ""
+) -> Randomness:
+    """The draws, each of its kind and shape, `leading` dims first. Raises ValueError for others, and for draws of no use."""
+    draws = draws or Randomness()
+    sizes = {**sizes, "U": sizes["T"], "D": Dim(config.attention.model_dim, "model_dim")}
+    sizes |= dims_of_settings(config.attention, H="num_heads")
+    if isinstance(config.moe, SoftMoEConfig):
+        for name in ("noise_BTE", "expert_keep_BTKD"):
+            require(getattr(draws, name) is None, name, "an array", "left out: Soft MoE draws nothing")
+    else:
+        sizes |= dims_of_settings(config.moe, E="num_experts", K="top_k")
+    return Randomness(**checked(sizes, leading, **draws._asdict()))
 
 
 class Block(nnx.Module):
@@ -50,8 +67,12 @@ class Block(nnx.Module):
         randomness: Randomness | None = None,
         capacity_limit: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEStats | None]:
-        """The block's answer and its MoE's statistics (None for Soft MoE). Randomness as in `MoE` and `Attention`."""
-        draws = randomness or Randomness()
+        """The block's answer and its MoE's statistics (None for Soft MoE). Randomness as in `MoE` and `Attention`.
+
+        Raises ValueError for an array of another kind or shape.
+        """
+        x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
+        draws = checked_draws(randomness, self.config, sizes)
         x_BTD += self.attention(
             self.attention_norm(x_BTD).astype(x_BTD.dtype), key=fold(key, 0) if training else None, mask_BT=mask_BT,
             attention_keep_BHTU=draws.attention_keep_BHTU, output_keep_BTD=draws.output_keep_BTD,

@@ -65,9 +65,7 @@ def generate_cached(
 ) -> Int[Array, "B new"]:
     """The prompt and what follows, as `generate` says; after the last stop `pad_token` fills up to max_new_tokens."""
     tokens, mask = check_prompt(model, tokens_BT, mask_BT)
-    vocab_size, moe = model.config.vocab_size, model.config.moe
-    for token in stop_tokens:
-        require(0 <= token < vocab_size, "stop_tokens", stop_tokens, f"tokens of 0 to {vocab_size - 1}")
+    moe = model.config.moe
     require(moe.capacity is None, "capacity", moe.capacity, "None to generate with a cache; config.moe.with_capacity(None) is")
     pad_token = pad_token if pad_token is not None else (stop_tokens or (0,))[0]
     prompt_slots, num_slots = bucket(tokens.shape[1]), bucket(bucket(tokens.shape[1]) + max_new_tokens)
@@ -95,8 +93,9 @@ def check_prompt(model: Decoder, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarr
     mask = np.ones(tokens.shape, bool) if mask_BT is None else np.asarray(mask_BT, bool)
     if mask.shape != tokens.shape:
         raise ValueError(f"mask_BT has shape {mask.shape}: must be that of tokens_BT, {tokens.shape}")
-    tokens = np.where(mask, tokens, 0).astype(np.int32)
-    model.check_tokens(tokens)
+    tokens = np.where(mask, tokens, 0)
+    model.check_tokens(tokens)  # before int32 makes another token of a large number
+    tokens = tokens.astype(np.int32)
     for row in range(len(tokens)):
         require(bool(mask[row].any()), "mask_BT", "all False", f"True somewhere: sequence {row} has no token")
         left = bool(mask[row, np.argmax(mask[row]) :].all())

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+import jax_moe
 from jax_moe.output import any_encoding
 from jax_moe.porting.recognise import Choices
 
@@ -18,18 +19,19 @@ Form = Literal["auto", "hf", "orbax", "torch", "folder"]
 class Port:
     """Carries a checkpoint between PyTorch and JAX.
 
-    SRC is a Hugging Face folder; a .pt or .safetensors file under the names of makeMoE, Mixtral's sparse block, a Switch layer
-    or Soft MoE; a folder written by this command; or a run of train/train.py. What was written is read back bit for bit before
-    it stands at DST. A port to a Hugging Face folder that was interrupted goes on when the same command is given again.
+    SRC is a Hugging Face folder; a .pt or .safetensors file under the names of makeMoE, Mixtral's sparse block, a
+    Switch layer or Soft MoE; a folder written by this command; or a run of train/train.py (if it is not at its end,
+    its newest checkpoint). What was written is read back bit for bit before it stands at DST. A port to a Hugging
+    Face folder that was interrupted goes on when the same command is given again.
     """
 
     src: tyro.conf.Positional[Path]
     dst: tyro.conf.Positional[Path]
     to: Form = "auto"
-    """What DST becomes. hf: a Hugging Face folder in shards. orbax: an Orbax checkpoint with its contract in config.json.
-    torch: one .pt or .safetensors file under the original names. folder: config.json and weights.safetensors in JAX layout.
-    auto: of a Hugging Face folder orbax, of such an Orbax checkpoint hf; of anything else torch if DST ends in .pt, .pth,
-    .bin or .safetensors, and folder if not."""
+    """What DST becomes. hf: a Hugging Face folder in shards. orbax: an Orbax checkpoint with its contract in
+    config.json. torch: one .pt or .safetensors file under the original names. folder: config.json and
+    weights.safetensors in JAX layout. auto: of a Hugging Face folder orbax, of such an Orbax checkpoint or a fine-
+    tuned run hf; of anything else torch if DST ends in .pt, .pth, .bin or .safetensors, and folder if not."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """Convert the weights; by default they keep their dtype."""
@@ -45,7 +47,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Prints what a checkpoint is: family, contract in words, parameters, names, shapes and dtypes.
+    """Prints what a checkpoint is: family, parameters, contract in words, and what a file does not say and was assumed.
 
     Of a Hugging Face model only headers are read: it adds active parameters, bytes and what N devices would hold.
     Exit status 1 if it would not load.
@@ -55,13 +57,13 @@ class Inspect:
     devices: int | None = None
     """Hugging Face: memory on this many devices; by default on 1, 2, 4 and 8."""
     names: bool = False
-    """Hugging Face: every tensor's name, dtype and shape as well."""
+    """Every tensor's name, dtype and shape as well."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Writes text with a Hugging Face model or a makeMoE model.
+    """Writes text with a Hugging Face model or a makeMoE model: a folder, a file, or a run of train.py, finished or not.
 
     A Hugging Face folder's text is printed as it comes, until the model ends it; its tokenizer.json is read with the
     package tokenizers (the extra "text").
@@ -77,8 +79,8 @@ class Generate:
     temperature: float = 1.0
     """0 takes the likeliest token and no noise."""
     sample_top_k: int | None = None
-    """Sample from this many likeliest tokens."""
-    sample_top_p: float | None = None
+    """Sample from this many likeliest tokens (--top-k is of the model: the experts that a token goes to)."""
+    sample_top_p: Annotated[float | None, tyro.conf.arg(aliases=["--top-p"])] = None
     """Sample from the likeliest tokens that together reach this probability."""
     seed: int = 0
     """Decides the sample and the router's noise."""
@@ -133,11 +135,24 @@ class Parity:
     """Write a picture of the training run (.png): both loss curves and their difference."""
 
 
+# What users of other tools type, and what it is here.
+SAID_ELSEWHERE = {
+    "--lr": "--learning-rate", "--max-tokens": "--max-new-tokens", "--max-length": "--max-new-tokens",
+    "--length": "--max-new-tokens", "--temp": "--temperature", "--steps": "--train", "--bs": "--batch-size",
+    "--seq-len": "--num-tokens", "--force": "--overwrite", "--num-experts-per-tok": "--top-k", "--verbose": "--names",
+}
+# Errors of the library speak Python.
+IN_SHELL = {"overwrite=True": "--overwrite", "allow_nonfinite=True": "--allow-nonfinite"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself."""
     any_encoding()
-    about = "Mixture of Experts in JAX and PyTorch."
-    command = tyro.cli(Port | Inspect | Generate | Parity, args=arguments, prog="jax-moe", description=about)  # type: ignore
+    words = sys.argv[1:] if arguments is None else arguments
+    if words == ["--version"]:
+        print(f"jax-moe {jax_moe.__version__}")
+        return 0
+    command = parse(words)
     try:
         if isinstance(command, Port):
             from jax_moe.commands.port import port
@@ -158,8 +173,27 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except (ValueError, OSError) as error:
-        print(f"jax-moe: error: {error}", file=sys.stderr)
+        print(f"jax-moe: error: {_in_shell(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
         print(f"jax-moe: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130
+
+
+def parse(words: list[str]) -> Port | Inspect | Generate | Parity:
+    """The command that the words ask for. Raises SystemExit, as tyro does, for what it is not, and for --help."""
+    about = "Mixture of Experts in JAX and PyTorch. --version prints the version."
+    try:
+        return tyro.cli(Port | Inspect | Generate | Parity, args=words, prog="jax-moe", description=about)  # type: ignore
+    except SystemExit as stopped:
+        known = [f"{word} is {SAID_ELSEWHERE[word]} here" for word in words if word in SAID_ELSEWHERE]
+        if stopped.code not in (0, None) and known:
+            print(f"jax-moe: {', '.join(known)}", file=sys.stderr)
+        raise
+
+
+def _in_shell(message: str) -> str:
+    """An error of the library with options in the place of Python's arguments."""
+    for python, option in IN_SHELL.items():
+        message = message.replace(python, option)
+    return message

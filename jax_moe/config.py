@@ -17,7 +17,7 @@ Renormalise = Literal["none", "sum", "eps"]
 ClusterScore = Literal["max", "top2_sum"]
 ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
-Priority = Literal["token", "choice", "probability"]
+Priority = Literal["token", "choice", "probability", "batch"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
 Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "chosen"]
 
@@ -46,7 +46,10 @@ def _positive_int(**values: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of a double
+        return False
 
 
 def _rate(**values: float) -> None:
@@ -109,6 +112,13 @@ class CapacityConfig:
     The queue length is computed once, in exact rational arithmetic with the factor as the decimal written:
     C = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))), or clamp(slots). Where an original computes
     in floats the answer can differ by one: makeMoE's int(100 * 0.29) is 28, here floor(100 * 29/100) is 29.
+
+    `priority` orders the choices of a group, and with them every expert's queue; ties go to the lower token index:
+    "token": token by token, each with its first choice before its second (makeMoE, Switch);
+    "choice": all first choices in token order, then all second ones (GShard; V-MoE's "vanilla" routing);
+    "probability": every choice by its own weight, the highest first;
+    "batch": V-MoE's Batch Prioritized Routing (arXiv 2106.05974, algorithm 2): tokens by their best weight, all first
+    choices in that order, then all second ones. Weights are those before drops, renormalised if the router does so.
     """
 
     factor: float | str | Fraction = 1.0
@@ -120,7 +130,7 @@ class CapacityConfig:
     counts_top_k: bool = True  # K in the formula (V-MoE, makeMoE) or not (Switch, GShard, flaxformer)
     group: Literal["batch", "sequence", "fixed"] = "batch"  # whose tokens compete: all B*T, one sequence, or group_size in a row
     group_size: int | None = None  # for group="fixed"; the last group may be short, its capacity is that of a full one
-    priority: Priority = "token"  # token order; first choices before second ones; or the highest weight first
+    priority: Priority = "token"  # who comes first in an expert's queue, see above
     renormalise_after_drop: bool = False  # survivors take over the weight of a token's dropped choices (GShard)
     below_one: Literal["error", "drop_all"] = "error"  # C = 0: refuse, or drop every token as makeMoE does on short prompts
 
@@ -176,7 +186,13 @@ class ExpertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """The load-balancing loss E * sum_e f_e P_e (Switch Transformers, eq. 4-6; Mixtral in Hugging Face)."""
+    """The load-balancing loss E * sum_e f_e P_e (Switch Transformers, eq. 4-6; Mixtral in Hugging Face).
+
+    f counts the choices that were made, correction bias included. P is the mean of each token's scores over their sum, of
+    whatever kind the router's scores are: softmax(logits), also where it selects on the logits (Hugging Face), and
+    s / sum(s) for sigmoid (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be told
+    from 0 count as equal, as they do for the choice: where all are, P is 1/E and the loss 1 (or K).
+    """
 
     f_sums_to: Literal["one", "k"] = "one"  # f = share of assignments (balanced loss 1), or of tokens (Hugging Face: K)
     pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of the layers' losses, or f and P averaged first (HF)
@@ -227,17 +243,20 @@ class MoEConfig:
         return dataclasses.replace(self, capacity=capacity)
 
     def group_size(self, batch_size: int, num_positions: int) -> int:
-        """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions."""
+        """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions; at least 1."""
         if self.capacity is None or self.capacity.group == "batch":
-            return batch_size * num_positions
+            return max(batch_size * num_positions, 1)
         if self.capacity.group == "sequence":
-            return num_positions
+            return max(num_positions, 1)
         assert self.capacity.group_size is not None
         return self.capacity.group_size
 
     def expert_capacity(self, group_size: int) -> int:
-        """C, an expert's slots in a group of S tokens; dropless: S. Raises ValueError below one (see `below_one`)."""
-        if self.capacity is None:
+        """C, an expert's slots in a group of S tokens; dropless: S. No tokens need none.
+
+        Raises ValueError below one (see `below_one`).
+        """
+        if self.capacity is None or group_size == 0:
             return group_size
         rule = self.capacity
         if rule.slots is not None:

@@ -6,10 +6,18 @@ Standard library only. What stands in a Hugging Face config.json, under this pro
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jax_moe.config import Activation, MoEConfig, _check_literals, _is_int, _positive_int, _rate, require
+from jax_moe.config import Activation, MoEConfig, _check_literals, _flags, _is_int, _is_number, _positive_int, _rate, require
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 Norm = Literal["none", "per_head", "full_width"]
+LEAST, MOST = 1e-30, 1e30  # of a setting that must be above 0: fp32 holds it and its product with ordinary numbers
+
+
+def _within(least: float, optional: bool = False, **values: object) -> None:
+    for name, value in values.items():
+        allowed = f"{'None or ' if optional else ''}a number of {least:g} to {MOST:g}"
+        holds = (optional and value is None) or (_is_number(value) and least <= value <= MOST)
+        require(holds, name, value, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +41,17 @@ class RopeConfig:
     def __post_init__(self) -> None:
         _check_literals(self)
         _positive_int(max_positions=self.max_positions)
+        _flags(self, "truncate")
+        _within(1.0, factor=self.factor, theta=self.theta)
         require(self.theta > 1, "theta", self.theta, "above 1")
-        require(self.factor >= 1, "factor", self.factor, "at least 1")
-        if self.kind in ("yarn", "llama3"):
-            original = self.original_max_positions
-            require(_is_int(original) and original >= 1, "original_max_positions", original, "an integer of at least 1")  # type: ignore[operator]
-        above = self.high_freq_factor > self.low_freq_factor > 0
-        require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}, both above 0")
+        _within(LEAST, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        _within(LEAST, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
+        _within(LEAST, optional=True, attention_factor=self.attention_factor)
+        _within(0.0, optional=True, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
+        if self.kind in ("yarn", "llama3") or self.original_max_positions is not None:
+            _positive_int(original_max_positions=self.original_max_positions)
+        above = self.high_freq_factor > self.low_freq_factor
+        require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,7 @@ class DecoderConfig:
         require(self.moe.model_dim == self.model_dim, "moe.model_dim", self.moe.model_dim, f"model_dim={self.model_dim}")
         for name in ("dense_layers", "sliding_layers"):
             layers = getattr(self, name)
+            require(isinstance(layers, tuple), name, layers, "a tuple of layer numbers")
             rising = list(layers) == sorted({i for i in layers if _is_int(i) and 0 <= i < self.num_layers})
             require(rising, name, layers, f"rising layer numbers of 0 to {self.num_layers - 1}")
         require(len(self.dense_layers) < self.num_layers, "dense_layers", self.dense_layers, "fewer than all layers")
@@ -93,13 +106,14 @@ class DecoderConfig:
         require(window is None or (_is_int(window) and window >= 1), "sliding_window", window, "None or at least 1")
         paired = (window is not None) == bool(self.sliding_layers)
         require(paired, "sliding_layers", self.sliding_layers, "set exactly when sliding_window is")
+        _flags(self, "qkv_bias", "output_bias", "tied_embeddings")
         _rate(attention_dropout=self.attention_dropout)
-        positive = ("norm_eps", "embedding_multiplier", "residual_multiplier", "logits_divisor")
-        for name in positive:
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("clip_qkv", "attention_multiplier"):
-            require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "None or above 0")
-        require(self.balance_loss_weight >= 0, "balance_loss_weight", self.balance_loss_weight, "at least 0")
+        _within(
+            LEAST, norm_eps=self.norm_eps, embedding_multiplier=self.embedding_multiplier,
+            residual_multiplier=self.residual_multiplier, logits_divisor=self.logits_divisor,
+        )
+        _within(LEAST, optional=True, clip_qkv=self.clip_qkv, attention_multiplier=self.attention_multiplier)
+        _within(0.0, balance_loss_weight=self.balance_loss_weight)
 
     @property
     def score_scale(self) -> float:

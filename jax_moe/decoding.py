@@ -15,7 +15,7 @@ from flax import nnx
 from jax_moe.config import ExpertConfig
 from jax_moe.decoder_config import DecoderConfig
 from jax_moe.dims import Array, DTypeLike, Float, Int
-from jax_moe.dispatch import Moves, round_weights
+from jax_moe.dispatch import Moves, merge_groups, round_weights
 from jax_moe.experts import Weights, expert_ffn, take_experts
 from jax_moe.grouped_attention import Rotations, visible_positions
 from jax_moe.kernels.chosen import are_few, chosen_dispatch
@@ -115,7 +115,7 @@ def _mixtures(model: Decoder) -> Callable[[Array, Array], Array]:
         y_GSD = chosen_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
         if config.expert.shared_dim:
             y_GSD += mixture.shared_answer(x_GSD, mask_GS)
-        return y_GSD.reshape(x_BTD.shape)
+        return merge_groups(y_GSD, *x_BTD.shape[:2])
 
     return answer
 

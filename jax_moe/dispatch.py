@@ -49,9 +49,9 @@ class Moves(NamedTuple):
 
 
 def split_groups(x_BT: Shaped[Array, "B T *rest"], group_size: int) -> Shaped[Array, "G S *rest"]:
-    """Tokens in flat order cut into groups of S; the last group is padded with zeros."""
+    """Tokens in flat order cut into groups of S, at least one; the last group is padded with zeros."""
     B, T, *rest = x_BT.shape
-    num_groups = -(-B * T // group_size)
+    num_groups = max(-(-B * T // group_size), 1)
     flat = x_BT.reshape(B * T, *rest)
     if num_groups * group_size != B * T:
         flat = jnp.pad(flat, [(0, num_groups * group_size - B * T)] + [(0, 0)] * len(rest))
@@ -75,15 +75,26 @@ def queue_positions(
     G, S, K = expert_GSK.shape
     R = S * K
     queue_GSK = expert_GSK if mask_GS is None else jnp.where(mask_GS[..., None], expert_GSK, num_experts)
-    if priority == "choice":
-        turn_SK = jnp.arange(R, dtype=jnp.int32).reshape(K, S).T
-        turn_GR = jnp.broadcast_to(turn_SK.reshape(-1), (G, R))
-    else:
-        turn_GR = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (G, R))
-    if priority == "probability":
-        order_GR = jnp.argsort(-jax.lax.stop_gradient(weight_GSK).reshape(G, R), axis=1, stable=True)
-        turn_GR = jax.vmap(_inverse)(order_GR)
+    turn_GR = _turns(jax.lax.stop_gradient(weight_GSK), priority).reshape(G, R)
     return jax.vmap(partial(_ranks, num_queues=num_experts + 1))(queue_GSK.reshape(G, R), turn_GR).reshape(G, S, K)
+
+
+def _turns(weight_GSK: Float[Array, "G S K"], priority: Priority) -> Int[Array, "G S K"]:
+    """When each choice of a group takes its place, 0 first; never two at once."""
+    G, S, K = weight_GSK.shape
+    if priority == "token":
+        return jnp.broadcast_to(jnp.arange(S * K, dtype=jnp.int32).reshape(S, K), (G, S, K))
+    if priority == "probability":
+        return _descending(weight_GSK.reshape(G, S * K)).reshape(G, S, K)
+    token_GS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (G, S))
+    if priority == "batch":
+        token_GS = _descending(weight_GSK.max(axis=2))
+    return jnp.arange(K, dtype=jnp.int32) * S + token_GS[..., None]
+
+
+def _descending(weight_GR: Float[Array, "G R"]) -> Int[Array, "G R"]:
+    """The rank of each weight in its group, the highest first; among equals the lower index."""
+    return jax.vmap(_inverse)(jnp.argsort(-weight_GR, axis=1, stable=True))
 
 
 def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int) -> Int[Array, " R"]:

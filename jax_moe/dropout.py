@@ -18,7 +18,7 @@ def draw_keep(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Ar
     """
     *rest, last = shape
     words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*rest, -1)[..., :last]
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*rest, last + last % 2)[..., :last]
     return halves >= jnp.uint16(min(round(rate * 65536), 65535))
 
 

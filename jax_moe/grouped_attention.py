@@ -93,7 +93,7 @@ class GroupedAttention(nnx.Module):
         """What the queries find among the keys."""
         config, dtype = self.config, q_BTHA.dtype
         B, T, H, A = q_BTHA.shape
-        q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, -1, A)
+        q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, H // config.num_kv_heads, A)
         scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
         # the most negative finite number, not -inf: a row that sees nothing must not become NaN
         scores_BJGTU = jnp.where(visible_BTU[:, None, None], scores_BJGTU, jnp.finfo(scores_BJGTU.dtype).min)
@@ -109,8 +109,9 @@ class GroupedAttention(nnx.Module):
             y_BTHA += getattr(self, f"{name}_bias")[...].astype(dtype)
         norm = getattr(self, f"{name}_norm", None)
         if norm is not None:
+            B, T, H, A = y_BTHA.shape
             flat = config.qk_norm == "full_width"
-            y_BTHA = norm(y_BTHA.reshape(*x_BTD.shape[:2], -1) if flat else y_BTHA).reshape(y_BTHA.shape)
+            y_BTHA = norm(y_BTHA.reshape(B, T, H * A) if flat else y_BTHA).reshape(y_BTHA.shape)
         if config.clip_qkv is not None:
             y_BTHA = -clamp_above(-clamp_above(y_BTHA, config.clip_qkv), config.clip_qkv)
         return y_BTHA

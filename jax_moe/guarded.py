@@ -7,6 +7,7 @@ import json
 import math
 import stat
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -120,6 +121,12 @@ def refuse_pointer(path: Path, head: bytes) -> None:
     """Raises ValueError if the bytes with which a file begins are those of a Git LFS pointer."""
     if head.startswith(LFS_POINTER):
         raise ValueError(f"{path}: is a Git LFS pointer and not yet the file that it stands for: `git lfs pull` fetches it")
+
+
+def refuse_pointer_file(path: Path) -> None:
+    """`refuse_pointer` of a file; whoever opens it next says what else is wrong with it."""
+    with suppress(OSError), path.open("rb") as file:
+        refuse_pointer(path, file.read(256))
 
 
 def _size(path: Path) -> int:

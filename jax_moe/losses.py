@@ -1,15 +1,22 @@
-"""Losses and statistics of routing, all returned as values and all blind to padding."""
+"""Losses and statistics of routing, all returned as values, in fp32 or wider, and all blind to padding.
 
-from typing import NamedTuple
+Every function raises ValueError, by name, for arrays of another kind or of shapes that do not fit each other.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from jax_moe.config import BalanceConfig, MoEConfig
+from jax_moe.arrays import check_choices, check_kind, checked, checked_input
+from jax_moe.config import BalanceConfig, MoEConfig, RouterConfig, require
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int
 from jax_moe.dispatch import Slots
-from jax_moe.routing import Routing, safe_denominator
+from jax_moe.routing import Routing, log_scores, safe_denominator, wide
+from jax_moe.shapes import Dim
+
+SOFTMAX = RouterConfig()
 
 
 class MoEStats(NamedTuple):
@@ -19,8 +26,8 @@ class MoEStats(NamedTuple):
     router_z_loss: Float[Array, "*L"]  # mean over tokens of logsumexp(logits)^2
     dropped_fraction: Float[Array, "*L"]  # share of the tokens' K choices that found no slot
     expert_load_E: Float[Array, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
-    router_entropy: Float[Array, "*L"]  # mean over tokens of the entropy of softmax(logits), in nats
-    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of softmax(logits)
+    router_entropy: Float[Array, "*L"]  # mean over tokens of the entropy of the scores over their sum, in nats
+    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of the scores over their sum
     importance_cv2: Float[Array, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
     load_cv2: Float[Array, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
@@ -34,10 +41,22 @@ def chosen_experts(stats: MoEStats) -> Bool[Array, "*L E"]:
     return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1)[..., None]
 
 
+def _given(name: str, value: Array, mask_GS: Array | None = None, **others: Any) -> list[Any]:
+    """The array and those held against it, numbers in fp32 or wider; the mask last, None where there is none."""
+    value, sizes = checked_input(name, value)
+    found = checked(sizes, **others)
+    wider = [x.astype(wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in (value, *found.values())]
+    return [*wider, checked(sizes, mask_GS=mask_GS).get("mask_GS")]
+
+
 def masked_mean(x_GS: Float[Array, "G S *rest"], mask_GS: Bool[Array, "G S"] | None) -> Float[Array, "*rest"]:
     """Mean over the unpadded tokens; 0 if there are none."""
+    x_GS = check_kind("x_GS", x_GS)
+    x_GS = x_GS.astype(wide(x_GS.dtype))
     if mask_GS is None:
-        return x_GS.mean(axis=(0, 1))
+        return x_GS.sum(axis=(0, 1)) / max(x_GS.shape[0] * x_GS.shape[1], 1)
+    sizes = {letter: Dim(size, "x_GS", letter) for letter, size in zip("GS", x_GS.shape, strict=False)}
+    mask_GS = checked(sizes, mask_GS=mask_GS)["mask_GS"]
     keep = mask_GS.reshape(mask_GS.shape + (1,) * (x_GS.ndim - 2)).astype(x_GS.dtype)
     return (x_GS * keep).sum(axis=(0, 1)) / safe_denominator(keep.sum())
 
@@ -45,15 +64,30 @@ def masked_mean(x_GS: Float[Array, "G S *rest"], mask_GS: Bool[Array, "G S"] | N
 def expert_load(
     expert_GSK: Int[Array, "G S K"], num_experts: int, dtype: DTypeLike, mask_GS: Bool[Array, "G S"] | None = None
 ) -> Float[Array, " E"]:
-    """Share of all choices that named each expert; sums to 1."""
-    share_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=dtype).mean(axis=2)
-    return masked_mean(share_GSE, mask_GS)
+    """Share of all choices that named each expert, in `dtype`; sums to 1."""
+    expert_GSK, mask_GS = _choices(expert_GSK, num_experts, mask_GS)
+    share_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=wide(dtype)).mean(axis=2)
+    return masked_mean(share_GSE, mask_GS).astype(dtype)
+
+
+def _choices(expert_GSK: Array, num_experts: int, mask_GS: Array | None) -> list[Any]:
+    check_choices("expert_GSK", check_kind("expert_GSK", expert_GSK), num_experts, mask_GS, different=False)
+    return _given("expert_GSK", expert_GSK, mask_GS)
+
+
+def router_probs(logits_GSE: Float[Array, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Array, "G S E"]:
+    """Each token's scores over their sum, whatever the score: softmax(logits), or s / sum(s) of sigmoid and its like."""
+    logits_GSE, _ = _given("logits_GSE", logits_GSE)
+    return jax.nn.softmax(log_scores(logits_GSE, config), axis=-1)
 
 
 def load_balance_loss(
     load_E: Float[Array, "*L E"], prob_E: Float[Array, "*L E"], top_k: int, config: BalanceConfig
 ) -> Float[Array, "*L"]:
     """E * sum_e f_e P_e (Switch Transformers, eq. 4): 1 when balanced, or K where f sums to K (Hugging Face)."""
+    load_E, prob_E = (check_kind(name, x).astype(wide(x.dtype)) for name, x in (("load_E", load_E), ("prob_E", prob_E)))
+    same = load_E.shape == prob_E.shape
+    require(same, "prob_E.shape", prob_E.shape, f"{load_E.shape}, the shape of load_E")
     num_experts = load_E.shape[-1]
     f_E = load_E * top_k if config.f_sums_to == "k" else load_E
     return num_experts * (f_E * prob_E).sum(axis=-1)
@@ -66,7 +100,8 @@ def group_balance_loss(
     share_GSE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
     mask_GS = jnp.ones(share_GSE.shape[:2], bool) if mask_GS is None else mask_GS
     load_GE, prob_GE = (
-        jax.vmap(masked_mean)(x_GSE[:, None], mask_GS[:, None]) for x_GSE in (share_GSE, jax.nn.softmax(routing.logits_GSE))
+        jax.vmap(masked_mean)(x_GSE[:, None], mask_GS[:, None])
+        for x_GSE in (share_GSE, router_probs(routing.logits_GSE, config.router))
     )
     loss_G = load_balance_loss(load_GE, prob_GE, config.top_k, config.balance)
     return masked_mean(loss_G[None], mask_GS.any(axis=1)[None])
@@ -77,23 +112,30 @@ def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Array, ""]:
     if config.balance.pooled == "per_layer":
         return stats.load_balance_loss.mean()
     load_E, prob_E = stats.expert_load_E, stats.router_prob_E
+    num_experts = load_E.shape[-1]
+    require(num_experts == config.num_experts, "num_experts", config.num_experts, f"{num_experts}, as in the statistics")
     load_E, prob_E = (x.reshape(-1, x.shape[-1]).mean(axis=0) for x in (load_E, prob_E))
     return load_balance_loss(load_E, prob_E, config.top_k, config.balance)
 
 
 def router_z_loss(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None) -> Float[Array, ""]:
     """mean logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    logits_GSE, mask_GS = _given("logits_GSE", logits_GSE, mask_GS)
     return masked_mean(jax.nn.logsumexp(logits_GSE, axis=-1) ** 2, mask_GS)
 
 
-def router_entropy(logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None) -> Float[Array, ""]:
-    """Mean entropy of softmax(logits) in nats: ln E when undecided, 0 when certain."""
-    log_GSE = jax.nn.log_softmax(logits_GSE, axis=-1)
+def router_entropy(
+    logits_GSE: Float[Array, "G S E"], mask_GS: Bool[Array, "G S"] | None = None, config: RouterConfig = SOFTMAX
+) -> Float[Array, ""]:
+    """Mean entropy of `router_probs` in nats: ln E when undecided, 0 when certain."""
+    logits_GSE, mask_GS = _given("logits_GSE", logits_GSE, mask_GS)
+    log_GSE = jax.nn.log_softmax(log_scores(logits_GSE, config), axis=-1)
     return masked_mean(-(jnp.exp(log_GSE) * log_GSE).sum(axis=-1), mask_GS)
 
 
 def squared_cv(x_E: Float[Array, " E"]) -> Float[Array, ""]:
     """Squared coefficient of variation, population variance / mean^2 (Shazeer et al. 2017, eq. 7 and 11)."""
+    x_E, _ = _given("x_E", x_E)
     return x_E.var() / safe_denominator(x_E.mean() ** 2)
 
 
@@ -102,6 +144,8 @@ def importance(
     mask_GS: Bool[Array, "G S"] | None = None,
 ) -> Float[Array, " E"]:
     """Weight each expert was given before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
+    _choices(expert_GSK, num_experts, mask_GS)
+    expert_GSK, weight_GSK, mask_GS = _given("expert_GSK", expert_GSK, mask_GS, weight_GSK=weight_GSK)
     given_GSE = (weight_GSK[..., None] * jax.nn.one_hot(expert_GSK, num_experts, dtype=weight_GSK.dtype)).sum(axis=2)
     if mask_GS is not None:
         given_GSE = given_GSE * mask_GS[..., None].astype(given_GSE.dtype)
@@ -116,6 +160,10 @@ def smooth_load(
 
     An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
     """
+    clean_GSE, noisy_GSE, scale_GSE, mask_GS = _given(
+        "clean_GSE", clean_GSE, mask_GS, noisy_GSE=noisy_GSE, scale_GSE=scale_GSE
+    )
+    require(1 <= top_k <= noisy_GSE.shape[-1], "top_k", top_k, f"1 to {noisy_GSE.shape[-1]}, the E of noisy_GSE")
     if top_k == noisy_GSE.shape[-1]:
         chance_GSE = jnp.ones_like(clean_GSE)
     else:
@@ -134,7 +182,7 @@ def layer_stats(
     """All of a layer's losses and statistics."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
-    prob_E = masked_mean(jax.nn.softmax(routing.logits_GSE, axis=-1), mask_GS)
+    prob_E = masked_mean(router_probs(routing.logits_GSE, config.router), mask_GS)
     balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
@@ -144,7 +192,7 @@ def layer_stats(
         router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
         dropped_fraction=masked_mean(dropped_GS, mask_GS),
         expert_load_E=load_E,
-        router_entropy=router_entropy(routing.logits_GSE, mask_GS),
+        router_entropy=router_entropy(routing.logits_GSE, mask_GS, config.router),
         router_prob_E=prob_E,
         importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
         load_cv2=squared_cv(load_E),

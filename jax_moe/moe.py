@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.arrays import check_limit, moe_arrays
 from jax_moe.config import ExpertConfig, MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
@@ -15,10 +16,11 @@ from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.routing import Routing, noise_scale, route, router_logits, wide
+from jax_moe.stored import Kept
 
 
-class CorrectionBias(nnx.Variable):
-    """The selection-only bias of a router: not a Param, so no gradient and no optimizer touches it."""
+class CorrectionBias(Kept):
+    """The selection-only bias of a router: no Param, so no gradient and no optimizer touches it. Stored, in fp32."""
 
 
 class Router(nnx.Module):
@@ -92,7 +94,9 @@ class MoE(nnx.Module):
         `noise_BTE` unit Gaussians (added to the logits as they are where the contract has no learned noise),
         `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives dropout.
         `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
-        `expert_BTK` replays choices. Raises ValueError if x_BTD is not model_dim wide, or capacity is below one slot.
+        `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer and
+        statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that is not there,
+        and for a capacity below one slot.
         """
         y_BTD, stats, _ = self.with_routing(
             x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
@@ -110,6 +114,8 @@ class MoE(nnx.Module):
         **arrays: Array | None,
     ) -> tuple[Float[Array, "B T D"], MoEStats, Routing]:
         """The answer, its statistics and the routing that it was made with. Arguments as in a call."""
+        x_BTD, given = moe_arrays(self.config, x_BTD, keep_BTKD=keep_BTKD)
+        keep_BTKD = given["keep_BTKD"]
         x_GSD, routing, slots, capacity, mask_GS = self.routing(x_BTD, key=key, training=training, **arrays)
         rate = self.config.expert.dropout
         moves = Moves(
@@ -138,8 +144,10 @@ class MoE(nnx.Module):
     ) -> tuple[Array, Routing, Slots, int, Array | None]:
         """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
         config, router = self.config, self.config.router
-        if x_BTD.shape[-1] != config.model_dim:
-            raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={config.model_dim}")
+        x_BTD, given = moe_arrays(
+            config, x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, expert_BTK=expert_BTK
+        )
+        mask_BT, noise_BTE, jitter_BTD, expert_BTK = given.values()
         B, T, _ = x_BTD.shape
         noise_key = fold(key, 0) if training or router.noise_at_evaluation else None
         if router.noise == "learned_gaussian" and noise_BTE is None and noise_key is not None:
@@ -148,8 +156,9 @@ class MoE(nnx.Module):
             low, high = 1 - router.jitter_eps, 1 + router.jitter_eps
             jitter_BTD = jax.random.uniform(noise_key, x_BTD.shape, wide(x_BTD.dtype), low, high)
         S = config.group_size(B, T)
-        capacity = config.expert_capacity(S)
-        padded = mask_BT is not None or B * T % S != 0
+        capacity = config.expert_capacity(S) if B * T else 1
+        capacity_limit = check_limit(capacity_limit, capacity)
+        padded = mask_BT is not None or B * T % S != 0 or B * T == 0
         mask_GS = split_groups(jnp.ones((B, T), bool) if mask_BT is None else mask_BT, S) if padded else None
         router_input_BTD = x_BTD
         if jitter_BTD is not None:
@@ -157,6 +166,8 @@ class MoE(nnx.Module):
         if router.jitter_scope == "block":
             x_BTD = router_input_BTD
         logits_BTE = self._logits(router_input_BTD, noise_BTE)
+        if expert_BTK is not None and mask_BT is not None:  # padding may name anything
+            expert_BTK = jnp.where(mask_BT[..., None], expert_BTK, jnp.clip(expert_BTK, 0, config.num_experts - 1))
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
         correction = self.router.weight("correction_bias")
         routing = route(split_groups(logits_BTE, S), config, correction, replay)

@@ -49,11 +49,15 @@ def cast_to_compute(params: Tree, precision: Precision) -> Tree:
     import jax
     import jax.numpy as jnp
 
+    from jax_moe.stored import Kept
+
     def cast(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Kept):
+            return leaf
         dtype = dtype_of(jax.tree_util.keystr(path, simple=True, separator="."), precision)
         return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, Kept))
 
 
 def dtype_of(path: str, precision: Precision) -> Dtype | None:

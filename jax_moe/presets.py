@@ -3,7 +3,7 @@
 Standard library only. Sources stand in each docstring; "HF" is Hugging Face transformers 5.23.
 """
 
-from jax_moe.config import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
+from jax_moe.config import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, Priority, RouterConfig
 
 _HF_BALANCE = BalanceConfig(f_sums_to="k", pooled="over_layers")
 
@@ -69,16 +69,19 @@ def switch(
 
 
 def vmoe(
-    model_dim: int = 768, expert_dim: int = 3072, num_experts: int = 8, top_k: int = 2, capacity_factor: float | None = 1.05
+    model_dim: int = 768, expert_dim: int = 3072, num_experts: int = 8, top_k: int = 2,
+    capacity_factor: float | None = 1.05, batch_priority: bool = False,
 ) -> MoEConfig:
     """V-MoE (arXiv 2106.05974; google-research/vmoe): softmax over all, top-k, weights not renormalised.
 
-    Capacity ceil(S*K*factor/E) per sequence, rounded up to a multiple of 4, first choices first. The router's fixed
-    Gaussian noise of V-MoE's training (std 1/E) is given as arrays where it is wanted.
+    Capacity ceil(S*K*factor/E) per sequence, rounded up to a multiple of 4, first choices first in token order, as its
+    released configurations have it; with `batch_priority` the tokens with the best weight first (section 4). The
+    router's fixed Gaussian noise of V-MoE's training (std 1/E) is given as arrays where it is wanted.
     """
     capacity = None
     if capacity_factor is not None:
-        capacity = CapacityConfig(factor=capacity_factor, rounding="ceil", multiple=4, group="sequence", priority="choice")
+        priority: Priority = "batch" if batch_priority else "choice"
+        capacity = CapacityConfig(factor=capacity_factor, rounding="ceil", multiple=4, group="sequence", priority=priority)
     expert = ExpertConfig(activation="gelu_tanh", gated=False, bias=True)
     return MoEConfig(
         model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, capacity=capacity, expert=expert

@@ -1,5 +1,6 @@
 """Logits -> Routing: which experts each token goes to, and how much of each answer it keeps."""
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -57,6 +58,19 @@ def expert_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Fl
     score_GSE = jax.nn.softplus(logits_GSE)
     # a score that underflowed to 0 has gradient 0, where sqrt's own would be 0 * inf
     return jnp.where(score_GSE > 0, jnp.sqrt(jnp.where(score_GSE > 0, score_GSE, 1)), 0)
+
+
+def log_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
+    """Logarithms of the scores, up to a constant of each token: softmax over E makes them sum to 1.
+
+    What is below the smallest normal number, and so 0 or nearly for the choice, is taken as that number.
+    """
+    tiny = float(jnp.finfo(logits_GSE.dtype).tiny)
+    if config.score == "sigmoid":
+        return jnp.maximum(jax.nn.log_sigmoid(logits_GSE), math.log(tiny))
+    if config.score == "sqrt_softplus":
+        return jnp.log(jnp.maximum(jax.nn.softplus(logits_GSE), tiny)) / 2
+    return logits_GSE
 
 
 def best_first(score: Float[Array, "*any X"], count: int) -> Int[Array, "*any Y"]:

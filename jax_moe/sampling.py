@@ -1,6 +1,7 @@
 """The next token from its logits: greedy, or drawn after temperature, top-k and top-p."""
 
 import math
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,9 @@ def check_sampling(
     max_new_tokens: int, temperature: float | int, top_k: int | None, top_p: float | int | None, has_key: bool
 ) -> None:
     """Raises ValueError for settings that cannot be sampled with."""
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    require(isinstance(max_new_tokens, Integral) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     require(temperature >= 0, "temperature", temperature, "0 (greedy) or above")
     require(temperature < math.inf, "temperature", temperature, "finite")
-    require(top_k is None or top_k >= 1, "top_k", top_k, "None or at least 1")
+    require(top_k is None or (isinstance(top_k, Integral) and top_k >= 1), "top_k", top_k, "None or at least 1")
     require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "None or above 0 and at most 1")
     require(temperature == 0 or has_key, "temperature", temperature, "0 without a key: sampling needs key=")

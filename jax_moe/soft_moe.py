@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.arrays import checked, checked_input
 from jax_moe.config import SoftMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray
 from jax_moe.experts import activate
@@ -26,7 +27,7 @@ def soft_weights(
     logits_BTEC = jnp.einsum("BTD,DEC->BTEC", x_BTD.astype(compute), phi_DEC.astype(compute))
     if mask_BT is not None:
         logits_BTEC = jnp.where(mask_BT[..., None, None], logits_BTEC, -jnp.finfo(compute).max)
-    combine_BTEC = jax.nn.softmax(logits_BTEC.reshape(*logits_BTEC.shape[:2], -1), axis=-1).reshape(logits_BTEC.shape)
+    combine_BTEC = jax.nn.softmax(logits_BTEC, axis=(2, 3))
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
 
 
@@ -90,9 +91,9 @@ class SoftMoE(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
-        mean of slots, to be ignored. Raises ValueError if x_BTD is not model_dim wide."""
-        if x_BTD.shape[-1] != self.config.model_dim:
-            raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={self.config.model_dim}")
+        mean of slots, to be ignored. Raises ValueError for an array of another kind or shape."""
+        x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
+        mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
         dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi[...], mask_BT)
         compute = dispatch_BTEC.dtype
         x_EBCD = jnp.einsum("BTEC,BTD->EBCD", dispatch_BTEC, x_BTD.astype(compute)).astype(x_BTD.dtype)

@@ -66,7 +66,8 @@ def _watched_model(watch: Watch, model: Any, tokens_BT: Any) -> Any:
     watch.put(Place("logits"), logits_BTV)
     if T < 2:
         return logits_BTV.sum() * 0
-    loss = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+    wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    loss = torch.nn.functional.cross_entropy(wide_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
     watch.put(Place("loss"), loss)
     return loss
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_moe.arrays import checked_input
+from jax_moe.config import require
 from jax_moe.losses import pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
@@ -25,6 +27,7 @@ from jax_moe.porting.files import same_bits
 from jax_moe.porting.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.torch_files import import_torch
+from jax_moe.routing import wide
 from jax_moe.soft_moe import SoftMoE
 from moe_parity import explanation
 from moe_parity.against_torch_ref import trace_torch_ref
@@ -43,6 +46,7 @@ def compare_folder(
 ) -> Report:
     """A Hugging Face folder against `transformers`. Raises ValueError if PyTorch or transformers is absent."""
     version = import_transformers().__version__
+    check_batch("tokens_BT", tokens_BT)
     with settings(dtype):
         stored = load_pretrained(path)
         assert stored.origin is not None
@@ -64,6 +68,7 @@ def compare_checkpoint(
     """A makeMoE model or a layer against `torch_ref`, on tokens or vectors. Raises ValueError if PyTorch is absent."""
     import_torch("parity")
     family, config = checkpoint.family, checkpoint.config
+    check_batch("tokens_BT" if family == "makemoe" else "x_BTD", x, None if family == "makemoe" else config.model_dim)
     results = [checkpoint_there_and_back(checkpoint)]
     with settings(dtype):
         x = x if family == "makemoe" else x.astype(dtype)
@@ -73,6 +78,12 @@ def compare_checkpoint(
         results += compare_traces(module, x, theirs, dtype=dtype, grads=grads, replay=replay)
         words = explained(module, x, theirs, results) if explain else ""
     return Report(family, "torch_ref", dtype, x.shape, replay, tuple(results), words)
+
+
+def check_batch(name: str, x: np.ndarray, model_dim: int | None = None) -> None:
+    """Raises ValueError for a batch of another kind, rank or width, and for an empty one: nothing agrees with nothing."""
+    checked_input(name, x, model_dim)
+    require(x.size > 0, f"{name}.shape", x.shape, "of at least one position")
 
 
 def explained(module: nnx.Module, x: np.ndarray, theirs: Trace, results: list[StageResult]) -> str:
@@ -200,8 +211,8 @@ def _objective(module: nnx.Module, x: jax.Array, replay: jax.Array | None) -> An
 
 
 def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The mean cross-entropy of every token but the first."""
-    log_probs = jax.nn.log_softmax(logits_BTV[:, :-1])
+    """The mean cross-entropy of every token but the first, in fp32 or wider."""
+    log_probs = jax.nn.log_softmax(logits_BTV[:, :-1].astype(wide(logits_BTV.dtype)))
     return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
 
 

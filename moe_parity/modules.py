@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_moe.config import require
 from jax_moe.porting.api import flatten
-from jax_moe.porting.torch_files import import_torch, tensor_to_numpy
+from jax_moe.porting.torch_files import import_torch, numpy_to_tensor, tensor_to_numpy
+from jax_moe.shapes import type_name
 from moe_parity.mapping import Entry, check_names, entries_of, moved, our_weights
 from moe_parity.stages import SMALL, Stage, StageResult, first_divergence, judge, norm
 
@@ -71,7 +73,8 @@ def compare_modules(
     or a tuple, list or dict of arrays; gradients are of all outputs weighed with the same random numbers.
 
     With `copy_weights` our module runs on their weights; without, on its own, and they are compared first.
-    Raises ValueError for names that the mapping leaves out on either side, all at once, and for shapes that do not fit.
+    Raises ValueError for inputs that are no arrays of numbers or hold none, for names that the mapping leaves out on either
+    side, all at once, and for shapes that do not fit.
     Raises ModulesDifferError with the report where something is beyond `tolerance` (default: `TOLERANCE` by the dtype of
     their parameters); with `fail=False` returns the report whatever it says. Modes are the caller's: call `eval()` to have
     dropout off.
@@ -94,12 +97,14 @@ def compare_modules(
     (True, ['output', 'gradient of input 0', 'gradient of 0.weight', 'gradient of 0.bias', 'gradient of 2.weight'])
     """
     torch = import_torch("compare_modules")
-    given = tuple(np.asarray(one) for one in (inputs if isinstance(inputs, tuple | list) else (inputs,)))
+    given = _checked_inputs(inputs if isinstance(inputs, tuple | list) else (inputs,))
     table = {name: entries_of(value) for name, value in mapping.items()}
     state = {name: tensor_to_numpy(value) for name, value in theirs.state_dict().items()}
     function, held = _as_function(ours, params)
     check_names(table, set(state), {name for name, _ in theirs.named_parameters()}, set(held))
     dtype = next((str(value.dtype) for value in state.values() if value.dtype.kind not in "iub"), "float32")
+    known = tolerance is not None or dtype in TOLERANCE
+    require(known, "tolerance", tolerance, f"given for parameters of {dtype}; there is a default for {', '.join(TOLERANCE)}")
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     with jax.enable_x64(dtype == "float64" or any(one.dtype == np.float64 for one in given)):
         expected_weights = our_weights(table, state, {path: value.shape for path, value in held.items()})
@@ -115,6 +120,22 @@ def compare_modules(
     if fail and not report.passed:
         raise ModulesDifferError(report)
     return report
+
+
+def _checked_inputs(inputs: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    """The inputs as numpy's. Raises ValueError for what is no array of numbers, or holds none: nothing is equal to nothing."""
+    given = []
+    for i, one in enumerate(inputs):
+        array = hasattr(one, "dtype") and hasattr(one, "shape")
+        kind = type_name(one)
+        require(array, f"inputs[{i}]", kind, "an array; np.asarray([...]) of a list, and a tuple of arrays for several inputs")
+        value = tensor_to_numpy(one) if kind.startswith("torch.") else np.asarray(one)
+        numbers = value.dtype.kind in "biuf" or value.dtype.name in TOLERANCE
+        require(numbers, f"inputs[{i}].dtype", str(value.dtype), "of numbers or booleans")
+        require(value.size > 0, f"inputs[{i}].shape", value.shape, "of at least one number: nothing agrees with nothing")
+        given.append(value)
+    require(bool(given), "inputs", (), "at least one array")
+    return tuple(given)
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,7 @@ def _run_torch(torch: Any, module: Any, given: Sequence[np.ndarray], seed: int) 
     """Their side, on the module's own mode and device; gradients it held before are put back."""
     parameters = dict(module.named_parameters())
     device = next((value.device for value in module.parameters()), None)
-    tensors = [torch.from_numpy(np.array(one)).to(device) for one in given]
+    tensors = [numpy_to_tensor(one).to(device) for one in given]
     for tensor in tensors:
         if tensor.is_floating_point():
             tensor.requires_grad_()

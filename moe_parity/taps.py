@@ -79,8 +79,8 @@ def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.n
 
 def tap_decoder(model: Decoder, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
     """A decoder's values in the order of computation; L counts the layers with a mixture."""
+    model.check_tokens(tokens_BT)  # before int32 makes another token of a large number
     config, tokens = model.config, jnp.asarray(tokens_BT)
-    model.check_tokens(tokens)
     ends = nnx.split(_Ends(model))
     x_BTD, turns = _decoder_start(*ends, tokens)
     trace = {Place("embedding"): x_BTD}
@@ -153,8 +153,8 @@ class _Contract(NamedTuple):
 
 def tap_makemoe(model: MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
     """A makeMoE model's values in the order of computation."""
+    model.check_tokens(tokens_BT)
     tokens = jnp.asarray(tokens_BT)
-    model.check_tokens(tokens)
     x_BTD = model.token_embedding(tokens) + model.position_embedding(jnp.arange(tokens.shape[1]))
     trace = {Place("embedding"): x_BTD}
     graphdef, params = nnx.split(model.blocks)

@@ -68,7 +68,7 @@ def narrow(state: dict[str, np.ndarray]) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: must be JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"must hold an object"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"must be a JSON object"),
     "unknown family": (lambda f: edit_config(f, model_type="llama"), r"model_type='llama': must be one of mixtral, qwen2_moe"),
     "no family": (lambda f: edit_config(f, model_type=None), r"model_type=None: must be one of"),
     "two faults": (

@@ -116,11 +116,13 @@ EXTREMES = [
     Case("everybody chooses two, capacity", overflow("choice"), logits="two"),
     Case("no slot at all", sized("makemoe", noise=False, dropout=0.0), batch_size=1, num_positions=1),
     Case("one token", sized("mixtral"), batch_size=1, num_positions=1),
-    *(Case(f"overflow, {p} order", overflow(p)) for p in ("token", "choice", "probability")),
+    *(Case(f"overflow, {p} order", overflow(p)) for p in ("token", "choice", "probability", "batch")),
     *(
         Case(f"overflow, {p} order, renormalised", dataclasses.replace(overflow(p, renormalise_after_drop=True), top_k=3))
-        for p in ("token", "choice", "probability")
+        for p in ("token", "choice", "probability", "batch")
     ),
+    Case("overflow, batch order, einsum", via(overflow("batch"), "einsum")),
+    Case("vmoe, batch order", sized("vmoe", batch_priority=True).with_capacity(0.5, multiple=1), draws=("noise",), batch_size=3),
     Case("overflow, einsum", via(dataclasses.replace(overflow("probability", renormalise_after_drop=True), top_k=3), "einsum")),
     Case("fixed groups that do not divide", overflow("token", group="fixed", group_size=5)),
     Case("fixed groups, einsum", via(overflow("choice", group="fixed", group_size=5), "einsum")),

@@ -147,7 +147,7 @@ def moe_cases(draw: st.DrawFn) -> Case:
         given += ["replay"] if draw(st.booleans()) else []
         mask = draw(st.sampled_from([None, "ragged", "row", "all"]))
         given += ["mask"] if mask else []
-        by_weight = config.capacity is not None and config.capacity.priority == "probability"
+        by_weight = config.capacity is not None and config.capacity.priority in ("probability", "batch")
         # weights of different tokens that are equal but for rounding have no order that both sides could know
         logits = draw(st.sampled_from(["free", "unchosen", "one", "two", *([] if by_weight else ["equal", "bfloat16"])]))
     return Case(

@@ -103,7 +103,7 @@ def last_come_first_served(right: Callable) -> Callable:
         expert_GSK: Array, weight_GSK: Array, num_experts: int, priority: Priority, mask_GS: Array | None = None
     ) -> Array:
         mask = None if mask_GS is None else mask_GS[:, ::-1]
-        sign = -1 if priority == "probability" else 1
+        sign = -1 if priority in ("probability", "batch") else 1
         return right(expert_GSK[:, ::-1, ::-1], sign * weight_GSK[:, ::-1, ::-1], num_experts, priority, mask)[:, ::-1, ::-1]
 
     return wrong
@@ -137,7 +137,7 @@ def zero_an_input_gradient_row(pair: Pair) -> Iterator[None]:
     yield
 
 
-OVERFLOWS = tuple(f"overflow, {p} order" for p in ("token", "choice", "probability"))
+OVERFLOWS = tuple(f"overflow, {p} order" for p in ("token", "choice", "probability", "batch"))
 CHOICES = {"experts and slots": r"experts and slots: (expert|slot)\["}
 SLOTS = {"experts and slots": r"experts and slots: slot\["}
 GRADIENTS = {"parameter gradients": r"parameter gradients: error .* at (router|experts)\."}

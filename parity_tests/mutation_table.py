@@ -293,6 +293,27 @@ JAX_LOSSES = [
         "x_GS.mean(axis=(0, 1))",
         rows=("padding",),
     ),
+    Mutation(
+        "jax: P is a softmax of logits whatever the score",
+        "jax_moe/losses.py",
+        "return jax.nn.softmax(log_scores(logits_GSE, config), axis=-1)",
+        "return jax.nn.softmax(logits_GSE, axis=-1)",
+        rows=("deepseek_v3",),
+    ),
+    Mutation(
+        "jax: the entropy is of softmax(logits) whatever the score",
+        "jax_moe/losses.py",
+        "jax.nn.log_softmax(log_scores(logits_GSE, config), axis=-1)",
+        "jax.nn.log_softmax(logits_GSE, axis=-1)",
+        rows=("sqrt-softplus scores",),
+    ),
+    Mutation(
+        "jax: scores of 0 are told apart by the balance loss",
+        "jax_moe/routing.py",
+        "return jnp.maximum(jax.nn.log_sigmoid(logits_GSE), math.log(tiny))",
+        "return jax.nn.log_sigmoid(logits_GSE)",
+        tests=("parity_tests/test_scores_of_losses.py::test_scores_of_nought_balance",),
+    ),
     Mutation("jax: the sample's variance", "jax_moe/losses.py", "x_E.var() /", "x_E.var(ddof=1) /", rows=("mixtral",)),
     Mutation(
         "jax: smooth load's bar is one rank off",
@@ -416,9 +437,16 @@ TORCH = [
     Mutation(
         "torch: second choices first",
         "torch_ref/dispatch.py",
-        "k_R, token_R = wants_SK.T.nonzero(as_tuple=True)",
-        "k_R, token_R = wants_SK.T.flip(0).nonzero(as_tuple=True); k_R = wants_SK.shape[1] - 1 - k_R",
+        "k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)",
+        "k_R, row_R = wants_SK[order_S].T.flip(0).nonzero(as_tuple=True); k_R = wants_SK.shape[1] - 1 - k_R",
         rows=OVERFLOW,
+    ),
+    Mutation(
+        "torch: batch priority by the last choice's weight",
+        "torch_ref/dispatch.py",
+        "weight_SK.detach().amax(dim=1)",
+        "weight_SK.detach().amin(dim=1)",
+        rows=("overflow, batch order",),
     ),
     Mutation(
         "torch: queues are one shorter",
@@ -459,18 +487,25 @@ TORCH = [
     Mutation(
         "torch: the load is not divided",
         "torch_ref/losses.py",
-        ".to(dtype) / max(named.shape[0], 1)",
-        ".to(dtype)",
+        ".to(wide(dtype)) / max(named.shape[0], 1)",
+        ".to(wide(dtype))",
         rows=("mixtral",),
     ),
     Mutation(
         "torch: the sample's variance", "torch_ref/losses.py", "x_E.var(correction=0)", "x_E.var(correction=1)", rows=("mixtral",)
     ),
     Mutation(
+        "torch: P is a softmax of logits whatever the score",
+        "torch_ref/losses.py",
+        "return log_scores(_widened(logits_GSE), config).softmax(dim=-1)",
+        "return _widened(logits_GSE).softmax(dim=-1)",
+        rows=("deepseek_v3",),
+    ),
+    Mutation(
         "torch: importance counts padding",
         "torch_ref/losses.py",
-        "given = real_tokens(weight_GSK, mask_GS).flatten()",
-        "given = real_tokens(weight_GSK, mask_GS).flatten() * 0 + 1",
+        "given = _widened(real_tokens(weight_GSK, mask_GS)).flatten()",
+        "given = _widened(real_tokens(weight_GSK, mask_GS)).flatten() * 0 + 1",
         rows=("padding",),
     ),
     Mutation(
@@ -512,12 +547,25 @@ DISPATCH = [
         "pass",
         rows=("padding, fixed groups",),
     ),
-    Mutation("jax: first choices are not first", "jax_moe/dispatch.py", 'if priority == "choice":', "if False:", rows=OVERFLOW),
+    Mutation(
+        "jax: first choices are not first",
+        "jax_moe/dispatch.py",
+        "jnp.arange(K, dtype=jnp.int32) * S + token_GS[..., None]",
+        "jnp.arange(K, dtype=jnp.int32) + K * token_GS[..., None]",
+        rows=OVERFLOW,
+    ),
+    Mutation(
+        "jax: batch priority is choice order",
+        "jax_moe/dispatch.py",
+        'if priority == "batch":',
+        "if False:",
+        rows=("overflow, batch order",),
+    ),
     Mutation(
         "jax: lowest probability first",
         "jax_moe/dispatch.py",
-        "jnp.argsort(-jax.lax.stop_gradient(weight_GSK)",
-        "jnp.argsort(jax.lax.stop_gradient(weight_GSK)",
+        "jnp.argsort(-weight_GR",
+        "jnp.argsort(weight_GR",
         rows=("overflow, probability order",),
     ),
     Mutation(

@@ -153,11 +153,21 @@ SLOTS = {
     "token": [[0, 0], [1, 1], [2, 0]],
     "choice": [[0, 2], [0, 1], [1, 0]],
     "probability": [[0, 1], [2, 1], [0, 0]],  # the order is Cleo 12, Ann 10, Ann 9, Bob 8, Bob 7, Cleo 5
+    "batch": [[0, 2], [1, 1], [0, 0]],  # the order is Cleo 12, Ann 10, Bob 8, then Cleo 5, Ann 9, Bob 7
 }
 CHOICES = [[1, 0], [0, 1], [0, 2]]
 ONE = [sequence(*FRIENDS)]
 TWICE = [sequence(*FRIENDS), sequence(*FRIENDS)]
 BY_SEQUENCE = CapacityConfig(group="sequence")
+# Three guests, each to two experts: Ada 0 and 2 with 10 and 9 twentieths, Ben 2 and 1 with 8 and 7, Cy 0 and 1 with 12 and 5.
+# With one slot an expert each order serves others:
+GUESTS = [sequence((10, 1, 9, 20), (5, 7, 8, 40), (12, 5, 3, 60))]
+SERVED = {
+    "token": [[10, 0, 9, 0], [0, 14, 0, 0], [0] * 4],  # Ada 0 and 2, Ben 1
+    "choice": [[10, 0, 0, 0], [0, 14, 16, 0], [0] * 4],  # Ada 0, Ben 2; then Ben 1 before Cy
+    "probability": [[0, 0, 9, 0], [0, 14, 0, 0], [36, 0, 0, 0]],  # Cy 12, Ada 9 before Ben 8, Ben 7 before Cy 5
+    "batch": [[0] * 4, [0, 0, 16, 0], [36, 15, 0, 0]],  # first Cy 0, Ben 2 (Ada lost 0 to Cy); then Cy 1 before Ada and Ben
+}
 STRANGER = (18, 1, 1, 1000)  # goes to expert 0 before everybody
 
 
@@ -171,6 +181,10 @@ DROPS = [
     drop_story("token order", [KEEPS_TOKEN], 1 / 6, CapacityConfig()),
     drop_story("first choices first", [KEEPS_CHOICE], 1 / 6, CapacityConfig(priority="choice")),
     drop_story("highest probability first", [KEEPS_PROBABILITY], 1 / 6, CapacityConfig(priority="probability")),
+    *(
+        drop_story(f"one slot, {priority} order", [served], 1 / 2, CapacityConfig(factor=0.5, priority=priority), x_BTD=GUESTS)  # type: ignore[arg-type]
+        for priority, served in SERVED.items()
+    ),
     # one slot more and everybody fits: floor(2 * 3/2) = 3
     drop_story("capacity one higher", [ALL], 0, CapacityConfig(factor=1.5)),
     # one slot, token order: Ann has both her experts, Bob neither, Cleo expert 2: three of six dropped
@@ -281,6 +295,11 @@ BALANCE = 1.15  # 3 * (29/120 + 20/180 + 11/360) = 3 * 138/360
 BALANCE_K = 2.3  # f sums to k = 2
 IMPORTANCE_CV2 = 96 / 289  # given 29, 17, 5 twentieths: mean 17, variance (144 + 0 + 144) / 3 = 96
 LOAD_CV2 = 1 / 6  # 3, 2, 1: mean 2, variance 2/3; 2/3 / 4
+# The balance loss of other scores: two tokens, three experts, two choices each.
+# Sigmoid of ln 3, 0, -ln 3: 3/4, 1/2, 1/4, over their sum 3/2: 1/2, 1/3, 1/6. The other token is the mirror image.
+# Alone the first token has f = (1/2, 1/2, 0), so the loss 3 * (1/4 + 1/6) = 5/4; both have P = (1/3, 1/3, 1/3).
+# Square roots of softplus 2, 1, 1/2 over 7/2: 4/7, 2/7, 1/7; alone: 3 * (2/7 + 1/7) = 9/7
+SCORED = {"sigmoid": (THREE_ONE, [1 / 2, 1 / 3, 1 / 6], 5 / 4), "sqrt_softplus": (SQUARES, [4 / 7, 2 / 7, 1 / 7], 9 / 7)}
 # E / S * p_j * (f_j - sum_e f_e p_e); the inner sum is 48/120 for Ann, 43/120 for Bob, 47/120 for Cleo
 BALANCE_GRADIENT = [
     [9 / 200, -1 / 30, -7 / 600],

@@ -59,9 +59,13 @@ def test_inspect_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for words in (
         f"makemoe, {count:,} parameters, float32", "vocabulary 11, block 4, width 8, 3 layers of 2 heads",
         "the best 2 of 4, then softmax over them, with bias", "learned softplus noise on the logits, also at evaluation",
-        "floor(tokens K / experts * 1.0)", "blocks.2.smoe.experts.3.net.0.weight", "[32, 8]",
+        "floor(tokens K / experts * 1.0)", "tensors: ", "; --names lists them",
     ):
         assert words in out, words
+    assert "experts.3.net.0" not in out
+    assert main(["inspect", str(tmp_path / "a.safetensors"), "--names"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks.2.smoe.experts.3.net.0.weight" in out and "[32, 8]" in out
 
 
 def test_a_switch_layer_and_its_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +125,7 @@ def test_a_run_folder_of_training_is_read(tmp_path: Path, capsys: pytest.Capture
     state = makemoe_state()
     model = {"vocab_size": 11, "block_size": 4, "model_dim": 8, "num_heads": 2, "num_layers": 3, "num_experts": 4}
     (folder / "config.json").write_text(json.dumps({"settings": {}, "model": model, "text": {"vocabulary": TEXT}}))
-    assert "must be a finished run" in fails(capsys, "inspect", folder)
+    assert "is a run without weights yet" in fails(capsys, "inspect", folder)
     write_state(folder / "model.safetensors", state)
     assert main(["generate", str(folder), "--prompt", "abc", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     assert main(["port", str(folder), str(tmp_path / "out.safetensors")]) == 0

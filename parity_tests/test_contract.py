@@ -219,7 +219,7 @@ BAD = [
     (CapacityConfig, {"group": "fixed"}, "group_size=None: must be set exactly when group='fixed'"),
     (CapacityConfig, {"group_size": 4}, "group_size=4: must be set exactly when group='fixed'"),
     (CapacityConfig, {"group": "fixed", "group_size": 0}, "group_size=0: must be an integer of at least 1"),
-    (CapacityConfig, {"priority": "probs"}, "priority='probs': must be one of 'token', 'choice', 'probability'"),
+    (CapacityConfig, {"priority": "probs"}, "priority='probs': must be one of 'token', 'choice', 'probability', 'batch'"),
     (CapacityConfig, {"below_one": "warn"}, "below_one='warn': must be one of 'error', 'drop_all'"),
     (
         ExpertConfig, {"activation": "swish"},

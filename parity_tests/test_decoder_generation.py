@@ -174,7 +174,7 @@ BAD = [
     ({"tokens": [[]]}, "tokens_BT has 0 positions: must be at least 1"),
     ({"mask_BT": [[True, False]]}, "mask_BT='False after a token': must be False on the left alone: .* padding after its text"),
     ({"mask_BT": [[False, False]]}, "mask_BT='all False': must be True somewhere: sequence 0 has no token"),
-    ({"stop_tokens": (3, 19)}, r"stop_tokens=\(3, 19\): must be tokens of 0 to 18"),
+    ({"stop_tokens": (3, 19)}, r"stop_tokens=\(3, 19\): must be tokens of 0 to 18 \(vocab_size=19\); leave out .*"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
     ({"temperature": 1.0}, r"temperature=1.0: must be 0 without a key: sampling needs key="),
 ]

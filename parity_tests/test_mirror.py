@@ -45,6 +45,7 @@ JAX_ONLY = {
     },
     "moe.py": {
         "CorrectionBias.*": "torch has buffers",
+        "MoE.with_routing": "torch has moe_forward",
         "MoE.shared_answer": "for generation and the stages of jax-moe parity; torch has it inside its forward",
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },
@@ -121,6 +122,7 @@ DIFFERENT = {
         "choose_tokens(temperature)": "traced in jax",
     },
     "models/makemoe.py": {
+        "MakeMoE.check_tokens(tokens_BT)": "jax also looks at numpy tokens, before they become int32",
         "MakeMoE.forward": "jax hands all of logits_and_stats' arguments on",
         "kaiming_normal": "jax returns an array; torch fills a module",
     },

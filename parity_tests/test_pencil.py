@@ -12,7 +12,15 @@ from flax import nnx
 
 from jax_moe import MoE, SoftMoE, losses
 from jax_moe.attention import Attention
-from jax_moe.config import AttentionConfig, BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, SoftMoEConfig
+from jax_moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+    SoftMoEConfig,
+)
 from jax_moe.presets import gpt_oss
 from jax_moe.soft_moe import soft_weights
 from parity_tests import pencil
@@ -75,9 +83,10 @@ def test_a_wrong_story_is_caught() -> None:
 def test_the_three_priorities_drop_three_different_people() -> None:
     answers = [pencil.KEEPS_TOKEN, pencil.KEEPS_CHOICE, pencil.KEEPS_PROBABILITY]
     assert all(answers.count(one) == 1 for one in answers)
+    assert all(list(pencil.SERVED.values()).count(one) == 1 for one in pencil.SERVED.values())
 
 
-@pytest.mark.parametrize("priority", ["token", "choice", "probability"])
+@pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
     _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).routing(jnp.asarray(pencil.ONE, WIDE))
@@ -168,6 +177,19 @@ def test_gradient_of_the_balance_loss_by_hand() -> None:
     gradient = jax.jit(jax.grad(lambda x: moe(x)[1].load_balance_loss))(jnp.asarray(pencil.ONE, WIDE))
     agree(gradient[0, :, :3], pencil.BALANCE_GRADIENT)  # the logits are the first three features
     agree(gradient[0, :, 3], [0, 0, 0])
+
+
+@pytest.mark.parametrize("score", list(pencil.SCORED))
+def test_balance_loss_follows_the_scores(score: str) -> None:
+    logits, prob, want = pencil.SCORED[score]
+    config = layer(router=RouterConfig(score=score))
+    moe = build(config, pencil.pencil_weights(config))
+    alone = moe(jnp.asarray([[[*logits, 1.0]]], WIDE))[1]
+    agree(alone.router_prob_E, prob)
+    agree(alone.load_balance_loss, want)
+    agree(alone.router_entropy, -sum(p * log(p) for p in prob))
+    both = moe(jnp.asarray([[[*logits, 1.0], [*logits[::-1], 1.0]]], WIDE))[1]
+    agree(both.router_prob_E, [(prob[0] + prob[2]) / 2, prob[1], (prob[0] + prob[2]) / 2])
 
 
 def test_z_loss_and_entropy() -> None:

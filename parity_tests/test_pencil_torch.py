@@ -9,7 +9,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="this leg has no PyTorch")
 
 import torch_ref  # noqa: E402
-from jax_moe.config import AttentionConfig, BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, SoftMoEConfig  # noqa: E402
+from jax_moe.config import (  # noqa: E402
+    AttentionConfig,
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+    SoftMoEConfig,
+)
 from jax_moe.presets import gpt_oss  # noqa: E402
 from parity_tests import pencil  # noqa: E402
 from parity_tests.pencil import Scenario, layer  # noqa: E402
@@ -68,7 +76,7 @@ def test_a_wrong_story_is_caught() -> None:
         test_story(wrong)
 
 
-@pytest.mark.parametrize("priority", ["token", "choice", "probability"])
+@pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
     _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).routing(tensor(pencil.ONE))
@@ -144,6 +152,19 @@ def test_gradient_of_the_balance_loss_by_hand() -> None:
     build(config, pencil.pencil_weights(config))(x)[1].load_balance_loss.backward()
     agree(x.grad[0, :, :3], pencil.BALANCE_GRADIENT)
     agree(x.grad[0, :, 3], [0, 0, 0])
+
+
+@pytest.mark.parametrize("score", list(pencil.SCORED))
+def test_balance_loss_follows_the_scores(score: str) -> None:
+    logits, prob, want = pencil.SCORED[score]
+    config = layer(router=RouterConfig(score=score))
+    moe = build(config, pencil.pencil_weights(config))
+    alone = moe(tensor([[[*logits, 1.0]]]))[1]
+    agree(alone.router_prob_E, prob)
+    agree(alone.load_balance_loss, want)
+    agree(alone.router_entropy, -sum(p * log(p) for p in prob))
+    both = moe(tensor([[[*logits, 1.0], [*logits[::-1], 1.0]]]))[1]
+    agree(both.router_prob_E, [(prob[0] + prob[2]) / 2, prob[1], (prob[0] + prob[2]) / 2])
 
 
 def test_z_loss_and_entropy() -> None:

@@ -128,8 +128,8 @@ def test_arguments_that_are_refused(folder: Path, tmp_path: Path) -> None:
         (lambda: jax_moe.load_pretrained(folder, dtype="float64"), "jax would narrow the dtype"),
         (lambda: jax_moe.save_pretrained(model, file), "file: exists already"),
         (lambda: jax_moe.save_pretrained(model, file, overwrite=True), "is not a checkpoint"),
-        (lambda: jax_moe.save_pretrained(model, folder), "exists already"),
-        (lambda: jax_moe.save_pretrained(model, tmp_path / "no" / "where"), "is not a folder"),
+        (lambda: jax_moe.save_pretrained(model, folder), "exists already; overwrite=True replaces it"),
+        (lambda: jax_moe.save_pretrained(model, file / "where"), "cannot be written"),
         (lambda: jax_moe.save_pretrained(decoder("mixtral"), tmp_path / "x"), "model_type=None: must be one of mixtral"),
         (lambda: jax_moe.save_pretrained(decoder("qwen3_moe"), tmp_path / "x", model_type="mixtral"), "say .*dense_layers"),
     ):
@@ -164,5 +164,5 @@ def test_tied_head_stored_all_the_same(tmp_path: Path) -> None:
     write_safetensors(file, state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     jax_moe.load_pretrained(tmp_path / "tied")
     write_safetensors(file, state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1})
-    with pytest.raises(PortError, match=r"1 unexpected: lm_head\.weight"):
+    with pytest.raises(PortError, match=r"1 wrong: lm_head\.weight must be model\.embed_tokens\.weight"):
         jax_moe.load_pretrained(tmp_path / "tied")

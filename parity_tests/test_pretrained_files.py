@@ -245,7 +245,7 @@ def test_large_transposed_pieces(dtype: str) -> None:
     assert memory_order(piece) == (0, 2, 1) and not back[:130].any()
 
 
-REFUSED: list[Callable[[Path], Any]] = [lambda f: f / "no" / "where", lambda f: f / ("x" * 300)]
+REFUSED: list[Callable[[Path], Any]] = [lambda f: f / "no" / ("x" * 300) / "where", lambda f: f / ("x" * 300)]
 
 
 @pytest.mark.parametrize("where", REFUSED)

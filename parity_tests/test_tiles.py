@@ -113,7 +113,7 @@ def test_sizes_hold_what_they_must() -> None:
             assert tiles.num_places(num_rows, num_experts, sizes) <= num_rows * 7 / 6
 
 
-@pytest.mark.parametrize("priority", ["token", "choice", "probability"])
+@pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 @pytest.mark.parametrize("packed", [True, False], ids=["one key", "two keys"])
 def test_queue_positions_by_counting(monkeypatch: pytest.MonkeyPatch, priority: str, packed: bool) -> None:
     """Each choice's place is how many of its expert's came earlier, whichever way they are sorted."""
@@ -131,6 +131,8 @@ def test_queue_positions_by_counting(monkeypatch: pytest.MonkeyPatch, priority: 
             turns.sort(key=lambda turn: (turn[1], turn[0]))
         if priority == "probability":
             turns.sort(key=lambda turn: -weight[g][turn])
+        if priority == "batch":
+            turns.sort(key=lambda turn: (turn[1], -weight[g][turn[0]].max(), turn[0]))
         count = np.zeros(E, int)
         for s, k in turns:
             if mask[g, s]:

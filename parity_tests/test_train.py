@@ -120,7 +120,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ("words", "message"),
     [
         ("--top-k 9", "top_k=9: must be at most num_experts=8"),
-        ("--model-dim 100", "num_heads=6: must be a divisor of model_dim=100"),
+        ("--model-dim 100 --num-heads 6", "num_heads=6: must be a divisor of model_dim=100"),
         ("--capacity-factor 0.0001", "capacity_factor=0.0001: must be at least 0.007813"),
         ("--capacity-factor -1", "factor=-1.0: must be a number above 0"),
         ("--dropout 1", "dropout=1.0"),

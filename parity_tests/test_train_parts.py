@@ -167,8 +167,9 @@ def test_what_a_resumed_run_may_change() -> None:
         with pytest.raises(ValueError, match="which --resume continues"):
             run_folder.check_same(dataclasses.replace(saved, **change), saved, Path("r"))
     decays = dataclasses.replace(saved, optimizer=OptimizerSettings(decay="cosine"))
-    with pytest.raises(ValueError, match="steps=6000: must be 5000 as in r"):
-        run_folder.check_same(dataclasses.replace(decays, steps=6000), decays, Path("r"))
+    run_folder.check_same(dataclasses.replace(decays, steps=6000, data="elsewhere.txt"), decays, Path("r"))
+    with pytest.raises(ValueError, match="steps=10: must be at least 5000 as in r, which --resume continues"):
+        run_folder.check_same(dataclasses.replace(decays, steps=10), decays, Path("r"))
 
 
 def a_row(step: int, L: int = 3, E: int = 4) -> metrics.Row:

@@ -215,7 +215,7 @@ def test_what_cannot_be_resumed_or_overwritten(place: Place, whole: tuple[Path, 
 class CountingLearner:
     """A learner whose weights are the number of its steps."""
 
-    num_parameters, device = 1, "no device"
+    num_parameters, device, compiles = 1, "no device", False
 
     def __init__(self, loss: float = 1.0):
         self.steps, self.loss, self.saved, self.on_step = 0, loss, [], lambda step: None

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_ref.arrays import checked, checked_input, dims_of_settings
 from torch_ref.config import AttentionConfig
 from torch_ref.dims import Bool, Float, Tensor
 from torch_ref.dispatch import apply_keep
@@ -79,6 +80,8 @@ class Attention(nn.Module):
         result = []
         for head in self.heads:
             assert isinstance(head, Head)
+            if head.tril is not None and len(head.tril) < T:
+                raise ValueError(f"x_BTD has {T} positions: must have at most block_size={len(head.tril)}")
             tril_TU = None if head.tril is None else head.tril[:T, :T]
             result.append((linear(x_BTD, head.query), linear(x_BTD, head.key), linear(x_BTD, head.value), tril_TU))
         return result
@@ -91,7 +94,13 @@ class Attention(nn.Module):
         attention_keep_BHTU: Bool[Tensor, "B H T U"] | None = None,
         output_keep_BTD: Bool[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The answer in the input's dtype; dropout when training or by masks (True where a value survives)."""
+        """The answer in the input's dtype; dropout when training or by masks (True where a value survives).
+
+        Raises ValueError for a tensor of another kind or shape.
+        """
+        sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
+        sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}
+        checked(sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD)
         rate, heads = self.config.dropout, []
         for h, (q_BTA, k_BUA, v_BUA, tril_TU) in enumerate(self.projected(x_BTD)):
             weights_BTU = head_weights(q_BTA, k_BUA, self.config, mask_BT, tril_TU).to(x_BTD.dtype)

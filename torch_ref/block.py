@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from torch_ref.arrays import Dim, Sizes, checked, checked_input, dims_of_settings
 from torch_ref.attention import Attention
-from torch_ref.config import BlockConfig, SoftMoEConfig
+from torch_ref.config import BlockConfig, SoftMoEConfig, require
 from torch_ref.dims import Bool, Float, Tensor
 from torch_ref.losses import MoEStats
 from torch_ref.moe import MoE
@@ -19,6 +20,20 @@ class Randomness(NamedTuple):
     attention_keep_BHTU: Bool[Tensor, "*L B H T U"] | None = None  # True where dropout lets a value through
     output_keep_BTD: Bool[Tensor, "*L B T D"] | None = None
     expert_keep_BTKD: Bool[Tensor, "*L B T K D"] | None = None
+
+
+def checked_draws(draws: Randomness | None, config: BlockConfig, sizes: Sizes, leading: str = "") -> Randomness:
+    """The draws, each of its kind and shape, `leading` dims first. Raises ValueError for others, and for draws of no use."""
+    draws = draws or Randomness()
+    sizes = {**sizes, "U": sizes["T"], "D": Dim(config.attention.model_dim, "model_dim")}
+    sizes |= dims_of_settings(config.attention, H="num_heads")
+    if isinstance(config.moe, SoftMoEConfig):
+        for name in ("noise_BTE", "expert_keep_BTKD"):
+            require(getattr(draws, name) is None, name, "a tensor", "left out: Soft MoE draws nothing")
+    else:
+        sizes |= dims_of_settings(config.moe, E="num_experts", K="top_k")
+    checked(sizes, leading, **draws._asdict())
+    return draws
 
 
 def block_forward(
@@ -62,5 +77,9 @@ class Block(nn.Module):
         mask_BT: Bool[Tensor, "B T"] | None = None,
         randomness: Randomness | None = None,
     ) -> tuple[Float[Tensor, "B T D"], MoEStats | None]:
-        """The block's answer and its MoE's statistics (None for Soft MoE). Randomness as in `MoE` and `Attention`."""
+        """The block's answer and its MoE's statistics (None for Soft MoE). Randomness as in `MoE` and `Attention`.
+
+        Raises ValueError for a tensor of another kind or shape.
+        """
+        randomness = checked_draws(randomness, self.config, checked_input("x_BTD", x_BTD, self.config.attention.model_dim))
         return block_forward(x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT, randomness)

@@ -29,9 +29,9 @@ class Moves(NamedTuple):
 
 
 def split_groups(x_BT: Shaped[Tensor, "B T *rest"], group_size: int) -> Shaped[Tensor, "G S *rest"]:
-    """Tokens in flat order cut into groups of S; the last group is padded with zeros."""
+    """Tokens in flat order cut into groups of S, at least one; the last group is padded with zeros."""
     flat = x_BT.flatten(0, 1)
-    short = -flat.shape[0] % group_size
+    short = -flat.shape[0] % group_size if flat.shape[0] else group_size
     if short:
         flat = torch.cat([flat, flat.new_zeros(short, *flat.shape[1:])])
     return flat.unflatten(0, (-1, group_size))
@@ -39,7 +39,7 @@ def split_groups(x_BT: Shaped[Tensor, "B T *rest"], group_size: int) -> Shaped[T
 
 def merge_groups(x_GS: Shaped[Tensor, "G S *rest"], batch_size: int, num_positions: int) -> Shaped[Tensor, "B T *rest"]:
     """Inverse of `split_groups`."""
-    return x_GS.flatten(0, 1)[: batch_size * num_positions].unflatten(0, (batch_size, num_positions))
+    return x_GS.flatten(0, 1)[: batch_size * num_positions].reshape(batch_size, num_positions, *x_GS.shape[2:])
 
 
 def expert_queue(
@@ -50,9 +50,12 @@ def expert_queue(
     wants_SK = expert_SK == expert
     if mask_S is not None:
         wants_SK = wants_SK & mask_S[:, None]
-    if priority == "choice":
-        k_R, token_R = wants_SK.T.nonzero(as_tuple=True)  # nonzero walks row by row: all first choices, then all second
-        return token_R * expert_SK.shape[1] + k_R
+    if priority in ("choice", "batch"):
+        order_S = torch.arange(expert_SK.shape[0], device=expert_SK.device)
+        if priority == "batch":
+            order_S = torch.sort(weight_SK.detach().amax(dim=1), descending=True, stable=True).indices
+        k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)  # walked row by row: all first choices, then all second
+        return order_S[row_R] * expert_SK.shape[1] + k_R
     queue_R = wants_SK.flatten().nonzero().squeeze(1)
     if priority == "probability":
         order_R = torch.sort(weight_SK.detach().flatten()[queue_R], descending=True, stable=True).indices

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from torch_ref.arrays import checked_input
 from torch_ref.block import Randomness
 from torch_ref.dims import Int, Tensor
 from torch_ref.models.makemoe import MakeMoE
@@ -25,12 +26,16 @@ def generate(
 
     A context longer than block_size is cropped to its last block_size tokens, as makeMoE does. Runs the model in
     evaluation mode and puts its mode back. Greedy, nothing is random; else tokens and the router's noise are drawn
-    from `generator`. Raises ValueError for settings out of range.
+    from `generator`. No sequences give none.
+    Raises ValueError for settings out of range and for tokens of another kind or shape.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
+    checked_input("tokens_BT", tokens_BT)
     block_size, was_training = model.config.block_size, model.training
     for start in range(0, max(tokens_BT.shape[1], 1), block_size):
         model.check_tokens(tokens_BT[:, start : start + block_size])
+    if not len(tokens_BT):
+        return tokens_BT.new_zeros(0, tokens_BT.shape[1] + max_new_tokens)
     model.eval()
     try:
         with torch.no_grad():

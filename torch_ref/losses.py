@@ -1,13 +1,19 @@
-"""Losses and statistics of routing, all returned as values and all blind to padding."""
+"""Losses and statistics of routing, all returned as values, in fp32 or wider, and all blind to padding.
+
+Every function raises ValueError, by name, for tensors of another kind or of shapes that do not fit each other.
+"""
 
 from typing import NamedTuple
 
 import torch
 
-from torch_ref.config import BalanceConfig, MoEConfig
+from torch_ref.arrays import Dim, check_choices, check_kind, checked, checked_input
+from torch_ref.config import BalanceConfig, MoEConfig, RouterConfig, require
 from torch_ref.dims import Bool, Float, Int, Shaped, Tensor
 from torch_ref.dispatch import Slots
-from torch_ref.routing import Routing, safe_denominator
+from torch_ref.routing import Routing, log_scores, safe_denominator, wide
+
+SOFTMAX = RouterConfig()
 
 
 class MoEStats(NamedTuple):
@@ -17,8 +23,8 @@ class MoEStats(NamedTuple):
     router_z_loss: Float[Tensor, "*L"]  # mean over tokens of logsumexp(logits)^2
     dropped_fraction: Float[Tensor, "*L"]  # share of the tokens' K choices that found no slot
     expert_load_E: Float[Tensor, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
-    router_entropy: Float[Tensor, "*L"]  # mean over tokens of the entropy of softmax(logits), in nats
-    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of softmax(logits)
+    router_entropy: Float[Tensor, "*L"]  # mean over tokens of the entropy of the scores over their sum, in nats
+    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of the scores over their sum
     importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
     load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
@@ -37,8 +43,21 @@ def real_tokens(x_GS: Shaped[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] 
     return x_GS.flatten(0, 1) if mask_GS is None else x_GS[mask_GS]
 
 
+def _widened(x: Tensor) -> Tensor:
+    """In fp32 or wider."""
+    return x.to(wide(x.dtype))
+
+
+def _checked_choices(expert_GSK: Tensor, num_experts: int, mask_GS: Tensor | None) -> None:
+    """Raises ValueError for choices of another kind or shape, or of an expert that is not there."""
+    checked(checked_input("expert_GSK", expert_GSK), mask_GS=mask_GS)
+    check_choices("expert_GSK", expert_GSK, num_experts, mask_GS, different=False)
+
+
 def masked_mean(x_GS: Float[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Float[Tensor, "*rest"]:
     """Mean over the unpadded tokens; 0 if there are none."""
+    x_GS = _widened(check_kind("x_GS", x_GS))
+    checked({letter: Dim(size, "x_GS", letter) for letter, size in zip("GS", x_GS.shape, strict=False)}, mask_GS=mask_GS)
     rows = real_tokens(x_GS, mask_GS)
     return rows.sum(dim=0) / max(rows.shape[0], 1)
 
@@ -46,15 +65,26 @@ def masked_mean(x_GS: Float[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] |
 def expert_load(
     expert_GSK: Int[Tensor, "G S K"], num_experts: int, dtype: torch.dtype, mask_GS: Bool[Tensor, "G S"] | None = None
 ) -> Float[Tensor, " E"]:
-    """Share of all choices that named each expert; sums to 1."""
+    """Share of all choices that named each expert, in `dtype`; sums to 1."""
+    _checked_choices(expert_GSK, num_experts, mask_GS)
     named = real_tokens(expert_GSK, mask_GS).flatten()
-    return torch.bincount(named, minlength=num_experts).to(dtype) / max(named.shape[0], 1)
+    share_E = torch.bincount(named, minlength=num_experts).to(wide(dtype)) / max(named.shape[0], 1)
+    return share_E.to(dtype)
+
+
+def router_probs(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Tensor, "G S E"]:
+    """Each token's scores over their sum, whatever the score: softmax(logits), or s / sum(s) of sigmoid and its like."""
+    checked_input("logits_GSE", logits_GSE)
+    return log_scores(_widened(logits_GSE), config).softmax(dim=-1)
 
 
 def load_balance_loss(
     load_E: Float[Tensor, "*L E"], prob_E: Float[Tensor, "*L E"], top_k: int, config: BalanceConfig
 ) -> Float[Tensor, "*L"]:
     """E * sum_e f_e P_e (Switch Transformers, eq. 4): 1 when balanced, or K where f sums to K (Hugging Face)."""
+    load_E, prob_E = _widened(check_kind("load_E", load_E)), _widened(check_kind("prob_E", prob_E))
+    same = load_E.shape == prob_E.shape
+    require(same, "prob_E.shape", tuple(prob_E.shape), f"{tuple(load_E.shape)}, the shape of load_E")
     num_experts = load_E.shape[-1]
     f_E = load_E * top_k if config.f_sums_to == "k" else load_E
     return num_experts * (f_E * prob_E).sum(dim=-1)
@@ -69,7 +99,7 @@ def group_balance_loss(
         mask = None if mask_GS is None else mask_GS[g : g + 1]
         if mask is None or mask.any():
             load_E = expert_load(routing.expert_GSK[g : g + 1], config.num_experts, dtype, mask)
-            prob_E = masked_mean(routing.logits_GSE[g : g + 1].softmax(dim=-1), mask)
+            prob_E = masked_mean(router_probs(routing.logits_GSE[g : g + 1], config.router), mask)
             losses.append(load_balance_loss(load_E, prob_E, config.top_k, config.balance))
     return torch.stack(losses).mean() if losses else routing.logits_GSE.new_zeros(())
 
@@ -78,7 +108,8 @@ def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Tensor, ""]:
     """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
     if config.balance.pooled == "per_layer":
         return stats.load_balance_loss.mean()
-    num_experts = config.num_experts
+    num_experts, found = config.num_experts, stats.expert_load_E.shape[-1]
+    require(found == num_experts, "num_experts", num_experts, f"{found}, as in the statistics")
     load_E = stats.expert_load_E.reshape(-1, num_experts).mean(dim=0)
     prob_E = stats.router_prob_E.reshape(-1, num_experts).mean(dim=0)
     return load_balance_loss(load_E, prob_E, config.top_k, config.balance)
@@ -86,17 +117,23 @@ def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Tensor, ""]:
 
 def router_z_loss(logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None) -> Float[Tensor, ""]:
     """mean logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return masked_mean(logits_GSE.logsumexp(dim=-1) ** 2, mask_GS)
+    checked(checked_input("logits_GSE", logits_GSE), mask_GS=mask_GS)
+    return masked_mean(_widened(logits_GSE).logsumexp(dim=-1) ** 2, mask_GS)
 
 
-def router_entropy(logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None) -> Float[Tensor, ""]:
-    """Mean entropy of softmax(logits) in nats: ln E when undecided, 0 when certain."""
-    log_GSE = logits_GSE.log_softmax(dim=-1)
+def router_entropy(
+    logits_GSE: Float[Tensor, "G S E"], mask_GS: Bool[Tensor, "G S"] | None = None, config: RouterConfig = SOFTMAX
+) -> Float[Tensor, ""]:
+    """Mean entropy of `router_probs` in nats: ln E when undecided, 0 when certain."""
+    checked(checked_input("logits_GSE", logits_GSE), mask_GS=mask_GS)
+    log_GSE = log_scores(_widened(logits_GSE), config).log_softmax(dim=-1)
     return masked_mean(-(log_GSE.exp() * log_GSE).sum(dim=-1), mask_GS)
 
 
 def squared_cv(x_E: Float[Tensor, " E"]) -> Float[Tensor, ""]:
     """Squared coefficient of variation, population variance / mean^2 (Shazeer et al. 2017, eq. 7 and 11)."""
+    checked_input("x_E", x_E)
+    x_E = _widened(x_E)
     return x_E.var(correction=0) / safe_denominator(x_E.mean() ** 2)
 
 
@@ -105,8 +142,10 @@ def importance(
     mask_GS: Bool[Tensor, "G S"] | None = None,
 ) -> Float[Tensor, " E"]:
     """Weight each expert was given before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
+    _checked_choices(expert_GSK, num_experts, mask_GS)
+    checked(checked_input("expert_GSK", expert_GSK), weight_GSK=weight_GSK)
     named = real_tokens(expert_GSK, mask_GS).flatten()
-    given = real_tokens(weight_GSK, mask_GS).flatten()
+    given = _widened(real_tokens(weight_GSK, mask_GS)).flatten()
     return given.new_zeros(num_experts).index_add(0, named, given)
 
 
@@ -118,8 +157,10 @@ def smooth_load(
 
     An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
     """
+    checked(checked_input("clean_GSE", clean_GSE), noisy_GSE=noisy_GSE, scale_GSE=scale_GSE, mask_GS=mask_GS)
     num_experts = clean_GSE.shape[-1]
-    clean_RE, noisy_RE, scale_RE = (real_tokens(x, mask_GS) for x in (clean_GSE, noisy_GSE, scale_GSE))
+    require(1 <= top_k <= num_experts, "top_k", top_k, f"1 to {num_experts}, the E of noisy_GSE")
+    clean_RE, noisy_RE, scale_RE = (_widened(real_tokens(x, mask_GS)) for x in (clean_GSE, noisy_GSE, scale_GSE))
     if top_k == num_experts:
         return torch.ones_like(clean_RE).sum(dim=0)
     load = []
@@ -136,7 +177,7 @@ def layer_stats(
     """All of a layer's losses and statistics."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
-    prob_E = masked_mean(routing.logits_GSE.softmax(dim=-1), mask_GS)
+    prob_E = masked_mean(router_probs(routing.logits_GSE, config.router), mask_GS)
     balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
@@ -146,7 +187,7 @@ def layer_stats(
         router_z_loss=router_z_loss(routing.logits_GSE, mask_GS),
         dropped_fraction=masked_mean(dropped_GS, mask_GS),
         expert_load_E=load_E,
-        router_entropy=router_entropy(routing.logits_GSE, mask_GS),
+        router_entropy=router_entropy(routing.logits_GSE, mask_GS, config.router),
         router_prob_E=prob_E,
         importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
         load_cv2=squared_cv(load_E),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from torch_ref.arrays import check_moe_arrays
 from torch_ref.config import MoEConfig
 from torch_ref.dims import Bool, Float, Int, Tensor
 from torch_ref.dispatch import Moves, Slots, assign_slots, loop_dispatch, merge_groups, round_weights, split_groups
@@ -58,8 +59,7 @@ def moe_routing(
 ) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
     """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are)."""
     config, router = parts.config, parts.config.router
-    if x_BTD.shape[-1] != config.model_dim:
-        raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={config.model_dim}")
+    check_moe_arrays(config, x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, expert_BTK=expert_BTK)
     B, T, _ = x_BTD.shape
     noisy = training or router.noise_at_evaluation
     draws: dict[str, Any] = {"dtype": wide(x_BTD.dtype), "device": x_BTD.device}
@@ -71,11 +71,13 @@ def moe_routing(
     if router.jitter_scope == "block":
         x_BTD = router_input_BTD
     S = config.group_size(B, T)
-    capacity = config.expert_capacity(S)
+    capacity = config.expert_capacity(S) if B * T else 1
     mask_GS = None
-    if mask_BT is not None or B * T % S != 0:
+    if mask_BT is not None or B * T % S != 0 or B * T == 0:
         mask_GS = split_groups(torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if mask_BT is None else mask_BT, S)
     logits_GSE = split_groups(moe_logits(router_input_BTD, noise_BTE, parts), S)
+    if expert_BTK is not None and mask_BT is not None:  # padding may name anything
+        expert_BTK = expert_BTK.where(mask_BT[..., None], expert_BTK.clamp(0, config.num_experts - 1))
     replay = None if expert_BTK is None else split_groups(expert_BTK, S)
     routing = route(logits_GSE, config, parts.correction_bias_E, replay)
     return split_groups(x_BTD, S), routing, assign_slots(routing, config, capacity, mask_GS), capacity, mask_GS
@@ -92,6 +94,7 @@ def moe_forward(
 ) -> tuple[Float[Tensor, "B T D"], MoEStats, Routing]:
     """The layer's answer in the input's dtype, its statistics, and what the router decided. Arguments as in `MoE`."""
     config = parts.config
+    check_moe_arrays(config, x_BTD, keep_BTKD=keep_BTKD)
     routed = moe_routing(x_BTD, parts, training=training, mask_BT=mask_BT, **arrays)
     x_GSD, routing, slots, capacity, mask_GS = routed
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
@@ -174,7 +177,9 @@ class MoE(nn.Module):
         the place of draws: `noise_BTE` unit Gaussians (zeros silence the noise; added to the logits as they are where the
         contract has no learned noise), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives.
         `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
-        `expert_BTK` replays choices. Raises ValueError if x_BTD is not model_dim wide, or capacity is below one slot.
+        `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer and
+        statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that is not there,
+        and for a capacity below one slot.
         """
         y_BTD, stats, _ = moe_forward(
             x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,

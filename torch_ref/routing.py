@@ -1,5 +1,6 @@
 """Logits -> Routing: which experts each token goes to, and how much of each answer it keeps."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,6 +56,19 @@ def expert_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> F
     score_GSE = softplus(logits_GSE)
     vanished = score_GSE == 0  # the root's gradient there is 0 * inf
     return score_GSE.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
+
+
+def log_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
+    """Logarithms of the scores, up to a constant of each token: softmax over E makes them sum to 1.
+
+    What is below the smallest normal number, and so 0 or nearly for the choice, is taken as that number.
+    """
+    least = math.log(torch.finfo(logits_GSE.dtype).tiny)
+    if config.score == "sigmoid":
+        return F.logsigmoid(logits_GSE).clamp(min=least)
+    if config.score == "sqrt_softplus":
+        return softplus(logits_GSE).clamp(min=torch.finfo(logits_GSE.dtype).tiny).log() / 2
+    return logits_GSE
 
 
 def best_first(score: Float[Tensor, "*any X"], count: int) -> Int[Tensor, "*any Y"]:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torch_ref.arrays import checked, checked_input
 from torch_ref.config import Activation, SoftMoEConfig
 from torch_ref.dims import Bool, Float, Tensor
 from torch_ref.experts import activate, linear
@@ -80,9 +81,8 @@ class SoftMoE(nn.Module):
         self, x_BTD: Float[Tensor, "B T D"], mask_BT: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
-        mean of slots, to be ignored. Raises ValueError if x_BTD is not model_dim wide."""
-        if x_BTD.shape[-1] != self.config.model_dim:
-            raise ValueError(f"x_BTD has width {x_BTD.shape[-1]}: must be model_dim={self.config.model_dim}")
+        mean of slots, to be ignored. Raises ValueError for a tensor of another kind or shape."""
+        checked(checked_input("x_BTD", x_BTD, self.config.model_dim), mask_BT=mask_BT)
         dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi, mask_BT)
         sum_BTD = torch.zeros_like(x_BTD, dtype=dispatch_BTEC.dtype)
         for e, expert in enumerate(self.experts):

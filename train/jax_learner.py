@@ -55,6 +55,8 @@ def choose_devices(config: TrainConfig) -> int:
 class JaxLearner:
     """A `Model` with optax."""
 
+    compiles = True
+
     def __init__(self, config: TrainConfig, model: Model):
         self.config, self.model, self.precision = config, model, PRECISIONS[config.precision]
         self.mesh = sharding.data_mesh(choose_devices(config))

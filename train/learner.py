@@ -24,6 +24,7 @@ class Learner(Protocol):
 
     num_parameters: int
     device: str  # in words
+    compiles: bool  # whether the first step and evaluation take longer, with nothing to see
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Any:
         """One update; a handle of its loss that `float` waits for."""

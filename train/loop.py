@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from jax_moe.config import require
 from jax_moe.output import any_encoding
 from jax_moe.porting.alone import Lock
 from train import data, metrics, run_folder
 from train.ahead import check_disk, check_end
-from train.configs import PRESETS
-from train.configs.settings import Start, TrainConfig, check, flat
+from train.configs.adapt import EXPLICIT, Free
+from train.configs.settings import TrainConfig, check, flat
 from train.interrupt import Interrupt
 from train.learner import Learner
 from train.logger import Logger, check_logger, open_logger
+from train.longer import lengthened
+from train.options import read_settings
 from train.plots import plot_run
 from train.progress import Display, Meter, clock, display
 from train.task import make_learner, read_task
@@ -26,6 +28,7 @@ from train.tokens import Tokens
 
 SHOW_EVERY = 10  # steps between looks at the loss, so that the device never waits for us
 INTERRUPTED = 130
+COMPILING = "compiling: seconds for a small model, minutes for a large one"
 
 
 class DivergedError(Exception):
@@ -50,37 +53,29 @@ class Run:
         config = self.config
         return data.batch(self.text, config.seed, use, step, config.batch_size, config.model.block_size, number)
 
-
-def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path]:
-    """Settings from the command line, those of the run to be resumed, and the folder. Raises ValueError."""
-    asks_help = {"-h", "--help"} & set(arguments)
-    start, _ = tyro.cli(Start, args=arguments, add_help=False, return_unknown_args=True)
-    folder = Path() if asks_help else run_folder.choose(start)
-    saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
-    preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
-    defaults = saved or PRESETS[preset or "quick"]
-    defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
-    config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
-    return dataclasses.replace(config, out=start.out), saved, folder
+    def add_note(self, note: str | None) -> None:
+        """One more line to show at the start."""
+        self.note = "\n".join(line for line in (self.note, note) if line) or None
 
 
-def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run:
+def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path, free: Free = EXPLICIT) -> Run:
     """Everything that can be wrong with a request is found here, as ValueError, before anything is written."""
     check(config)
     check_logger(config)
+    known = None
     if saved is not None:
         run_folder.check_same(config, saved, folder)
-    task = read_task(config)
-    text = task.text
-    text.encode(config.sample_prompt)
+        known = run_folder.read_known(folder, saved)
+    task = read_task(config, free, known)
+    config, text = task.config, task.text
     about = {"model": task.about, "parameters": None, "text": text.about()}
     check_end(config, task, folder)
     if saved is None:
         folder, lock = run_folder.claim(folder, numbered=config.out is None)
     else:
-        known = run_folder.read_config(folder)["text"]["sha256"]
-        if known != text.sha256:
-            raise ValueError(f"data={text.source!r}: must be the text that {folder} was trained on (sha256 {known[:12]}...)")
+        digest = known.sha256 if known and known.sha256 else ""
+        told = f"the text that {folder} was trained on, wherever it lies (sha256 {digest[:12]}...)"
+        require(digest == text.sha256, "data", text.source, told)
         lock = run_folder.lock_run(folder)
     config = dataclasses.replace(config, out=str(folder))
     try:
@@ -89,6 +84,7 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
         run = Run(config, folder, text, learner, 0, [], lock, task.note)
         if saved is not None:
             _restore(run)
+            run.add_note(lengthened(config, saved, run.start))
         run_folder.write_config(folder, config, {**about, "parameters": learner.num_parameters})
     except BaseException:
         run_folder.release(folder, lock)
@@ -99,8 +95,7 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path) -> Run
 def _restore(run: Run) -> None:
     """Puts the run where its newest checkpoint was; at the start if it ended before the first."""
     if run_folder.never_saved(run.folder, run.config):
-        starts_over = f"{run.folder} has no checkpoint yet: it starts over at step 0"
-        run.note = starts_over if run.note is None else f"{run.note}\n{starts_over}"
+        run.add_note(f"{run.folder} has no checkpoint yet: it starts over at step 0")
         run.rows = metrics.keep_until(run.folder, -1)
         return
     run.start, settings = run.learner.restore(run.folder / "checkpoints")
@@ -116,6 +111,8 @@ def train(run: Run) -> int:
         show.line(f"{run.folder}: {learner.num_parameters:,} parameters, {learner.device}, {text.source}, {text.size}")
         if run.note:
             show.line(run.note)
+        if learner.compiles and run.start < config.steps:
+            show.line(COMPILING)
         done = _steps(run, logger, stop, show)
     logger.close(finished=done == config.steps)
     if done < config.steps:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax_moe.config import require
+from jax_moe.guarded import parse_json, shorten
 from train.learner import Evaluation
 
 FILE = "metrics.jsonl"
@@ -35,18 +37,50 @@ def read(folder: Path) -> list[Row]:
     """All rows; a last line cut short by a crash is left out. Raises ValueError if there is no such file or it is broken."""
     path = folder / FILE
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = [line for line in path.read_text("utf-8").split("\n") if line]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be a readable metrics file ({error})") from None
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
+            row = parse_json(line, f"line {number}")
+            _check_row(row, rows)
+        except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} must be a JSON object with a step") from None
+                raise ValueError(f"{path}: line {number} must be a JSON object with a step and its numbers ({error})") from None
+            break
+        rows.append(row)
     return rows
+
+
+def _check_row(row: Any, before: list[Row]) -> None:
+    """Raises ValueError unless it is what `make_row` makes, of as many layers and experts as the rows before."""
+    require(isinstance(row, dict), "row", shorten(row, 40), "an object")
+    step = row.get("step")
+    require(type(step) is int and step >= 0, "step", step, "an integer of at least 0")
+    for name in ("train_loss", "val_loss"):
+        require(_is_number(row.get(name)), name, row.get(name), "a number")
+    rate = row.get("tokens_per_second")
+    require(rate is None or _is_number(rate), "tokens_per_second", rate, "null or a number")
+    for name in ("dropped_fraction", "expert_load", "router_entropy", "load_balance_loss"):
+        shape = _shape(row.get(name), 2 if name == "expert_load" else 1)
+        same = shape is not None and (not before or shape == _shape(before[0][name], len(shape)))
+        require(same, name, shorten(row.get(name), 40), "numbers by layer (and expert), as many as in the first row")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shape(value: Any, depth: int) -> tuple[int, ...] | None:
+    """Of lists in lists of numbers, all of one length and none empty; None for anything else."""
+    if depth == 0:
+        return () if _is_number(value) else None
+    if not isinstance(value, list) or not value:
+        return None
+    shapes = {_shape(part, depth - 1) for part in value}
+    inner = shapes.pop()
+    return None if shapes or inner is None else (len(value), *inner)
 
 
 def keep_until(folder: Path, step: int) -> list[Row]:

@@ -1,5 +1,6 @@
 """What the JAX learner trains: a fresh makeMoE, or a decoder from a folder of `save_pretrained`."""
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,19 +43,23 @@ class Model(Protocol):
 
 
 class FreshMakeMoE:
-    """`jax_moe.MakeMoE` from random weights; written under makeMoE's names."""
+    """`jax_moe.MakeMoE` from random weights, or those of a module of its sizes; written under makeMoE's names."""
 
     balance_loss_weight = 0.0
 
-    def __init__(self, config: MakeMoEConfig):
-        self.config, self.moe, self.num_mixtures = config, config.moe, config.num_layers
+    def __init__(self, config: MakeMoEConfig, weights: jax_moe.MakeMoE | None = None):
+        self.config, self.moe, self.num_mixtures, self.weights = config, config.moe, config.num_layers, weights
 
     def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
         def make() -> jax_moe.MakeMoE:
             return jax_moe.MakeMoE(self.config, rngs=nnx.Rngs(key), param_dtype=jnp.dtype("float32"))
 
-        graphdef, _, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)), out_shardings=sharding)()
+        graphdef = nnx.graphdef(nnx.eval_shape(make))
+        if self.weights is None:
+            params, rest = jax.jit(lambda: nnx.split(make(), nnx.Param, ...)[1:], out_shardings=sharding)()
+            return graphdef, nnx.to_pure_dict(params), rest
+        _, stored, rest = nnx.split(self.weights, nnx.Param, ...)
+        params = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.float32), nnx.to_pure_dict(stored)), sharding)
         return graphdef, params, rest
 
     def write(self, module: nnx.Module, folder: Path) -> None:
@@ -68,6 +73,7 @@ class Pretrained:
         self.directory = directory
         with open_folder(directory) as found:
             self.config, self.model_type = found.config, found.model_type
+            self.num_parameters = sum(math.prod(found.headers[piece.theirs].shape) for piece in found.plan.pieces)
             self.dtypes = {piece.ours: np.dtype(found.headers[piece.theirs].dtype) for piece in found.plan.pieces}
         self.moe, self.num_mixtures = self.config.moe, len(self.config.moe_layers)
         self.balance_loss_weight = self.config.balance_loss_weight

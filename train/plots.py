@@ -40,8 +40,9 @@ def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
         colour, prefix = COLOURS[number % len(COLOURS)], f"{name}: " if len(runs) > 1 else ""
         step = [row["step"] for row in rows]
         train, val = ([row[key] for row in rows] for key in ("train_loss", "val_loss"))
-        axes.plot(step, train, "--", color=colour, linewidth=1.2, alpha=0.8, label=f"{prefix}train")
-        axes.plot(step, val, color=colour, linewidth=1.8, label=f"{prefix}validation, {val[-1]:.3f} at the end")
+        marker = "o" if len(rows) == 1 else None  # a line of one point shows nothing
+        axes.plot(step, train, "--", color=colour, linewidth=1.2, alpha=0.8, label=f"{prefix}train", marker=marker)
+        axes.plot(step, val, color=colour, linewidth=1.8, marker=marker, label=f"{prefix}validation, {val[-1]:.3f} at the end")
     # The loss before the first step is far above the rest and would flatten it.
     later = [row[key] for rows in runs.values() for row in rows[1:] for key in ("train_loss", "val_loss")]
     if later:
@@ -101,7 +102,11 @@ def main() -> int:
     try:
         if len(folders) < 2 or folders[-1].suffix != ".png":
             raise ValueError("compare: must be run folders followed by a file that ends in .png")
-        save(loss_figure({str(folder): metrics.read(folder) for folder in folders[:-1]}), folders[-1])
+        runs: dict[str, Sequence[metrics.Row]] = {str(folder): metrics.read(folder) for folder in folders[:-1]}
+        empty = [name for name, rows in runs.items() if not rows]
+        if empty:
+            raise ValueError(f"compare: must be runs with at least one evaluation; {empty[0]} has none yet")
+        save(loss_figure(runs), folders[-1])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from jax_moe.config import require
+from jax_moe.guarded import read_object, shorten
 from jax_moe.porting.alone import BusyError, Lock
 from train import metrics
+from train.configs.known import Known
 from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
 
 RUNS = Path("runs")
@@ -98,15 +101,36 @@ def what_is_saved(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run. Raises ValueError if it is not there or not readable."""
+    """config.json of a run, its settings as "config" and what it says of its text as "known".
+
+    Raises ValueError if it is not there or not readable, or if a value in it is not what a run writes.
+    """
     path = folder / CONFIG
     try:
-        written = json.loads(path.read_text("utf-8"))
-        return {**written, "config": from_flat(written["settings"])}
+        written = read_object(path)
+        return {**written, "config": from_flat(written.get("settings")), "known": _known(written)}
     except FileNotFoundError:
         raise ValueError(f"resume: must find a run, {path} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: must be the settings of a run ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: must be the settings of a run ({shorten(error, 300)})") from None
+
+
+def read_known(folder: Path, config: TrainConfig) -> Known:
+    """What the run says of its text, and whether it has been saved."""
+    return replace(read_config(folder)["known"], saved=not never_saved(folder, config))
+
+
+def _known(written: dict[str, Any]) -> Known:
+    text, model = written.get("text"), written.get("model")
+    require(isinstance(text, dict) and isinstance(text.get("sha256"), str), "text", text, "an object with a sha256")
+    require(isinstance(model, dict), "model", model, "an object")
+    assert isinstance(text, dict) and isinstance(model, dict)
+    vocabulary, size = text.get("vocabulary"), model.get("vocab_size")
+    whole = vocabulary is None or (isinstance(vocabulary, str) and len(set(vocabulary)) == len(vocabulary) > 0)
+    require(whole, "vocabulary", vocabulary, "different characters")
+    (vocabulary or "").encode()  # half a character is none: a ValueError
+    require(size is None or (type(size) is int and size > 0), "vocab_size", size, "an integer of at least 1")
+    return Known(text["sha256"], vocabulary, size)
 
 
 def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
@@ -128,9 +152,10 @@ def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> No
 
 
 def check_same(config: TrainConfig, saved: TrainConfig, where: Path) -> None:
-    """Raises ValueError for a setting that a resumed run may not change. `steps` may grow where nothing decays."""
+    """Raises ValueError for a setting that a resumed run may not change. `steps` may grow."""
     here, there = flat(config), flat(saved)
     for name, value in here.items():
-        longer = name == "steps" and saved.optimizer.decay == "none" and value > there[name]
+        longer = name == "steps" and value > there[name]
+        allowed = f"at least {there[name]}" if name == "steps" else repr(there[name])
         if name not in FREE_ON_RESUME and not longer:
-            require(value == there[name], name, value, f"{there[name]!r} as in {where}, which --resume continues")
+            require(value == there[name], name, value, f"{allowed} as in {where}, which --resume continues")

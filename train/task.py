@@ -9,39 +9,87 @@ from typing import TYPE_CHECKING, Any
 from jax_moe.config import MakeMoEConfig, require
 from train import data
 from train.configs import PRESETS
+from train.configs.adapt import EXPLICIT, Free, changed, fit_block, fit_capacity
+from train.configs.known import Known
 from train.configs.settings import ModelSettings, TrainConfig, model_config
 from train.learner import Learner
-from train.tokens import Tokens, load_tokens
+from train.memory import check_memory, num_parameters
+from train.tokens import Tokens, holds_tokens, load_tokens
 
 if TYPE_CHECKING:
+    from train.initial import Initial
     from train.models import Pretrained
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its text, both checked; no weight is read yet."""
+    """A model and its text, both checked, with the settings that fit them; of `initial` alone weights are read yet."""
 
     model: "MakeMoEConfig | Pretrained"
     text: data.Text | Tokens
     about: dict[str, Any]  # what the run's config.json says of the model
+    config: TrainConfig
     note: str | None = None
+    initial: "Initial | None" = None
 
 
-def read_task(config: TrainConfig) -> Task:
-    """The task of checked settings. Raises ValueError with one line for whatever is wrong with it."""
+def read_task(config: TrainConfig, free: Free = EXPLICIT, known: Known | None = None) -> Task:
+    """The task of checked settings, of which those in `free` are defaults and may change to fit text and model.
+
+    `known` is given for a run to be resumed. Raises ValueError with one line for whatever is wrong with it.
+    """
+    known = known or Known()
     if config.pretrained is not None:
-        return _finetune(config, Path(config.pretrained))
+        return _with_prompt(_finetune(config, Path(config.pretrained), free, known), free)
     require(config.preset != "finetune", "preset", config.preset, "used with --pretrained DIR")
     weight = config.optimizer.balance_loss_weight
     require(weight is not None, "balance_loss_weight", weight, "a number without --pretrained")
     if config.framework == "torch" and find_spec("torch") is None:
         raise ValueError("framework='torch': needs PyTorch; `pip install 'jax-moe[torch]'`")
-    text = data.load_text(config.data, config.model.block_size)
-    model = model_config(config, len(text.vocabulary))
-    return Task(model, text, dataclasses.asdict(model))
+    return _with_prompt(_fresh(config, free, known), free)
 
 
-def _finetune(config: TrainConfig, folder: Path) -> Task:
+def _fresh(config: TrainConfig, free: Free, known: Known) -> Task:
+    """A makeMoE, from random weights or those of another."""
+    initial = None
+    if config.init_from is not None and not known.saved:
+        from train.initial import read_initial
+
+        initial = read_initial(config.init_from)
+        config = initial.fit(config, free)
+        size = initial.config.vocab_size if initial.characters is None else None
+        known = dataclasses.replace(known, vocabulary=initial.characters, vocab_size=size)
+    block = 1 if "block_size" in free else config.model.block_size
+    text: data.Text | Tokens
+    if holds_tokens(config.data, config.data_dtype):
+        text = load_tokens(config.data, None, known.vocab_size, block, config.data_dtype)
+    else:
+        text = data.load_text(config.data, block, known.vocabulary, known.sha256)
+    if initial is None:
+        config = fit_block(config, free, min(len(text.train), len(text.val)) - 1)
+    else:
+        initial.check_sizes(config, text.vocab_size)
+        data.check_length(text.train, text.val, text.source, config.model.block_size, "tokens")
+    config = fit_capacity(config, free)
+    model = model_config(config, text.vocab_size)
+    check_memory(config, num_parameters(model), model.num_layers, model.model_dim, model.vocab_size)
+    return Task(model, text, dataclasses.asdict(model), config, initial.note() if initial else None, initial)
+
+
+def _with_prompt(task: Task, free: Free) -> Task:
+    """With a sample that begins with what the model can read: by default, where it cannot, as the validation split does."""
+    try:
+        task.text.encode(task.config.sample_prompt)
+    except ValueError:
+        if "sample_prompt" not in free:
+            raise
+        prompt = task.text.decode([int(task.text.val[0])])
+        task = dataclasses.replace(task, config=changed(task.config, free, sample_prompt=prompt))
+        task.text.encode(task.config.sample_prompt)
+    return task
+
+
+def _finetune(config: TrainConfig, folder: Path, free: Free, known: Known) -> Task:
     from train.models import Pretrained
 
     usual = PRESETS[config.preset].model if config.preset else ModelSettings()
@@ -58,20 +106,25 @@ def _finetune(config: TrainConfig, folder: Path) -> Task:
     except ValueError as error:
         raise ValueError(f"pretrained={str(folder)!r}: {' '.join(str(error).split())}") from None
     positions, note = model.config.max_positions, None
-    if block_size > positions:
+    block = 1 if "block_size" in free else block_size
+    text = load_tokens(config.data, folder, model.config.vocab_size, block, config.data_dtype, known.sha256)
+    config = fit_block(config, free, min(positions, len(text.train) - 1, len(text.val) - 1))
+    if config.model.block_size > positions:
         note = f"note: block_size={block_size} is longer than the {positions} positions that the model was made for"
-    text = load_tokens(config.data, folder, model.config.vocab_size, block_size)
-    return Task(model, text, {"pretrained": str(folder.absolute()), "model_type": model.model_type}, note)
+    check_memory(config, model.num_parameters, model.config.num_layers, model.config.model_dim, model.config.vocab_size)
+    about = {"pretrained": str(folder.absolute()), "model_type": model.model_type}
+    return Task(model, text, about, config, note)
 
 
 def make_learner(config: TrainConfig, task: Task) -> Learner:
-    """The framework that the settings name, imported only now."""
+    """The learner that the settings name, with its first weights."""
+    weights = None if task.initial is None else task.initial.module
     if config.framework == "torch":
         from train.torch_learner import TorchLearner
 
         assert isinstance(task.model, MakeMoEConfig)
-        return TorchLearner(config, task.model)
+        return TorchLearner(config, task.model, weights)
     from train.jax_learner import JaxLearner
     from train.models import FreshMakeMoE
 
-    return JaxLearner(config, FreshMakeMoE(task.model) if isinstance(task.model, MakeMoEConfig) else task.model)
+    return JaxLearner(config, FreshMakeMoE(task.model, weights) if isinstance(task.model, MakeMoEConfig) else task.model)

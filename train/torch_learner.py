@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import torch_ref
 from jax_moe.config import MakeMoEConfig
+from jax_moe.models.makemoe import MakeMoE
 from jax_moe.porting.files import sync
 from jax_moe.porting.torch_conventions import in_full_precision
 from jax_moe.precision import PRECISIONS
@@ -34,11 +35,13 @@ _USES = {"eval_train": 0, "eval_val": 1}
 class TorchLearner:
     """`torch_ref.MakeMoE` with torch.optim.AdamW. Draws are torch's own: the curves agree in law, not draw by draw."""
 
-    def __init__(self, config: TrainConfig, model: MakeMoEConfig):
+    compiles = False
+
+    def __init__(self, config: TrainConfig, model: MakeMoEConfig, initial: MakeMoE | None = None):
         self.config, self.model_config, self.precision = config, model, PRECISIONS[config.precision]
         self.torch_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = torch_ref.MakeMoE(model)
-        weights = JaxLearner(config, FreshMakeMoE(model)).weights()
+        weights = JaxLearner(config, FreshMakeMoE(model, initial)).weights()
         self.model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
         self.model.to(self.torch_device)
         settings = config.optimizer

@@ -10,14 +10,31 @@ import jax
 from flax import nnx
 
 from jax_moe.config import require
-from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.hf_folder import is_hf
+from jax_moe.stored import stored_state
+from jax_moe.text import read_text
 
 
-def holds_decoder(path: Path) -> bool:
-    """Whether it is a Hugging Face model: its own folder, or an Orbax folder of ours."""
-    return is_hf(path) or (is_folder(path) and read_about(path).get("family") == "decoder")
+def say(line: str) -> None:
+    """A remark beside the answer, on stderr."""
+    print(f"jax-moe: {line}", file=sys.stderr)
+
+
+def say_assumed(path: Path, checkpoint: Checkpoint) -> None:
+    """What the file does not say, and so was assumed."""
+    if checkpoint.assumed:
+        say(f"{path}: {assumed_in_words(checkpoint)}")
+
+
+def assumed_in_words(checkpoint: Checkpoint) -> str:
+    """Each assumed setting with the option that says otherwise."""
+    settings = [f"{name}={value} ({option_of(name)})" for name, value in checkpoint.assumed.items()]
+    return f"assumed, for the file does not say it: {', '.join(settings)}"
+
+
+def option_of(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
@@ -25,12 +42,7 @@ def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
     if text is None:
         return checkpoint
     require(checkpoint.family == "makemoe", "text", str(text), "left out: only a makeMoE language model has characters")
-    try:
-        characters = "".join(sorted(set(text.read_text(encoding="utf-8"))))
-    except OSError as error:
-        raise ValueError(f"{text}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{text}: must be UTF-8 text") from None
+    characters = "".join(sorted(set(read_text(text, str(text)))))
     size = checkpoint.config.vocab_size
     require(len(characters) == size, "text", str(text), f"of {size} different characters, has {len(characters)}")
     return dataclasses.replace(checkpoint, characters=characters)
@@ -38,9 +50,10 @@ def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
 
 def summary(checkpoint: Checkpoint) -> str:
     """Family, parameters and dtypes in one line."""
-    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(checkpoint.module, nnx.Param)))
+    leaves = jax.tree.leaves(nnx.to_pure_dict(stored_state(checkpoint.module)))
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-    return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}"
+    of_run = "" if checkpoint.note is None else f", {checkpoint.note}"
+    return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}{of_run}"
 
 
 @contextmanager

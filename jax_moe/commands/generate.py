@@ -1,18 +1,20 @@
 """`jax-moe generate`: text from a checkpoint."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jax_moe.cli import Generate
-from jax_moe.commands.common import with_characters
+from jax_moe.commands.common import say, say_assumed, with_characters
 from jax_moe.config import require
 from jax_moe.generation import generate as continue_text
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.porting.checkpoint import Checkpoint, load
+from jax_moe.porting.found import find
 from jax_moe.text import TextStream, encode, end_tokens, read_tokenizer
 
 
@@ -20,16 +22,26 @@ def generate(command: Generate) -> int:
     """Prints the prompt and what the model makes of it."""
     both = command.prompt is None or command.tokens is None
     require(both, "tokens", command.tokens, "left out where there is a prompt")
+    _check_choices(command)
     checkpoint = with_characters(load(command.path, command.choices), command.text)
     if isinstance(checkpoint.module, Decoder):
-        _with_tokens(command, checkpoint.module)
+        _with_tokens(command, checkpoint)
         return 0
     require(checkpoint.family == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder")
     _with_characters(command, checkpoint)
     return 0
 
 
+def _check_choices(command: Generate) -> None:
+    """Raises ValueError for --top-k where it can only mean sampling: a folder says itself how many experts a token goes to."""
+    k = command.choices.top_k
+    if k is not None and command.path.is_dir():
+        means = "the experts of a token, which a folder's config.json says"
+        raise ValueError(f"top_k={k}: means {means}: must be left out; --sample-top-k {k} samples from the {k} likeliest tokens")
+
+
 def _settings(command: Generate) -> dict[str, Any]:
+    require(0 <= command.seed < 2**32, "seed", command.seed, f"0 to {2**32 - 1}")  # beyond, jax wraps around
     return {
         "max_new_tokens": command.max_new_tokens, "temperature": command.temperature, "top_k": command.sample_top_k,
         "top_p": command.sample_top_p, "key": None if command.temperature == 0 else jax.random.key(command.seed),
@@ -47,17 +59,31 @@ def _with_characters(command: Generate, checkpoint: Checkpoint) -> None:
     tokens = np.asarray([[characters.index(one) for one in prompt]], np.int32)
     assert isinstance(checkpoint.module, MakeMoE)
     answer = continue_text(checkpoint.module, tokens, **_settings(command))
+    _say_which(command, checkpoint)
     print("".join(characters[token] for token in np.asarray(answer)[0]))
 
 
-def _with_tokens(command: Generate, model: Decoder) -> None:
+def _say_which(command: Generate, checkpoint: Checkpoint) -> None:
+    """Of a run that is not at its end, which weights these are; of a file, what was assumed."""
+    run = find(command.path).run
+    if run is not None and run.unfinished:
+        say(run.in_words())
+    say_assumed(command.path, checkpoint)
+
+
+def _with_tokens(command: Generate, checkpoint: Checkpoint) -> None:
     """Prints the text token by token as it comes; numbers for a prompt in numbers."""
-    assert model.origin is not None
-    stop_tokens = end_tokens(command.path, model.origin.config_json)
+    model = checkpoint.module
+    assert isinstance(model, Decoder) and model.origin is not None
+    folder = Path(model.origin.directory)  # of a run, where its tokenizer is
+    stop_tokens = end_tokens(folder, model.origin.config_json)
+    for token in stop_tokens:
+        allowed = f"0 to {model.config.vocab_size - 1}, the model's vocabulary; correct generation_config.json or config.json"
+        require(0 <= token < model.config.vocab_size, f"{command.path}: eos_token_id", token, allowed)
     if command.tokens is None:
         require(command.prompt is not None, "prompt", None, "given, or --tokens in its place")
         assert command.prompt is not None
-        tokenizer = read_tokenizer(command.path)
+        tokenizer = read_tokenizer(folder)
         tokens = encode(tokenizer, command.prompt)
         stream = TextStream(tokenizer, tokens)
         begin, piece, end = command.prompt, stream.add, stream.rest
@@ -68,6 +94,7 @@ def _with_tokens(command: Generate, model: Decoder) -> None:
     show = _printer(begin, piece, stop_tokens)
     continue_text(model, np.asarray([tokens], np.int32), stop_tokens=stop_tokens, callback=show, **_settings(command))
     print(end(), flush=True)
+    _say_which(command, checkpoint)
 
 
 def _printer(begin: str, piece: Callable[[int], str], stop_tokens: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:

@@ -9,65 +9,78 @@ import jax
 import numpy as np
 
 from jax_moe.cli import Inspect
-from jax_moe.commands.common import summary
+from jax_moe.commands.common import assumed_in_words, summary
 from jax_moe.config import require
 from jax_moe.decoder_config import DecoderConfig
-from jax_moe.porting.about import is_folder, read_about
 from jax_moe.porting.account import bytes_by_dtype, count_parameters, memory_rows, readable
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.decoder_folder import open_decoder
 from jax_moe.porting.describe import describe
 from jax_moe.porting.files import read_state
-from jax_moe.porting.hf_folder import is_hf, open_folder, weight_files
+from jax_moe.porting.found import Found, find
+from jax_moe.porting.hf_folder import open_folder, weight_files
 
 DEVICES = (1, 2, 4, 8)
 
 
 def inspect(command: Inspect) -> int:
-    """Prints what is in a checkpoint; of a file that is no known family, its names. Status 1 if it would not load."""
+    """Prints what is in a checkpoint; status 1 if it would not load. Of a file that is no known family, what it holds."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
-    if is_hf(command.path) or (is_folder(command.path) and read_about(command.path).get("family") == "decoder"):
+    found = find(command.path)
+    if found.decoder:
         if command.choices.given():
             raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
-        return _inspect_decoder(command)
-    fault = None
+        _inspect_decoder(command, found)
+        return 0
     with jax.enable_x64(True):
         try:
             checkpoint = load(command.path, command.choices, allow_nonfinite=True)
-            arrays = checkpoint.weights if command.path.is_dir() else checkpoint.state()
-            print("\n".join([summary(checkpoint), *describe(checkpoint.config)]))
-            if checkpoint.characters is not None:
-                print(f"characters: {checkpoint.characters!r}")
-        except ValueError as error:
-            if command.path.is_dir():
-                raise
-            fault, arrays = error, read_state(command.path)
+        except ValueError:
+            if found.kind == "file":
+                _print_arrays(read_state(command.path), command.names)
+            raise
+        print("\n".join([summary(checkpoint), *describe(checkpoint.config)]))
+        if checkpoint.characters is not None:
+            print(f"characters: {checkpoint.characters!r}")
+        if checkpoint.assumed:
+            print(assumed_in_words(checkpoint))
+        _print_arrays(checkpoint.state() if found.kind == "file" else checkpoint.weights, command.names)
+    return 0
+
+
+def _print_arrays(arrays: Mapping[str, np.ndarray], names: bool) -> None:
+    """How many they are and which are not finite; their names where asked for."""
+    held = ", ".join(f"{readable(size)} {dtype}" for dtype, size in bytes_by_dtype(arrays.values()).items())
+    print(f"tensors: {len(arrays):,}, {held}" + ("" if names else "; --names lists them"))
+    bad = [name for name, value in arrays.items() if value.dtype.kind not in "iub" and not np.isfinite(value).all()]
+    if bad:
+        print(f"not finite: {', '.join(bad[:20])}" + (f" and {len(bad) - 20} more" if len(bad) > 20 else ""))
+    if names:
+        _print_names(arrays)
+
+
+def _print_names(arrays: Mapping[str, Any]) -> None:
     width = max(map(len, arrays), default=0)
     for name, value in arrays.items():
-        note = "" if value.dtype.kind in "iub" or np.isfinite(value).all() else "  not finite"
-        print(f"{name:{width}}  {value.dtype}  {list(value.shape)}{note}")
-    if fault is not None:
-        raise fault
-    return 0
+        print(f"{name:{width}}  {value.dtype}  {list(value.shape)}")
 
 
-def _inspect_decoder(command: Inspect) -> int:
+def _inspect_decoder(command: Inspect, found: Found) -> None:
     """A Hugging Face model, from headers alone."""
-    path = command.path
-    if is_hf(path):
-        with open_folder(path) as folder:
-            files = weight_files(path)
+    of_run = "" if found.run is None else f"{found.run.in_words()}; "
+    if found.kind == "hf":
+        with open_folder(found.place) as folder:
+            files = weight_files(found.place)
             tied = ", a tied head among them that was not compared with the embedding" if folder.head else ""
-            where = f"{_counted(files)}, {len(folder.stored):,} tensors (layout {folder.plan.table.name}){tied}"
+            where = f"{of_run}{_counted(files)}, {len(folder.stored):,} tensors (layout {folder.plan.table.name}){tied}"
             dtypes = {piece.ours: folder.headers[piece.theirs].dtype.itemsize for piece in folder.plan.pieces}
             _print(folder.model_type, folder.config, folder.shapes, dtypes, folder.stored, where, command)
-        return 0
-    origin, model, arrays = open_decoder(path)
+        return
+    origin, model, arrays = open_decoder(command.path)
     shapes = {name: one.shape for name, one in arrays.items()}
     dtypes = {name: one.dtype.itemsize for name, one in arrays.items()}
-    where = f"an Orbax checkpoint, {len(arrays)} arrays"
+    where = f"{of_run}an Orbax checkpoint, {len(arrays)} arrays"
     _print(origin.model_type, model.config, shapes, dtypes, arrays, where, command)
-    return 0
 
 
 def _print(
@@ -93,9 +106,7 @@ def _print(
     print("  weights as stored; training in fp32 with AdamW, 16 bytes a parameter (weight, gradient, two moments);")
     print("  split: every device has its share of each layer's experts and all else; activations and caches come on top")
     if command.names:
-        width = max(map(len, tensors))
-        for name, one in tensors.items():
-            print(f"{name:{width}}  {one.dtype}  {list(one.shape)}")
+        _print_names(tensors)
 
 
 def _counted(files: list[Path]) -> str:

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from jax_moe.cli import Parity
-from jax_moe.commands.common import holds_decoder, progress
+from jax_moe.commands.common import progress, say, say_assumed
 from jax_moe.config import require
 from jax_moe.porting.checkpoint import Checkpoint, load
 from jax_moe.porting.decoder_port import port_decoder
 from jax_moe.porting.files import writing
-from jax_moe.porting.hf_folder import HFFolder, is_hf, open_folder
+from jax_moe.porting.found import find
+from jax_moe.porting.hf_folder import HFFolder, open_folder
 from jax_moe.porting.pretrained import MAX_SHARD_BYTES
 from jax_moe.porting.recognise import Choices
 from jax_moe.porting.training_files import holds_training, read_training
@@ -33,8 +34,11 @@ def parity(command: Parity) -> int:
         from jax_moe.commands.train_parity import train_parity
 
         return train_parity(command)
-    _check(command)
-    report = _against_transformers(command) if holds_decoder(command.path) else _against_torch_ref(command)
+    found = find(command.path)
+    _check(command, 2 if found.decoder else 1)  # the loss is of the next token
+    report = _against_transformers(command) if found.decoder else _against_torch_ref(command)
+    if found.run is not None:
+        say(found.run.in_words())
     if command.html is not None:
         _write_page(command.html, report)
     if command.json:
@@ -48,11 +52,10 @@ def parity(command: Parity) -> int:
     return 0 if report.passed else 1
 
 
-def _check(command: Parity) -> None:
-    """What the command line alone tells, before anything is loaded."""
+def _check(command: Parity, least: int) -> None:
+    """What the command line alone tells, before anything is loaded; a batch has at least so many positions."""
     require(command.batch_size >= 1, "batch_size", command.batch_size, "at least 1")
     require(command.plot is None, "plot", str(command.plot), "left out without --train: --html has the plots")
-    least = 2 if holds_decoder(command.path) else 1  # the loss is of the next token
     require(command.num_tokens is None or command.num_tokens >= least, "num_tokens", command.num_tokens, f"at least {least}")
     if command.tokens is not None:
         require(command.num_tokens is None, "num_tokens", command.num_tokens, "left out with --tokens")
@@ -84,9 +87,11 @@ def _against_torch_ref(command: Parity) -> Report:
     sizes = [value.nbytes for value in checkpoint.weights.values()]
     check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), _work(command))
     batch = _batch_of_checkpoint(command, checkpoint)
-    return compare_checkpoint(
+    report = compare_checkpoint(
         checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
     )
+    say_assumed(command.path, checkpoint)
+    return report
 
 
 def _batch_of_checkpoint(command: Parity, checkpoint: Checkpoint) -> np.ndarray:
@@ -132,8 +137,9 @@ def open_decoder_folder(command: Parity, itemsize: int, work: Work) -> Iterator[
     if command.choices.given():
         raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
     with TemporaryDirectory() as temporary:
-        path = command.path
-        if not is_hf(path):
+        found = find(command.path)
+        path = found.place
+        if found.kind != "hf":
             path = Path(temporary) / "model"
             with jax.enable_x64(True):
                 port_decoder(

@@ -1,44 +1,45 @@
 """`jax-moe port`: a checkpoint from one form into another."""
 
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jax_moe.cli import Form, Port
-from jax_moe.commands.common import holds_decoder, progress, summary, with_characters
+from jax_moe.commands.common import progress, say, say_assumed, summary, with_characters
 from jax_moe.commands.port_training import optimizer_of_decoder, port_training, say_what_a_run_keeps
-from jax_moe.porting.about import is_folder, read_about
+from jax_moe.porting.about import is_folder
 from jax_moe.porting.checkpoint import load, save
 from jax_moe.porting.decoder_port import dtype_named, port_decoder
 from jax_moe.porting.files import SUFFIXES, check_target, write_state
-from jax_moe.porting.hf_folder import is_hf
+from jax_moe.porting.found import Found, find
 from jax_moe.porting.training_files import holds_training
 
 
 def port(command: Port) -> int:
     """Reads SRC, writes DST, says what was written."""
     _check_places(command.src, command.dst)
+    found = find(command.src)
     with jax.enable_x64(True):  # moves bits, computes nothing; float64 files need it
-        if holds_decoder(command.src):
-            return _port_decoder(command)
-        return port_training(command) if holds_training(command.src) else _port_module(command)
+        if found.decoder:
+            return _port_decoder(command, found)
+        return port_training(command) if holds_training(command.src) else _port_module(command, found)
 
 
-def form_of(asked: Form, source: Path, target: Path) -> Form:
+def form_of(asked: Form, source: Found, target: Path) -> Form:
     """The form that DST gets; `auto` as the help says."""
     if asked != "auto":
         return asked
-    if is_hf(source):
-        return "orbax"
-    if holds_decoder(source):
-        return "hf"
+    if source.decoder:
+        return "orbax" if source.kind == "hf" and source.run is None else "hf"
     return "torch" if target.suffix in SUFFIXES else "folder"
 
 
-def _port_decoder(command: Port) -> int:
-    to = form_of(command.to, command.src, command.dst)
+def _port_decoder(command: Port, found: Found) -> int:
+    to = form_of(command.to, found, command.dst)
+    if found.kind == "hf":  # of a fine-tuned run the folder in it
+        command = replace(command, src=found.place)
     _refuse(command, "a Hugging Face model", text=command.text, **command.choices.given())
     if to not in ("hf", "orbax") or command.dst.suffix in SUFFIXES:
         raise ValueError(f"{command.dst}: a Hugging Face model goes to a folder: --to must be hf or orbax")
@@ -46,21 +47,22 @@ def _port_decoder(command: Port) -> int:
     ported = port_decoder(
         command.src, command.dst, "hf" if to == "hf" else "orbax", dtype=dtype_named(command.dtype),
         max_shard_bytes=command.max_shard_bytes, overwrite=command.overwrite, allow_nonfinite=command.allow_nonfinite,
-        progress=progress, say=lambda line: print(f"jax-moe: {line}", file=sys.stderr), also=also,
+        progress=progress, say=say, also=also,
     )
     parts = [ported.model_type, f"{ported.parameters:,} parameters", " and ".join(ported.dtypes)]
     if ported.files:
         kept = f" ({ported.kept} left by an interrupted port)" if ported.kept else ""
         parts.append(f"{ported.files} {'file' if ported.files == 1 else 'shards'}{kept}")
+    if found.run is not None:
+        parts.append(found.run.in_words())
+        say_what_a_run_keeps(found.path)
     print(f"wrote {command.dst} ({to}): {', '.join([*parts, *state])}, read back bit for bit")
     return 0
 
 
-def _port_module(command: Port) -> int:
-    to = form_of(command.to, command.src, command.dst)
+def _port_module(command: Port, found: Found) -> int:
+    to = form_of(command.to, found, command.dst)
     if to == "hf":
-        if command.src.is_dir():
-            read_about(command.src)  # a broken folder is told what it lacks
         raise ValueError(f"{command.src}: is no Hugging Face model: --to must be torch, folder or orbax")
     check_target(command.dst, command.overwrite, Path.is_file if to == "torch" else is_folder)
     if command.to == "auto" and to == "folder" and command.dst.suffix and not command.dst.is_dir():
@@ -71,6 +73,7 @@ def _port_module(command: Port) -> int:
         write_state(command.dst, checkpoint.state(), overwrite=command.overwrite)
     else:
         save(checkpoint, command.dst, overwrite=command.overwrite, storage="orbax" if to == "orbax" else "safetensors")
+    say_assumed(command.src, checkpoint)
     say_what_a_run_keeps(command.src)
     print(f"wrote {command.dst}: {summary(checkpoint)}, read back bit for bit")
     return 0

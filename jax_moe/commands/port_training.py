@@ -1,12 +1,11 @@
 """`jax-moe port` of a training checkpoint: weights and the optimizer's state."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from jax_moe.cli import Form, Port
-from jax_moe.commands.common import summary, with_characters
+from jax_moe.commands.common import say, say_assumed, summary, with_characters
 from jax_moe.config import require
 from jax_moe.porting.about import is_folder
 from jax_moe.porting.decoder_training import optimizer_beside, read_decoder_optimizer
@@ -25,8 +24,9 @@ def port_training(command: Port) -> int:
     training = read_training(command.src, command.choices, allow_nonfinite=command.allow_nonfinite)
     training = dataclasses.replace(training, checkpoint=with_characters(training.checkpoint, command.text))
     (write_training_file if to_file else write_training_folder)(training, command.dst, command.overwrite)
+    say_assumed(command.src, training.checkpoint)
     if training.left_out:
-        print(f"jax-moe: left out, for it is not plain values: {', '.join(training.left_out)}", file=sys.stderr)
+        say(f"left out, for it is not plain values: {', '.join(training.left_out)}")
     print(f"wrote {command.dst}: {summary(training.checkpoint)}, {training.optimizer.in_words()}, read back bit for bit")
     return 0
 
@@ -45,5 +45,4 @@ def optimizer_of_decoder(command: Port, to: Form) -> tuple[list[str], Callable[[
 def say_what_a_run_keeps(source: Path) -> None:
     """A run of train.py has its optimizer's state in checkpoints of its own."""
     if (source / "checkpoints").is_dir():
-        line = f"left out: the optimizer's state in {source / 'checkpoints'}, which train.py --resume reads"
-        print(f"jax-moe: {line}", file=sys.stderr)
+        say(f"left out: the optimizer's state in {source / 'checkpoints'}, which train.py --resume reads")

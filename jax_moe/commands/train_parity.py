@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe.cli import Parity
-from jax_moe.commands.common import holds_decoder
+from jax_moe.commands.common import say_assumed
 from jax_moe.commands.parity import POSITIONS, open_decoder_folder, read_weights
 from jax_moe.config import require
 from jax_moe.porting.files import check_target
+from jax_moe.porting.found import find
 from jax_moe.porting.torch_files import import_torch
 from moe_parity.memory import check_memory
 
@@ -26,7 +27,8 @@ def train_parity(command: Parity) -> int:
         "steps": command.train, "batch_size": command.batch_size, "seed": command.seed, "learning_rate": command.learning_rate,
         "final_learning_rate": command.learning_rate / 10,
     }
-    if holds_decoder(command.path):
+    found = find(command.path)
+    if found.decoder:
         with open_decoder_folder(command, WIDEST, "training") as folder:
             name = folder.model_type
             settings = TrainSettings(**given, num_tokens=command.num_tokens or POSITIONS)
@@ -38,6 +40,7 @@ def train_parity(command: Parity) -> int:
         check_memory(sum(sizes), WIDEST, 0, "training")
         settings = TrainSettings(**given, num_tokens=command.num_tokens or checkpoint.config.block_size)
         runs = train_checkpoint(checkpoint, settings)
+        say_assumed(command.path, checkpoint)
     title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
     print("\n".join([title, *(line for one in runs for line in describe(one))]))
     if command.plot is not None:

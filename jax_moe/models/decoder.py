@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_input, dims_of_settings
 from jax_moe.decoder_config import DecoderConfig, Origin
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import merge_groups
@@ -23,6 +24,7 @@ from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
 from jax_moe.remat import Remat, rematerialised
 from jax_moe.rope import rotations
+from jax_moe.shapes import Dim, dims_of
 
 
 def repeated_units(kinds: str) -> list[tuple[str, int]]:
@@ -134,10 +136,16 @@ class Decoder(nnx.Module):
         padding, left or right; logits there mean nothing. Positions count from 0 with the padding, unless given.
         `expert_LBTK` replays choices, as another run's `DecoderOutput` has them. `remat`: what each repeated unit of layers
         keeps for a gradient.
-        Raises ValueError for a token outside the vocabulary.
+        Raises ValueError for a token outside the vocabulary, an expert that is not there, or an array of another kind or shape.
         """
         self.check_tokens(tokens_BT)
         config = self.config
+        if expert_LBTK is not None:
+            check_choices("expert_LBTK", expert_LBTK, config.moe.num_experts, mask_BT)
+        sizes = dims_of("tokens_BT", tokens_BT.shape) | dims_of_settings(config.moe, K="top_k")
+        sizes |= {"L": Dim(len(config.moe_layers), "the number of mixtures")}
+        given = checked(sizes, mask_BT=mask_BT, position_BT=position_BT, expert_LBTK=expert_LBTK)
+        mask_BT, position_BT, expert_LBTK = map(given.get, ("mask_BT", "position_BT", "expert_LBTK"))
         x_BTD = self.embed(tokens_BT)
         if position_BT is None:
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -202,7 +210,7 @@ class Decoder(nnx.Module):
             scanned = [_layer_weights(weights, unit, place, start, count) for place in range(len(unit))]
             x_BTD, found = jax.lax.scan(rematerialised(partial(step, unit), remat), x_BTD, scanned)
             start = after_units(start, unit, count)
-            collected.append(jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), found))
+            collected.append(jax.tree.map(lambda each: each.reshape(each.shape[0] * each.shape[1], *each.shape[2:]), found))
         reports, heads = ([each for each in one if each is not None] for one in zip(*collected, strict=True))
         kept = jax.tree.map(lambda *each: jnp.concatenate(each), *heads) if keep_heads else None
         return x_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *reports), kept
@@ -228,15 +236,12 @@ class Decoder(nnx.Module):
         return expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
-        """Raises ValueError for an empty text or, outside jit, a token that is not in the vocabulary."""
+        """Raises ValueError for what is no array of integers [B, T], an empty text or, outside jit, a token that is not in the
+        vocabulary."""
+        checked_input("tokens_BT", tokens_BT)
         if tokens_BT.shape[1] < 1:
             raise ValueError("tokens_BT has 0 positions: must be at least 1")
-        if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size:
-            values, vocab_size = np.asarray(tokens_BT), self.config.vocab_size
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"token {bad}: must be 0 to {vocab_size - 1} (vocab_size={vocab_size})")
+        check_vocabulary(tokens_BT, self.config.vocab_size)
 
 
 def _layer_weights(weights: dict[str, Any], unit: str, place: int, start: dict[str, int], count: int) -> tuple[dict, Any]:

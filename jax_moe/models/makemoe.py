@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.block import Block, Randomness
+from jax_moe.arrays import check_vocabulary, checked, checked_input, dims_of_settings
+from jax_moe.block import Block, Randomness, checked_draws
 from jax_moe.config import MakeMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.losses import MoEStats
 from jax_moe.remat import Remat, rematerialised
+from jax_moe.shapes import dims_of
 from jax_moe.soft_moe import layer_norm
 
 
@@ -60,9 +62,13 @@ class MakeMoE(nnx.Module):
 
         Without a key deterministic; with one the contract's noise and, when training, dropout. `randomness` gives the
         draws instead, each with a leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above
-        block_size or a token outside the vocabulary.
+        block_size, a token outside the vocabulary, or an array of another kind or shape.
         """
         self.check_tokens(tokens_BT)
+        sizes = dims_of("tokens_BT", tokens_BT.shape) | dims_of_settings(self.config, L="num_layers")
+        mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
+        if randomness is not None:
+            randomness = checked_draws(randomness, self.config.block, sizes, "L")
         # not by calling nnx.Embed: it answers in the dtype it was made in, whatever dtype its weights were cast to
         tokens_VD, positions_TD = self.token_embedding.embedding[...], self.position_embedding.embedding[...]
         x_BTD = jnp.take(tokens_VD, tokens_BT, axis=0) + jnp.take(positions_TD, jnp.arange(tokens_BT.shape[1]), axis=0)
@@ -79,14 +85,11 @@ class MakeMoE(nnx.Module):
         x_BTD, stats = jax.lax.scan(rematerialised(layer, remat), x_BTD, (weights, keys, randomness))
         return self.head(self.final_norm(x_BTD).astype(x_BTD.dtype)), stats
 
-    def check_tokens(self, tokens_BT: Int[Array, "B T"]) -> None:
-        """Raises ValueError for a sequence that is too long or, outside jit, a token that is not in the vocabulary."""
+    def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
+        """Raises ValueError for what is no array of integers [B, T], a sequence that is too long or, outside jit, a token
+        that is not in the vocabulary."""
         config = self.config
+        checked_input("tokens_BT", tokens_BT)
         if not 1 <= tokens_BT.shape[1] <= config.block_size:
             raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}")
-        if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size:
-            values = np.asarray(tokens_BT)  # numpy: a constant inside somebody's jit is checked too
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"token {bad}: must be 0 to {config.vocab_size - 1} (vocab_size={config.vocab_size})")
+        check_vocabulary(tokens_BT, config.vocab_size)

@@ -1,6 +1,7 @@
 """config.json of our own folders: what is in them. A run of train/train.py is one of them, by another config.json."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -8,6 +9,7 @@ from flax import nnx
 
 from jax_moe.config import MakeMoEConfig, MoEConfig, SoftMoEConfig
 from jax_moe.decoder_config import DecoderConfig
+from jax_moe.guarded import read_json, shorten
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
@@ -61,23 +63,31 @@ def read_about(path: Path) -> dict[str, Any]:
     """config.json. Raises ValueError if it is not there, not JSON or not ours."""
     file = path / "config.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = read_json(file)
     except FileNotFoundError:
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: must be JSON ({error})") from None
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}") from None
     if isinstance(about, dict) and "format" not in about and "settings" in about and "model" in about:
         return {**about, "format": RUN}
     if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
         raise ValueError(f'{file}: must say "format": "{FORMAT}" and "version": {VERSION}')
-    if about.get("family") not in MODULES:
-        raise ValueError(f"{file}: family={about.get('family')!r}: must be one of {', '.join(MODULES)}")
-    if about.get("storage", "safetensors") not in get_args(Storage):
-        raise ValueError(f"{file}: storage={about['storage']!r}: must be one of {', '.join(get_args(Storage))}")
+    if not _among(about.get("family"), MODULES):
+        raise ValueError(f"{file}: family={shorten(repr(about.get('family')))}: must be one of {', '.join(MODULES)}")
+    if not _among(about.get("storage", "safetensors"), get_args(Storage)):
+        raise ValueError(f"{file}: storage={shorten(repr(about['storage']))}: must be one of {', '.join(get_args(Storage))}")
     characters = about.get("characters")
     if characters is not None and not (isinstance(characters, str) and len(set(characters)) == len(characters)):
         raise ValueError(f"{file}: characters must be a string without repeats")
     return about
+
+
+def instead(path: Path) -> str:
+    """What a folder without a config.json is, where that can be told."""
+    adapter = (path / "adapter_config.json").is_file()
+    return "; it is an adapter (LoRA or like it): merge it into its model first, `model.merge_and_unload()`" if adapter else ""
+
+
+def _among(value: Any, names: Iterable[str]) -> bool:
+    return isinstance(value, str) and value in names
 
 
 def stored_arrays(path: Path, about: dict[str, Any]) -> dict[str, Header]:

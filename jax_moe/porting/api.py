@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.porting.engine import Plan, PortError, check, make_plan, to_ours, to_theirs
+from jax_moe.porting.engine import Plan, PortError, check, make_plan, their_names, to_ours, to_theirs
 from jax_moe.porting.families import tables_of
+from jax_moe.stored import kept_paths, stored_state, stored_variables
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -22,7 +23,8 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     converts to the parameters' dtypes; without it a differing dtype is an error.
     """
     arrays = {str(name): _to_numpy(value) for name, value in state.items()}
-    variables = _variables(layer)
+    variables = stored_variables(layer)
+    _refuse_far_larger(layer, variables, len(arrays))
     plan = _choose_plan(layer, {path: v.shape for path, v in variables.items()}, set(arrays), layout)
     dtypes = {path: np.dtype(v.dtype) for path, v in variables.items()}
     where = f"cannot load into {type(layer).__name__} (layout {plan.table.name})"
@@ -31,9 +33,17 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     return _fill(layer, {path: value.astype(dtypes[path], copy=False) for path, value in ours.items()})
 
 
+def _refuse_far_larger(layer: nnx.Module, variables: Mapping[str, nnx.Variable], there: int) -> None:
+    """Raises ValueError where the layer has so many more tensors than are there that to list the missing ones takes gigabytes."""
+    here = sum(math.prod(v.shape[:-2]) for v in variables.values())  # a name for each layer, expert, head
+    if here > 100 * (there + 100):
+        name = type(layer).__name__
+        raise ValueError(f"cannot load into {name}: its contract has about {here:,} tensors, another model's {there:,} are there")
+
+
 def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
     """Loads {our path: array} into the layer, in place; as strict as `from_torch`."""
-    variables = _variables(layer)
+    variables = stored_variables(layer)
     error = PortError(
         f"cannot load into {type(layer).__name__}",
         missing=[path for path in variables if path not in weights],
@@ -54,7 +64,7 @@ def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
 
 def _fill(layer: Module, values: Mapping[str, np.ndarray]) -> Module:
     """Puts every checked value in its place, all or (on an error) none."""
-    flat = nnx.to_flat_state(nnx.state(layer))
+    flat = nnx.to_flat_state(stored_state(layer))
     new = [(keys, v.replace(_place(values[_path(keys)], v, _path(keys)))) for keys, v in flat]
     nnx.update(layer, nnx.from_flat_state(new))
     return layer
@@ -66,7 +76,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
     With a `tree` shaped like the layer's parameters (gradients, an optimizer's moments; nnx.State or nested dict) that
     tree's arrays under the same names, masks left out. Raises PortError if the tree does not fit.
     """
-    variables = _variables(layer)
+    variables = stored_variables(layer)
     table_name = layout or tables_of(layer)[0].name
     if tree is None:
         shapes = {path: v.shape for path, v in variables.items()}
@@ -105,7 +115,13 @@ def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str 
 
 def tree_plan(layer: nnx.Module, names: Iterable[str] | None = None, layout: str | None = None) -> Plan:
     """How gradients or moments of the layer are named: in that layout, or in the one nearest to the names."""
-    return _choose_plan(layer, _tree_shapes(_variables(layer), set()), None if names is None else set(names), layout)
+    return _choose_plan(layer, _tree_shapes(stored_variables(layer), set()), None if names is None else set(names), layout)
+
+
+def kept_names(layer: nnx.Module, names: Iterable[str], layout: str | None = None) -> frozenset[str]:
+    """Which of a state dict's names are of variables that keep their dtype."""
+    shapes = {path: v.shape for path, v in stored_variables(layer).items()}
+    return their_names(_choose_plan(layer, shapes, set(names), layout), kept_paths(layer))
 
 
 def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: set[str] | None, layout: str | None) -> Plan:
@@ -128,10 +144,6 @@ def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: s
     if names is None:
         return plans[0]
     return min(plans, key=lambda plan: len(plan.names ^ names))
-
-
-def _variables(layer: nnx.Module) -> dict[str, nnx.Variable]:
-    return {_path(keys): v for keys, v in nnx.to_flat_state(nnx.state(layer))}
 
 
 def _path(keys: tuple) -> str:

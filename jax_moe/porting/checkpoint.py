@@ -1,7 +1,8 @@
 """A module with its contract, in memory and as a folder: `config.json` with `weights.safetensors` or an Orbax checkpoint."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.config import MakeMoEConfig
+from jax_moe.guarded import shorten
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.about import MODULES, RUN, Storage, about_folder, is_folder, read_about, stored_arrays, write_about
-from jax_moe.porting.api import flatten, from_torch, load_ours, to_torch
+from jax_moe.porting.about import MODULES, Storage, about_folder, is_folder, stored_arrays, write_about
+from jax_moe.porting.api import flatten, from_torch, kept_names, load_ours, to_torch
 from jax_moe.porting.config_files import config_from_json
 from jax_moe.porting.decoder_folder import open_decoder
-from jax_moe.porting.files import read_safetensors, read_state, verify, write_safetensors, writing
-from jax_moe.porting.hf_folder import copy_others, is_hf
+from jax_moe.porting.files import PT_SUFFIXES, read_safetensors, read_state, verify, write_safetensors, writing
+from jax_moe.porting.found import Found, find
+from jax_moe.porting.hf_folder import copy_others
 from jax_moe.porting.orbax_files import verify_orbax, write_orbax
 from jax_moe.porting.pretrained import load_pretrained
-from jax_moe.porting.recognise import Choices, config_of, recognise
+from jax_moe.porting.recognise import Choices, assumed_choices, config_of, recognise
+from jax_moe.porting.run_files import checkpoint_arrays
 from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import DTYPES
+from jax_moe.porting.wrapped import without_parts, without_prefix
+from jax_moe.stored import kept_paths, stored_state
 
 LAYOUTS = {
     "makemoe": "makemoe", "makemoe_layer": "makemoe", "mixtral": "mixtral", "moe": "torch_ref", "soft_moe": "soft_moe",
@@ -33,11 +39,16 @@ FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A module, the family whose names it is written under, and its characters if it is a language model that has them."""
+    """A module, the family whose names it is written under, and its characters if it is a language model that has them.
+
+    `assumed` are the settings that a file does not say and nobody gave; `note` says which of a run's weights these are.
+    """
 
     family: str
     module: nnx.Module
     characters: str | None = None
+    assumed: dict[str, Any] = field(default_factory=dict)
+    note: str | None = None
 
     @property
     def config(self) -> Any:
@@ -47,7 +58,7 @@ class Checkpoint:
     @property
     def weights(self) -> dict[str, np.ndarray]:
         """{our path: array}."""
-        return flatten(nnx.state(self.module))
+        return flatten(stored_state(self.module))
 
     def state(self) -> dict[str, np.ndarray]:
         """{their name: array}."""
@@ -60,39 +71,73 @@ class Checkpoint:
 
 
 def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = False, dtype: str | None = None) -> Checkpoint:
-    """A checkpoint from a folder of ours or Hugging Face's, or from a `.pt` or `.safetensors` file under a family's own names.
+    """A checkpoint in any form: a folder of ours or Hugging Face's, a run of train.py (its newest weights), or a file.
 
-    `choices` say what a file's weights do not tell; a folder knows. Raises ValueError for what is not a whole checkpoint,
-    of no known family, or holds NaN or infinity.
+    Files are `.pt` or `.safetensors` under a family's own names; of a training file its weights. `choices` say what a file's
+    weights do not tell; a folder knows. Raises ValueError for what is not a whole checkpoint, of no known family, or holds
+    NaN or infinity.
     """
-    choices = choices or Choices()
-    if path.is_dir():
-        if choices.given():
-            raise ValueError(f"{', '.join(choices.given())}: must be left out for a folder, config.json has them")
-        if is_hf(path):
-            return Checkpoint("decoder", load_pretrained(path, dtype, allow_nonfinite=allow_nonfinite))
-        return _load_folder(path, allow_nonfinite, dtype)
-    return checkpoint_of(path, read_state(path), choices, allow_nonfinite=allow_nonfinite, dtype=dtype)
+    choices, found = choices or Choices(), find(path)
+    if found.kind == "file":
+        return checkpoint_of(path, _read_file(path), choices, allow_nonfinite=allow_nonfinite, dtype=dtype)
+    if choices.given():
+        raise ValueError(f"{', '.join(choices.given())}: must be left out for a folder, config.json has them")
+    if found.kind == "hf":
+        return _noted(Checkpoint("decoder", load_pretrained(found.place, dtype, allow_nonfinite=allow_nonfinite)), found)
+    if found.decoder:
+        return _noted(_load_decoder(path, allow_nonfinite, dtype), found)
+    return _noted((_load_run if found.run else _load_folder)(found, allow_nonfinite, dtype), found)
+
+
+def _noted(checkpoint: Checkpoint, found: Found) -> Checkpoint:
+    return checkpoint if found.run is None else replace(checkpoint, note=found.run.in_words())
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    """The state dict of a file; of a training file, the model's."""
+    if path.suffix in PT_SUFFIXES and path.is_file():
+        from jax_moe.porting.torch_files import read_training_pt
+
+        whole = read_training_pt(path)
+        if whole is not None:
+            return whole["model"]
+    return read_state(path)
 
 
 def checkpoint_of(
     path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None
 ) -> Checkpoint:
     """As `load`, of a state dict that was read from a file."""
-    family = recognise({name: value.shape for name, value in state.items()})
+    state, family, taken = _recognised(path, state)
     if family is None:
-        has = ", ".join(list(state)[:8])
+        has = ", ".join(shorten(name, 60) for name in list(state)[:8])
         kinds = "makeMoE, Mixtral block, Switch layer or Soft MoE"
         hint = "; a Hugging Face model is read from its folder, config.json included" if "model.layers." in has else ""
         raise ValueError(f"{path}: must be a {kinds} checkpoint; its names begin with {has}{hint}")
     _refuse_nonfinite(path, state, allow_nonfinite)
     try:
         config = config_of(family, {name: value.shape for name, value in state.items()}, choices)
-        state = _converted(state, dtype)
-        module = abstract_module(family, config, _float_dtype(state))
-        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]))
+        abstract = _module_for(family, config, state, np.dtype(np.float32))
+        state = _converted(state, dtype, kept_names(abstract, state, LAYOUTS[family]))
+        module = _module_for(family, config, state)
+        assumed, note = assumed_choices(family, config, choices), f"names without {' and '.join(taken)}" if taken else None
+        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed, note=note)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _recognised(path: Path, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str | None, list[str]]:
+    """The state dict without what wrappers add to its names, its family, and what was taken off."""
+    try:
+        state, taken = without_parts(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    while (family := recognise({name: value.shape for name, value in state.items()})) is None:
+        shorter = without_prefix(state)
+        if shorter is None:
+            break
+        state, taken = shorter[0], [*taken, shorter[1]]
+    return state, family, taken
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:
@@ -122,24 +167,40 @@ def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
     return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
 
 
-def _load_folder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
-    about = read_about(path)
-    if about["format"] == RUN:
-        return _load_run(path, about, allow_nonfinite, dtype)
-    if about["family"] == "decoder":
-        return _load_decoder(path, allow_nonfinite, dtype)
+def _module_for(family: str, config: Any, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:
+    """The abstract module, in the weights' dtype unless another is given.
+
+    Raises ValueError if the contract asks for far more numbers than the weights are, before anything of that size is made or
+    named: a few missing tensors are named one by one later.
+    """
+    module = abstract_module(family, config, dtype or _float_dtype(weights))
+    asked = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module)))
+    held = sum(value.size for value in weights.values())
+    if asked > 100 * held + 10_000:
+        raise ValueError(f"the contract asks for {asked:,} numbers: must be those of the weights, which are {held:,}")
+    return module
+
+
+def _load_folder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
+    path, about = found.path, found.about
     weights = _read_weights(path, about)
     _refuse_nonfinite(path, weights, allow_nonfinite)
     config = config_from_json(MODULES[about["family"]][1], about.get("config"), f"{path / 'config.json'}: config")
-    weights = _converted(weights, dtype)
-    try:
-        module = load_ours(abstract_module(about["family"], config, _float_dtype(weights)), weights)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     characters = about.get("characters")
     if characters is not None and len(characters) != config.vocab_size:
         raise ValueError(f"{path}: characters must be vocab_size={config.vocab_size} long, has {len(characters)}")
-    return Checkpoint(about["family"], module, characters)
+    return Checkpoint(about["family"], _filled(path, about["family"], config, weights, dtype), characters)
+
+
+def _filled(path: Path, family: str, config: Any, weights: dict[str, np.ndarray], dtype: str | None) -> nnx.Module:
+    """The module with weights under our names, as `dtype` but for those that keep their own."""
+    try:
+        kept = kept_paths(_module_for(family, config, weights, np.dtype(np.float32)))
+        weights = _converted(weights, dtype, kept)
+        others = {name: value for name, value in weights.items() if name not in kept}
+        return load_ours(_module_for(family, config, weights, _float_dtype(others)), weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read_weights(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -150,37 +211,41 @@ def _read_weights(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _load_decoder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
     _, model, arrays = open_decoder(path)
-    weights = _converted({name: one.read() for name, one in arrays.items()}, dtype)
+    weights = _converted({name: one.read() for name, one in arrays.items()}, dtype, kept_paths(model))
     _refuse_nonfinite(path, weights, allow_nonfinite)
     typed = [  # each array keeps its own dtype
         (keys, v.replace(jax.ShapeDtypeStruct(v.shape, weights[".".join(map(str, keys))].dtype)))
-        for keys, v in nnx.to_flat_state(nnx.state(model))
+        for keys, v in nnx.to_flat_state(stored_state(model))
     ]
     nnx.update(model, nnx.from_flat_state(typed))
     return Checkpoint("decoder", load_ours(model, weights))
 
 
-def _load_run(path: Path, about: dict[str, Any], allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
-    file = path / "model.safetensors"
-    if not file.exists():
-        raise ValueError(f"{path}: must be a finished run, has no model.safetensors yet")
-    state = _converted(read_state(file), dtype)
-    _refuse_nonfinite(path, state, allow_nonfinite)
+def _load_run(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
+    """A makeMoE: from what it leaves at its end, or from a checkpoint of either framework."""
+    path, about, place = found.path, found.about, found.place
+    ours = place.is_dir()
+    weights = {name: one.read() for name, one in checkpoint_arrays(place).items()} if ours else _read_file(place)
+    _refuse_nonfinite(path, weights, allow_nonfinite)
     config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
-    try:
-        module = from_torch(abstract_module("makemoe", config, _float_dtype(state)), state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     text = about.get("text")
-    return Checkpoint("makemoe", module, text.get("vocabulary") if isinstance(text, dict) else None)
+    characters = text.get("vocabulary") if isinstance(text, dict) else None
+    if ours:
+        return Checkpoint("makemoe", _filled(place, "makemoe", config, weights, dtype), characters)
+    try:
+        weights = _converted(weights, dtype, frozenset())  # a makeMoE model: nothing keeps its dtype
+        module = from_torch(_module_for("makemoe", config, weights), weights)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return Checkpoint("makemoe", module, characters)
 
 
-def _converted(state: Mapping[str, np.ndarray], dtype: str | None) -> dict[str, np.ndarray]:
-    """Every float as `dtype`; the correction bias stays as it is."""
+def _converted(state: Mapping[str, np.ndarray], dtype: str | None, kept: Collection[str]) -> dict[str, np.ndarray]:
+    """Every float as `dtype`, but those named in `kept`."""
     if dtype is None:
         return dict(state)
     return {
-        name: value.astype(FLOATS[dtype]) if value.dtype in FLOATS.values() and not name.endswith("correction_bias") else value
+        name: value.astype(FLOATS[dtype]) if value.dtype in FLOATS.values() and name not in kept else value
         for name, value in state.items()
     }
 
@@ -199,4 +264,4 @@ def _refuse_nonfinite(path: Path, state: Mapping[str, np.ndarray], allow: bool) 
     bad = [] if allow else [name for name, value in floats.items() if not all_finite(value)]
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise ValueError(f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (--allow-nonfinite takes them as they are)")
+        raise ValueError(f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (allow_nonfinite=True takes them as they are)")

@@ -5,6 +5,8 @@ import types
 from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from jax_moe.guarded import shorten
+
 
 def config_to_json(config: Any) -> dict[str, Any]:
     """Plain dicts, lists, numbers and strings; a Fraction as "29/100"."""
@@ -22,7 +24,7 @@ def _plain(value: Any) -> Any:
 def config_from_json(kind: type, values: Any, where: str) -> Any:
     """The dataclass. Raises ValueError that begins with `where` for anything that does not fit."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}={values!r}: must be an object with the fields of {kind.__name__}")
+        raise ValueError(f"{where}={shorten(repr(values))}: must be an object with the fields of {kind.__name__}")
     fields = {one.name: one for one in dataclasses.fields(kind)}
     unknown = [name for name in values if name not in fields]
     required = [
@@ -31,7 +33,8 @@ def config_from_json(kind: type, values: Any, where: str) -> Any:
     ]
     missing = [name for name in required if name not in values]
     if unknown or missing:
-        faults = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
+        both = (("unknown", unknown), ("missing", missing))
+        faults = [f"{what} {', '.join(shorten(name, 40) for name in names[:20])}" for what, names in both if names]
         raise ValueError(f"{where}: {'; '.join(faults)} (fields of {kind.__name__})")
     hints = get_type_hints(kind)
     built = {name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
@@ -51,7 +54,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         fitting = [n for n in nested if set(value) <= {one.name for one in dataclasses.fields(n)}]  # type: ignore[arg-type]
         return config_from_json((fitting or nested)[0], value, where)  # type: ignore[arg-type]
     if any(get_origin(option) is tuple for option in options) and isinstance(value, list):
-        return tuple(value)
+        [kind] = [get_args(option) for option in options if get_origin(option) is tuple]
+        inner = kind[0] if kind else Any
+        return tuple(one if inner is Any else _value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
     if any(get_origin(option) is Literal for option in options):
         return value
     plain = tuple(option for option in options if option in (int, float, str, bool))
@@ -59,5 +64,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         names = " or ".join(dict.fromkeys(getattr(option, "__name__", str(option)) for option in options))
-        raise ValueError(f"{where}={value!r}: must be {names}")
+        raise ValueError(f"{where}={shorten(repr(value))}: must be {names}")
     return value

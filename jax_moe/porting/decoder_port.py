@@ -1,6 +1,5 @@
 """A Hugging Face model carried between its folder and an Orbax checkpoint, tensor by tensor, no model built."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +13,10 @@ import numpy as np
 
 from jax_moe.config import require
 from jax_moe.decoder_config import DecoderConfig
+from jax_moe.guarded import parse_json
 from jax_moe.porting.about import about_folder, is_folder, write_about
 from jax_moe.porting.decoder_folder import open_decoder
-from jax_moe.porting.engine import Piece, Plan, assemble, make_plan
+from jax_moe.porting.engine import Piece, Plan, assemble, make_plan, their_names
 from jax_moe.porting.families.hf import decoder_tables
 from jax_moe.porting.files import check_target, writing
 from jax_moe.porting.hf_folder import check_head, config_text, copy_others, decoder_shapes, is_hf, open_folder
@@ -25,6 +25,7 @@ from jax_moe.porting.shards import plan_shards
 from jax_moe.porting.stacking import theirs_from
 from jax_moe.porting.stream import Advance, Readings, identity, resumable, room_for, write_shards
 from jax_moe.porting.tensor_file import DTYPES, Header
+from jax_moe.stored import kept_paths
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
@@ -40,6 +41,8 @@ class Source:
     plan: Plan
     tensors: dict[str, Header]
     ours: bool  # whose names the tensors have
+    others: Path  # the folder with its tokenizer
+    kept: frozenset[str]  # names of those that keep their dtype
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ def port_decoder(
     """
     require(max_shard_bytes >= 1, "max_shard_bytes", max_shard_bytes, "at least 1")
     with open_source(source) as found:
-        read = Readings(found.tensors, dtype, allow_nonfinite, str(source)).converted()
+        read = Readings(found.tensors, dtype, allow_nonfinite, str(source), found.kept).converted()
         if dtype is not None:
-            found = replace(found, text=config_text(found.text, json.loads(found.text), dtype))
+            found = replace(found, text=config_text(found.text, parse_json(found.text, found.path), dtype))
         write = _write_hf if to == "hf" else _write_orbax
         files, kept = write(replace(found, tensors=read), target, max_shard_bytes, overwrite, progress, say, also)
     elements = sum(math.prod(shape) for shape in found.plan.our_shapes.values())
@@ -79,11 +82,14 @@ def open_source(path: Path) -> Iterator[Source]:
     if is_hf(path):
         with open_folder(path) as folder:
             check_head(folder)
-            yield Source(path, folder.model_type, folder.origin.config_json, folder.config, folder.plan, folder.stored, False)
+            kept = their_names(folder.plan, kept_paths(folder.model))
+            text = folder.origin.config_json
+            yield Source(path, folder.model_type, text, folder.config, folder.plan, folder.stored, False, path, kept)
         return
     origin, model, arrays = open_decoder(path)
     plan = make_plan(decoder_tables(model.config, origin.model_type)[0], decoder_shapes(model))
-    yield Source(path, origin.model_type, origin.config_json, model.config, plan, arrays, True)
+    others, kept = Path(origin.directory), kept_paths(model)
+    yield Source(path, origin.model_type, origin.config_json, model.config, plan, arrays, True, others, kept)
 
 
 def replaceable(path: Path) -> bool:
@@ -104,7 +110,7 @@ def _write_hf(
     with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", total) as advance:
         kept = write_shards(part, tensors, shards, advance)
         (part / "config.json").write_text(source.text, encoding="utf-8")
-        copy_others(source.path, part)
+        copy_others(source.others, part)
         also(part)
     return len(shards), kept
 
@@ -125,7 +131,7 @@ def _write_orbax(
             advance(arrays[name].nbytes)
         about["files"] = write_orbax(part, arrays)
         write_about(part, about)
-        copy_others(source.path, part)
+        copy_others(source.others, part)
         also(part)
         verify_orbax(part, about["files"], arrays, advance)
     return 0, 0

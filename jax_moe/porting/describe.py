@@ -7,6 +7,7 @@ from jax_moe.decoder_config import DecoderConfig, RopeConfig
 
 _PRIORITY = {
     "token": "in token order", "choice": "first choices first", "probability": "highest probability first",
+    "batch": "tokens with the highest weight first, their first choices before all second ones",
 }
 _GROUP = {"batch": "the whole batch", "sequence": "one sequence"}
 

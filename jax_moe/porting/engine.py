@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,11 @@ def make_plan(table: Table, our_shapes: Shapes) -> Plan:
         raise PortError(f"layout {table.name} has no names for", missing=uncovered)
     constants = {name: value for one in table.constants for name, value in _constants(one, sizes)}
     return Plan(table, dict(our_shapes), tuple(pieces), their_shapes, constants)
+
+
+def their_names(plan: Plan, paths: Collection[str]) -> frozenset[str]:
+    """Their names of the tensors that hold our arrays at these paths."""
+    return frozenset(piece.theirs for piece in plan.pieces if piece.ours in paths)
 
 
 def check(

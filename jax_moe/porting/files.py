@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_moe.guarded import refuse_pointer_file, shorten
 from jax_moe.porting.alone import alone
 
 PT_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PT_SUFFIXES)
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 COMPARED = 1 << 19  # bytes at a time: they stay in the cache
 
 
@@ -42,9 +44,14 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """One tensor after the other, so that the file is never held twice."""
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer_file(path)
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}
+            dtypes = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
+            odd = [f"{shorten(name)} is {dtype}" for name, dtype in dtypes.items() if dtype not in READABLE]
+            if odd:
+                raise ValueError(f"{path}: must hold tensors of {', '.join(READABLE)}; {', '.join(odd[:20])}")
+            return {name: file.get_tensor(name) for name in dtypes}
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short ({reason})") from None
@@ -99,7 +106,7 @@ def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     if there:
         if not overwrite:
-            raise ValueError(f"{path}: exists already; --overwrite replaces it")
+            raise ValueError(f"{path}: exists already; overwrite=True replaces it")
         if not replaceable(path):
             raise ValueError(f"{path}: exists and is not a checkpoint; it is not replaced")
     if not path.parent.is_dir():

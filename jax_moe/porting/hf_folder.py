@@ -13,12 +13,15 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.decoder_config import DecoderConfig, Origin
+from jax_moe.guarded import read_json, read_object
 from jax_moe.models.decoder import Decoder
+from jax_moe.porting.about import instead
 from jax_moe.porting.engine import Plan, PortError, check, make_plan
 from jax_moe.porting.families.hf import decoder_tables, family_named
 from jax_moe.porting.files import same_bits
-from jax_moe.porting.shards import BIN, BIN_INDEX, INDEX, SINGLE, open_weights
+from jax_moe.porting.shards import files_of, open_weights
 from jax_moe.porting.tensor_file import Header
+from jax_moe.stored import stored_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Beside config.json and the weights: copied as they are. Code (.py) never is.
@@ -26,6 +29,10 @@ COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )
+
+
+NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers skips it too, and writes it no longer
+TIED = "must be model.embed_tokens.weight, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class HFFolder:
 def is_hf(path: Path) -> bool:
     """Whether a folder's config.json is one of Hugging Face's."""
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "format" not in values and ("model_type" in values or "architectures" in values)
@@ -78,7 +85,8 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
     text, values = _read_config(path)
     with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
-    with open_weights(path) as headers:
+    with open_weights(path) as found:
+        headers = {name: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
         with _named(path / "config.json"):
             check_layers(values, headers)
             config = family.config(values)
@@ -87,7 +95,7 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
         model = abstract_decoder(config, origin)
         plans = [make_plan(table, decoder_shapes(model)) for table in decoder_tables(config, family.model_type)]
         plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
-        headers, head = _tied_head_apart(config, headers)
+        headers, head = _tied_head_apart(config, headers, path)
         check(plan, headers, f"{path} (layout {plan.table.name})")
         yield HFFolder(path, origin, model, plan, headers, head)
 
@@ -99,24 +107,18 @@ def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Dec
 
 def decoder_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """{our path: shape} of a decoder."""
-    return {".".join(map(str, keys)): v.shape for keys, v in nnx.to_flat_state(nnx.state(model))}
+    return {path: v.shape for path, v in stored_variables(model).items()}
 
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold a folder's weights; of an opened folder, so that its index is known to be whole."""
-    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
-        if (path / index).is_file():
-            listed = json.loads((path / index).read_text(encoding="utf-8"))["weight_map"]
-            return [path / name for name in sorted(set(listed.values()))]
-        if (path / single).exists():
-            return [path / single]
-    return []
+    return [path / name for name in files_of(path)[0]]
 
 
 def check_head(folder: HFFolder) -> None:
     """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
     if folder.head is not None and not same_bits(folder.head.read(), folder.headers["model.embed_tokens.weight"].read()):
-        raise PortError(f"{folder.path} (layout {folder.plan.table.name})", unexpected=["lm_head.weight"])
+        raise PortError(f"{folder.path} (layout {folder.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
 
 
 def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
@@ -161,15 +163,10 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
     file = path / "config.json"
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text)
+        values = read_object(file)
     except FileNotFoundError:
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: must be JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: must hold an object")
-    return text, values
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}") from None
+    return file.read_text(encoding="utf-8"), values
 
 
 @contextmanager
@@ -181,10 +178,12 @@ def _named(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _tied_head_apart(config: DecoderConfig, headers: dict[str, Header]) -> tuple[dict[str, Header], Header | None]:
+def _tied_head_apart(
+    config: DecoderConfig, headers: dict[str, Header], path: Path
+) -> tuple[dict[str, Header], Header | None]:
     head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
     if not config.tied_embeddings or head is None or embedding is None:
         return headers, None
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
-        return headers, None
+        raise PortError(str(path), wrong=[f"lm_head.weight is {head.dtype}{list(head.shape)}, {TIED}"])
     return {name: header for name, header in headers.items() if name != "lm_head.weight"}, head

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_moe.porting.files import same_bits
@@ -103,10 +104,11 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def read_orbax(path: Path, sums: Sums) -> dict[str, Header]:
+def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, Header]:
     """{our path: header}. Raises ValueError for what is no whole checkpoint.
 
     Small files, among which those that say where the arrays are, are tested here; the others at the first reading.
+    `within` names the branch that is read, such as the weights beside an optimizer's state.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -117,8 +119,11 @@ def read_orbax(path: Path, sums: Sums) -> dict[str, Header]:
     with quiet():
         try:
             with plain(path) as source:
-                leaves = _flat(ocp.checkpointables_metadata(source).metadata[ITEM])
-            read = _Reader(path, {name: digest for name, (size, digest) in sums.items() if size > SMALL}, leaves)
+                tree = ocp.checkpointables_metadata(source).metadata[ITEM]
+            leaves = _flat(tree if within is None else tree[within])
+            others = {} if within is None else {name: branch for name, branch in tree.items() if name != within}
+            large = {name: digest for name, (size, digest) in sums.items() if size > SMALL}
+            read = _Reader(path, large, leaves, others, within)
             return {name: Header(tuple(one.shape), np.dtype(one.dtype), partial(read, name)) for name, one in leaves.items()}
         except Exception as error:  # Orbax raises a dozen kinds
             raise damaged(path, str(error)) from None
@@ -144,8 +149,10 @@ def damaged(path: Path, reason: str) -> ValueError:
 class _Reader:
     """Reads one array by its path, once the files are known to be whole."""
 
-    def __init__(self, path: Path, untested: dict[str, str], leaves: Mapping[str, Any]):
-        self.path, self.untested, self.leaves = path, untested, leaves
+    def __init__(
+        self, path: Path, untested: dict[str, str], leaves: Mapping[str, Any], others: Mapping[str, Any], within: str | None
+    ):
+        self.path, self.untested, self.leaves, self.others, self.within = path, untested, leaves, others, within
 
     def __call__(self, wanted: str) -> np.ndarray:
         from orbax.checkpoint import v1 as ocp
@@ -153,11 +160,14 @@ class _Reader:
         _test(self.path, self.untested)
         self.untested = {}
         leaf = self.leaves[wanted]
-        like = dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)}
+        like: Any = _nested(dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)})
+        if self.within is not None:
+            like = {**jax.tree.map(lambda _: ocp.PLACEHOLDER, self.others), self.within: like}
         with quiet():
             try:
                 with plain(self.path) as source:
-                    return _flat(ocp.load_checkpointables(source, {ITEM: _nested(like)})[ITEM])[wanted]
+                    found = ocp.load_checkpointables(source, {ITEM: like})[ITEM]
+                return _flat(found if self.within is None else found[self.within])[wanted]
             except Exception as error:
                 raise damaged(self.path, str(error)) from None
 

@@ -1,6 +1,5 @@
 """Hugging Face folders: `load_pretrained` makes a Decoder of one, `save_pretrained` writes one."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_moe.guarded import parse_json
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.engine import make_plan
 from jax_moe.porting.families.hf import FAMILIES, decoder_tables, family_named
-from jax_moe.porting.files import check_space, writing
+from jax_moe.porting.files import check_space
 from jax_moe.porting.hf_folder import check_head, config_text, copy_others, open_folder
 from jax_moe.porting.shards import DTYPES, write_weights
 from jax_moe.porting.stacking import place_all, theirs_from
+from jax_moe.porting.targets import saving
 from jax_moe.sharding import mesh_in_use
+from jax_moe.stored import kept_paths, stored_state, stored_variables
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -27,15 +29,18 @@ def load_pretrained(
 ) -> Decoder:
     """The decoder in a folder that `transformers` or `save_pretrained` wrote.
 
-    Weights keep the dtype they are stored in, unless `dtype` names another. One stacked array at a time passes through host
+    Weights keep the dtype they are stored in, unless `dtype` names another; a router's correction bias keeps its own
+    all the same. One stacked array at a time passes through host
     memory; on a `mesh` (or the one that `jax.set_mesh` has set) experts are split over its expert axis, one device's part at
     a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
     """
-    path, target = Path(directory), None if dtype is None else _float_dtype(dtype)
+    path, target = Path(directory), None if dtype is None else float_dtype(dtype)
     with open_folder(path) as folder:
         check_head(folder)
-        arrays = place_all(folder.plan, folder.headers, target, mesh or mesh_in_use(), allow_nonfinite, str(path))
-    flat = nnx.to_flat_state(nnx.state(folder.model))
+        arrays = place_all(
+            folder.plan, folder.headers, target, mesh or mesh_in_use(), allow_nonfinite, str(path), kept_paths(folder.model)
+        )
+    flat = nnx.to_flat_state(stored_state(folder.model))
     filled = [(keys, v.replace(arrays[".".join(map(str, keys))])) for keys, v in flat]
     nnx.update(folder.model, nnx.from_flat_state(filled))
     return folder.model
@@ -47,8 +52,9 @@ def save_pretrained(
 ) -> None:
     """Writes config.json, the weights under the family's own names and, of a loaded model, the tokenizer's files.
 
-    Whole or not at all. `model_type` names the family of a decoder that was not loaded. Raises ValueError if the folder
-    exists (without `overwrite`) or cannot be written, or if the family cannot say this contract.
+    Whole or not at all. The folder may be there if it is empty; one with a checkpoint in it is replaced with `overwrite`;
+    missing parents are made. `model_type` names the family of a decoder that was not loaded. Raises ValueError if the folder
+    holds anything else or cannot be written, or if the family cannot say this contract.
     """
     path = Path(directory)
     origin = model.origin
@@ -56,12 +62,12 @@ def save_pretrained(
         raise ValueError(f"model_type=None: must be one of {', '.join(FAMILIES)} for a decoder that was not loaded")
     family = family_named(model_type or origin.model_type)  # type: ignore[union-attr]
     loaded = origin if origin is not None and origin.model_type == family.model_type else None
-    values = family.values(model.config) if loaded is None else json.loads(loaded.config_json)
-    arrays = {".".join(map(str, keys)): v[...] for keys, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    values = family.values(model.config) if loaded is None else parse_json(loaded.config_json, "config.json")
+    arrays = {path: v[...] for path, v in stored_variables(model).items()}
     plan = make_plan(decoder_tables(model.config, family.model_type)[0], {name: a.shape for name, a in arrays.items()})
     theirs = theirs_from(plan, arrays)
     text = config_text(None if loaded is None else loaded.config_json, values, np.dtype(arrays["embedding"].dtype))
-    with writing(path, overwrite, replaceable=lambda old: (old / "config.json").is_file()) as part:
+    with saving(path, overwrite, lambda old: (old / "config.json").is_file()) as part:
         check_space(path, sum(header.nbytes for header in theirs.values()))
         part.mkdir()
         write_weights(part, theirs, max_shard_bytes)
@@ -70,7 +76,8 @@ def save_pretrained(
             copy_others(Path(loaded.directory), part)
 
 
-def _float_dtype(dtype: Any) -> np.dtype:
+def float_dtype(dtype: Any) -> np.dtype:
+    """numpy's dtype of a float dtype that weights may have. Raises ValueError for another."""
     try:
         found = np.dtype(jnp.dtype(dtype))
     except TypeError:

@@ -90,6 +90,21 @@ def config_of(family: str, shapes: Shapes, choices: Choices) -> MakeMoEConfig | 
     )
 
 
+def assumed_choices(family: str, config: MakeMoEConfig | MoEConfig | SoftMoEConfig, choices: Choices) -> dict[str, Any]:
+    """{setting: value} of what no weight tells and nobody gave: the published values that `config` has."""
+    given = choices.given()
+    if family == "switch":
+        return {} if given else {"expert_capacity": SLOTS}
+    values = config.__dict__
+    if isinstance(config, MoEConfig):
+        capacity = config.capacity
+        values = {
+            "top_k": config.top_k, "dropout": config.expert.dropout,
+            "capacity_factor": None if capacity is None else float(capacity.exact_factor),
+        }
+    return {name: values[name] for name in ASKED[family] if name not in given}
+
+
 def _language_model(shapes: Shapes, chosen: dict[str, Any]) -> MakeMoEConfig:
     D = _size(shapes, r"token_embedding_table\.weight|lm_head\.weight", 1)
     return MakeMoEConfig(

@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from jax_moe.guarded import read_object
 from jax_moe.porting.tensor_file import DTYPES, Header, map_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -14,7 +16,7 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 @contextmanager
 def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
     """{name: header} of all tensors of the folder. Raises ValueError naming every missing, broken or contradictory file."""
-    files, listed = _files(directory)
+    files, listed = files_of(directory)
     errors: list[str] = []
     headers: dict[str, Header] = {}
     for file in files:
@@ -38,27 +40,31 @@ def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
     yield headers
 
 
-def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The files that hold the weights and, for a set of shards, {tensor: file}."""
+def files_of(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files that hold the weights and, for a set of shards, {tensor: file}.
+
+    Where a folder was saved twice and holds both a single file and an index, the single file counts, as in transformers.
+    """
     for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
+        if (directory / single).exists():
+            return [single], None
         if (directory / index).is_file():
             listed = _read_index(directory / index)
             return sorted(set(listed.values())), listed
-        if (directory / single).exists():
-            return [single], None
     raise ValueError(f"{directory}: must hold {SINGLE} or {INDEX} (or {BIN} or {BIN_INDEX})")
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: must be JSON with a weight_map") from None
+    listed = read_object(path).get("weight_map")
     # a plain file name: an index must not make us read elsewhere
-    fits = isinstance(listed, dict) and listed and all(isinstance(f, str) and f == Path(f).name != "" for f in listed.values())
-    if not fits:
+    fits = isinstance(listed, dict) and listed and all(_plain_name(file) for file in listed.values())
+    if not fits or not isinstance(listed, dict):
         raise ValueError(f"{path}: weight_map must say, for every tensor, the name of a file in this folder")
     return listed
+
+
+def _plain_name(file: Any) -> bool:
+    return isinstance(file, str) and "\0" not in file and file == Path(file).name != ""
 
 
 def _open(path: Path) -> dict[str, Header]:

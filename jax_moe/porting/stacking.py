@@ -1,6 +1,6 @@
 """Our stacked arrays from the tensors of files, straight to their devices; and back, one tensor at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -19,14 +19,19 @@ CHUNK = 1 << 18  # bytes looked at a time: they stay in the cache
 
 
 def place_all(
-    plan: Plan, headers: Mapping[str, Header], dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool, where: str
+    plan: Plan, headers: Mapping[str, Header], dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool, where: str,
+    kept: Collection[str] = (),
 ) -> dict[str, jax.Array]:
     """{our path: array on its devices}, each assembled in host memory by itself; `headers` have passed `check`.
+
+    `kept` are paths of arrays that keep their dtype whatever `dtype` is.
 
     Raises PortError naming every tensor with NaN or infinity (or too large for `dtype`), and rather than let jax narrow.
     """
     by_path = {path: list(pieces) for path, pieces in groupby(plan.pieces, key=lambda piece: piece.ours)}
     dtypes = {path: dtype or headers[pieces[0].theirs].dtype for path, pieces in by_path.items()}
+    for path in by_path.keys() & kept:  # the widest in which a layer stores it
+        dtypes[path] = max((headers[piece.theirs].dtype for piece in by_path[path]), key=lambda one: one.itemsize)
     narrowed = [f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype]
     if narrowed:
         raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=narrowed)

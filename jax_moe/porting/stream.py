@@ -7,7 +7,7 @@ folder stays and the same port goes on from it; after an error, or once the targ
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.guarded import read_json
 from jax_moe.porting.alone import alone
 from jax_moe.porting.engine import PortError
 from jax_moe.porting.files import check_space, check_target, put_in_place, sync
@@ -82,13 +83,14 @@ class Readings:
     dtype: np.dtype | None
     allow_nonfinite: bool
     where: str
+    kept: Collection[str] = ()  # names of those that keep their dtype
 
     def converted(self) -> dict[str, Header]:
         """The same tensors with the dtype they will have."""
         return {name: Header(one.shape, self._dtype(name), self._reader(name)) for name, one in self.headers.items()}
 
     def _dtype(self, name: str) -> np.dtype:
-        if self.dtype is None or name.endswith("correction_bias"):
+        if self.dtype is None or name in self.kept:
             return self.headers[name].dtype
         return self.dtype
 
@@ -172,6 +174,6 @@ def room_for(path: Path, needed: int) -> None:
 
 def _note(outer: Path) -> Any:
     try:
-        return json.loads((outer / NOTE).read_text(encoding="utf-8"))
+        return read_json(outer / NOTE)
     except (OSError, ValueError):
         return None

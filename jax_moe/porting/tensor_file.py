@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_moe.guarded import refuse_pointer_file
 from jax_moe.porting.files import same_bits
 
 DTYPES = {
@@ -46,6 +47,7 @@ def map_tensors(path: Path) -> dict[str, Header]:
     """
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer_file(path)
     try:
         with safe_open(path, framework="np") as file:
             whole = set(file.keys())

@@ -9,6 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_moe.guarded import refuse_pointer_file, require_memory, shorten
+from jax_moe.porting.wrapped import unwrapped
+
+EXPANDED = 1 << 20  # bytes: a small tensor may be expanded, as a mask often is
+
 
 def import_torch(why: str) -> Any:
     """torch, or a ValueError that says what needs it."""
@@ -23,10 +28,25 @@ def import_torch(why: str) -> Any:
 def tensor_to_numpy(tensor: Any) -> np.ndarray:
     """A copy with the same bits; bf16 becomes ml_dtypes.bfloat16."""
     torch = import_torch("a tensor")
+    judge(tensor)
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
     return tensor.numpy().copy()
+
+
+def judge(tensor: Any) -> int:
+    """Bytes of the tensor. Raises ValueError for one without numbers, or that says more of them than its file holds."""
+    torch = import_torch("a tensor")
+    if tensor.device.type == "meta":
+        raise ValueError("is a meta tensor, which has no numbers")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"is {tensor.layout if tensor.layout != torch.strided else tensor.dtype}, must be a plain tensor")
+    needed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if needed > max(stored, EXPANDED):
+        shape = shorten(list(tensor.shape))
+        raise ValueError(f"says {needed:,} bytes ({shape}) where {stored:,} are stored: must be saved after .contiguous()")
+    return needed
 
 
 def numpy_to_tensor(array: np.ndarray) -> Any:
@@ -93,6 +113,7 @@ def write_training_pt(path: Path, whole: Mapping[str, Any]) -> None:
 
 def _load_any(path: Path, mapped: bool) -> Any:
     torch = import_torch(f"{path}: reading it")
+    refuse_pointer_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols
@@ -100,21 +121,32 @@ def _load_any(path: Path, mapped: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen kinds for a file that is not its own
         if "Unsupported global" in str(error):
-            raise ValueError(f"{path}: refused, its pickle holds code or objects other than tensors") from None
+            cure = "where it was made, `torch.save(model.state_dict(), FILE)` saves what can be read"
+            raise ValueError(f"{path}: refused, its pickle holds code or objects other than tensors; {cure}") from None
         raise ValueError(f"{path}: must be a whole PyTorch checkpoint of tensors, it is not one or is cut short") from None
 
 
 def _load_pt(path: Path, mapped: bool) -> dict[str, Any]:
-    return _tensors(path, _load_any(path, mapped))
+    return _tensors(path, unwrapped(_load_any(path, mapped)), mapped)
 
 
-def _tensors(path: Path, state: Any) -> dict[str, Any]:
+def _tensors(path: Path, state: Any, mapped: bool = False) -> dict[str, Any]:
     torch = import_torch(f"{path}: reading it")
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: must hold a state dict (names and tensors), holds a {type(state).__name__}")
-    odd = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor) or not isinstance(name, str)]
+    odd = [shorten(name) for name, value in state.items() if not isinstance(value, torch.Tensor) or not isinstance(name, str)]
     if odd:
         raise ValueError(f"{path}: must hold a state dict (names and tensors); not tensors: {', '.join(odd[:20])}")
+    needed, wrong = 0, []
+    for name, value in state.items():
+        try:
+            needed += judge(value)
+        except ValueError as error:
+            wrong.append(f"{shorten(name)} {error}")
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong[:20])}")
+    if not mapped:
+        require_memory(needed, str(path))
     return dict(state)
 
 

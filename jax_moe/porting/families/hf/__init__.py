@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from jax_moe.decoder_config import DecoderConfig
+from jax_moe.porting.families.hf import granitemoe, mixtral, qwen2_moe
 from jax_moe.porting.families.hf.family import Family
 from jax_moe.porting.families.hf.granitemoe import GRANITEMOE
 from jax_moe.porting.families.hf.mixtral import MIXTRAL
@@ -19,6 +20,19 @@ def family_named(model_type: object) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def layer_tables() -> tuple[Table, ...]:
+    """One mixture by itself, as the blocks of transformers 5 name it in memory and the files of the families on disk.
+
+    Mixtral's, Qwen3-MoE's and OLMoE's blocks have the same names in memory.
+    """
+    rows = {
+        "hf_fused": mixtral.FUSED, "hf_fused_shared": (*qwen2_moe.FUSED, *qwen2_moe.SHARED),
+        "hf_experts": qwen2_moe.PER_EXPERT, "hf_experts_shared": (*qwen2_moe.PER_EXPERT, *qwen2_moe.SHARED),
+        "hf_granitemoe_in_memory": granitemoe.IN_MEMORY, "hf_granitemoe": granitemoe.ON_DISK,
+    }
+    return tuple(Table(name, each) for name, each in rows.items())
 
 
 def decoder_tables(config: DecoderConfig, model_type: str | None) -> tuple[Table, ...]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from jax_moe.config import MoEConfig
 from jax_moe.decoder_config import DecoderConfig
-from jax_moe.porting.families.hf.settings import ACTIVATIONS, Settings, write_rope
+from jax_moe.porting.families.hf.rope_settings import read_rope, write_rope
+from jax_moe.porting.families.hf.settings import ACTIVATIONS, REFUSED, Settings
 from jax_moe.porting.table import Row, Table, stacked
 
 
@@ -26,6 +27,8 @@ class Family:
         settings = Settings(values)
         settings.must_be("model_type", self.model_type, "the family")
         settings.must_be("quantization_config", {}, "quantised weights are not supported")
+        settings.must_be("is_causal", True, "a decoder sees what stands before")
+        settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
         config = None
         try:
             config = self.read(settings)
@@ -90,35 +93,45 @@ def decoder_table(name: str, mixture: tuple[Row, ...], within: str) -> Table:
 
 
 def read_decoder(
-    settings: Settings, moe: MoEConfig, *, theta: float = 10000.0, norm_eps: float = 1e-6, **own: Any
+    settings: Settings, moe: MoEConfig, *, max_positions: int = 2048, kv_heads: int | None = None, null_kv_heads: bool = True,
+    theta: float = 10000.0, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
 ) -> DecoderConfig:
-    """What every family's config.json says in the same words; `own` are the family's fields. May raise ValueError."""
+    """What every family's config.json says in the same words; `own` are the family's fields. May raise ValueError.
+
+    The others are what transformers takes where config.json is silent: `kv_heads` None is one for each query head, which null
+    means too where `null_kv_heads`.
+    """
     heads, width = settings.size("num_attention_heads"), settings.size("hidden_size")
-    max_positions = settings.integer("max_position_embeddings", 2048)
+    max_positions = settings.integer("max_position_embeddings", max_positions)
+    null = heads if null_kv_heads else REFUSED
+    head_dim = width // heads
     expert = dataclasses.replace(moe.expert, activation=settings.activation())
     return DecoderConfig(**{
         "vocab_size": settings.size("vocab_size"),
         "model_dim": width,
         "num_layers": settings.size("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": settings.integer("num_key_value_heads", heads),
-        "head_dim": settings.integer("head_dim", width // heads),
+        "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=null),
+        "head_dim": settings.integer("head_dim", head_dim, null=head_dim),
         "moe": dataclasses.replace(moe, expert=expert),
         "max_positions": max_positions,
-        "rope": settings.rope(theta, max_positions),
+        "rope": read_rope(settings, theta, max_positions),
         "norm_eps": settings.number("rms_norm_eps", norm_eps),
         "attention_dropout": settings.number("attention_dropout", 0.0),
         "tied_embeddings": settings.flag("tie_word_embeddings", False),
-        "balance_loss_weight": settings.number("router_aux_loss_coef", 0.001),
+        "balance_loss_weight": settings.number("router_aux_loss_coef", aux),
     } | own)
 
 
 def read_moe(make: Callable[..., MoEConfig], settings: Settings, width: str, **own: Any) -> MoEConfig:
-    """A preset at this config.json's sizes; `width` is the family's name of an expert's width."""
-    experts, top_k = settings.size("num_local_experts", "num_experts"), settings.size("num_experts_per_tok")
-    if top_k > experts:
-        settings.errors.append(f"num_experts_per_tok={top_k}: must be at most the number of experts, {experts}")
-    return make(settings.size("hidden_size"), settings.size(width), experts, min(top_k, experts), **own)
+    """A preset at this config.json's sizes; `width` is the family's name of an expert's width.
+
+    The number of experts has two names, of which transformers takes one or both, by family: they must agree.
+    """
+    number, top_k = settings.size("num_local_experts", "num_experts"), settings.size("num_experts_per_tok")
+    if top_k > number:
+        settings.errors.append(f"num_experts_per_tok={top_k}: must be at most the number of experts, {number}")
+    return make(settings.size("hidden_size"), settings.size(width), number, min(top_k, number), **own)
 
 
 def write_decoder(config: DecoderConfig, experts: str, width: str) -> dict[str, Any]:

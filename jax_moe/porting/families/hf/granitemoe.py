@@ -14,7 +14,7 @@ def read(settings: Settings) -> DecoderConfig:
     moe = read_moe(presets.granite_moe, settings, "intermediate_size")
     bias = settings.flag("attention_bias", False)
     return read_decoder(
-        settings, moe, qkv_bias=bias, output_bias=bias,
+        settings, moe, max_positions=2048, qkv_bias=bias, output_bias=bias,
         embedding_multiplier=settings.number("embedding_multiplier", 1.0),
         attention_multiplier=settings.number("attention_multiplier", 1.0),
         residual_multiplier=settings.number("residual_multiplier", 1.0),

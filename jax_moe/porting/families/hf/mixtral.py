@@ -12,10 +12,13 @@ from jax_moe.porting.table import Row
 
 def read(settings: Settings) -> DecoderConfig:
     """The contract."""
-    moe = read_moe(presets.mixtral, settings, "intermediate_size", jitter_eps=settings.number("router_jitter_noise", 0.0))
+    moe = read_moe(
+        presets.mixtral, settings, "intermediate_size",
+        jitter_eps=settings.number("router_jitter_noise", 0.0),
+    )
     window, layers = settings.integer("sliding_window", None), settings.size("num_hidden_layers")
     sliding = {"sliding_window": window, "sliding_layers": () if window is None else tuple(range(layers))}
-    return read_decoder(settings, moe, theta=1e6, norm_eps=1e-5, **sliding)
+    return read_decoder(settings, moe, max_positions=131072, kv_heads=8, theta=1e6, norm_eps=1e-5, **sliding)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ def read(settings: Settings) -> DecoderConfig:
         moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, renormalise="sum"))
     bias = settings.flag("attention_bias", False)
     return read_decoder(
-        settings, moe, norm_eps=1e-5, qkv_bias=bias, output_bias=bias, qk_norm="full_width",
-        clip_qkv=settings.number("clip_qkv", None), balance_loss_weight=settings.number("router_aux_loss_coef", 0.01),
+        settings, moe, max_positions=4096, norm_eps=1e-5, aux=0.01, qkv_bias=bias, output_bias=bias, qk_norm="full_width",
+        clip_qkv=settings.number("clip_qkv", None),
     )
 
 

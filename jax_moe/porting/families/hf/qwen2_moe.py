@@ -29,7 +29,7 @@ SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weigh
 
 def dense_layers(settings: Settings) -> dict[str, Any]:
     """A layer has a mixture unless named in mlp_only_layers or skipped by decoder_sparse_step."""
-    layers, every = settings.size("num_hidden_layers"), max(settings.integer("decoder_sparse_step", 1), 1)
+    layers, every = settings.size("num_hidden_layers"), settings.integer("decoder_sparse_step", 1, least=1)
     named = settings.integers("mlp_only_layers")
     dense = tuple(i for i in range(layers) if i in named or (i + 1) % every)
     return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
@@ -54,17 +54,21 @@ def sliding(settings: Settings) -> dict[str, Any]:
     slides = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     if slides and not on:
         settings.errors.append("layer_types names sliding_attention: use_sliding_window must be true")
-    return {"sliding_window": settings.integer("sliding_window", 4096) if slides else None, "sliding_layers": slides}
+    window = settings.integer("sliding_window", 4096, least=1) if slides else None
+    return {"sliding_window": window, "sliding_layers": slides}
 
 
 def read(settings: Settings) -> DecoderConfig:
     """The contract."""
     moe = read_moe(
-        presets.qwen2_moe, settings, "moe_intermediate_size", shared_dim=settings.size("shared_expert_intermediate_size"),
-        renormalise=settings.flag("norm_topk_prob", False),
+        presets.qwen2_moe, settings, "moe_intermediate_size",
+        shared_dim=settings.size("shared_expert_intermediate_size"), renormalise=settings.flag("norm_topk_prob", False),
     )
     bias = settings.flag("qkv_bias", True)
-    return read_decoder(settings, moe, qkv_bias=bias, **dense_layers(settings), **sliding(settings))
+    return read_decoder(
+        settings, moe, max_positions=32768, kv_heads=16, null_kv_heads=False, qkv_bias=bias, **dense_layers(settings),
+        **sliding(settings),
+    )
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:

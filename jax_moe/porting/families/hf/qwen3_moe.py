@@ -12,12 +12,15 @@ from jax_moe.porting.families.hf.settings import Settings
 def read(settings: Settings) -> DecoderConfig:
     """The contract."""
     moe = read_moe(
-        presets.qwen3_moe, settings, "moe_intermediate_size", renormalise=settings.flag("norm_topk_prob", False)
+        presets.qwen3_moe, settings, "moe_intermediate_size",
+        renormalise=settings.flag("norm_topk_prob", False),
     )
     bias, layers = settings.flag("attention_bias", False), settings.size("num_hidden_layers")
-    window = settings.integer("sliding_window", 4096) if settings.flag("use_sliding_window", False) else None
+    slides = settings.flag("use_sliding_window", False)
+    window = settings.integer("sliding_window", 4096, null=None, least=1) if slides else None
     return read_decoder(
-        settings, moe, qkv_bias=bias, output_bias=bias, qk_norm="per_head", sliding_window=window,
+        settings, moe, max_positions=32768, kv_heads=4, null_kv_heads=False, qkv_bias=bias, output_bias=bias,
+        qk_norm="per_head", sliding_window=window,
         sliding_layers=() if window is None else tuple(range(layers)), **dense_layers(settings),
     )
 

@@ -1,0 +1,113 @@
+"""Array arguments checked by name, before anything is computed: kind, shape and, where a value is there to be seen, range.
+
+Shapes cost nothing under jit, where they are checked while tracing. A traced value has no numbers yet: what is out of range
+then gives NaN, not another expert's answer.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe.config import MoEConfig
+from jax_moe.dims import Array
+from jax_moe.shapes import (
+    Dim,
+    Sizes,
+    check_choice_values,
+    check_holds,
+    check_shape,
+    check_token_range,
+    check_width,
+    dims_of,
+    dims_of_settings,
+    kind_of,
+    role_and_dims,
+    type_name,
+)
+
+DTYPES: dict[str, Any] = {"bool": jnp.bool_, "integer": jnp.integer, "floating": jnp.floating}
+
+
+def check_kind(name: str, value: Any) -> Array:
+    """The array; numpy's become jax's. Raises ValueError for what is no array, or holds something else than its name says."""
+    kind, dims = kind_of(name), role_and_dims(name)[1]
+    if not isinstance(value, jax.Array | np.ndarray | np.generic) and not hasattr(value, "__jax_array__"):
+        asked = f"an array of {kind}s [{', '.join(dims)}]" if dims else f"an array of one {kind}"
+        cure = "np.asarray of lists of one length makes one" if isinstance(value, list | tuple) else "of jax or numpy"
+        raise ValueError(f"{name} is a {type_name(value)}: must be {asked}; {cure}")
+    check_holds(name, value.dtype, next((one for one, dtype in DTYPES.items() if jnp.issubdtype(value.dtype, dtype)), ""))
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def checked(sizes: Sizes, leading: str = "", **arrays: Any) -> dict[str, Any]:
+    """The arrays by name, each of its kind and shape, `leading` dims first. Those that are None are left out.
+
+    Raises ValueError "mask_BT has shape (1, 5): must be (2, 5), the B and T of x_BTD", or for another kind.
+    """
+    found = {name: check_kind(name, value) for name, value in arrays.items() if value is not None}
+    for name, value in found.items():
+        check_shape(name, value.shape, sizes, leading)
+    return found
+
+
+def checked_input(name: str, value: Any, model_dim: int | None = None) -> tuple[Array, dict[str, Dim]]:
+    """The array that others are held against, and its dims. Raises ValueError for another kind, rank or width."""
+    value = check_kind(name, value)
+    sizes = dims_of(name, value.shape)
+    if model_dim is not None:
+        check_width(name, value.shape[-1], model_dim)
+    return value, sizes
+
+
+def visible(value: Any) -> np.ndarray | None:
+    """The numbers, where there are any on this process's devices; None of a traced value."""
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    return np.asarray(value)
+
+
+def check_choices(name: str, expert: Any, num_experts: int, mask: Any = None, different: bool = True) -> None:
+    """Raises ValueError unless every token's K choices are experts of 0 to num_experts - 1, all different, where visible.
+
+    Padding may name anything. Shapes are checked elsewhere: a mask of another shape is passed over.
+    """
+    values, real = visible(expert), None if mask is None else visible(mask)
+    if values is None or not values.size or (mask is not None and (real is None or real.dtype != bool)):
+        return
+    if real is not None and real.shape != values.shape[-1 - real.ndim : -1]:
+        return
+    rows = values.reshape(-1, values.shape[-1]).astype(np.int64)
+    if real is not None:
+        rows = rows[np.broadcast_to(real, values.shape[:-1]).reshape(-1)]
+    outside, ranked = rows[(rows < 0) | (rows >= num_experts)], np.sort(rows, axis=-1)
+    twice = ranked[:, 1:][ranked[:, 1:] == ranked[:, :-1]] if different else ()
+    check_choice_values(name, outside, twice, num_experts, rows.shape[-1])
+
+
+def check_vocabulary(tokens_BT: Any, vocab_size: int) -> None:
+    """Raises ValueError for a token that is not in the vocabulary, where tokens are visible."""
+    values = visible(tokens_BT)  # numpy: a constant inside somebody's jit is checked too
+    if values is not None and values.size:
+        check_token_range(int(values.min()), int(values.max()), vocab_size)
+
+
+def moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> tuple[Array, dict[str, Any]]:
+    """A sparse layer's input and its arrays, all checked; None where one was not given."""
+    x_BTD, sizes = checked_input("x_BTD", x_BTD, config.model_dim)
+    found = checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
+    if "expert_BTK" in found:
+        check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))
+    return x_BTD, dict.fromkeys(arrays) | found
+
+
+def check_limit(limit: Any, capacity: int) -> Array | None:
+    """`capacity_limit` as an array. Raises ValueError unless it is one integer of 0 to the capacity, where it is visible."""
+    if limit is None:
+        return None
+    limit = checked({}, capacity_limit=jnp.asarray(limit) if isinstance(limit, int) else limit)["capacity_limit"]
+    value = visible(limit)
+    if value is not None and not 0 <= value <= capacity:
+        raise ValueError(f"capacity_limit={value}: must be 0 to {capacity}, the slots of an expert")
+    return limit

@@ -1,0 +1,78 @@
+"""Array arguments checked by name, before anything is computed: kind, shape and range."""
+
+from typing import Any
+
+import torch
+
+from jax_moe.shapes import (
+    Dim,
+    Sizes,
+    check_choice_values,
+    check_holds,
+    check_shape,
+    check_token_range,
+    check_width,
+    dims_of,
+    dims_of_settings,
+    kind_of,
+    role_and_dims,
+    type_name,
+)
+from torch_ref.config import MoEConfig
+from torch_ref.dims import Tensor
+
+__all__ = [
+    "Dim", "Sizes", "check_choices", "check_kind", "check_moe_arrays", "check_token_range", "checked", "checked_input",
+    "dims_of_settings",
+]
+
+
+def _holds(value: Tensor) -> str:
+    if value.dtype == torch.bool:
+        return "bool"
+    return "floating" if value.is_floating_point() else "complex" if value.is_complex() else "integer"
+
+
+def check_kind(name: str, value: Any) -> Tensor:
+    """The tensor. Raises ValueError for what is no tensor, or holds something else than its name says."""
+    kind, dims = kind_of(name), role_and_dims(name)[1]
+    if not isinstance(value, Tensor):
+        asked = f"a tensor of {kind}s [{', '.join(dims)}]"
+        raise ValueError(f"{name} is a {type_name(value)}: must be {asked}; torch.as_tensor of it makes one")
+    check_holds(name, value.dtype, _holds(value))
+    return value
+
+
+def checked(sizes: Sizes, leading: str = "", **arrays: Any) -> None:
+    """Raises ValueError for a tensor of another kind or shape than its name says, `leading` dims first; None is none."""
+    for name, value in arrays.items():
+        if value is not None:
+            check_shape(name, check_kind(name, value).shape, sizes, leading)
+
+
+def checked_input(name: str, value: Any, model_dim: int | None = None) -> dict[str, Dim]:
+    """The dims of the tensor that others are held against. Raises ValueError for another kind, rank or width."""
+    sizes = dims_of(name, check_kind(name, value).shape)
+    if model_dim is not None:
+        check_width(name, value.shape[-1], model_dim)
+    return sizes
+
+
+def check_choices(name: str, expert: Tensor, num_experts: int, mask: Tensor | None = None, different: bool = True) -> None:
+    """Raises ValueError unless every token's K choices are experts of 0 to num_experts - 1, all different.
+
+    Padding may name anything. Kinds and shapes are checked before.
+    """
+    rows = expert.long().flatten(0, -2) if mask is None else expert.long()[mask.expand(expert.shape[:-1])]
+    outside = rows[(rows < 0) | (rows >= num_experts)]
+    again = [rows[(rows[:, :k] == rows[:, k : k + 1]).any(dim=1), k] for k in range(1, rows.shape[-1]) if different]
+    twice = torch.cat(again) if again else outside[:0]
+    check_choice_values(name, outside.tolist(), twice.tolist(), num_experts, rows.shape[-1])
+
+
+def check_moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> None:
+    """Checks a sparse layer's input and its arrays."""
+    sizes = checked_input("x_BTD", x_BTD, config.model_dim)
+    checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
+    if arrays.get("expert_BTK") is not None:
+        check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))

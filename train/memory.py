@@ -1,0 +1,37 @@
+"""What a run needs at least, in bytes, before anything of it is made."""
+
+from jax_moe.config import MakeMoEConfig
+from jax_moe.guarded import require_memory, shorten
+from train.configs.settings import TrainConfig
+
+STATE = 16  # bytes a parameter: itself, its gradient and two moments, in fp32
+
+
+def num_parameters(model: MakeMoEConfig) -> int:
+    """Of `jax_moe.MakeMoE`, exactly."""
+    D, E, F, V = model.model_dim, model.num_experts, 4 * model.model_dim, model.vocab_size
+    router = (D + 1) * E * (2 if model.noise else 1)
+    layer = 3 * D * D + (D * D + D) + 4 * D + router + E * (2 * D * F + F + D)
+    return (V + model.block_size) * D + model.num_layers * layer + 2 * D + (D + 1) * V
+
+
+def check_memory(config: TrainConfig, parameters: int, num_layers: int, width: int, vocab_size: int) -> None:
+    """Raises ValueError if the run cannot fit: its state, or what a batch leaves for the backward pass at the very least.
+
+    That is the input of each layer, which `remat` keeps too, and the logits. On a GPU or TPU its own memory counts.
+    """
+    import jax
+
+    tokens, word = config.batch_size * config.model.block_size, 2 if config.precision == "mixed" else 4
+    batch = tokens * (num_layers * width * word + 4 * vocab_size)
+    host = 12 * config.batch_size * (config.model.block_size + 1)  # the batch and its places in the text
+    what = f"training {parameters:,} parameters on batches of {config.batch_size:,} x {config.model.block_size:,} tokens"
+    if jax.default_backend() == "cpu":
+        require_memory(STATE * parameters + batch + host, what)
+        return
+    require_memory(host, what)
+    devices = jax.local_devices()[: config.num_devices]
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    needed, limit = STATE * parameters + batch // len(devices), min(limits, default=0)
+    if limit and needed > limit:
+        raise ValueError(f"{shorten(what)} needs about {needed:,} bytes a device: must be at most {limit:,}")

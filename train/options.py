@@ -1,0 +1,62 @@
+"""The command line of train.py: settings, which of them are the user's own, and what other tools call them."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from train import run_folder
+from train.configs import PRESETS
+from train.configs.adapt import EXPLICIT, Free, fit_settings, given
+from train.configs.settings import Start, TrainConfig, flat
+
+# Names that nanoGPT, makeMoE, transformers and their like have for the options here.
+ALIASES = {
+    "adam-beta1": "beta1", "adam-beta2": "beta2", "adam-epsilon": "eps", "aux-loss-coef": "balance-loss-weight",
+    "aux-loss-weight": "balance-loss-weight", "batch": "batch-size", "bf16": "precision", "block": "block-size",
+    "bs": "batch-size", "checkpoint-interval": "checkpoint-every", "ckpt": "init-from",
+    "context-length": "block-size", "d-model": "model-dim", "dataset": "data", "dim": "model-dim",
+    "dtype": "precision", "eval-batch": "eval-batches", "eval-interval": "eval-every", "eval-iters": "eval-batches",
+    "eval-steps": "eval-every", "gpus": "num-devices", "grad-clip": "clip-norm",
+    "gradient-checkpointing": "remat", "heads": "num-heads", "hidden-dim": "model-dim",
+    "hidden-size": "model-dim", "init": "init-from", "iters": "steps", "iterations": "steps",
+    "layers": "num-layers", "learning-rate-decay": "decay", "load": "init-from", "lr": "learning-rate",
+    "lr-decay": "decay", "lr-scheduler": "decay", "lr-scheduler-type": "decay", "lr-schedule": "decay",
+    "max-grad-norm": "clip-norm", "max-iters": "steps", "max-lr": "learning-rate", "max-seq-len": "block-size",
+    "max-steps": "steps", "min-lr": "final-learning-rate", "mixed-precision": "precision", "model": "pretrained",
+    "model-name-or-path": "pretrained", "n-embd": "model-dim", "n-embed": "model-dim", "n-experts": "num-experts",
+    "n-head": "num-heads", "n-heads": "num-heads", "n-layer": "num-layers", "n-layers": "num-layers",
+    "num-experts-per-tok": "top-k", "num-hidden-layers": "num-layers", "num-iterations": "steps",
+    "num-local-experts": "num-experts", "num-steps": "steps", "num-train-steps": "steps", "out-dir": "out", "output": "out",
+    "output-dir": "out", "prompt": "sample-prompt", "router-aux-loss-coef": "balance-loss-weight",
+    "save-every": "checkpoint-every", "save-interval": "checkpoint-every", "save-steps": "checkpoint-every",
+    "seq-len": "block-size", "seq-length": "block-size", "sequence-length": "block-size", "temperature": "sample-temperature",
+    "text": "data", "topk": "top-k", "train-steps": "steps", "warmup": "warmup-steps", "warmup-iters": "warmup-steps",
+    "wd": "weight-decay", "z-loss-weight": "router-z-loss-weight",
+}
+
+
+def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path, Free]:
+    """Settings from the command line, those of the run to be resumed, the folder, and the names that the user left open.
+
+    Defaults go with what is given. Raises ValueError for an option that has another name here, and for a run that is none.
+    """
+    check_names(arguments)
+    asks_help = {"-h", "--help"} & set(arguments)
+    start, _ = tyro.cli(Start, args=arguments, add_help=False, return_unknown_args=True)
+    folder = Path() if asks_help else run_folder.choose(start)
+    saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
+    preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
+    defaults = saved or PRESETS[preset or "quick"]
+    defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
+    config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+    free = frozenset(flat(config)) - given(arguments) if saved is None else EXPLICIT
+    return fit_settings(dataclasses.replace(config, out=start.out), free), saved, folder, free
+
+
+def check_names(arguments: list[str]) -> None:
+    """Raises ValueError for the first option that is known under another name."""
+    for word in arguments:
+        name = word[2:].split("=")[0].replace("_", "-") if word.startswith("--") else ""
+        if name in ALIASES:
+            raise ValueError(f"--{name}: is --{ALIASES[name]} here (--help lists all options)")
