@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jax_moe import output
+from jax_moe.porting.alone import Lock
 from parity_tests.test_train_run import SCRIPT, TEXT, CountingLearner, a_run, numbers
 from parity_tests.zygote import Zygote
 from train import loop, run_folder
@@ -69,9 +70,13 @@ def test_two_starts_at_once(runs: Zygote) -> None:
         "error: out='same': is being written by another process; wait for its end, or stop it\n",
         "error: out='same': must be new or empty; --resume continues the run in it\n",
     )
-    answers = sorted(runs.together([["--resume", "--out", "same"]] * 2))
-    assert answers[0].status == 0 and answers[1].status in (0, 2), answers
-    assert answers[1].status == 0 or "is being written by another process" in answers[1].printed
+
+
+def test_resumed_beside_the_running_run(runs: Zygote) -> None:
+    running = Lock(runs.folder / "runs" / "001" / ".lock")
+    done = runs.run("--resume", "--out", "runs/001")
+    running.release()
+    assert done.status == 2 and "out='runs/001': is being written by another process" in done.printed
 
 
 def test_a_full_disk(runs: Zygote) -> None:
