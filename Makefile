@@ -30,7 +30,7 @@ fuzz: $(VENV)/.test
 
 # A training run and a port, each killed at 200 moments.
 kills: $(VENV)/.test
-	KILLS=200 $(BIN)/python -m pytest parity_tests/test_kills.py 
+	KILLS=200 $(BIN)/python -m pytest parity_tests/test_kills.py
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m parity_tests.mutations --update

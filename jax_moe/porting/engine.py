@@ -140,7 +140,7 @@ def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
 
 def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[slice, ...] | None = None) -> None:
     """Puts the piece of their tensor in its place in ours; with a window, `ours` is that part of our array."""
-    value = theirs.reshape(piece.split)[piece.their_index].transpose(piece.order)
+    value = theirs.reshape(piece.split)[(*piece.their_index, ...)].transpose(piece.order)  # ...: a view, also of a scalar
     if window is None:
         _copy(ours[(*piece.our_index, ...)], value)
         return
@@ -152,12 +152,12 @@ def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[s
 
 def take_apart(piece: Piece, ours: np.ndarray, theirs: np.ndarray) -> None:
     """Puts the piece of our array in its place in theirs, which is contiguous."""
-    put(piece, ours[piece.our_index], theirs)
+    put(piece, ours[(*piece.our_index, ...)], theirs)
 
 
 def put(piece: Piece, part: np.ndarray, theirs: np.ndarray) -> None:
     """As `take_apart`, of ours[piece.our_index] alone."""
-    _copy(theirs.reshape(piece.split)[piece.their_index], part.transpose(np.argsort(piece.order)))
+    _copy(theirs.reshape(piece.split)[(*piece.their_index, ...)], part.transpose(np.argsort(piece.order)))
 
 
 def memory_order(piece: Piece) -> tuple[int, ...]:
