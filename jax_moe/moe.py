@@ -168,6 +168,8 @@ class MoE(nnx.Module):
         logits_BTE = self._logits(router_input_BTD, noise_BTE)
         if expert_BTK is not None and mask_BT is not None:  # padding may name anything
             expert_BTK = jnp.where(mask_BT[..., None], expert_BTK, jnp.clip(expert_BTK, 0, config.num_experts - 1))
+        if expert_BTK is not None:  # a traced -1 would count from the end: beyond the last one it gives NaN
+            expert_BTK = jnp.where(expert_BTK < 0, config.num_experts, expert_BTK)
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
         correction = self.router.weight("correction_bias")
         routing = route(split_groups(logits_BTE, S), config, correction, replay)
