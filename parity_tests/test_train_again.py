@@ -239,6 +239,6 @@ def test_a_run_that_claims_a_giant_model_takes_no_memory(place: Path, name: str,
         jax_moe.porting.checkpoint.load(place / "run_finished")
     assert len(str(caught.value)) < 5000
     if name in ("num_experts", "num_layers"):
-        assert "its contract has about" in str(caught.value)
+        assert "the contract asks for" in str(caught.value)
     monkeypatch.setattr(sys, "argv", ["train/train.py", "--resume", "--out", "run_finished"])
-    assert loop.main() == 2
+    assert loop.main() == (0 if name == "vocab_size" else 2)  # what a run resumes from are its settings and its text
