@@ -7,6 +7,7 @@ replaced by values of another kind. `damaged(kind, generator)` is a pure functio
 """
 
 import argparse
+import copy
 import io
 import json
 import resource
@@ -109,7 +110,7 @@ def _json_changed(data: bytes, draw: np.random.Generator) -> bytes:
             if draw.random() < 0.2:
                 del node[key]
             else:
-                node[key] = ODD[int(draw.integers(0, len(ODD)))]
+                node[key] = copy.deepcopy(ODD[int(draw.integers(0, len(ODD)))])
             break
     return json.dumps(value).encode()
 
@@ -171,7 +172,10 @@ def _made() -> dict[str, Any]:
             found["pt"] = (Path(place) / "x.pt").read_bytes()
     array = io.BytesIO()
     np.save(array, np.arange(6, dtype=np.int32).reshape(2, 3))
-    row = {"step": 1, "train_loss": 1.0, "val_loss": 2.0, "expert_load": [[0.5, 0.5]]}
+    row = {
+        "step": 1, "train_loss": 1.0, "val_loss": 2.0, "dropped_fraction": [0.0], "expert_load": [[0.5, 0.5]],
+        "router_entropy": [0.5], "load_balance_loss": [1.0], "tokens_per_second": None,
+    }
     return found | {
         "npy": array.getvalue(), "metrics": "".join(json.dumps({**row, "step": i}) + "\n" for i in range(3)).encode(),
         "run": json.dumps({"settings": flat(TrainConfig()), "model": {}, "text": {"sha256": "0"}}).encode(),

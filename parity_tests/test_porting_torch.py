@@ -165,7 +165,7 @@ def test_pt_files_that_are_not_whole_state_dicts(tmp_path: Path, capsys: pytest.
     torch.save(torch.zeros(3), tmp_path / "a.pt")
     assert "holds a Tensor" in fails(capsys, "port", tmp_path / "a.pt", tmp_path / "out")
     torch.save({"model": {"phi": torch.zeros(3)}, "step": 5}, tmp_path / "a.pt")
-    assert "not tensors: model, step" in fails(capsys, "port", tmp_path / "a.pt", tmp_path / "out")
+    assert "phi is (3,), must be" in fails(capsys, "port", tmp_path / "a.pt", tmp_path / "out")
     state = {name: numpy_to_tensor(value) for name, value in mixtral_state().items()}
     state["experts.1.w1.weight"] = state["experts.1.w1.weight"].double()
     state["lora"] = state.pop("experts.2.w3.weight")

@@ -244,7 +244,7 @@ def test_tokens_serve_a_folder_without_tokenizer(place: Path) -> None:
     task = read_task(config)
     assert task.text.encode("\n") == [900 % 270] and task.text.encode("3 14") == [3, 14]
     assert task.text.decode([3, 14]) == "3 14"
-    batch = loop.Run(config, place, task.text, None, 0, []).batch("train", 0)  # type: ignore[arg-type]
+    batch = loop.Run(config, place, task.text, None, 0, [], None).batch("train", 0)  # type: ignore[arg-type]
     assert batch.dtype == np.int32 and batch.shape == (4, 13) and (np.diff(batch) % 270 == 1).all()
     for words in ("beer", "270", "-1"):
         with pytest.raises(ValueError, match=f"sample_prompt='{words}': must be "):

@@ -195,7 +195,7 @@ def test_what_cannot_be_resumed_or_overwritten(place: Place, whole: tuple[Path, 
     (place.folder / "other.txt").write_text(TEXT.replace("beer", "milk"))
     settings = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**settings, "settings": {**settings["settings"], "data": "other.txt"}}))
-    assert "must be the text that broken was trained on" in refused("--resume", "--out", "broken")
+    assert "must be of the 26 characters that the model knows" in refused("--resume", "--out", "broken")
     # settings and checkpoint of different models: the checkpoint knows its own
     (broken / "config.json").write_text(json.dumps({**settings, "settings": {**settings["settings"], "model_dim": 32}}))
     assert "must be of this model" in refused("--resume", "--out", "broken")

@@ -13,9 +13,9 @@ from torch_ref.routing import wide
 UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
 
 
-def unit(x: Float[Tensor, "*any"], dim: int) -> Float[Tensor, "*any"]:
-    """Vectors along `dim` of length 1: x / sqrt(sum x^2 + 1e-6)."""
-    return x / (x.square().sum(dim=dim, keepdim=True) + UNIT_EPS).sqrt()
+def unit(x: Float[Tensor, "*any"], axis: int) -> Float[Tensor, "*any"]:
+    """Vectors along `axis` of length 1: x / sqrt(sum x^2 + 1e-6)."""
+    return x / (x.square().sum(dim=axis, keepdim=True) + UNIT_EPS).sqrt()
 
 
 def soft_weights(
@@ -30,7 +30,7 @@ def soft_weights(
     """
     compute = wide(x_BTD.dtype)
     x, phi = x_BTD.to(compute), phi_DEC.to(compute).flatten(1)
-    logits = x @ phi if scale is None else unit(x, dim=-1) @ unit(phi, dim=0) * scale.to(compute)  # [B, T, E * C]
+    logits = x @ phi if scale is None else unit(x, axis=-1) @ unit(phi, axis=0) * scale.to(compute)  # [B, T, E * C]
     if mask_BT is not None:
         logits = logits.masked_fill(~mask_BT[..., None], -torch.finfo(compute).max)
     num_experts_and_slots = phi_DEC.shape[1:]

@@ -1,7 +1,6 @@
 """metrics.jsonl: one line an evaluation, the same keys for both frameworks."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +91,6 @@ def keep_until(folder: Path, step: int) -> list[Row]:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file beside, then renames it, so that it is never half there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
