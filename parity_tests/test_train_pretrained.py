@@ -186,7 +186,7 @@ def test_five_steps_are_those_of_a_plain_pytorch_loop(place: Path) -> None:
     config = settings(place)
     task = read_task(config)
     learner = make_learner(config, task)
-    run = loop.Run(config, place, task.text, learner, 0, [])
+    run = loop.Run(config, place, task.text, learner, 0, [], None)  # type: ignore[arg-type]
     batches = [run.batch("train", step) for step in range(config.steps)]
     losses = [float(learner.train_step(step, tokens)) for step, tokens in enumerate(batches)]
     theirs = tiny_model()

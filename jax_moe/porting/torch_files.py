@@ -139,8 +139,8 @@ def _tensors(path: Path, state: Any, mapped: bool = False) -> dict[str, Any]:
         raise ValueError(f"{path}: must hold a state dict (names and tensors); not tensors: {', '.join(odd[:20])}")
     needed, wrong = 0, []
     for name, value in state.items():
-        if mapped and isinstance(_dtype(value), str):
-            continue  # named with its dtype by whoever maps the file
+        if isinstance(_dtype(value), str):
+            continue  # named with its dtype by whoever reads the file
         try:
             needed += judge(value)
         except ValueError as error:
