@@ -57,7 +57,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         [kind] = [get_args(option) for option in options if get_origin(option) is tuple]
         inner = kind[0] if kind else Any
         return tuple(one if inner is Any else _value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
-    if any(get_origin(option) is Literal for option in options):
+    allowed = [one for option in options if get_origin(option) is Literal for one in get_args(option)]
+    if allowed:
+        if value not in allowed:
+            raise ValueError(f"{where}={shorten(repr(value))}: must be one of {', '.join(map(repr, allowed))}")
         return value
     plain = tuple(option for option in options if option in (int, float, str, bool))
     if float in plain and int not in plain and isinstance(value, int) and not isinstance(value, bool):
