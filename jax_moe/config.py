@@ -154,7 +154,13 @@ class CapacityConfig:
     @property
     def exact_factor(self) -> Fraction:
         """The factor as the decimal that was written: 0.29 is 29/100, not the nearest double."""
-        return self.factor if isinstance(self.factor, Fraction) else Fraction(str(self.factor))
+        if isinstance(self.factor, Fraction):
+            return self.factor
+        text = str(self.factor)
+        _, _, exponent = text.lower().partition("e")
+        if len(text) > 400 or len(exponent.lstrip("+-")) > 3:  # 1e999999999 as a fraction fills the memory
+            raise ValueError("a factor of too many digits")
+        return Fraction(text)
 
 
 @dataclass(frozen=True, kw_only=True)

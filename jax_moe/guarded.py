@@ -7,6 +7,7 @@ import json
 import math
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -27,15 +28,16 @@ def shorten(value: object, most: int = MAX_WORDS) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Python's value of a JSON text. Raises ValueError "where: must be JSON (...)" for all that cannot be read.
 
-    Nesting that exceeds the parser's, whole numbers beyond the range of a double and bytes that are not UTF-8 are refused.
+    Nesting that exceeds the parser's, whole numbers beyond the range of a double and bytes that are not UTF-8 are refused;
+    `pairs` makes an object of its names and values, and may refuse them.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text, parse_int=_whole, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"{where}: must be JSON (it is nested too deeply)") from None
     except ValueError as error:
@@ -44,6 +46,24 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """`parse_json` of a file. Raises ValueError for a file that cannot be read or is too large; FileNotFoundError passes."""
+    return parse_json(_json_bytes(path, max_bytes), path)
+
+
+def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """`read_json` of a file that must hold one JSON object."""
+    return read_text_and_object(path, max_bytes)[1]
+
+
+def read_text_and_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[str, dict[str, Any]]:
+    """`read_object`, with the text that it was made of."""
+    data = _json_bytes(path, max_bytes)
+    values = parse_json(data, path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must be a JSON object, is {shorten(json.dumps(values), 40)}")
+    return data.decode("utf-8"), values
+
+
+def _json_bytes(path: Path, max_bytes: int) -> bytes:
     size = _size(path)
     if size > max_bytes:
         raise ValueError(f"{path}: must be JSON of at most {max_bytes:,} bytes, has {size:,}")
@@ -52,15 +72,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     refuse_pointer(path, data)
-    return parse_json(data, path)
-
-
-def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """`read_json` of a file that must hold one JSON object."""
-    values = read_json(path, max_bytes)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be a JSON object, is {shorten(json.dumps(values), 40)}")
-    return values
+    return data
 
 
 def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:

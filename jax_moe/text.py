@@ -1,7 +1,6 @@
 """Text of a file; text in and out of a Hugging Face model: its folder's `tokenizer.json`, its end of text."""
 
 import hashlib
-import json
 import os
 import shlex
 import stat
@@ -122,12 +121,12 @@ def end_tokens(folder: Path, config: str) -> tuple[int, ...]:
     """
     for file in (folder / "generation_config.json", folder / "config.json"):
         try:
-            text = config if file.name == "config.json" else file.read_text(encoding="utf-8")
-            found = json.loads(text).get("eos_token_id")
+            values = guarded.parse_json(config, file) if file.name == "config.json" else guarded.read_object(file)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file}: must be a JSON object ({error})") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: must be a JSON object")
+        found = values.get("eos_token_id")
         tokens = found if isinstance(found, list) else [found]
         if found is not None:
             whole = all(isinstance(one, int) and not isinstance(one, bool) for one in tokens)

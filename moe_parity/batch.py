@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_moe.config import require
+from jax_moe.guarded import read_npy
 
 
 def read_tokens(path: Path) -> np.ndarray:
@@ -82,11 +83,6 @@ def _read_lines(path: Path) -> list[list[int]]:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        value = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: must be an array of numpy's ({str(error).splitlines()[0]})") from None
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"{path}: must be one array")
-    return value
+        return read_npy(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def damaged(data: bytes, draw: np.random.Generator) -> bytes:
             (size,) = struct.unpack("<Q", data[:8])
             header = _json_changed(data[8 : 8 + size], draw)
             return struct.pack("<Q", len(header)) + header + data[8 + size :]
+    if data[:4] == b"PK\3\4" and draw.random() < 0.7:
+        return _pickle_changed(data, draw)
     changed = bytearray(data)
     for _ in range(draw.integers(1, 5)):
         at = int(draw.integers(0, max(len(changed), 1)))
@@ -90,6 +93,22 @@ def damaged(data: bytes, draw: np.random.Generator) -> bytes:
         else:
             changed[at:at] = b"[" * int(draw.integers(1, 3000))
     return bytes(changed)
+
+
+def _pickle_changed(data: bytes, draw: np.random.Generator) -> bytes:
+    """A `.pt` whose pickle has other bytes and whose archive is whole, so that torch reads on."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        records = {one.filename: archive.read(one) for one in archive.infolist()}
+    name = next(one for one in records if one.endswith("data.pkl"))
+    pickled = bytearray(records[name])
+    for _ in range(draw.integers(1, 4)):
+        at, what = int(draw.integers(0, len(pickled))), draw.integers(0, 3)
+        pickled[at : at + (1, 0, 4)[what]] = (bytes([int(draw.integers(0, 256))]), b"K\3", b"\xff\xff\xff\x7f")[what]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for one, record in {**records, name: bytes(pickled)}.items():
+            archive.writestr(one, record)
+    return out.getvalue()
 
 
 def _json_changed(data: bytes, draw: np.random.Generator) -> bytes:
@@ -143,11 +162,38 @@ def kinds() -> dict[str, Kind]:
         "our config.json": Kind("config.json", lambda: files["ours/config.json"], load, lambda: ours),
         "npy": Kind("x.npy", lambda: files["npy"], lambda folder: read_npy(folder / "x.npy")),
         "metrics": Kind("metrics.jsonl", lambda: files["metrics"], metrics.read),
+        "optimizer.json": Kind("said.json", lambda: files["optimizer"], _read_optimizer),
         "run settings": Kind("config.json", lambda: files["run"], run_folder.read_config),
     }
     if importlib.util.find_spec("torch"):
+        from jax_moe.porting.recognise import Choices
+        from jax_moe.porting.training_files import read_training
+
         found["pt"] = Kind("x.pt", lambda: files["pt"], lambda folder: load(folder / "x.pt"))
+        found["training pt"] = Kind("x.pt", lambda: files["training"], lambda f: read_training(f / "x.pt", Choices()))
     return found
+
+
+def _read_optimizer(folder: Path) -> None:
+    """The JSON as the metadata of an optimizer.safetensors."""
+    from jax_moe.porting import optimizer_file
+    from jax_moe.porting.files import write_safetensors
+
+    text = (folder / "said.json").read_bytes().decode("utf-8", "replace")
+    write_safetensors(folder / "o.safetensors", {"exp_avg.a": np.ones(2, np.float32)}, {optimizer_file.KEY: text})
+    optimizer_file._read(folder / "o.safetensors")
+
+
+def _trained(state: dict[str, np.ndarray], path: Path) -> bytes:
+    """A trainer's file around a state dict, after a step."""
+    import torch
+
+    weights = [torch.nn.Parameter(torch.tensor(value)) for value in state.values()]
+    optimizer = torch.optim.AdamW(weights)
+    sum((one**2).sum() for one in weights).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    torch.save({"model": dict(zip(state, weights, strict=True)), "optimizer": optimizer.state_dict(), "epoch": 1}, path)
+    return path.read_bytes()
 
 
 def _made() -> dict[str, Any]:
@@ -170,14 +216,18 @@ def _made() -> dict[str, Any]:
         if importlib.util.find_spec("torch"):
             write_state(Path(place) / "x.pt", mixtral_state())
             found["pt"] = (Path(place) / "x.pt").read_bytes()
+            found["training"] = _trained(mixtral_state(), Path(place) / "t.pt")
     array = io.BytesIO()
     np.save(array, np.arange(6, dtype=np.int32).reshape(2, 3))
+    group = {"lr": 0.1, "betas": [0.9, 0.99], "params": [0]}
+    said = {"step": 3, "step_dtype": "float32", "groups": [group], "order": ["a"], "others": {}, "words": ["exp_avg"]}
     row = {
         "step": 1, "train_loss": 1.0, "val_loss": 2.0, "dropped_fraction": [0.0], "expert_load": [[0.5, 0.5]],
         "router_entropy": [0.5], "load_balance_loss": [1.0], "tokens_per_second": None,
     }
     return found | {
-        "npy": array.getvalue(), "metrics": "".join(json.dumps({**row, "step": i}) + "\n" for i in range(3)).encode(),
+        "optimizer": json.dumps(said).encode(), "npy": array.getvalue(),
+        "metrics": "".join(json.dumps({**row, "step": i}) + "\n" for i in range(3)).encode(),
         "run": json.dumps({"settings": flat(TrainConfig()), "model": {}, "text": {"sha256": "0"}}).encode(),
     }
 

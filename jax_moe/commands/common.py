@@ -11,6 +11,7 @@ from flax import nnx
 
 from jax_moe.config import require
 from jax_moe.porting.checkpoint import Checkpoint
+from jax_moe.porting.found import find
 from jax_moe.stored import stored_state
 from jax_moe.text import read_text
 
@@ -24,6 +25,12 @@ def say_assumed(path: Path, checkpoint: Checkpoint) -> None:
     """What the file does not say, and so was assumed."""
     if checkpoint.assumed:
         say(f"{path}: {assumed_in_words(checkpoint)}")
+
+
+def say_note(path: Path, checkpoint: Checkpoint) -> None:
+    """How it was read, where what is printed does not say it; which weights of a run is said elsewhere."""
+    if checkpoint.note is not None and find(path).run is None:
+        say(f"{path}: {checkpoint.note}")
 
 
 def assumed_in_words(checkpoint: Checkpoint) -> str:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_moe.cli import Generate
-from jax_moe.commands.common import say, say_assumed, with_characters
+from jax_moe.commands.common import say, say_assumed, say_note, with_characters
 from jax_moe.config import require
 from jax_moe.generation import generate as continue_text
 from jax_moe.models.decoder import Decoder
@@ -68,6 +68,7 @@ def _say_which(command: Generate, checkpoint: Checkpoint) -> None:
     run = find(command.path).run
     if run is not None and run.unfinished:
         say(run.in_words())
+    say_note(command.path, checkpoint)
     say_assumed(command.path, checkpoint)
 
 

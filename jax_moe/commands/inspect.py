@@ -72,7 +72,8 @@ def _inspect_decoder(command: Inspect, found: Found) -> None:
         with open_folder(found.place) as folder:
             files = weight_files(found.place)
             tied = ", a tied head among them that was not compared with the embedding" if folder.head else ""
-            where = f"{of_run}{_counted(files)}, {len(folder.stored):,} tensors (layout {folder.plan.table.name}){tied}"
+            layout = f"layout {folder.plan.table.name}" + (f", {folder.note}" if folder.note else "")
+            where = f"{of_run}{_counted(files)}, {len(folder.stored):,} tensors ({layout}){tied}"
             dtypes = {piece.ours: folder.headers[piece.theirs].dtype.itemsize for piece in folder.plan.pieces}
             _print(folder.model_type, folder.config, folder.shapes, dtypes, folder.stored, where, command)
         return

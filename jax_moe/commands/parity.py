@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_moe.cli import Parity
-from jax_moe.commands.common import progress, say, say_assumed
+from jax_moe.commands.common import progress, say, say_assumed, say_note
 from jax_moe.config import require
 from jax_moe.porting.checkpoint import Checkpoint, load
 from jax_moe.porting.decoder_port import port_decoder
@@ -20,7 +20,6 @@ from jax_moe.porting.found import find
 from jax_moe.porting.hf_folder import HFFolder, open_folder
 from jax_moe.porting.pretrained import MAX_SHARD_BYTES
 from jax_moe.porting.recognise import Choices
-from jax_moe.porting.training_files import holds_training, read_training
 from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
 from moe_parity.memory import Work, check_memory
 from moe_parity.report import Report, print_table
@@ -90,6 +89,7 @@ def _against_torch_ref(command: Parity) -> Report:
     report = compare_checkpoint(
         checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
     )
+    say_note(command.path, checkpoint)
     say_assumed(command.path, checkpoint)
     return report
 
@@ -125,7 +125,7 @@ def _against_transformers(command: Parity) -> Report:
 def read_weights(path: Path, choices: Choices) -> Checkpoint:
     """As `load`; of a training checkpoint its weights."""
     with jax.enable_x64(True):
-        return read_training(path, choices).checkpoint if holds_training(path) else load(path, choices)
+        return load(path, choices)
 
 
 @contextmanager
@@ -139,17 +139,23 @@ def open_decoder_folder(command: Parity, itemsize: int, work: Work) -> Iterator[
     with TemporaryDirectory() as temporary:
         found = find(command.path)
         path = found.place
-        if found.kind != "hf":
+        if found.kind != "hf" or _is_wrapped(path):
             path = Path(temporary) / "model"
             with jax.enable_x64(True):
                 port_decoder(
                     command.path, path, "hf", dtype=None, max_shard_bytes=MAX_SHARD_BYTES, overwrite=False,
-                    allow_nonfinite=False, progress=progress, say=lambda line: None,
+                    allow_nonfinite=False, progress=progress, say=say,
                 )
         with open_folder(path) as folder:
             parameters = sum(math.prod(shape) for shape in folder.shapes.values())
             check_memory(parameters, itemsize, sum(one.nbytes for one in folder.stored.values()), work)
             yield folder
+
+
+def _is_wrapped(path: Path) -> bool:
+    """Whether its names are not those that transformers would look for."""
+    with open_folder(path) as folder:
+        return folder.note is not None
 
 
 def _work(command: Parity) -> Work:

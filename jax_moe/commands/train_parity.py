@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe.cli import Parity
-from jax_moe.commands.common import say_assumed
+from jax_moe.commands.common import say_assumed, say_note
 from jax_moe.commands.parity import POSITIONS, open_decoder_folder, read_weights
 from jax_moe.config import require
 from jax_moe.porting.files import check_target
@@ -40,6 +40,7 @@ def train_parity(command: Parity) -> int:
         check_memory(sum(sizes), WIDEST, 0, "training")
         settings = TrainSettings(**given, num_tokens=command.num_tokens or checkpoint.config.block_size)
         runs = train_checkpoint(checkpoint, settings)
+        say_note(command.path, checkpoint)
         say_assumed(command.path, checkpoint)
     title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
     print("\n".join([title, *(line for one in runs for line in describe(one))]))

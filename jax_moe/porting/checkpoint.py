@@ -1,7 +1,7 @@
 """A module with its contract, in memory and as a folder: `config.json` with `weights.safetensors` or an Orbax checkpoint."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from jax_moe.porting.files import PT_SUFFIXES, read_safetensors, read_state, ver
 from jax_moe.porting.found import Found, find
 from jax_moe.porting.hf_folder import copy_others
 from jax_moe.porting.orbax_files import verify_orbax, write_orbax
-from jax_moe.porting.pretrained import load_pretrained
+from jax_moe.porting.pretrained import read_pretrained
 from jax_moe.porting.recognise import Choices, assumed_choices, config_of, recognise
 from jax_moe.porting.run_files import checkpoint_arrays
 from jax_moe.porting.stacking import all_finite
 from jax_moe.porting.tensor_file import DTYPES
-from jax_moe.porting.wrapped import without_parts, without_prefix
+from jax_moe.porting.wrapped import own_names
 from jax_moe.stored import kept_paths, stored_state
 
 LAYOUTS = {
@@ -79,11 +79,13 @@ def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = 
     """
     choices, found = choices or Choices(), find(path)
     if found.kind == "file":
-        return checkpoint_of(path, _read_file(path), choices, allow_nonfinite=allow_nonfinite, dtype=dtype)
+        state, note = read_file(path)
+        return checkpoint_of(path, state, choices, allow_nonfinite=allow_nonfinite, dtype=dtype, note=note)
     if choices.given():
         raise ValueError(f"{', '.join(choices.given())}: must be left out for a folder, config.json has them")
     if found.kind == "hf":
-        return _noted(Checkpoint("decoder", load_pretrained(found.place, dtype, allow_nonfinite=allow_nonfinite)), found)
+        model, note = read_pretrained(found.place, dtype, None, allow_nonfinite)
+        return _noted(Checkpoint("decoder", model, note=note), found)
     if found.decoder:
         return _noted(_load_decoder(path, allow_nonfinite, dtype), found)
     return _noted((_load_run if found.run else _load_folder)(found, allow_nonfinite, dtype), found)
@@ -93,19 +95,19 @@ def _noted(checkpoint: Checkpoint, found: Found) -> Checkpoint:
     return checkpoint if found.run is None else replace(checkpoint, note=found.run.in_words())
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    """The state dict of a file; of a training file, the model's."""
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """The state dict of a file; of a trainer's, the model's, and where it stood."""
     if path.suffix in PT_SUFFIXES and path.is_file():
-        from jax_moe.porting.torch_files import read_training_pt
+        from jax_moe.porting.torch_files import read_whole_pt
 
-        whole = read_training_pt(path)
-        if whole is not None:
-            return whole["model"]
-    return read_state(path)
+        opened = read_whole_pt(path)
+        return opened.state, opened.note
+    return read_state(path), None
 
 
 def checkpoint_of(
-    path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None
+    path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None,
+    note: str | None = None,
 ) -> Checkpoint:
     """As `load`, of a state dict that was read from a file."""
     state, family, taken = _recognised(path, state)
@@ -120,7 +122,8 @@ def checkpoint_of(
         abstract = _module_for(family, config, state, np.dtype(np.float32))
         state = _converted(state, dtype, kept_names(abstract, state, LAYOUTS[family]))
         module = _module_for(family, config, state)
-        assumed, note = assumed_choices(family, config, choices), f"names without {' and '.join(taken)}" if taken else None
+        assumed = assumed_choices(family, config, choices)
+        note = ", ".join(filter(None, (note, f"names without {' and '.join(taken)}" if taken else None))) or None
         return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed, note=note)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -129,15 +132,16 @@ def checkpoint_of(
 def _recognised(path: Path, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str | None, list[str]]:
     """The state dict without what wrappers add to its names, its family, and what was taken off."""
     try:
-        state, taken = without_parts(state)
+        own, taken = own_names(state, known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    while (family := recognise({name: value.shape for name, value in state.items()})) is None:
-        shorter = without_prefix(state)
-        if shorter is None:
-            break
-        state, taken = shorter[0], [*taken, shorter[1]]
-    return state, family, taken
+    state = {own[name]: value for name, value in state.items()}
+    return state, recognise({name: value.shape for name, value in state.items()}), taken
+
+
+def known(names: Iterable[str]) -> bool:
+    """Whether they are a family's."""
+    return recognise(dict.fromkeys(names, ())) is not None
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:
@@ -225,11 +229,13 @@ def _load_run(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpo
     """A makeMoE: from what it leaves at its end, or from a checkpoint of either framework."""
     path, about, place = found.path, found.about, found.place
     ours = place.is_dir()
-    weights = {name: one.read() for name, one in checkpoint_arrays(place).items()} if ours else _read_file(place)
+    weights = {name: one.read() for name, one in checkpoint_arrays(place).items()} if ours else read_file(place)[0]
     _refuse_nonfinite(path, weights, allow_nonfinite)
     config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
     text = about.get("text")
     characters = text.get("vocabulary") if isinstance(text, dict) else None
+    if characters is not None and not (isinstance(characters, str) and len(set(characters)) == config.vocab_size):
+        raise ValueError(f"{path / 'config.json'}: text.vocabulary: must be vocab_size={config.vocab_size} different characters")
     if ours:
         return Checkpoint("makemoe", _filled(place, "makemoe", config, weights, dtype), characters)
     try:

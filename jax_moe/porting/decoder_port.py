@@ -43,6 +43,7 @@ class Source:
     ours: bool  # whose names the tensors have
     others: Path  # the folder with its tokenizer
     kept: frozenset[str]  # names of those that keep their dtype
+    note: str | None = None  # what wrappers had put into the names
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def port_decoder(
     """
     require(max_shard_bytes >= 1, "max_shard_bytes", max_shard_bytes, "at least 1")
     with open_source(source) as found:
+        if found.note is not None:
+            say(f"{source}: {found.note}")
         read = Readings(found.tensors, dtype, allow_nonfinite, str(source), found.kept).converted()
         if dtype is not None:
             found = replace(found, text=config_text(found.text, parse_json(found.text, found.path), dtype))
@@ -84,7 +87,7 @@ def open_source(path: Path) -> Iterator[Source]:
             check_head(folder)
             kept = their_names(folder.plan, kept_paths(folder.model))
             text = folder.origin.config_json
-            yield Source(path, folder.model_type, text, folder.config, folder.plan, folder.stored, False, path, kept)
+            yield Source(path, folder.model_type, text, folder.config, folder.plan, folder.stored, False, path, kept, folder.note)
         return
     origin, model, arrays = open_decoder(path)
     plan = make_plan(decoder_tables(model.config, origin.model_type)[0], decoder_shapes(model))

@@ -78,9 +78,9 @@ def parameter_order(model: Decoder, model_type: str) -> list[str]:
 
 
 def _read_torch(file: Path, model: Decoder, model_type: str) -> Optimizer:
-    from jax_moe.porting.torch_files import read_plain_pt
+    from jax_moe.porting.torch_files import read_optimizer_pt
 
-    state_dict, layout = read_plain_pt(file), decoder_tables(model.config, model_type)[-1].name
+    state_dict, layout = read_optimizer_pt(file), decoder_tables(model.config, model_type)[-1].name
     plan = tree_plan(model, layout=layout)
     order = names_in_groups(state_dict, parameter_order(model, model_type), plan.their_shapes)
     moments = read_state_dict(state_dict, order, expert_tensors(plan))
@@ -90,8 +90,8 @@ def _read_torch(file: Path, model: Decoder, model_type: str) -> Optimizer:
 
 
 def _write_torch(file: Path, optimizer: Optimizer, model: Decoder, layout: str) -> None:
-    from jax_moe.porting.torch_files import read_plain_pt, write_plain_pt
+    from jax_moe.porting.torch_files import read_optimizer_pt, write_plain_pt
 
     write_plain_pt(file, write_state_dict(optimizer.moments, optimizer.groups, optimizer.order))
     experts = expert_tensors(tree_plan(model, layout=layout))
-    verify_moments(optimizer.moments, read_state_dict(read_plain_pt(file), optimizer.order, experts), file)
+    verify_moments(optimizer.moments, read_state_dict(read_optimizer_pt(file), optimizer.order, experts), file)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.guarded import shorten
 from jax_moe.porting.table import Constant, Row, Table, name_indices, part, words
 
 Arrays = Mapping[str, np.ndarray]
@@ -33,7 +34,7 @@ class PortError(ValueError):
             names = getattr(self, kind)
             if names:
                 more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-                yield f"{len(names)} {kind}: " + ", ".join(names[:MAX_NAMES]) + more
+                yield f"{len(names)} {kind}: " + ", ".join(shorten(name, 300) for name in names[:MAX_NAMES]) + more
 
     def __bool__(self) -> bool:
         return any((self.missing, self.unexpected, self.misshapen, self.mistyped, self.wrong))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.decoder_config import DecoderConfig, Origin
-from jax_moe.guarded import read_json, read_object
+from jax_moe.guarded import read_json, read_text_and_object
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.about import instead
 from jax_moe.porting.engine import Plan, PortError, check, make_plan
@@ -21,6 +21,7 @@ from jax_moe.porting.families.hf import decoder_tables, family_named
 from jax_moe.porting.files import same_bits
 from jax_moe.porting.shards import files_of, open_weights
 from jax_moe.porting.tensor_file import Header
+from jax_moe.porting.wrapped import own_names
 from jax_moe.stored import stored_variables
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,6 +46,7 @@ class HFFolder:
     plan: Plan
     headers: dict[str, Header]
     head: Header | None  # a tied head that is stored all the same, not among the headers
+    note: str | None = None  # what wrappers had put into the names
 
     @property
     def model_type(self) -> str:
@@ -86,7 +88,8 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
     with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
     with open_weights(path) as found:
-        headers = {name: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
+        own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
+        headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
         with _named(path / "config.json"):
             check_layers(values, headers)
             config = family.config(values)
@@ -97,7 +100,8 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
         plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
         headers, head = _tied_head_apart(config, headers, path)
         check(plan, headers, f"{path} (layout {plan.table.name})")
-        yield HFFolder(path, origin, model, plan, headers, head)
+        note = f"names without {' and '.join(taken)}" if taken else None
+        yield HFFolder(path, origin, model, plan, headers, head, note)
 
 
 def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:
@@ -161,12 +165,12 @@ def copy_others(source: Path, part: Path) -> None:
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
-    file = path / "config.json"
+    if instead(path):
+        raise ValueError(f"{path}: must be a model alone{instead(path)}")  # beside a model, transformers would add it
     try:
-        values = read_object(file)
+        return read_text_and_object(path / "config.json")
     except FileNotFoundError:
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}") from None
-    return file.read_text(encoding="utf-8"), values
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
 
 
 @contextmanager

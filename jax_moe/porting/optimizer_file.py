@@ -15,14 +15,17 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jax_moe.guarded import parse_json, shorten
 from jax_moe.porting.api import flatten, from_torch_tree, to_torch, tree_plan
 from jax_moe.porting.files import read_safetensors, verify, write_safetensors
+from jax_moe.porting.judged import check_optimizer
 from jax_moe.porting.optax_state import fill
 from jax_moe.porting.optimizer_state import Moments
 from jax_moe.porting.parameter_groups import check_groups
 from jax_moe.porting.step_counts import counts_of, own_steps_of
 
 FILE = "optimizer.safetensors"
+MOST_PLAIN = 1_000_000  # values that a plain one may hold
 KEY = "optimizer"  # of its metadata
 COUNTS = "step."  # before the path of experts that have counts of their own
 
@@ -122,6 +125,12 @@ def plain_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plain(value: Any) -> bool:
     """Whether JSON gives it back as it is."""
+    waiting, looked_at = [value], 0
+    while waiting:  # what holds itself, or one list many times, would grow without end
+        one, looked_at = waiting.pop(), looked_at + 1
+        if looked_at > MOST_PLAIN:
+            return False
+        waiting += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list | tuple) else ()
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError, RuntimeError):
@@ -134,14 +143,20 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = read_safetensors(file)
     try:
         with safe_open(file, framework="np") as opened:
-            about = json.loads((opened.metadata() or {})[KEY])
-        return arrays, {
-            "groups": [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in about["groups"]],
-            "step": about["step"], "step_dtype": np.dtype(about["step_dtype"]).name, "words": list(about["words"]),
-            "order": list(about["order"]), "others": dict(about["others"]),
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: must say step, groups, order and words in its metadata ({error!r})") from None
+            about = parse_json((opened.metadata() or {})[KEY], KEY)
+        said = {name: about[name] for name in ("step", "step_dtype", "words", "order", "others", "groups")}
+        step, floats = said["step"], ("float16", "float32", "float64", "bfloat16")
+        lists = [said[name] for name in ("words", "order")]
+        texts = all(isinstance(one, list) and all(isinstance(name, str) for name in one) for one in lists)
+        counted = step is None or (type(step) is int and 0 <= step < 2**62)
+        if not (counted and texts and said["step_dtype"] in floats and isinstance(said["others"], dict)):
+            raise ValueError("a value of another type")
+        check_optimizer({"state": {}, "param_groups": said["groups"]}, KEY)
+        groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in said["groups"]]
+        return arrays, {**said, "groups": groups}
+    except (KeyError, TypeError, ValueError) as error:
+        must = "must say step, groups, order and words in its metadata"
+        raise ValueError(f"{file}: {must} ({shorten(error) or type(error).__name__})") from None
 
 
 def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Hugging Face folders: `load_pretrained` makes a Decoder of one, `save_pretrained` writes one."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ def load_pretrained(
     memory; on a `mesh` (or the one that `jax.set_mesh` has set) experts are split over its expert axis, one device's part at
     a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
     """
-    path, target = Path(directory), None if dtype is None else float_dtype(dtype)
+    model, note = read_pretrained(Path(directory), dtype, mesh, allow_nonfinite)
+    if note is not None:
+        warnings.warn(f"{directory}: {note}", stacklevel=2)
+    return model
+
+
+def read_pretrained(path: Path, dtype: Any, mesh: Mesh | None, allow_nonfinite: bool) -> tuple[Decoder, str | None]:
+    """As `load_pretrained`, with what was taken from a wrapper's names, if anything."""
+    target = None if dtype is None else float_dtype(dtype)
     with open_folder(path) as folder:
         check_head(folder)
         arrays = place_all(
@@ -43,7 +52,7 @@ def load_pretrained(
     flat = nnx.to_flat_state(stored_state(folder.model))
     filled = [(keys, v.replace(arrays[".".join(map(str, keys))])) for keys, v in flat]
     nnx.update(folder.model, nnx.from_flat_state(filled))
-    return folder.model
+    return folder.model, folder.note
 
 
 def save_pretrained(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jax_moe.guarded import read_object
+from jax_moe.guarded import read_object, shorten
 from jax_moe.porting.tensor_file import DTYPES, Header, map_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,10 +27,10 @@ def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
             continue
         if listed is not None:
             said = {name for name, where in listed.items() if where == file}
-            errors += [f"{file} lacks {name}, which the index says it holds" for name in sorted(said - found.keys())]
-            errors += [f"{file} holds {name}, which the index does not say" for name in sorted(found.keys() - said)]
+            errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in sorted(said - found.keys())]
+            errors += [f"{file} holds {shorten(name)}, which the index does not say" for name in sorted(found.keys() - said)]
         headers |= found
-    wrong = [f"{name} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
+    wrong = [f"{shorten(name)} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
     if wrong:
         more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         errors.append(f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}")
@@ -64,7 +64,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _plain_name(file: Any) -> bool:
-    return isinstance(file, str) and "\0" not in file and file == Path(file).name != ""
+    whole = isinstance(file, str) and "\0" not in file and file == Path(file).name != ""
+    return whole and len(file.encode("utf-8", "replace")) < 256
 
 
 def _open(path: Path) -> dict[str, Header]:

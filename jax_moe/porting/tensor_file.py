@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_moe.guarded import refuse_pointer_file
+from jax_moe.guarded import parse_json, refuse_pointer_file, shorten
 from jax_moe.porting.files import same_bits
 
 DTYPES = {
@@ -53,7 +53,7 @@ def map_tensors(path: Path) -> dict[str, Header]:
             whole = set(file.keys())
         with path.open("rb") as raw:
             (size,) = struct.unpack("<Q", raw.read(8))
-            listed = json.loads(raw.read(size), object_pairs_hook=_unique)
+            listed = parse_json(raw.read(size), "its header", _unique)
             mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
@@ -72,7 +72,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"its header says twice: {', '.join(twice[:20])}")
+        raise ValueError(f"its header says twice: {shorten(', '.join(twice[:20]))}")
     return found
 
 

@@ -1,16 +1,18 @@
 """The only file of `jax_moe` that imports torch: `.pt` files and tensors, to and from numpy."""
 
+import re
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jax_moe.guarded import refuse_pointer_file, require_memory, shorten
-from jax_moe.porting.wrapped import unwrapped
+from jax_moe.guarded import require_memory, shorten
+from jax_moe.porting.judged import check_file, check_optimizer
+from jax_moe.porting.wrapped import Opened, open_dictionary, unwrapped
 
 EXPANDED = 1 << 20  # bytes: a small tensor may be expanded, as a mask often is
 
@@ -42,6 +44,9 @@ def judge(tensor: Any) -> int:
         raise ValueError("is a meta tensor, which has no numbers")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"is {tensor.layout if tensor.layout != torch.strided else tensor.dtype}, must be a plain tensor")
+    if tensor.is_nested or tensor.is_complex() or tensor.is_neg():
+        what = "nested" if tensor.is_nested else tensor.dtype if tensor.is_complex() else "stored as its negative"
+        raise ValueError(f"is {what}, must be a plain tensor")
     needed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if needed > max(stored, EXPANDED):
         shape = shorten(list(tensor.shape))
@@ -63,8 +68,12 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
 
     Raises ValueError for a file that is cut short, holds code or anything but named tensors.
     """
-    state = _load_pt(path, mapped=False)
-    odd = [f"{name} is {_dtype(value)}" for name, value in state.items() if isinstance(_dtype(value), str)]
+    return _arrays(path, _load_pt(path, mapped=False))
+
+
+def _arrays(path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """As numpy, each a copy. Raises ValueError for a dtype that numpy lacks."""
+    odd = [f"{shorten(name)} is {_dtype(value)}" for name, value in state.items() if isinstance(_dtype(value), str)]
     if odd:
         raise ValueError(f"{path}: must hold tensors that numpy has; {', '.join(odd[:20])}")
     return {name: tensor_to_numpy(value) for name, value in state.items()}
@@ -79,30 +88,37 @@ def map_pt(path: Path) -> dict[str, tuple[tuple[int, ...], Any, Callable[[], np.
 
 
 def is_training_pt(path: Path) -> bool:
-    """Whether the `.pt` file holds the state dicts "model" and "optimizer"."""
-    return _is_training(_load_any(path, mapped=True))
+    """Whether the `.pt` file holds the state dicts of a model and of its optimizer, under their usual words."""
+    return open_dictionary(_load_any(path, mapped=True)).optimizer is not None
+
+
+def read_whole_pt(path: Path) -> Opened:
+    """The state dict of a `.pt` file as numpy, out of a trainer's dictionary, and what stood beside it.
+
+    As strict as `read_pt`; an optimizer's state dict is well formed, its tensors are still torch's.
+    """
+    opened = open_dictionary(_load_any(path, mapped=False))
+    if opened.optimizer is not None:
+        check_optimizer(opened.optimizer, path)
+    return replace(opened, state=_arrays(path, _tensors(path, opened.state)))
 
 
 def read_training_pt(path: Path) -> dict[str, Any] | None:
     """All that is in a training checkpoint, the weights as numpy; None if the file is not one."""
+    opened = read_whole_pt(path)
+    return None if opened.optimizer is None else {**opened.others, "model": opened.state, "optimizer": opened.optimizer}
+
+
+def read_optimizer_pt(path: Path) -> Any:
+    """An optimizer's state dict in a `.pt` file, well formed; its tensors are torch's."""
     whole = _load_any(path, mapped=False)
-    if not _is_training(whole):
-        return None
-    return {**whole, "model": {name: tensor_to_numpy(value) for name, value in _tensors(path, whole["model"]).items()}}
-
-
-def read_plain_pt(path: Path) -> Any:
-    """Whatever tensors and plain values a `.pt` file holds; as strict as `read_pt` about what may be in it."""
-    return _load_any(path, mapped=False)
+    check_optimizer(whole, path)
+    return whole
 
 
 def write_plain_pt(path: Path, whole: Any) -> None:
     """The reverse."""
     import_torch(f"{path}: writing it").save(whole, path)
-
-
-def _is_training(whole: Any) -> bool:
-    return isinstance(whole, Mapping) and all(isinstance(whole.get(name), Mapping) for name in ("model", "optimizer"))
 
 
 def write_training_pt(path: Path, whole: Mapping[str, Any]) -> None:
@@ -113,16 +129,20 @@ def write_training_pt(path: Path, whole: Mapping[str, Any]) -> None:
 
 def _load_any(path: Path, mapped: bool) -> Any:
     torch = import_torch(f"{path}: reading it")
-    refuse_pointer_file(path)
+    try:
+        archive = check_file(path, mapped)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols
-            mapped = mapped and zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and archive)
     except Exception as error:  # torch raises a dozen kinds for a file that is not its own
-        if "Unsupported global" in str(error):
+        if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "TorchScript")):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = "code or objects other than tensors" + (f" ({shorten(named[1], 60)})" if named else "")
             cure = "where it was made, `torch.save(model.state_dict(), FILE)` saves what can be read"
-            raise ValueError(f"{path}: refused, its pickle holds code or objects other than tensors; {cure}") from None
+            raise ValueError(f"{path}: refused, its pickle holds {what}; {cure}") from None
         raise ValueError(f"{path}: must be a whole PyTorch checkpoint of tensors, it is not one or is cut short") from None
 
 
@@ -161,7 +181,7 @@ def _dtype(tensor: Any) -> Any:
         return np.dtype(ml_dtypes.bfloat16)
     try:
         return torch.empty(0, dtype=tensor.dtype).numpy().dtype
-    except TypeError:
+    except (TypeError, RuntimeError):
         return str(tensor.dtype).removeprefix("torch.")
 
 

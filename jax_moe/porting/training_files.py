@@ -1,19 +1,22 @@
 """Training checkpoints on disk: weights with the optimizer's state, as a `.pt` file of PyTorch or as a folder of ours."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jax_moe.porting.about import is_folder
 from jax_moe.porting.api import from_torch_tree, tree_plan
-from jax_moe.porting.checkpoint import LAYOUTS, Checkpoint, checkpoint_of, load, save
+from jax_moe.porting.checkpoint import LAYOUTS, Checkpoint, checkpoint_of, known, load, save
 from jax_moe.porting.files import PT_SUFFIXES, same_bits, verify, writing
 from jax_moe.porting.optimizer_file import FILE, Optimizer, plain, plain_groups, read_optimizer, write_optimizer
 from jax_moe.porting.optimizer_state import Moments, read_state_dict, write_state_dict
 from jax_moe.porting.parameter_groups import names_in_groups
 from jax_moe.porting.recognise import Choices
 from jax_moe.porting.step_counts import expert_tensors
+from jax_moe.porting.wrapped import own_names
 
 
 @dataclass(frozen=True)
@@ -41,29 +44,41 @@ def read_training(path: Path, choices: Choices, *, allow_nonfinite: bool = False
     if path.is_dir():
         checkpoint = load(path, choices, allow_nonfinite=allow_nonfinite)
         return Training(checkpoint, read_optimizer(path / FILE, checkpoint.module, LAYOUTS[checkpoint.family]), [])
-    from jax_moe.porting.torch_files import read_training_pt
+    from jax_moe.porting.torch_files import read_whole_pt
 
-    whole = read_training_pt(path)
-    if whole is None:
+    opened = read_whole_pt(path)
+    if opened.optimizer is None:
         raise ValueError(f"{path}: must hold the state dicts \"model\" and \"optimizer\"")
-    if any(name.startswith("model.layers.") for name in whole["model"]):
+    own, _ = own_names(opened.state, known)
+    if any(name.startswith("model.layers.") for name in own.values()):
         here = "`model.save_pretrained(folder)` and `torch.save(optimizer.state_dict(), 'folder/optimizer.pt')`"
         raise ValueError(f"{path}: is of a Hugging Face model, whose config.json it lacks: must be a folder, made by {here}")
-    checkpoint = checkpoint_of(path, whole["model"], choices, allow_nonfinite=allow_nonfinite)
+    note = None if opened.within == "model" else f'from "{opened.within}" of a dictionary'
+    checkpoint = checkpoint_of(path, opened.state, choices, allow_nonfinite=allow_nonfinite, note=note)
     layout = LAYOUTS[checkpoint.family]
     try:
         plan = tree_plan(checkpoint.module, layout=layout)
-        inside = [name for name in whole["model"] if name in plan.their_shapes]
-        order = names_in_groups(whole["optimizer"], inside, plan.their_shapes)
-        moments = read_state_dict(whole["optimizer"], order, expert_tensors(plan))
+        inside = [own[name] for name in opened.state if own[name] in plan.their_shapes]
+        optimizer = _named(opened.optimizer, own)
+        order = names_in_groups(optimizer, inside, plan.their_shapes)
+        moments = read_state_dict(optimizer, order, expert_tensors(plan))
         for arrays in moments.arrays.values():
             from_torch_tree(checkpoint.module, arrays, layout=layout)
-        groups = plain_groups(whole["optimizer"]["param_groups"])
+        groups = plain_groups(optimizer["param_groups"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    rest = {name: value for name, value in whole.items() if name not in ("model", "optimizer")}
-    others = {name: value for name, value in rest.items() if plain(value)}
+    rest = {name: value for name, value in opened.others.items() if name not in ("model", "optimizer")}
+    others = {name: value for name, value in rest.items() if isinstance(name, str) and plain(value)}
     return Training(checkpoint, Optimizer(moments, groups, order, others), sorted(map(str, rest.keys() - others.keys())))
+
+
+def _named(optimizer: Any, own: Mapping[str, str]) -> dict[str, Any]:
+    """The optimizer's state dict, the names in its groups without a wrapper's parts too."""
+    groups = [
+        {**group, "param_names": [own.get(name, name) for name in group["param_names"]]} if "param_names" in group else group
+        for group in optimizer["param_groups"]
+    ]
+    return {**optimizer, "param_groups": groups}
 
 
 def write_training_folder(training: Training, path: Path, overwrite: bool) -> None:

@@ -1,26 +1,71 @@
 """What trainers and wrappers put around a state dict: dictionaries, and prefixes of its names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 # Under these names people keep a state dict beside other things, the first one found counts.
 KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim")  # and an optimizer's beside it
 # Parts of a name that a wrapper adds wherever it stands: torch.compile, FSDP, activation checkpointing.
 PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Prefixes that all names have in common: DataParallel, Lightning and the like.
 PREFIXES = ("module.", "model.", "net.", "network.")
 
+MOST = 8  # dictionaries, one in the other
 Value = TypeVar("Value")
 
 
-def unwrapped(whole: Any) -> Any:
+@dataclass(frozen=True)
+class Opened:
+    """What a trainer's dictionary holds."""
+
+    state: Any  # of the model; the whole, where nothing was around it
+    optimizer: Any  # its state dict, or None
+    others: dict[Any, Any]  # what stood beside them
+    within: str  # the keys on the way to the state
+
+    @property
+    def note(self) -> str | None:
+        """What was opened and what stays behind, in words."""
+        left = (["the optimizer's state"] if self.optimizer is not None else []) + sorted(str(name)[:40] for name in self.others)
+        beside = f" (beside it: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''})" if left else ""
+        return f'from "{self.within}" of a dictionary{beside}' if self.within else None
+
+
+def open_dictionary(whole: Any) -> Opened:
     """The innermost dictionary under the usual names; what has other content than dictionaries there comes back as it is."""
-    while isinstance(whole, Mapping):
-        inner = next((whole[key] for key in KEYS if isinstance(whole.get(key), Mapping)), None)
-        if inner is None:
+    within: list[str] = []
+    optimizer, others = None, dict[Any, Any]()
+    while isinstance(whole, Mapping) and len(within) < MOST:
+        key = next((name for name in KEYS if isinstance(whole.get(name), Mapping)), None)
+        if key is None:
             break
-        whole = inner
-    return whole
+        word = next((name for name in OPTIMIZERS if isinstance(whole.get(name), Mapping)), None) if optimizer is None else None
+        optimizer = whole[word] if word is not None else optimizer
+        others |= {name: value for name, value in whole.items() if name not in (key, word)}
+        within, whole = [*within, key], whole[key]
+    return Opened(whole, optimizer, others, ".".join(within))
+
+
+def unwrapped(whole: Any) -> Any:
+    """The state dict alone."""
+    return open_dictionary(whole).state
+
+
+def own_names(names: Iterable[str], known: Callable[[set[str]], bool]) -> tuple[dict[str, str], list[str]]:
+    """{name: the module's own}, and what wrappers had put there. `known` tells whether names make sense as they are.
+
+    A prefix of all names goes only where what is left makes sense. Raises ValueError if two names meet.
+    """
+    state, taken = without_parts({name: name for name in names})
+    short, outer = state, list[str]()
+    while not known(set(short)):
+        shorter = without_prefix(short)
+        if shorter is None:
+            return {long: name for name, long in state.items()}, taken
+        short, outer = shorter[0], [*outer, shorter[1]]
+    return {long: name for name, long in short.items()}, [*taken, *outer]
 
 
 def without_parts(state: Mapping[str, Value]) -> tuple[dict[str, Value], list[str]]:

@@ -2,12 +2,14 @@
 
 import numpy as np
 
+from jax_moe.guarded import require_memory
 from jax_moe.porting.families import attention
 from jax_moe.porting.table import Constant, Row, Table, embedding, layer_norm, linear, stacked, under
 
 
 def lower_triangular(rows: int, columns: int) -> np.ndarray:
     """the lower triangular mask of ones"""
+    require_memory(12 * rows * columns, f"a mask of {rows:,} by {columns:,}")
     return np.tril(np.ones((rows, columns), np.float32))
 
 
