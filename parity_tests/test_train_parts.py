@@ -138,9 +138,9 @@ def test_a_folder_is_claimed_only_if_it_is_free(tmp_path: Path) -> None:
     assert run_folder.claim(tmp_path / "a" / "b")[0] == folder
     (folder / ".lock").unlink()  # the second lock is left as a killed process leaves it
     (folder / ".lock").touch()
-    (folder / ".config.json.123").touch()
+    (folder / ".config.json.part").touch()
     _, lock = run_folder.claim(folder)
-    (folder / ".config.json.123").unlink()
+    (folder / ".config.json.part").unlink()
     run_folder.release(folder, lock)
     assert not (tmp_path / "a" / "b").exists()
     (tmp_path / "a" / "file").write_text("kept")

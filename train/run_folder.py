@@ -51,7 +51,7 @@ def claim(folder: Path, *, numbered: bool = False) -> tuple[Path, Lock]:
     except OSError as error:
         raise _not_writable(folder, error) from None
     lock = lock_run(folder)
-    left = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.\d+")  # by a process that died before it had begun
+    left = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.part")  # by a process that died before it had begun
     if all(left.fullmatch(path.name) for path in folder.iterdir()):
         return folder, lock
     lock.release()
