@@ -54,8 +54,8 @@ CONFIG = [
     Mutation(
         "the factor is the nearest double",
         "jax_moe/config.py",
-        "Fraction(str(self.factor))",
-        "Fraction(float(self.factor))",
+        "        return Fraction(text)",
+        "        return Fraction(float(text))",
         tests=CONTRACT,
     ),
     Mutation(

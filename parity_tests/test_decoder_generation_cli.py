@@ -131,7 +131,7 @@ def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
     assert "eos_token_id='x': must be null, a token or a list of tokens" in line("--tokens", "1")
     (folder / "generation_config.json").write_text("{")
-    assert "generation_config.json: must be a JSON object" in line("--tokens", "1")
+    assert "generation_config.json: must be JSON" in line("--tokens", "1")
     (folder / "generation_config.json").unlink()
     text = (folder / "tokenizer.json").read_text()
     bare = json.loads(text) | {"post_processor": None}

@@ -30,8 +30,7 @@ def import_torch(why: str) -> Any:
 def tensor_to_numpy(tensor: Any) -> np.ndarray:
     """A copy with the same bits; bf16 becomes ml_dtypes.bfloat16."""
     torch = import_torch("a tensor")
-    judge(tensor)
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
     return tensor.numpy().copy()
@@ -99,7 +98,7 @@ def read_whole_pt(path: Path) -> Opened:
     """
     opened = open_dictionary(_load_any(path, mapped=False))
     if opened.optimizer is not None:
-        check_optimizer(opened.optimizer, path)
+        _check_optimizer(opened.optimizer, path)
     return replace(opened, state=_arrays(path, _tensors(path, opened.state)))
 
 
@@ -112,8 +111,20 @@ def read_training_pt(path: Path) -> dict[str, Any] | None:
 def read_optimizer_pt(path: Path) -> Any:
     """An optimizer's state dict in a `.pt` file, well formed; its tensors are torch's."""
     whole = _load_any(path, mapped=False)
-    check_optimizer(whole, path)
+    _check_optimizer(whole, path)
     return whole
+
+
+def _check_optimizer(state_dict: Any, path: Path) -> None:
+    """`check_optimizer`, and its tensors as those of a state dict."""
+    check_optimizer(state_dict, path)
+    for i, entry in state_dict["state"].items():
+        for key, value in entry.items():
+            try:
+                if hasattr(value, "untyped_storage"):
+                    judge(value)
+            except ValueError as error:
+                raise ValueError(f"{path}: optimizer state: {shorten(key, 40)} of parameter {i} {error}") from None
 
 
 def write_plain_pt(path: Path, whole: Any) -> None:
