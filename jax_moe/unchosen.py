@@ -100,6 +100,13 @@ def _correction(decay: float, count: Any) -> Any:
     return -jnp.expm1(count * (math.log(decay) if decay > 0 else -math.inf))
 
 
+def _parts(decay: float, mask: Any, dtype: Any) -> tuple[Any, Any]:
+    """What a moment keeps of itself and takes of the gradient: decay and 1 - decay, or 1 and 0 for an expert without tokens."""
+    if mask is None:
+        return decay, 1 - decay
+    return jnp.where(mask, decay, 1).astype(dtype), jnp.where(mask, 1 - decay, 0).astype(dtype)
+
+
 def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` in which an expert without tokens keeps its moments and its count."""
 
@@ -116,13 +123,13 @@ def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTr
         count, counts = state.count + 1, {path: value + masks[path].astype(value.dtype) for path, value in before.items()}
 
         def leaf(keys: tuple, gradient: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
-            new_mu = (1 - b1) * gradient + b1 * mu
-            new_nu = (1 - b2) * gradient**2 + b2 * nu
             steps, mask = _for_leaf(keys, gradient, counts, count), _for_leaf(keys, gradient, masks, None)
+            # moments of an expert without tokens times 1, its gradient times 0: cheaper than choosing number by number
+            (old_mu, new_1), (old_nu, new_2) = (_parts(decay, mask, mu.dtype) for decay in (b1, b2))
+            new_mu = new_1 * gradient + old_mu * mu
+            new_nu = new_2 * gradient**2 + old_nu * nu
             mu_hat = new_mu / _correction(b1, steps).astype(mu.dtype)
             nu_hat = new_nu / _correction(b2, steps).astype(nu.dtype)
-            if mask is not None:
-                new_mu, new_nu = jnp.where(mask, new_mu, mu), jnp.where(mask, new_nu, nu)
             return mu_hat / (jnp.sqrt(nu_hat) + eps), new_mu.astype(mu.dtype), new_nu.astype(nu.dtype)
 
         structure = jax.tree.structure(updates)

@@ -604,8 +604,8 @@ OPTIMIZERS = [
     Mutation(
         "jax: an unchosen expert's moments go on",
         "jax_moe/unchosen.py",
-        "new_mu, new_nu = jnp.where(mask, new_mu, mu), jnp.where(mask, new_nu, nu)",
-        "pass",
+        "return jnp.where(mask, decay, 1).astype(dtype), jnp.where(mask, 1 - decay, 0).astype(dtype)",
+        "return decay, 1 - decay",
         tests=STEPS,
     ),
     Mutation(
