@@ -1,11 +1,13 @@
 """Runs that meet each other, a full disk, a folder that goes away, or Ctrl-C at a bad moment: one line, and nothing is lost."""
 
 import io
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from jax_moe import output
 from jax_moe.porting.alone import Lock
+from jax_moe.porting.orbax_files import quiet
 from parity_tests.test_train_run import SCRIPT, TEXT, CountingLearner, a_run, numbers
 from parity_tests.zygote import Zygote
 from train import loop, run_folder
@@ -37,6 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(TEXT)
     with Zygote(folder, "train.loop:main", environment(folder)) as zygote:
+        assert zygote.run(*SETTINGS).status == 0  # runs/001
         yield zygote
 
 
@@ -61,8 +65,8 @@ def test_two_starts_at_once(runs: Zygote) -> None:
     """Without --out each gets a folder of its own; with the same one the second is turned away before it writes."""
     answers = runs.together([SETTINGS, SETTINGS])
     assert [done.status for done in answers] == [0, 0], answers
-    assert {path.name for path in (runs.folder / "runs").iterdir()} == {"001", "002"}
-    one, two = (runs.folder / "runs" / name for name in ("001", "002"))
+    assert {path.name for path in (runs.folder / "runs").iterdir()} == {"001", "002", "003"}
+    one, two = (runs.folder / "runs" / name for name in ("002", "003"))
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     answers = sorted(runs.together([[*SETTINGS, "--out", "same"]] * 2))
     assert [done.status for done in answers] == [0, 2], answers
@@ -104,6 +108,24 @@ def test_a_disk_that_fills_later_ends_the_process_at_once(runs: Zygote) -> None:
     assert FULL_DISK in error and error.count("\n") == 1
     assert error.endswith("the last checkpoint is of step 4, in later/checkpoints; --resume goes on from it\n")
     assert runs.run("--resume", "--out", "later").status == 0
+
+
+def test_a_thread_that_outlives_an_error_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Orbax reports a full disk once more from a thread of its own, after the error was raised."""
+    raised = threading.Event()
+
+    def late() -> None:
+        raised.wait(9)
+        logging.getLogger("absl").error("too late")
+
+    thread = threading.Thread(target=late)
+    with pytest.raises(OSError), quiet():
+        thread.start()
+        raise OSError
+    raised.set()
+    thread.join()
+    logging.getLogger("absl").error("heard")
+    assert caplog.messages == ["heard"]
 
 
 def test_ctrl_c_while_it_is_imported(runs: Zygote, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -85,9 +86,13 @@ def sums_from_json(value: Any, where: str) -> Sums:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax and what is below it print an error with pages of traceback before they raise it; the one line is ours."""
+    """Orbax and what is below it print an error with pages of traceback before they raise it; the one line is ours.
+
+    After an error the threads started inside may still run, and stay silent; every other thread is heard again.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, hook = [logger.level for logger in loggers], sys.unraisablehook
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    before = set(threading.enumerate())
 
     def rest(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":  # what threads of the library below say that come too late
@@ -98,9 +103,14 @@ def quiet() -> Iterator[None]:
     sys.unraisablehook = rest
     try:
         yield
-        sys.unraisablehook = hook  # after an error not: those threads still run
+        sys.unraisablehook = hook
+    except BaseException:
+        late = {thread.ident for thread in set(threading.enumerate()) - before}
+        for logger in loggers:
+            logger.addFilter(lambda record: record.thread not in late)
+        raise
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
