@@ -22,7 +22,7 @@ table: $(VENV)/.test
 
 # Ten times the drawn contracts; every small change of the sources, to be caught; docs/precision.md anew.
 nightly: $(VENV)/.test
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest parity_tests/test_hypothesis.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest parity_tests/table/test_hypothesis.py
 
 # Damaged files for every reader: make fuzz ARGS="--count 1000000 --seed 7"
 fuzz: $(VENV)/.test
@@ -30,7 +30,7 @@ fuzz: $(VENV)/.test
 
 # A training run and a port, each killed at 200 moments.
 kills: $(VENV)/.test
-	KILLS=200 $(BIN)/python -m pytest parity_tests/test_kills.py
+	KILLS=200 $(BIN)/python -m pytest parity_tests/train/test_kills.py
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m parity_tests.mutations --update

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 import jax_moe
-from jax_moe.config import MoEConfig
+from jax_moe.config.moe import MoEConfig
 
 # Worst difference over the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}

@@ -31,8 +31,8 @@ from flax import nnx
 
 import jax_moe
 from benchmarks.timing import machine
-from jax_moe.porting.files import same_bits
-from jax_moe.porting.shards import open_weights
+from jax_moe.disk import same_bits
+from jax_moe.porting.formats.shards import open_weights
 
 NUM_EXPERTS, EXPERT_DIM, MODEL_DIM = 8, 3584, 1024
 SIZES = {"vocab_size": 32000, "model_dim": MODEL_DIM, "num_heads": 16, "num_kv_heads": 4, "head_dim": 64}

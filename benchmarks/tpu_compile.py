@@ -33,7 +33,7 @@ from jax.sharding import SingleDeviceSharding
 
 import jax_moe
 from benchmarks.timing import machine
-from jax_moe.config import MoEConfig
+from jax_moe.config.moe import MoEConfig
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GROUPS = (256, 512, 1024, 2048)

@@ -23,7 +23,7 @@ from flax import nnx
 import jax_moe
 import torch_ref
 from benchmarks.timing import Parser, alternate, machine, median_ratio, positive
-from jax_moe.porting.torch_conventions import Unchosen, adamw_as_torch
+from jax_moe.optimizers import Unchosen, adamw_as_torch
 
 BATCH_SIZE = 16
 SAME = 2e-5  # relative difference of the two losses; measured 1e-7

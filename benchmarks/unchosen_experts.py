@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jax_moe
-from train.data import batch, load_text
+from train.data.text import batch, load_text
 
 BATCH_SIZE, BLOCK_SIZE, BALANCE_WEIGHT, WINDOW = 4, 32, 0.01, 25
 SETTINGS = {

@@ -2,6 +2,6 @@
 
 import sys
 
-from jax_moe.cli import main
+from moe_cli.main import main
 
 sys.exit(main())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe.config import MoEConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array
 from jax_moe.shapes import (
     Dim,

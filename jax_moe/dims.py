@@ -12,6 +12,7 @@ share. "Axis" is a mesh's, "dim" is a tensor's.
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -29,4 +30,9 @@ else:
         Bool = Float = Int = Key = Shaped = _Unchecked
         PRNGKeyArray = Any
 
-__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "PRNGKeyArray", "Shaped"]
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Key", "PRNGKeyArray", "Shaped", "wide"]
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """fp32, or fp64 for fp64: the dtype of scores, weights, sums over choices and losses."""
+    return jnp.promote_types(dtype, jnp.float32)

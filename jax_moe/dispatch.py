@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_moe.config import MoEConfig, Priority
-from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped
+from jax_moe.config.moe import MoEConfig, Priority
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped, wide
 from jax_moe.dropout import apply_keep, draw_keep, dropout
-from jax_moe.routing import Routing, safe_denominator, wide
+from jax_moe.routing import Routing, safe_denominator
 
 LARGEST_KEY = 2**31 - 1  # of an int32: queue and turn are sorted as one number up to here
 

@@ -6,30 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_moe.config import Activation, ExpertConfig, MoEConfig
+from jax_moe.activations import activate, clamp_above
+from jax_moe.config.moe import ExpertConfig, MoEConfig
 from jax_moe.dims import Array, DTypeLike, Float, Int
 
 Weights = Mapping[str, Array]
-
-
-def activate(name: Activation, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` is x * sigmoid(1.702 x)."""
-    if name == "relu":
-        return jax.nn.relu(x)
-    if name == "silu":
-        return jax.nn.silu(x)
-    if name == "gelu":
-        return jax.nn.gelu(x, approximate=False)
-    if name == "gelu_tanh":
-        return jax.nn.gelu(x, approximate=True)
-    if name == "quick_gelu":
-        return x * jax.nn.sigmoid(1.702 * x)
-    return x
-
-
-def clamp_above(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
-    """min(x, bound) with torch.clamp's gradient: 1 up to and at the bound (jnp.clip splits it there)."""
-    return jnp.where(x > bound, jnp.full_like(x, bound), x)
 
 
 def hidden_units(

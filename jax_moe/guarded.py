@@ -14,18 +14,13 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from jax_moe.config.checks import shorten
+
 MAX_JSON_BYTES = 64_000_000  # the index of the largest public checkpoint has 8 million
-MAX_WORDS = 120  # characters of a stranger's text in one of our messages
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that stands for a file not yet fetched
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
-
-
-def shorten(value: object, most: int = MAX_WORDS) -> str:
-    """The text of a value on one line, its middle left out where it is longer than `most` characters."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
 
 
 def parse_json(text: str | bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from jax_moe.arrays import check_choices, check_kind, checked, checked_input
-from jax_moe.config import BalanceConfig, MoEConfig, RouterConfig, require
-from jax_moe.dims import Array, Bool, DTypeLike, Float, Int
+from jax_moe.config.checks import require
+from jax_moe.config.moe import BalanceConfig, MoEConfig, RouterConfig
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
 from jax_moe.dispatch import Slots
-from jax_moe.routing import Routing, log_scores, safe_denominator, wide
+from jax_moe.routing import Routing, log_scores, safe_denominator
 from jax_moe.shapes import Dim
 
 SOFTMAX = RouterConfig()

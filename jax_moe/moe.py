@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.arrays import check_limit, moe_arrays
-from jax_moe.config import ExpertConfig, MoEConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from jax_moe.config.moe import ExpertConfig, MoEConfig
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
-from jax_moe.routing import Routing, noise_scale, route, router_logits, wide
+from jax_moe.routing import Routing, noise_scale, route, router_logits
 from jax_moe.stored import Kept
 
 

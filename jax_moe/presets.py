@@ -3,30 +3,31 @@
 Standard library only. Sources stand in each docstring; "HF" is Hugging Face transformers 5.23.
 """
 
-from jax_moe.config import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, Priority, RouterConfig
+from jax_moe.config.moe import (
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    Priority,
+    RouterConfig,
+    makemoe,
+)
+
+__all__ = [
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granite_moe",
+    "makemoe",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "switch",
+    "vmoe",
+]
 
 _HF_BALANCE = BalanceConfig(f_sums_to="k", pooled="over_layers")
-
-
-def makemoe(
-    model_dim: int = 128, expert_dim: int | None = None, num_experts: int = 8, top_k: int = 2,
-    capacity_factor: float | None = 1.0, dropout: float = 0.1, noise: bool = True,
-) -> MoEConfig:
-    """makeMoE (AviSoori1x/makeMoE): top-k of noisy logits, softmax over the chosen, ReLU experts of 4x width.
-
-    Capacity floor(B*T*K/E * factor) over the whole batch, token order, weights kept after a drop. The noise stays on
-    at evaluation. `noise=False` is its plain top-k router.
-    """
-    router = RouterConfig(
-        order="select_then_softmax", bias=True,
-        noise="learned_gaussian" if noise else "none", noise_at_evaluation=noise,
-    )
-    expert = ExpertConfig(activation="relu", gated=False, bias=True, dropout=dropout)
-    capacity = None if capacity_factor is None else CapacityConfig(factor=capacity_factor, below_one="drop_all")
-    return MoEConfig(
-        model_dim=model_dim, expert_dim=4 * model_dim if expert_dim is None else expert_dim,
-        num_experts=num_experts, top_k=top_k, router=router, expert=expert, capacity=capacity,
-    )
 
 
 def mixtral(
@@ -155,9 +156,3 @@ def granite_moe(model_dim: int = 1536, expert_dim: int = 512, num_experts: int =
     return MoEConfig(
         model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, balance=_HF_BALANCE
     )
-
-
-NAMES = (
-    "makemoe", "mixtral", "switch", "vmoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss",
-    "granite_moe",
-)

@@ -5,7 +5,7 @@ from typing import Literal, TypeVar, get_args
 
 import jax
 
-from jax_moe.config import require
+from jax_moe.config.checks import require
 
 Remat = Literal["none", "dots", "full"]
 Layer = TypeVar("Layer", bound=Callable)

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.activations import activate
 from jax_moe.arrays import checked, checked_input
-from jax_moe.config import SoftMoEConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray
-from jax_moe.experts import activate
-from jax_moe.routing import wide
+from jax_moe.config.moe import SoftMoEConfig
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.norms import layer_norm
 
-LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
 UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
 
 
@@ -77,11 +76,6 @@ class SoftExpert(nnx.Module):
             y = self.last_ln(y)
         y = activate(config.output_activation, y).astype(x.dtype)
         return x + y if config.residual and x.shape == y.shape else y
-
-
-def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
-    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
-    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
 
 
 class SoftMoE(nnx.Module):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_moe.config import require
+from jax_moe.config.checks import require
 
 _OWN_DIMS = {"up": 2, "gate": 2, "down": 2, "up_bias": 1, "gate_bias": 1, "down_bias": 1}  # last dims, of one expert
 NEEDS = "which experts had tokens: update(gradients, state, params, chosen=chosen_experts(stats))"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe.config import require
+from jax_moe.config.checks import require
 from jax_moe.guarded import read_npy
 
 

@@ -15,26 +15,26 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.arrays import checked_input
-from jax_moe.config import require
+from jax_moe.config.checks import require
+from jax_moe.dims import wide
+from jax_moe.disk import same_bits
 from jax_moe.losses import pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.porting.api import from_torch, to_torch
-from jax_moe.porting.checkpoint import Checkpoint, abstract_module
+from jax_moe.porting.checkpoint import Checkpoint
 from jax_moe.porting.families import tables_of
-from jax_moe.porting.files import same_bits
-from jax_moe.porting.hf_folder import open_folder
+from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
-from jax_moe.porting.torch_files import import_torch
-from jax_moe.routing import wide
+from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
+from jax_moe.porting.torch_tensors import import_torch
 from jax_moe.soft_moe import SoftMoE
-from moe_parity import explanation
-from moe_parity.against_torch_ref import trace_torch_ref
-from moe_parity.against_transformers import import_transformers, trace_transformers
+from moe_parity.explain import search
 from moe_parity.report import Report
+from moe_parity.sides.jax_moe import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
+from moe_parity.sides.torch_ref import trace_torch_ref
+from moe_parity.sides.transformers import import_transformers, trace_transformers
 from moe_parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
-from moe_parity.taps import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
 from moe_parity.tolerances import TOLERANCES
 
 FUSED = 1  # the place among a family's tables of the names that transformers has in memory
@@ -90,7 +90,7 @@ def explained(module: nnx.Module, x: np.ndarray, theirs: Trace, results: list[St
     """Which known convention makes our output theirs, where something is beyond tolerance. Within `settings`."""
     if first_divergence(results) is None or isinstance(module, SoftMoE):
         return ""
-    return explanation.explain_traces(module, x, theirs)
+    return search.explain_traces(module, x, theirs)
 
 
 def settings(dtype: str) -> AbstractContextManager:

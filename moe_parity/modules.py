@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.config import require
-from jax_moe.porting.api import flatten
-from jax_moe.porting.torch_files import import_torch, numpy_to_tensor, tensor_to_numpy
+from jax_moe.config.checks import require
+from jax_moe.porting.state_dict import flatten
+from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
 from jax_moe.shapes import type_name
 from moe_parity.mapping import Entry, check_names, entries_of, moved, our_weights
 from moe_parity.stages import SMALL, Stage, StageResult, first_divergence, judge, norm

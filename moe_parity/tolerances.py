@@ -1,8 +1,8 @@
 """How far apart two correct frameworks may be, by dtype and kind of stage; "" is any kind not named.
 
 The error is relative to the stage's largest value (gradients: by norm). Beside each the worst measured over the 15 models of
-parity_tests/hf_cases.py and the modules of parity_tests/test_microscope.py. A choice may differ where its scores are closer than
-twice what router logits may be off: `experts` is that.
+parity_tests/table/family_cases.py and the modules of parity_tests/microscope/test_microscope.py. A choice may differ where
+its scores are closer than twice what router logits may be off: `experts` is that.
 """
 
 TOLERANCES: dict[str, dict[str, float]] = {

@@ -24,7 +24,7 @@ settings.register_profile(
 settings.register_profile("search", parent=settings.get_profile("derandomised"), derandomize=False, max_examples=1000)
 settings.load_profile("derandomised")
 
-pytest.register_assert_rewrite("parity_tests.commands")
+pytest.register_assert_rewrite("parity_tests.cli.commands")
 
 if importlib.util.find_spec("torch"):
     import torch
@@ -73,7 +73,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2-MoE folder in five shards, with a tokenizer and code that must not run, that nobody changes."""
     from jax_moe import save_pretrained
-    from parity_tests.decoder_cases import decoder
+    from parity_tests.porting.decoder_cases import decoder
 
     folder = tmp_path_factory.mktemp("whole") / "model"
     save_pretrained(decoder("qwen2_moe"), folder, model_type="qwen2_moe", max_shard_bytes=4000)
@@ -85,7 +85,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def orbax(whole: Path) -> Path:
     """The same as an Orbax checkpoint."""
-    from jax_moe.cli import main
+    from moe_cli.main import main
 
     assert main(["port", str(whole), str(whole.parent / "orbax-0.1")]) == 0
     return whole.parent / "orbax-0.1"

@@ -1,11 +1,11 @@
 """Mixture of Experts in PyTorch, plain: what `jax_moe` does in batches, by loops that one can read."""
 
 from jax_moe import presets
-from torch_ref.attention import Attention
-from torch_ref.block import Block, Randomness
-from torch_ref.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig, SoftMoEConfig
-from torch_ref.generation import generate
+from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig, SoftMoEConfig
+from torch_ref.attention.multihead import Attention
+from torch_ref.generation.generate import generate
 from torch_ref.losses import MoEStats, chosen_experts
+from torch_ref.models.block import Block, Randomness
 from torch_ref.models.makemoe import MakeMoE
 from torch_ref.models.mixtral_block import MixtralSparseMoeBlock
 from torch_ref.moe import MoE

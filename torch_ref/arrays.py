@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from jax_moe.config import MoEConfig
 from jax_moe.shapes import (
     Dim,
     Sizes,
@@ -18,7 +19,6 @@ from jax_moe.shapes import (
     role_and_dims,
     type_name,
 )
-from torch_ref.config import MoEConfig
 from torch_ref.dims import Tensor
 
 __all__ = [

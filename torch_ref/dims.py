@@ -11,6 +11,7 @@ A tensor is named role + dims (`weight_GSK`); types and suffixes agree.
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -26,4 +27,9 @@ else:
 
         Bool = Float = Int = Shaped = _Unchecked
 
-__all__ = ["Bool", "Float", "Int", "Shaped", "Tensor"]
+__all__ = ["Bool", "Float", "Int", "Shaped", "Tensor", "wide"]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: the dtype of scores, weights, sums over choices and losses."""
+    return torch.promote_types(dtype, torch.float32)

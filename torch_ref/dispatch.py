@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from torch_ref.config import MoEConfig, Priority
-from torch_ref.dims import Bool, Float, Int, Shaped, Tensor
-from torch_ref.routing import Routing, safe_denominator, wide
+from jax_moe.config import MoEConfig, Priority
+from torch_ref.dims import Bool, Float, Int, Shaped, Tensor, wide
+from torch_ref.dropout import apply_keep
+from torch_ref.routing import Routing, safe_denominator
 
 
 class Slots(NamedTuple):
@@ -86,11 +87,6 @@ def round_weights(slots: Slots, config: MoEConfig, dtype: torch.dtype) -> Slots:
     if config.router.weight_dtype == "float32":
         return slots
     return slots._replace(weight_GSK=slots.weight_GSK.to(dtype).to(slots.weight_GSK.dtype))
-
-
-def apply_keep(y: Float[Tensor, "*any"], keep: Bool[Tensor, "*any"], rate: float) -> Float[Tensor, "*any"]:
-    """Dropout with a given mask: kept entries divided by 1 - rate, the others 0."""
-    return (y / (1 - rate)).masked_fill(~keep, 0)
 
 
 def loop_dispatch(x_GSD: Float[Tensor, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Tensor, "G S D"]:

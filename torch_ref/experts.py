@@ -1,26 +1,11 @@
 """The feed-forward network of one expert, as three linear maps."""
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_ref.config import Activation, ExpertConfig, MoEConfig
+from jax_moe.config import ExpertConfig, MoEConfig
+from torch_ref.activations import activate
 from torch_ref.dims import Float, Tensor
-
-
-def activate(name: Activation, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` is x * sigmoid(1.702 x)."""
-    if name == "relu":
-        return F.relu(x)
-    if name == "silu":
-        return F.silu(x)
-    if name == "gelu":
-        return F.gelu(x)
-    if name == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return x
 
 
 def linear(x: Float[Tensor, "*any X"], layer: nn.Linear) -> Float[Tensor, "*any Y"]:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from jax_moe.config import BalanceConfig, MoEConfig, RouterConfig, require
 from torch_ref.arrays import Dim, check_choices, check_kind, checked, checked_input
-from torch_ref.config import BalanceConfig, MoEConfig, RouterConfig, require
-from torch_ref.dims import Bool, Float, Int, Shaped, Tensor
+from torch_ref.dims import Bool, Float, Int, Shaped, Tensor, wide
 from torch_ref.dispatch import Slots
-from torch_ref.routing import Routing, log_scores, safe_denominator, wide
+from torch_ref.routing import Routing, log_scores, safe_denominator
 
 SOFTMAX = RouterConfig()
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from jax_moe.config import MoEConfig
 from torch_ref.arrays import check_moe_arrays
-from torch_ref.config import MoEConfig
-from torch_ref.dims import Bool, Float, Int, Tensor
+from torch_ref.dims import Bool, Float, Int, Tensor, wide
 from torch_ref.dispatch import Moves, Slots, assign_slots, loop_dispatch, merge_groups, round_weights, split_groups
 from torch_ref.experts import Expert, linear, make_experts
 from torch_ref.losses import MoEStats, layer_stats
-from torch_ref.routing import Routing, noise_scale, route, router_logits, wide
+from torch_ref.routing import Routing, noise_scale, route, router_logits
 
 
 class Parts(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from jax_moe.precision import Precision
+from jax_moe.config.precision import Precision
 from torch_ref.dims import Tensor
 
 # Names that parameters of experts have in torch_ref and in the original projects.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torch_ref.config import require
+from jax_moe.config import require
 from torch_ref.dims import Tensor
 
 Remat = Literal["none", "dots", "full"]

@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from torch_ref.config import MoEConfig, RouterConfig
-from torch_ref.dims import Float, Int, Tensor
+from jax_moe.config import MoEConfig, RouterConfig
+from torch_ref.dims import Float, Int, Tensor, wide
+from torch_ref.top_k import best_first
 
 
 class Routing(NamedTuple):
@@ -16,11 +17,6 @@ class Routing(NamedTuple):
     expert_GSK: Int[Tensor, "G S K"]  # the k-th choice of each token
     weight_GSK: Float[Tensor, "G S K"]  # how much of that expert's answer to keep; fp32 or wider
     logits_GSE: Float[Tensor, "G S E"]  # what was chosen from, noise included; the losses read it
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64: the dtype of scores, weights, sums over choices and losses."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def router_logits(
@@ -69,11 +65,6 @@ def log_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Floa
     if config.score == "sqrt_softplus":
         return softplus(logits_GSE).clamp(min=torch.finfo(logits_GSE.dtype).tiny).log() / 2
     return logits_GSE
-
-
-def best_first(score: Float[Tensor, "*any X"], count: int) -> Int[Tensor, "*any Y"]:
-    """Indices of the `count` highest, best first; on equal scores the lower index wins, which torch.topk does not promise."""
-    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def limit_to_clusters(score_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:

@@ -2,13 +2,13 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from jax_moe.config import Activation, SoftMoEConfig
+from torch_ref.activations import activate
 from torch_ref.arrays import checked, checked_input
-from torch_ref.config import Activation, SoftMoEConfig
-from torch_ref.dims import Bool, Float, Tensor
-from torch_ref.experts import activate, linear
-from torch_ref.routing import wide
+from torch_ref.dims import Bool, Float, Tensor, wide
+from torch_ref.experts import linear
+from torch_ref.norms import normed
 
 UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
 
@@ -35,13 +35,6 @@ def soft_weights(
         logits = logits.masked_fill(~mask_BT[..., None], -torch.finfo(compute).max)
     num_experts_and_slots = phi_DEC.shape[1:]
     return logits.softmax(dim=1).unflatten(2, num_experts_and_slots), logits.softmax(dim=2).unflatten(2, num_experts_and_slots)
-
-
-def normed(x: Float[Tensor, "*any D"], norm: nn.LayerNorm) -> Float[Tensor, "*any D"]:
-    """The layer norm in fp32 or wider, its result in the input's dtype."""
-    compute = wide(x.dtype)
-    weight, bias = norm.weight.to(compute), norm.bias.to(compute)
-    return F.layer_norm(x.to(compute), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
 
 
 class SoftExpert(nn.Module):

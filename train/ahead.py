@@ -3,11 +3,12 @@
 from math import ceil
 from pathlib import Path
 
-from jax_moe.config import MakeMoEConfig, require
+from jax_moe.config.checks import require
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.disk import check_space
 from jax_moe.guarded import require_memory
-from jax_moe.porting.files import check_space
-from train import run_folder
 from train.configs.settings import TrainConfig
+from train.run import folder as run_folder
 from train.task import Task
 
 LONGEST_SAMPLE = 1_000_000  # tokens

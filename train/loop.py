@@ -9,22 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe.config import require
+from jax_moe.config.checks import require
+from jax_moe.locks import Lock
 from jax_moe.output import any_encoding
-from jax_moe.porting.alone import Lock
-from train import data, metrics, run_folder
 from train.ahead import check_disk, check_end
 from train.configs.adapt import EXPLICIT, Free
 from train.configs.settings import TrainConfig, check, flat
-from train.interrupt import Interrupt
-from train.learner import Learner
-from train.logger import Logger, check_logger, open_logger
-from train.longer import lengthened
+from train.data import text as data
+from train.data.tokens import Tokens
+from train.learners.learner import Learner
+from train.learners.longer import lengthened
 from train.options import read_settings
 from train.plots import plot_run
-from train.progress import Display, Meter, clock, display
+from train.run import folder as run_folder
+from train.run import metrics
+from train.run.interrupt import Interrupt
+from train.run.logger import Logger, check_logger, open_logger
+from train.run.progress import Display, Meter, clock, display
 from train.task import make_learner, read_task
-from train.tokens import Tokens
 
 SHOW_EVERY = 10  # steps between looks at the loss, so that the device never waits for us
 INTERRUPTED = 130

@@ -1,7 +1,8 @@
 """What a run needs at least, in bytes, before anything of it is made."""
 
-from jax_moe.config import MakeMoEConfig
-from jax_moe.guarded import require_memory, shorten
+from jax_moe.config.checks import shorten
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.guarded import require_memory
 from train.configs.settings import TrainConfig
 
 STATE = 16  # bytes a parameter: itself, its gradient and two moments, in fp32

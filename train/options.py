@@ -5,10 +5,10 @@ from pathlib import Path
 
 import tyro
 
-from train import run_folder
 from train.configs import PRESETS
 from train.configs.adapt import EXPLICIT, Free, fit_settings, given
 from train.configs.settings import Start, TrainConfig, flat
+from train.run import folder as run_folder
 
 # Names that nanoGPT, makeMoE, transformers and their like have for the options here.
 ALIASES = {

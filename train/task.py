@@ -6,19 +6,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_moe.config import MakeMoEConfig, require
-from train import data
+from jax_moe.config.checks import require
+from jax_moe.config.models import MakeMoEConfig
 from train.configs import PRESETS
 from train.configs.adapt import EXPLICIT, Free, changed, fit_block, fit_capacity
 from train.configs.known import Known
 from train.configs.settings import ModelSettings, TrainConfig, model_config
-from train.learner import Learner
+from train.data import text as data
+from train.data.tokens import Tokens, holds_tokens, load_tokens
+from train.learners.learner import Learner
 from train.memory import check_memory, num_parameters
-from train.tokens import Tokens, holds_tokens, load_tokens
 
 if TYPE_CHECKING:
-    from train.initial import Initial
-    from train.models import Pretrained
+    from train.learners.initial import Initial
+    from train.learners.models import Pretrained
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _fresh(config: TrainConfig, free: Free, known: Known) -> Task:
     """A makeMoE, from random weights or those of another."""
     initial = None
     if config.init_from is not None and not known.saved:
-        from train.initial import read_initial
+        from train.learners.initial import read_initial
 
         initial = read_initial(config.init_from)
         config = initial.fit(config, free)
@@ -90,7 +91,7 @@ def _with_prompt(task: Task, free: Free) -> Task:
 
 
 def _finetune(config: TrainConfig, folder: Path, free: Free, known: Known) -> Task:
-    from train.models import Pretrained
+    from train.learners.models import Pretrained
 
     usual = PRESETS[config.preset].model if config.preset else ModelSettings()
     for one in dataclasses.fields(ModelSettings):
@@ -120,11 +121,11 @@ def make_learner(config: TrainConfig, task: Task) -> Learner:
     """The learner that the settings name, with its first weights."""
     weights = None if task.initial is None else task.initial.module
     if config.framework == "torch":
-        from train.torch_learner import TorchLearner
+        from train.learners.torch_learner import TorchLearner
 
         assert isinstance(task.model, MakeMoEConfig)
         return TorchLearner(config, task.model, weights)
-    from train.jax_learner import JaxLearner
-    from train.models import FreshMakeMoE
+    from train.learners.jax_learner import JaxLearner
+    from train.learners.models import FreshMakeMoE
 
     return JaxLearner(config, FreshMakeMoE(task.model, weights) if isinstance(task.model, MakeMoEConfig) else task.model)

@@ -7,8 +7,8 @@ if __name__ == "__main__":
     # The script's own folder would hide the package `train` behind this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     try:
-        from train.interrupt import leave
         from train.loop import main
+        from train.run.interrupt import leave
 
         status = main()
     except KeyboardInterrupt:  # while importing, or a second one while the first is answered

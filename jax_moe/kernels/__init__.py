@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from jax_moe.config import MoEConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Float
 from jax_moe.dispatch import Moves, Slots, einsum_dispatch
 from jax_moe.kernels.chosen import are_few, chosen_dispatch

@@ -4,7 +4,7 @@ Work and memory traffic are those of K * S experts, whatever E is. Right where t
 generation; with more, `grouped` reads each expert's weights once for all its rows.
 """
 
-from jax_moe.config import MoEConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Float
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.kernels.moves import combine_choices

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe.config import ExpertConfig
-from jax_moe.dims import Array, Bool, Float
+from jax_moe.config.moe import ExpertConfig
+from jax_moe.dims import Array, Bool, Float, wide
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.dropout import apply_keep
 from jax_moe.experts import Weights, hidden_units
 from jax_moe.kernels.tiles import Tiles, plan_tiles, tile_sizes
-from jax_moe.routing import Routing, wide
+from jax_moe.routing import Routing
 
 
 class Plan(NamedTuple):

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe.dims import Array, Float, Int
+from jax_moe.dims import Array, Float, Int, wide
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.dropout import apply_keep
-from jax_moe.routing import wide
 
 
 def choice_of_place(place_R: Int[Array, " R"], num_places: int) -> Int[Array, " P"]:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
-from jax_moe.config import ExpertConfig
+from jax_moe.config.moe import ExpertConfig
 from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.experts import Weights, hidden_units

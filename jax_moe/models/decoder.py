@@ -14,16 +14,18 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_input, dims_of_settings
-from jax_moe.decoder_config import DecoderConfig, Origin
+from jax_moe.attention.grouped import GroupedAttention, Rotations
+from jax_moe.attention.masks import visible_positions
+from jax_moe.attention.rope import rotations
+from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
-from jax_moe.grouped_attention import GroupedAttention, RMSNorm, Rotations, visible_positions
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
+from jax_moe.norms import RMSNorm
 from jax_moe.remat import Remat, rematerialised
-from jax_moe.rope import rotations
 from jax_moe.shapes import Dim, dims_of
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.arrays import check_vocabulary, checked, checked_input, dims_of_settings
-from jax_moe.block import Block, Randomness, checked_draws
-from jax_moe.config import MakeMoEConfig
+from jax_moe.config.models import MakeMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.losses import MoEStats
+from jax_moe.models.block import Block, Randomness, checked_draws
+from jax_moe.norms import layer_norm
 from jax_moe.remat import Remat, rematerialised
 from jax_moe.shapes import dims_of
-from jax_moe.soft_moe import layer_norm
 
 
 def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:

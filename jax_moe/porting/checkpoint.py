@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.config import MakeMoEConfig
-from jax_moe.guarded import shorten
+from jax_moe.config.as_json import config_from_json
+from jax_moe.config.checks import shorten
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.disk import verify, writing
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.about import MODULES, Storage, about_folder, is_folder, stored_arrays, write_about
-from jax_moe.porting.api import flatten, from_torch, kept_names, load_ours, to_torch
-from jax_moe.porting.config_files import config_from_json
 from jax_moe.porting.decoder_folder import open_decoder
-from jax_moe.porting.files import PT_SUFFIXES, read_safetensors, read_state, verify, write_safetensors, writing
-from jax_moe.porting.found import Found, find
-from jax_moe.porting.hf_folder import copy_others
-from jax_moe.porting.orbax_files import verify_orbax, write_orbax
+from jax_moe.porting.families.family import MODULES
+from jax_moe.porting.formats.found import Found, find
+from jax_moe.porting.formats.hf_folder import copy_others
+from jax_moe.porting.formats.orbax import verify_orbax, write_orbax
+from jax_moe.porting.formats.own_folder import Storage, about_folder, is_folder, stored_arrays, write_about
+from jax_moe.porting.formats.run_folder import checkpoint_arrays
+from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
+from jax_moe.porting.formats.state_file import PT_SUFFIXES, read_state
+from jax_moe.porting.formats.wrapped import own_names
 from jax_moe.porting.pretrained import read_pretrained
 from jax_moe.porting.recognise import Choices, assumed_choices, config_of, recognise
-from jax_moe.porting.run_files import checkpoint_arrays
-from jax_moe.porting.stacking import all_finite
-from jax_moe.porting.tensor_file import DTYPES
-from jax_moe.porting.wrapped import own_names
+from jax_moe.porting.state_dict import abstract_module, flatten, from_torch, kept_names, load_ours, to_torch
+from jax_moe.porting.tensors import DTYPES, all_finite
 from jax_moe.stored import kept_paths, stored_state
 
 LAYOUTS = {
@@ -98,7 +99,7 @@ def _noted(checkpoint: Checkpoint, found: Found) -> Checkpoint:
 def read_file(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
     """The state dict of a file; of a trainer's, the model's, and where it stood."""
     if path.suffix in PT_SUFFIXES and path.is_file():
-        from jax_moe.porting.torch_files import read_whole_pt
+        from jax_moe.porting.formats.torch_pickle import read_whole_pt
 
         opened = read_whole_pt(path)
         return opened.state, opened.note
@@ -163,12 +164,6 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage
         write_about(part, about)
         if origin is not None:
             copy_others(Path(origin.directory), part)
-
-
-def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
-    """The module with shapes and dtypes but no numbers yet; `from_torch` fills it."""
-    make = MODULES[family][0]
-    return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
 
 
 def _module_for(family: str, config: Any, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:

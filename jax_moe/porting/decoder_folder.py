@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe.decoder_config import DecoderConfig, Origin
+from jax_moe.config.as_json import config_from_json
+from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.about import read_about, stored_arrays
-from jax_moe.porting.config_files import config_from_json
-from jax_moe.porting.engine import PortError
-from jax_moe.porting.found import Found, find
-from jax_moe.porting.hf_folder import abstract_decoder, decoder_shapes, open_folder
-from jax_moe.porting.run_files import PRETRAINED, checkpoint_arrays
-from jax_moe.porting.tensor_file import DTYPES, Header
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.formats.found import Found, find
+from jax_moe.porting.formats.hf_folder import open_folder
+from jax_moe.porting.formats.own_folder import read_about, stored_arrays
+from jax_moe.porting.formats.run_folder import PRETRAINED, checkpoint_arrays
+from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
+from jax_moe.porting.tensors import DTYPES, Header
 
 Opened = tuple[Origin, Decoder, dict[str, Header]]
 

@@ -10,18 +10,18 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_moe.config import MoEConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.porting import checkpoint
-from jax_moe.porting.about import is_folder
-from jax_moe.porting.api import to_torch
 from jax_moe.porting.checkpoint import LAYOUTS, Checkpoint
-from jax_moe.porting.files import SUFFIXES, write_state
-from jax_moe.porting.found import find
+from jax_moe.porting.formats.found import find
+from jax_moe.porting.formats.own_folder import is_folder
+from jax_moe.porting.formats.state_file import SUFFIXES, write_state
 from jax_moe.porting.pretrained import load_pretrained, save_pretrained
 from jax_moe.porting.recognise import ASKED, Choices, config_of
+from jax_moe.porting.state_dict import to_torch
 from jax_moe.porting.targets import saving
 from jax_moe.soft_moe import SoftMoE
 

@@ -10,16 +10,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_moe.disk import check_space
 from jax_moe.guarded import parse_json
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.engine import make_plan
 from jax_moe.porting.families.hf import FAMILIES, decoder_tables, family_named
-from jax_moe.porting.files import check_space
-from jax_moe.porting.hf_folder import check_head, config_text, copy_others, open_folder
-from jax_moe.porting.shards import DTYPES, write_weights
-from jax_moe.porting.stacking import place_all, theirs_from
+from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, open_folder
+from jax_moe.porting.formats.shards import DTYPES, write_weights
+from jax_moe.porting.table.arrays import place_all, theirs_from
+from jax_moe.porting.table.plan import make_plan
 from jax_moe.porting.targets import saving
-from jax_moe.sharding import mesh_in_use
+from jax_moe.sharding.mesh import mesh_in_use
 from jax_moe.stored import kept_paths, stored_state, stored_variables
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jax_moe import presets
-from jax_moe.config import Activation, MakeMoEConfig, MoEConfig, SoftMoEConfig
-from jax_moe.porting.engine import Shapes
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.config.moe import Activation, MoEConfig, SoftMoEConfig
+from jax_moe.porting.table.plan import Shapes
 
 # A name that the family has and no other: the first one found decides.
 SIGNS = {

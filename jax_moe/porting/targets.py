@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jax_moe.porting.files import writing
+from jax_moe.disk import writing
 
 
 @contextmanager

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.porting.about import is_folder
-from jax_moe.porting.api import from_torch_tree, tree_plan
+from jax_moe.disk import verify, writing
 from jax_moe.porting.checkpoint import LAYOUTS, Checkpoint, checkpoint_of, known, load, save
-from jax_moe.porting.files import PT_SUFFIXES, same_bits, verify, writing
-from jax_moe.porting.optimizer_file import FILE, Optimizer, plain, plain_groups, read_optimizer, write_optimizer
-from jax_moe.porting.optimizer_state import Moments, read_state_dict, write_state_dict
-from jax_moe.porting.parameter_groups import names_in_groups
+from jax_moe.porting.formats.own_folder import is_folder
+from jax_moe.porting.formats.state_file import PT_SUFFIXES
+from jax_moe.porting.formats.wrapped import own_names
+from jax_moe.porting.optimizer.groups import names_in_groups
+from jax_moe.porting.optimizer.own_file import FILE, Optimizer, plain, plain_groups, read_optimizer, write_optimizer
+from jax_moe.porting.optimizer.state import read_state_dict, verify_moments, write_state_dict
+from jax_moe.porting.optimizer.step_counts import expert_tensors
 from jax_moe.porting.recognise import Choices
-from jax_moe.porting.step_counts import expert_tensors
-from jax_moe.porting.wrapped import own_names
+from jax_moe.porting.state_dict import from_torch_tree, tree_plan
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def holds_training(path: Path) -> bool:
         return is_folder(path) and (path / FILE).is_file()
     if path.suffix not in PT_SUFFIXES or not path.is_file():
         return False
-    from jax_moe.porting.torch_files import is_training_pt
+    from jax_moe.porting.formats.torch_pickle import is_training_pt
 
     return is_training_pt(path)
 
@@ -44,7 +45,7 @@ def read_training(path: Path, choices: Choices, *, allow_nonfinite: bool = False
     if path.is_dir():
         checkpoint = load(path, choices, allow_nonfinite=allow_nonfinite)
         return Training(checkpoint, read_optimizer(path / FILE, checkpoint.module, LAYOUTS[checkpoint.family]), [])
-    from jax_moe.porting.torch_files import read_whole_pt
+    from jax_moe.porting.formats.torch_pickle import read_whole_pt
 
     opened = read_whole_pt(path)
     if opened.optimizer is None:
@@ -90,7 +91,7 @@ def write_training_folder(training: Training, path: Path, overwrite: bool) -> No
 
 def write_training_file(training: Training, path: Path, overwrite: bool) -> None:
     """The reverse: the file that was read."""
-    from jax_moe.porting.torch_files import read_training_pt, write_training_pt
+    from jax_moe.porting.formats.torch_pickle import read_training_pt, write_training_pt
 
     optimizer = training.optimizer
     state = _in_order(training.checkpoint.state(), optimizer.order)
@@ -102,16 +103,6 @@ def write_training_file(training: Training, path: Path, overwrite: bool) -> None
         verify(state, again["model"], path)
         experts = expert_tensors(tree_plan(training.checkpoint.module, layout=LAYOUTS[training.checkpoint.family]))
         verify_moments(optimizer.moments, read_state_dict(again["optimizer"], optimizer.order, experts), path)
-
-
-def verify_moments(written: Moments, read: Moments, path: Path) -> None:
-    """Raises ValueError, naming them, unless both are the same bit for bit."""
-    wrong = [
-        f"{word} of {name}" for word, arrays in written.arrays.items() for name, value in arrays.items()
-        if not same_bits(value, read.arrays[word][name])
-    ]
-    if wrong or (read.step, read.own_steps) != (written.step, written.own_steps):
-        raise ValueError(f"{path}: must read back as written; differs in {', '.join([*wrong, 'step'][:20])}")
 
 
 def _in_order(state: dict[str, np.ndarray], order: list[str]) -> dict[str, np.ndarray]:

@@ -17,12 +17,12 @@ import numpy as np
 
 import jax_moe
 from jax_moe import presets
-from jax_moe.cli import main
 from jax_moe.porting.checkpoint import Checkpoint, save
-from parity_tests.decoder_cases import decoder
-from parity_tests.filled import filled
-from parity_tests.porting_cases import make as make_module
+from moe_cli.main import main
+from parity_tests.porting.decoder_cases import decoder
+from parity_tests.porting.porting_cases import make as make_module
 from parity_tests.samples.digests import digests
+from parity_tests.shared.filled import filled
 
 TEXT = "To be, or not to be, that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 6
 RUN = (

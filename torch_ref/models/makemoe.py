@@ -3,16 +3,16 @@
 import torch
 from torch import nn
 
+from jax_moe.config import ExpertConfig, MakeMoEConfig, MoEConfig
 from torch_ref.arrays import check_token_range, checked, checked_input, dims_of_settings
-from torch_ref.attention import Attention
-from torch_ref.block import Randomness, block_forward, checked_draws
-from torch_ref.config import ExpertConfig, MakeMoEConfig, MoEConfig
+from torch_ref.attention.multihead import Attention
 from torch_ref.dims import Bool, Float, Int, Tensor
 from torch_ref.experts import expert_ffn
 from torch_ref.losses import MoEStats
+from torch_ref.models.block import Randomness, block_forward, checked_draws
 from torch_ref.moe import Parts, moe_forward
+from torch_ref.norms import normed
 from torch_ref.remat import Remat, rematerialised
-from torch_ref.soft_moe import normed
 
 
 def kaiming_normal(module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from torch_ref.config import ExpertConfig, MoEConfig
+from jax_moe.config import ExpertConfig, MoEConfig
 from torch_ref.dims import Float, Tensor
 from torch_ref.experts import expert_ffn
 from torch_ref.moe import Parts, moe_forward

@@ -6,7 +6,9 @@ from fractions import Fraction
 from math import ceil
 from typing import Any, Literal
 
-from jax_moe.config import Dispatcher, MakeMoEConfig, require
+from jax_moe.config.checks import require
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.config.moe import Dispatcher
 from train.configs.values import check_values, in_single, with_floats
 
 

@@ -6,7 +6,7 @@ import struct
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jax_moe.config import require
+from jax_moe.config.checks import require
 
 LEAST, MOST = 2.0**-126, 2.0**128 - 2.0**104  # above 0, of fp32's ordinary numbers
 

@@ -2,14 +2,15 @@
 
 from flax import nnx
 
-from jax_moe.attention import Attention
-from jax_moe.block import Block
+from jax_moe.attention.multihead import Attention
+from jax_moe.models.block import Block
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.porting.families import attention, block, makemoe, mixtral, moe, soft_moe, switch
+from jax_moe.porting.families import attention, block, makemoe, mixtral, soft_moe, switch
+from jax_moe.porting.families import torch_ref as moe
 from jax_moe.porting.families.hf import decoder_tables, layer_tables
-from jax_moe.porting.table import Table
+from jax_moe.porting.table.rows import Table
 from jax_moe.soft_moe import SoftMoE
 
 TABLES: dict[type[nnx.Module], tuple[Table, ...]] = {

@@ -1,6 +1,6 @@
 """`torch_ref.Attention`: one Linear a head and projection as in makeMoE, or one fused `qkv` (rows q, k, v, by head)."""
 
-from jax_moe.porting.table import Row, Table
+from jax_moe.porting.table.rows import Row, Table
 
 ROWS = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),

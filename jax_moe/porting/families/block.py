@@ -1,7 +1,8 @@
 """`torch_ref.Block`: norm, attention, norm, and a sparse or soft mixture."""
 
-from jax_moe.porting.families import attention, moe, soft_moe
-from jax_moe.porting.table import Table, layer_norm, under
+from jax_moe.porting.families import attention, soft_moe
+from jax_moe.porting.families import torch_ref as moe
+from jax_moe.porting.table.rows import Table, layer_norm, under
 
 _OUTER = (
     *layer_norm("attention_norm", "attention_norm"),

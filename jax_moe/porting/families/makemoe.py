@@ -4,7 +4,7 @@ import numpy as np
 
 from jax_moe.guarded import require_memory
 from jax_moe.porting.families import attention
-from jax_moe.porting.table import Constant, Row, Table, embedding, layer_norm, linear, stacked, under
+from jax_moe.porting.table.rows import Constant, Row, Table, embedding, layer_norm, linear, stacked, under
 
 
 def lower_triangular(rows: int, columns: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Mixtral's sparse block (Hugging Face's MixtralSparseMoeBlock on disk): w1 is the gate, w3 goes up, w2 down."""
 
-from jax_moe.porting.table import Row, Table
+from jax_moe.porting.table.rows import Row, Table
 
 ROWS = (
     Row("gate.weight", "E D", "router.kernel", "D E"),

@@ -1,6 +1,6 @@
 """Soft MoE: `phi` [D, E, slots], `scale` [], and one MLP an expert (`fcs`, `layer_norms`, `last_fc`, `last_ln`)."""
 
-from jax_moe.porting.table import Row, Table, layer_norm, linear, stacked
+from jax_moe.porting.table.rows import Row, Table, layer_norm, linear, stacked
 
 _EXPERT = (
     *linear("fcs.{i}", "fcs.{i}."),

@@ -1,6 +1,6 @@
 """Switch Transformers' sparse layer (Hugging Face's SwitchTransformersSparseMLP): wi goes up, wo down, no gate."""
 
-from jax_moe.porting.table import Row, Table, linear
+from jax_moe.porting.table.rows import Row, Table, linear
 
 ROWS = (
     *linear("router.classifier", "router."),

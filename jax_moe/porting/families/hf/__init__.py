@@ -2,15 +2,16 @@
 
 from dataclasses import replace
 
-from jax_moe.decoder_config import DecoderConfig
-from jax_moe.porting.families.hf import granitemoe, mixtral, qwen2_moe
-from jax_moe.porting.families.hf.family import Family
-from jax_moe.porting.families.hf.granitemoe import GRANITEMOE
+from jax_moe.config.models import DecoderConfig
+from jax_moe.porting.families import granitemoe, qwen2_moe
+from jax_moe.porting.families.family import Family
+from jax_moe.porting.families.granitemoe import GRANITEMOE
+from jax_moe.porting.families.hf import mixtral
 from jax_moe.porting.families.hf.mixtral import MIXTRAL
-from jax_moe.porting.families.hf.olmoe import OLMOE
-from jax_moe.porting.families.hf.qwen2_moe import QWEN2_MOE
-from jax_moe.porting.families.hf.qwen3_moe import QWEN3_MOE
-from jax_moe.porting.table import Table
+from jax_moe.porting.families.olmoe import OLMOE
+from jax_moe.porting.families.qwen2_moe import QWEN2_MOE
+from jax_moe.porting.families.qwen3_moe import QWEN3_MOE
+from jax_moe.porting.table.rows import Table
 
 FAMILIES: dict[str, Family] = {one.model_type: one for one in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE)}
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 from jax_moe import presets
-from jax_moe.decoder_config import DecoderConfig
+from jax_moe.config.models import DecoderConfig
 from jax_moe.porting.families import mixtral
-from jax_moe.porting.families.hf.family import Family, decoder_table, fused_experts, read_decoder, read_moe, write_decoder
-from jax_moe.porting.families.hf.settings import Settings
-from jax_moe.porting.table import Row
+from jax_moe.porting.families.family import Family, decoder_table, fused_experts, read_decoder, read_moe, write_decoder
+from jax_moe.porting.families.settings import Settings
+from jax_moe.porting.table.rows import Row
 
 
 def read(settings: Settings) -> DecoderConfig:

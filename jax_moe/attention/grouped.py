@@ -1,0 +1,87 @@
+"""Grouped-query attention with rotary positions, as the Hugging Face decoders have it, and RMSNorm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.activations import clamp_above
+from jax_moe.attention.rope import rotate
+from jax_moe.config.models import DecoderConfig
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.dropout import dropout
+from jax_moe.norms import RMSNorm
+
+Rotations = tuple[Array, Array]
+Heads = tuple[Array, Array, Array]
+
+
+class GroupedAttention(nnx.Module):
+    """Self-attention of H query heads over J key/value heads.
+
+    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `query_norm`, `key_norm`.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer, param_dtype: DTypeLike = jnp.float32
+    ):
+        self.config = config
+        D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        for name, heads in (("query", H), ("key", J), ("value", J)):
+            setattr(self, name, nnx.Param(kernel_init(rngs.params(), (D, heads, A), param_dtype)))
+            if config.qkv_bias:
+                setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((heads, A), param_dtype)))
+        self.out = nnx.Param(kernel_init(rngs.params(), (H, A, D), param_dtype))
+        if config.output_bias:
+            self.out_bias = nnx.Param(jnp.zeros((D,), param_dtype))
+        if config.qk_norm != "none":
+            widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
+            self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype) for width in widths)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotations: Rotations,
+        visible_BTU: Bool[Array, "b T T"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The answer in the input's dtype; scores in the input's dtype, their softmax in fp32 or wider."""
+        return self.attend(*self.project(x_BTD, rotations), visible_BTU, key)
+
+    def project(self, x_BTD: Float[Array, "B T D"], rotations: Rotations) -> Heads:
+        """Queries, keys and values of these positions, the first two turned."""
+        q_BTHA, k_BTJA = (rotate(self._project(x_BTD, name), *rotations) for name in ("query", "key"))
+        return q_BTHA, k_BTJA, self._project(x_BTD, "value")
+
+    def attend(
+        self,
+        q_BTHA: Float[Array, "B T H A"],
+        k_BUJA: Float[Array, "B U J A"],
+        v_BUJA: Float[Array, "B U J A"],
+        visible_BTU: Bool[Array, "b T U"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the queries find among the keys."""
+        config, dtype = self.config, q_BTHA.dtype
+        B, T, H, A = q_BTHA.shape
+        q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, H // config.num_kv_heads, A)
+        scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
+        # the most negative finite number, not -inf: a row that sees nothing must not become NaN
+        scores_BJGTU = jnp.where(visible_BTU[:, None, None], scores_BJGTU, jnp.finfo(scores_BJGTU.dtype).min)
+        weights_BJGTU = dropout(jax.nn.softmax(scores_BJGTU, axis=-1).astype(dtype), config.attention_dropout, key)
+        heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
+        y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
+        return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD
+
+    def _project(self, x_BTD: Array, name: str) -> Array:
+        config, dtype = self.config, x_BTD.dtype
+        y_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, getattr(self, name)[...].astype(dtype))
+        if config.qkv_bias:
+            y_BTHA += getattr(self, f"{name}_bias")[...].astype(dtype)
+        norm = getattr(self, f"{name}_norm", None)
+        if norm is not None:
+            B, T, H, A = y_BTHA.shape
+            flat = config.qk_norm == "full_width"
+            y_BTHA = norm(y_BTHA.reshape(B, T, H * A) if flat else y_BTHA).reshape(y_BTHA.shape)
+        if config.clip_qkv is not None:
+            y_BTHA = -clamp_above(-clamp_above(y_BTHA, config.clip_qkv), config.clip_qkv)
+        return y_BTHA

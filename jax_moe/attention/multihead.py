@@ -1,0 +1,75 @@
+"""Multi-head attention, causal or not, with one scale or the other."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.arrays import checked, checked_input, dims_of_settings
+from jax_moe.config.attention import AttentionConfig
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.dropout import dropout, fold
+
+
+def attention_weights(
+    q_BTHA: Float[Array, "B T H A"], k_BUHA: Float[Array, "B U H A"], config: AttentionConfig,
+    mask_BU: Bool[Array, "B U"] | None = None,
+) -> Float[Array, "B H T U"]:
+    """softmax(q k^T * scale) in fp32 or wider. Masked keys get the most negative finite number before the softmax."""
+    scores_BHTU = (jnp.einsum("BTHA,BUHA->BHTU", q_BTHA, k_BUHA) * config.score_scale).astype(wide(q_BTHA.dtype))
+    visible = jnp.ones((1, 1, 1, k_BUHA.shape[1]), bool) if mask_BU is None else mask_BU[:, None, None, :]
+    if config.causal:
+        visible = visible & jnp.tril(jnp.ones((q_BTHA.shape[1], k_BUHA.shape[1]), bool))
+    return jax.nn.softmax(jnp.where(visible, scores_BHTU, jnp.finfo(scores_BHTU.dtype).min), axis=-1)
+
+
+class Attention(nnx.Module):
+    """Self-attention. Parameters `query`, `key`, `value` [D, H, A] or one `qkv` [D, 3, H, A]; `out` [H, A, D], `out_bias`.
+
+    Projections have no bias, the output has one, as in makeMoE.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
+    ):
+        self.config = config
+        init = kernel_init or jax.nn.initializers.lecun_normal()
+        D, H, A = config.model_dim, config.num_heads, config.head_dim
+
+        def kernel(*shape: int) -> nnx.Param:
+            return nnx.Param(init(rngs.params(), (D, D), param_dtype).reshape(shape))
+
+        if config.projections == "per_head":
+            self.query, self.key, self.value = kernel(D, H, A), kernel(D, H, A), kernel(D, H, A)
+        else:
+            self.qkv = nnx.Param(jnp.stack([kernel(D, H, A)[...] for _ in range(3)], axis=1))
+        self.out = kernel(H, A, D)
+        self.out_bias = nnx.Param(jax.random.uniform(rngs.params(), (D,), param_dtype, -(D**-0.5), D**-0.5))
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        key: PRNGKeyArray | None = None,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        attention_keep_BHTU: Bool[Array, "B H T U"] | None = None,
+        output_keep_BTD: Bool[Array, "B T D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The answer in the input's dtype; dropout only with a key or with masks (True where a value survives).
+
+        Raises ValueError for an array of another kind or shape.
+        """
+        x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
+        sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}
+        given = checked(sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD)
+        dtype, rate = x_BTD.dtype, self.config.dropout
+        if self.config.projections == "per_head":
+            kernel_D3HA = jnp.stack([self.query[...], self.key[...], self.value[...]], axis=1)
+        else:
+            kernel_D3HA = self.qkv[...]
+        q, k, v = jnp.einsum("BTD,DPHA->PBTHA", x_BTD, kernel_D3HA.astype(dtype))
+        weights_BHTU = attention_weights(q, k, self.config, given.get("mask_BT")).astype(dtype)
+        weights_BHTU = dropout(weights_BHTU, rate, fold(key, 0), given.get("attention_keep_BHTU"))
+        heads_BTHA = jnp.einsum("BHTU,BUHA->BTHA", weights_BHTU, v)
+        y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+        return dropout(y_BTD, rate, fold(key, 1), given.get("output_keep_BTD"))

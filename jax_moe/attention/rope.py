@@ -1,0 +1,105 @@
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864): frequencies by kind, and the rotation of halves.
+
+Frequencies are computed in numpy while tracing, in fp64, and rounded once where they meet the positions.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe.config.attention import RopeConfig, RopeKind
+from jax_moe.dims import Array, Float, Int, wide
+
+
+def default(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """theta^(-2i/A) for the A/2 pairs."""
+    return powers(config.theta, head_dim)
+
+
+def linear(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """All frequencies divided by factor."""
+    return powers(config.theta, head_dim) / config.factor
+
+
+def dynamic(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """Beyond max_positions the base grows with the text's length (NTK-aware scaling).
+
+    A function of this text alone, where Hugging Face keeps the longest text's until a shorter one resets it.
+    """
+    stretch = config.factor * max(length, config.max_positions) / config.max_positions - (config.factor - 1)
+    return powers(config.theta * stretch ** (head_dim / (head_dim - 2)), head_dim)
+
+
+def yarn(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """Slow pairs divided by factor, fast ones kept, a ramp between (YaRN, arXiv 2309.00071, section 3.2)."""
+    assert config.original_max_positions is not None
+    kept = powers(config.theta, head_dim)
+    bounds = [_pair_that_turns(turns, config, head_dim) for turns in (config.beta_fast, config.beta_slow)]
+    if config.truncate:
+        bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+    low, high = max(bounds[0], 0), min(bounds[1], head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    return kept / config.factor * ramp + kept * (1 - ramp)
+
+
+def llama3(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """Long waves divided by factor, short ones kept, interpolated between (Llama 3.1)."""
+    assert config.original_max_positions is not None
+    kept, low, high = powers(config.theta, head_dim), config.low_freq_factor, config.high_freq_factor
+    turns = config.original_max_positions * kept / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * kept / config.factor + smooth * kept
+
+
+FREQUENCIES: dict[RopeKind, Callable[[RopeConfig, int, int], np.ndarray]] = {
+    "default": default, "linear": linear, "dynamic": dynamic, "yarn": yarn, "llama3": llama3,
+}
+
+
+def powers(theta: float, head_dim: int) -> np.ndarray:
+    """theta^(-2i/A), i = 0 to A/2 - 1."""
+    return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def attention_factor(config: RopeConfig) -> float:
+    """What cos and sin are multiplied with: 1, or YaRN's 0.1 ln(factor) + 1 in its variants."""
+    if config.kind != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return _mscale(config.factor, config.mscale) / _mscale(config.factor, config.mscale_all_dim)
+    return _mscale(config.factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _pair_that_turns(turns: float, config: RopeConfig, head_dim: int) -> float:
+    assert config.original_max_positions is not None
+    return head_dim * math.log(config.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+
+def rotations(
+    position_BT: Int[Array, "B T"], config: RopeConfig, head_dim: int, dtype: jnp.dtype
+) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
+    """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider."""
+    frequency = FREQUENCIES[config.kind](config, head_dim, position_BT.shape[1])
+    half_BTA = position_BT[..., None].astype(wide(dtype)) * jnp.asarray(frequency, wide(dtype))
+    angle_BTA = jnp.concatenate([half_BTA, half_BTA], axis=-1)
+    factor = attention_factor(config)
+    return (jnp.cos(angle_BTA) * factor).astype(dtype), (jnp.sin(angle_BTA) * factor).astype(dtype)
+
+
+def rotate(
+    x_BTHA: Float[Array, "B T H A"], cos_BTA: Float[Array, "B T A"], sin_BTA: Float[Array, "B T A"]
+) -> Float[Array, "B T H A"]:
+    """Pair i, made of entries i and i + A/2, turned by its angle."""
+    first, second = jnp.split(x_BTHA, 2, axis=-1)
+    turned_BTHA = jnp.concatenate([-second, first], axis=-1)
+    return x_BTHA * cos_BTA[:, :, None, :] + turned_BTHA * sin_BTA[:, :, None, :]

@@ -1,0 +1,71 @@
+"""Contracts as JSON: dataclasses to plain values and back, every unknown, missing or wrongly typed field named."""
+
+import dataclasses
+import types
+from fractions import Fraction
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jax_moe.config.checks import shorten
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings; a Fraction as "29/100"."""
+    return {one.name: _plain(getattr(config, one.name)) for one in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_json(value)
+    if isinstance(value, Fraction):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def config_from_json(kind: type, values: Any, where: str) -> Any:
+    """The dataclass. Raises ValueError that begins with `where` for anything that does not fit."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={shorten(repr(values))}: must be an object with the fields of {kind.__name__}")
+    fields = {one.name: one for one in dataclasses.fields(kind)}
+    unknown = [name for name in values if name not in fields]
+    required = [
+        name for name, one in fields.items()
+        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if unknown or missing:
+        both = (("unknown", unknown), ("missing", missing))
+        faults = [f"{what} {', '.join(shorten(name, 40) for name in names[:20])}" for what, names in both if names]
+        raise ValueError(f"{where}: {'; '.join(faults)} (fields of {kind.__name__})")
+    hints = get_type_hints(kind)
+    built = {name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return kind(**built)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type that `hint` says. Literals and ranges are checked by the dataclass itself."""
+    options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    nested = [option for option in options if dataclasses.is_dataclass(option)]
+    if value is None and type(None) in options:
+        return None
+    if nested and isinstance(value, dict):
+        fitting = [n for n in nested if set(value) <= {one.name for one in dataclasses.fields(n)}]  # type: ignore[arg-type]
+        return config_from_json((fitting or nested)[0], value, where)  # type: ignore[arg-type]
+    if any(get_origin(option) is tuple for option in options) and isinstance(value, list):
+        [kind] = [get_args(option) for option in options if get_origin(option) is tuple]
+        inner = kind[0] if kind else Any
+        return tuple(one if inner is Any else _value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
+    allowed = [one for option in options if get_origin(option) is Literal for one in get_args(option)]
+    if allowed:
+        if value not in allowed:
+            raise ValueError(f"{where}={shorten(repr(value))}: must be one of {', '.join(map(repr, allowed))}")
+        return value
+    plain = tuple(option for option in options if option in (int, float, str, bool))
+    if float in plain and int not in plain and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join(dict.fromkeys(getattr(option, "__name__", str(option)) for option in options))
+        raise ValueError(f"{where}={shorten(repr(value))}: must be {names}")
+    return value

@@ -1,0 +1,79 @@
+"""Contracts of attention: heads, rotation, norms."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jax_moe.config.checks import (
+    LEAST,
+    check_flags,
+    check_literals,
+    check_positive_ints,
+    check_rates,
+    check_within,
+    require,
+)
+
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+Norm = Literal["none", "per_head", "full_width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head attention. makeMoE divides scores by sqrt(model_dim), everyone else by sqrt(head_dim)."""
+
+    model_dim: int
+    num_heads: int
+    projections: Literal["per_head", "fused"] = "per_head"  # stored apart (heads.0.key ...) or as one qkv map
+    scale: Literal["head_dim", "model_dim"] = "head_dim"
+    causal: bool = True
+    dropout: float = 0.0  # on attention weights, and on the output projection
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_flags(self, "causal")
+        check_positive_ints(model_dim=self.model_dim, num_heads=self.num_heads)
+        divides = self.model_dim % self.num_heads == 0
+        require(divides, "num_heads", self.num_heads, f"a divisor of model_dim={self.model_dim}")
+        check_rates(dropout=self.dropout)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def score_scale(self) -> float:
+        return float(self.head_dim if self.scale == "head_dim" else self.model_dim) ** -0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embeddings: the base and how the frequencies are stretched for longer texts."""
+
+    kind: RopeKind = "default"
+    theta: float = 10000.0
+    factor: float = 1.0  # how many times longer texts may become; unused by "default"
+    max_positions: int = 2048  # "dynamic" stretches beyond this length
+    original_max_positions: int | None = None  # trained length before stretching; needed by "yarn" and "llama3"
+    attention_factor: float | None = None  # "yarn": multiplies cos and sin; None: from factor and the two mscales
+    beta_fast: float = 32.0  # "yarn": dims that turn more often than this in the trained length stay as they are
+    beta_slow: float = 1.0  # "yarn": dims that turn less often are divided by factor
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # "yarn": whether the two bounds are rounded outwards to whole dims
+    low_freq_factor: float = 1.0  # "llama3": wavelengths above original / low are divided by factor ...
+    high_freq_factor: float = 4.0  # ... those below original / high are kept, the others interpolated
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_positive_ints(max_positions=self.max_positions)
+        check_flags(self, "truncate")
+        check_within(1.0, factor=self.factor, theta=self.theta)
+        require(self.theta > 1, "theta", self.theta, "above 1")
+        check_within(LEAST, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        check_within(LEAST, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
+        check_within(LEAST, optional=True, attention_factor=self.attention_factor)
+        check_within(0.0, optional=True, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
+        if self.kind in ("yarn", "llama3") or self.original_max_positions is not None:
+            check_positive_ints(original_max_positions=self.original_max_positions)
+        above = self.high_freq_factor > self.low_freq_factor
+        require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}")

@@ -1,0 +1,33 @@
+"""Layer norm with PyTorch's epsilon, and RMS norm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_moe.dims import Array, DTypeLike, Float, wide
+
+LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
+
+
+def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
+    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
+
+
+def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*any D"]:
+    """x / rms(x) in fp32 or wider, rounded to the input's dtype, then times the scale (arXiv 1910.07467, eq. 4)."""
+    wide_x = x.astype(wide(x.dtype))
+    normed = wide_x * jax.lax.rsqrt((wide_x**2).mean(axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale_D.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its own scale."""
+
+    def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
+        """The normed input, in its dtype."""
+        return rms_norm(x, self.scale[...], self.eps)

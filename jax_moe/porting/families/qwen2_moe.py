@@ -1,0 +1,88 @@
+"""Qwen2-MoE (Hugging Face `qwen2_moe`): a gated shared expert, biased q, k, v, dense layers by index, a window in every other."""
+
+from typing import Any
+
+from jax_moe import presets
+from jax_moe.config.models import DecoderConfig
+from jax_moe.porting.families.family import (
+    Family,
+    decoder_table,
+    fused_experts,
+    gated_ffn,
+    read_decoder,
+    read_moe,
+    write_decoder,
+)
+from jax_moe.porting.families.settings import Settings
+from jax_moe.porting.table.rows import Row
+
+ROUTER = (Row("gate.weight", "E D", "router.kernel", "D E"),)
+PER_EXPERT = (
+    *ROUTER,
+    Row("experts.{e}.gate_proj.weight", "F D", "experts.gate", "e D F"),
+    Row("experts.{e}.up_proj.weight", "F D", "experts.up", "e D F"),
+    Row("experts.{e}.down_proj.weight", "D F", "experts.down", "e F D"),
+)
+FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
+SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "O D", "shared_gate", "D O"))
+
+
+def dense_layers(settings: Settings) -> dict[str, Any]:
+    """A layer has a mixture unless named in mlp_only_layers or skipped by decoder_sparse_step."""
+    layers, every = settings.size("num_hidden_layers"), settings.integer("decoder_sparse_step", 1, least=1)
+    named = settings.integers("mlp_only_layers")
+    dense = tuple(i for i in range(layers) if i in named or (i + 1) % every)
+    return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
+
+
+def write_dense(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `dense_layers`. Without dense layers Hugging Face still wants a width for them."""
+    width = config.dense_dim or config.moe.expert_dim
+    return {"mlp_only_layers": list(config.dense_layers), "decoder_sparse_step": 1, "intermediate_size": width}
+
+
+def sliding(settings: Settings) -> dict[str, Any]:
+    """layer_types; where they are absent every other layer, from the first, up to max_window_layers."""
+    layers, on = settings.size("num_hidden_layers"), settings.flag("use_sliding_window", False)
+    until = settings.integer("max_window_layers", 28)
+    types = settings.strings("layer_types")
+    if types is None:
+        types = ["sliding_attention" if on and i % 2 == 0 and i < until else "full_attention" for i in range(layers)]
+    known = {"sliding_attention", "full_attention"}
+    if len(types) != layers or not known.issuperset(types):
+        settings.errors.append(f"layer_types={types!r}: must be {layers} of {', '.join(sorted(known))}")
+    slides = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if slides and not on:
+        settings.errors.append("layer_types names sliding_attention: use_sliding_window must be true")
+    window = settings.integer("sliding_window", 4096, least=1) if slides else None
+    return {"sliding_window": window, "sliding_layers": slides}
+
+
+def read(settings: Settings) -> DecoderConfig:
+    """The contract."""
+    moe = read_moe(
+        presets.qwen2_moe, settings, "moe_intermediate_size",
+        shared_dim=settings.size("shared_expert_intermediate_size"), renormalise=settings.flag("norm_topk_prob", False),
+    )
+    bias = settings.flag("qkv_bias", True)
+    return read_decoder(
+        settings, moe, max_positions=32768, kv_heads=16, null_kv_heads=False, qkv_bias=bias, **dense_layers(settings),
+        **sliding(settings),
+    )
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """config.json."""
+    slides = config.sliding_layers
+    kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(config.num_layers)]
+    return write_decoder(config, "num_experts", "moe_intermediate_size") | write_dense(config) | {
+        "shared_expert_intermediate_size": config.moe.expert.shared_dim, "qkv_bias": config.qkv_bias,
+        "norm_topk_prob": config.moe.router.renormalise == "sum", "use_sliding_window": bool(slides),
+        "sliding_window": config.sliding_window, "layer_types": kinds,
+    }
+
+
+QWEN2_MOE = Family(
+    "qwen2_moe", "Qwen2MoeForCausalLM", read, write,
+    (decoder_table("hf_qwen2_moe", (*PER_EXPERT, *SHARED), "mlp"), decoder_table("hf_qwen2_moe_fused", (*FUSED, *SHARED), "mlp")),
+)

@@ -1,0 +1,39 @@
+"""Qwen3-MoE (Hugging Face `qwen3_moe`): q and k normed by head, a head width of its own, no shared expert."""
+
+from typing import Any
+
+from jax_moe import presets
+from jax_moe.config.models import DecoderConfig
+from jax_moe.porting.families.family import Family, decoder_table, read_decoder, read_moe, write_decoder
+from jax_moe.porting.families.qwen2_moe import FUSED, PER_EXPERT, dense_layers, write_dense
+from jax_moe.porting.families.settings import Settings
+
+
+def read(settings: Settings) -> DecoderConfig:
+    """The contract."""
+    moe = read_moe(
+        presets.qwen3_moe, settings, "moe_intermediate_size",
+        renormalise=settings.flag("norm_topk_prob", False),
+    )
+    bias, layers = settings.flag("attention_bias", False), settings.size("num_hidden_layers")
+    slides = settings.flag("use_sliding_window", False)
+    window = settings.integer("sliding_window", 4096, null=None, least=1) if slides else None
+    return read_decoder(
+        settings, moe, max_positions=32768, kv_heads=4, null_kv_heads=False, qkv_bias=bias, output_bias=bias,
+        qk_norm="per_head", sliding_window=window,
+        sliding_layers=() if window is None else tuple(range(layers)), **dense_layers(settings),
+    )
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """config.json."""
+    return write_decoder(config, "num_experts", "moe_intermediate_size") | write_dense(config) | {
+        "attention_bias": config.qkv_bias, "norm_topk_prob": config.moe.router.renormalise == "sum",
+        "use_sliding_window": config.sliding_window is not None, "sliding_window": config.sliding_window,
+    }
+
+
+QWEN3_MOE = Family(
+    "qwen3_moe", "Qwen3MoeForCausalLM", read, write,
+    (decoder_table("hf_qwen3_moe", PER_EXPERT, "mlp"), decoder_table("hf_qwen3_moe_fused", FUSED, "mlp")),
+)

@@ -1,0 +1,183 @@
+"""A Hugging Face folder looked at through its headers: contract, names, shapes and dtypes, no weight read."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_moe.config.models import DecoderConfig, Origin
+from jax_moe.disk import same_bits
+from jax_moe.guarded import read_json, read_text_and_object
+from jax_moe.models.decoder import Decoder
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.families.hf import decoder_tables, family_named
+from jax_moe.porting.formats.own_folder import instead
+from jax_moe.porting.formats.shards import files_of, open_weights
+from jax_moe.porting.formats.wrapped import own_names
+from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
+from jax_moe.porting.table.plan import Plan, check, make_plan
+from jax_moe.porting.tensors import Header
+
+Shapes = Mapping[str, tuple[int, ...]]
+# Beside config.json and the weights: copied as they are. Code (.py) never is.
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)
+
+
+NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers skips it too, and writes it no longer
+TIED = "must be model.embed_tokens.weight, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
+
+
+@dataclass(frozen=True)
+class HFFolder:
+    """What a folder holds; `headers` can be read while it is open."""
+
+    path: Path
+    origin: Origin
+    model: Decoder  # shapes, no numbers
+    plan: Plan
+    headers: dict[str, Header]
+    head: Header | None  # a tied head that is stored all the same, not among the headers
+    note: str | None = None  # what wrappers had put into the names
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's word for the family."""
+        return self.origin.model_type
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The contract."""
+        return self.model.config
+
+    @property
+    def shapes(self) -> Shapes:
+        """{our path: shape}."""
+        return self.plan.our_shapes
+
+    @property
+    def stored(self) -> dict[str, Header]:
+        """All tensors of the files."""
+        return self.headers if self.head is None else {**self.headers, "lm_head.weight": self.head}
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a folder's config.json is one of Hugging Face's."""
+    try:
+        values = read_json(path / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "format" not in values and ("model_type" in values or "architectures" in values)
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[HFFolder]:
+    """The folder, once its names and shapes are those of its config.json.
+
+    Raises ValueError (PortError for weights) with everything that is wrong, so far as headers tell.
+    """
+    text, values = _read_config(path)
+    with _named(path / "config.json"):
+        family = family_named(values.get("model_type"))
+    with open_weights(path) as found:
+        own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
+        headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
+        with _named(path / "config.json"):
+            check_layers(values, headers)
+            config = family.config(values)
+            check_sizes(config, headers)
+        origin = Origin(model_type=family.model_type, config_json=text, directory=str(path.absolute()))
+        model = abstract_decoder(config, origin)
+        plans = [make_plan(table, decoder_shapes(model)) for table in decoder_tables(config, family.model_type)]
+        plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
+        headers, head = _tied_head_apart(config, headers, path)
+        check(plan, headers, f"{path} (layout {plan.table.name})")
+        note = f"names without {' and '.join(taken)}" if taken else None
+        yield HFFolder(path, origin, model, plan, headers, head, note)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a folder's weights; of an opened folder, so that its index is known to be whole."""
+    return [path / name for name in files_of(path)[0]]
+
+
+def check_head(folder: HFFolder) -> None:
+    """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
+    if folder.head is not None and not same_bits(folder.head.read(), folder.headers["model.embed_tokens.weight"].read()):
+        raise PortError(f"{folder.path} (layout {folder.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
+
+
+def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
+    """Refuses, before anything is made for every layer, more layers than there are tensors."""
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(headers):
+        raise ValueError(f"num_hidden_layers={layers}: must fit the weights, which are {len(headers)} tensors")
+
+
+def check_sizes(config: DecoderConfig, headers: Mapping[str, Header]) -> None:
+    """Refuses, before anything of that size is named, a size that no tensor can have."""
+    held = sum(math.prod(header.shape) for header in headers.values())
+    moe = config.moe
+    sizes = {
+        "vocab_size": config.vocab_size, "model_dim": config.model_dim,
+        "num_heads * head_dim": config.num_heads * config.head_dim,
+        "num_layers * num_experts": len(config.moe_layers) * moe.num_experts, "expert_dim": moe.expert_dim,
+        "dense_dim": config.dense_dim, "shared_dim": moe.expert.shared_dim,
+    }
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size > held]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: must fit the weights, which are {held} numbers")
+
+
+def config_text(text: str | None, values: Mapping[str, Any], dtype: np.dtype) -> str:
+    """The text of config.json as it was, unless the weights' dtype is another by now."""
+    names = [name for name in ("dtype", "torch_dtype") if name in values] or ["dtype"]
+    if text is not None and all(values.get(name) in (dtype.name, None) for name in names):
+        return text
+    return json.dumps({**values, **dict.fromkeys(names, dtype.name)}, indent=2) + "\n"
+
+
+def copy_others(source: Path, part: Path) -> None:
+    """The tokenizer's files and their like, as they are."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, part / name)
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_dir():
+        raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
+    if instead(path):
+        raise ValueError(f"{path}: must be a model alone{instead(path)}")  # beside a model, transformers would add it
+    try:
+        return read_text_and_object(path / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors begin with the file's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _tied_head_apart(
+    config: DecoderConfig, headers: dict[str, Header], path: Path
+) -> tuple[dict[str, Header], Header | None]:
+    head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
+    if not config.tied_embeddings or head is None or embedding is None:
+        return headers, None
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        raise PortError(str(path), wrong=[f"lm_head.weight is {head.dtype}{list(head.shape)}, {TIED}"])
+    return {name: header for name, header in headers.items() if name != "lm_head.weight"}, head

@@ -1,0 +1,179 @@
+"""Tensors streamed into shards of safetensors: one in memory at a time, each shard read back before it counts as there.
+
+The shards are made in a hidden folder beside the target, with a note of what they are made from. Interrupted, the
+folder stays and the same port goes on from it; after an error, or once the target is whole, it is removed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_moe.disk import check_space, check_target, put_in_place, sync
+from jax_moe.guarded import read_json
+from jax_moe.locks import alone
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.formats.safetensors import in_batches, reads_as, write_tensors
+from jax_moe.porting.formats.shards import write_index
+from jax_moe.porting.tensors import Header, all_finite
+
+Advance = Callable[[int], None]
+NOTE = "port.json"
+
+
+def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
+    """The same tensors, every reading reported."""
+
+    def reader(header: Header) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value = header.read()
+            advance(header.nbytes)
+            return value
+
+        return read
+
+    return {name: replace(header, read=reader(header)) for name, header in headers.items()}
+
+
+def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]], advance: Advance) -> int:
+    """Writes every shard that is not there yet, compares all with their source, writes the index; how many were there."""
+    kept = 0
+    for file, names in shards.items():
+        part = {name: headers[name] for name in names}
+        if (folder / file).exists() and _fits(folder / file, part):
+            advance(sum(header.nbytes for header in part.values()))
+            kept += 1
+            continue
+        unfinished = folder / f"{file}.unfinished"
+        write_tensors(unfinished, counted(part, advance))
+        sync(unfinished)
+        os.replace(unfinished, folder / file)
+    write_index(folder, headers, shards)
+    return kept
+
+
+def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
+    """Whether a file holds these tensors and no other, bit for bit; both sides are read, some megabytes at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            if set(file.keys()) != headers.keys():
+                return False
+        for names in in_batches(headers, headers):
+            with safe_open(path, framework="np") as file:
+                if not all(reads_as(file, name, headers[name].read()) for name in names):
+                    return False
+    except (SafetensorError, OSError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Tensors read, converted, and refused if they hold NaN or infinity, with the names of all that do."""
+
+    headers: Mapping[str, Header]
+    dtype: np.dtype | None
+    allow_nonfinite: bool
+    where: str
+    kept: Collection[str] = ()  # names of those that keep their dtype
+
+    def converted(self) -> dict[str, Header]:
+        """The same tensors with the dtype they will have."""
+        return {name: Header(one.shape, self._dtype(name), self._reader(name)) for name, one in self.headers.items()}
+
+    def _dtype(self, name: str) -> np.dtype:
+        if self.dtype is None or name in self.kept:
+            return self.headers[name].dtype
+        return self.dtype
+
+    def _reader(self, name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            value, bad = self._read(name)
+            if bad:
+                raise PortError(self.where, wrong=list(filter(None, (self._read(one)[1] for one in self.headers))))
+            return value
+
+        return read
+
+    def _read(self, name: str) -> tuple[np.ndarray, str]:
+        """The tensor, and what is wrong with it."""
+        before = self.headers[name].read()
+        with np.errstate(over="ignore"):  # looked at below
+            value = before.astype(self._dtype(name), copy=False)
+        if self.allow_nonfinite or all_finite(value):
+            return value, ""
+        why = f"is too large for {self._dtype(name)}" if all_finite(before) else "holds NaN or infinity"
+        return value, f"{name} {why}"
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """The source as a port knows it again: every file's size and time of change."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    seen = {file.relative_to(path).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {"path": str(path.absolute()), "files": seen}
+
+
+@contextmanager
+def resumable(
+    path: Path, overwrite: bool, replaceable: Callable[[Path], bool], note: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[Path]:
+    """A folder to fill, put in the place of `path` at the end. One that an interrupted port with this note left is used again.
+
+    Raises ValueError as `check_target`, for a full disk, or if another process is filling the folder.
+    """
+    check_target(path, overwrite, replaceable)
+    outer = path.with_name(f".{path.name}.part")
+    with alone(path):
+        check_target(path, overwrite, replaceable)
+        try:
+            outer.mkdir(exist_ok=True)
+            if (outer / f"{path.name}.old").exists() and not path.exists():  # killed between moving it away and replacing it
+                os.replace(outer / f"{path.name}.old", path)
+            if _note(outer) != note:
+                if _note(outer) is not None:
+                    say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
+                shutil.rmtree(outer / path.name, ignore_errors=True)
+                (outer / path.name).mkdir()
+                (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
+            yield outer / path.name
+            sync(outer / path.name)
+            check_target(path, overwrite, replaceable)  # others than us may write there too
+            put_in_place(outer / path.name, path)
+        except KeyboardInterrupt:
+            done = len(list((outer / path.name).glob("*.safetensors")))
+            if done == 0:
+                shutil.rmtree(outer, ignore_errors=True)
+                raise
+            raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(outer, ignore_errors=True)
+            raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        except BaseException:
+            shutil.rmtree(outer, ignore_errors=True)
+            raise
+        shutil.rmtree(outer)
+
+
+def room_for(path: Path, needed: int) -> None:
+    """Raises ValueError as `check_space`; what an interrupted port left beside `path` counts as there."""
+    left = path.with_name(f".{path.name}.part")
+    try:
+        there = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+    except OSError as error:  # a name that is too long with its ending
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    check_space(path, needed - there)
+
+
+def _note(outer: Path) -> Any:
+    try:
+        return read_json(outer / NOTE)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,115 @@
+"""A folder of weights: one or many `.safetensors` (read one tensor at a time) or PyTorch `.bin` files, with their index."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax_moe.config.checks import shorten
+from jax_moe.guarded import read_object
+from jax_moe.porting.formats.safetensors import map_tensors, write_tensors
+from jax_moe.porting.tensors import DTYPES, Header
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
+    """{name: header} of all tensors of the folder. Raises ValueError naming every missing, broken or contradictory file."""
+    files, listed = files_of(directory)
+    errors: list[str] = []
+    headers: dict[str, Header] = {}
+    for file in files:
+        try:
+            found = _open(directory / file)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if listed is not None:
+            said = {name for name, where in listed.items() if where == file}
+            errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in sorted(said - found.keys())]
+            errors += [f"{file} holds {shorten(name)}, which the index does not say" for name in sorted(found.keys() - said)]
+        headers |= found
+    wrong = [f"{shorten(name)} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
+    if wrong:
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        errors.append(f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}")
+    if errors:
+        more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
+    yield headers
+
+
+def files_of(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files that hold the weights and, for a set of shards, {tensor: file}.
+
+    Where a folder was saved twice and holds both a single file and an index, the single file counts, as in transformers.
+    """
+    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
+        if (directory / single).exists():
+            return [single], None
+        if (directory / index).is_file():
+            listed = _read_index(directory / index)
+            return sorted(set(listed.values())), listed
+    raise ValueError(f"{directory}: must hold {SINGLE} or {INDEX} (or {BIN} or {BIN_INDEX})")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    listed = read_object(path).get("weight_map")
+    # a plain file name: an index must not make us read elsewhere
+    fits = isinstance(listed, dict) and listed and all(_plain_name(file) for file in listed.values())
+    if not fits or not isinstance(listed, dict):
+        raise ValueError(f"{path}: weight_map must say, for every tensor, the name of a file in this folder")
+    return listed
+
+
+def _plain_name(file: Any) -> bool:
+    whole = isinstance(file, str) and "\0" not in file and file == Path(file).name != ""
+    return whole and len(file.encode("utf-8", "replace")) < 256
+
+
+def _open(path: Path) -> dict[str, Header]:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    if path.suffix == ".safetensors":
+        return map_tensors(path)
+    from jax_moe.porting.formats.torch_pickle import map_pt
+
+    return {
+        name: Header(shape, dtype if dtype in DTYPES.values() else str(dtype), read)
+        for name, (shape, dtype, read) in map_pt(path).items()
+    }
+
+
+def plan_shards(headers: Mapping[str, Header], max_shard_bytes: int) -> dict[str, list[str]]:
+    """{file: names}, in order; a tensor larger than a shard has one to itself."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, header in headers.items():
+        if shards[-1] and held + header.nbytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += header.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_index(directory: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]]) -> None:
+    """The index of several shards; one needs none."""
+    if len(shards) > 1:
+        where = {name: file for file, names in shards.items() for name in names}
+        total = sum(headers[name].nbytes for name in where)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(directory: Path, headers: Mapping[str, Header], max_shard_bytes: int) -> None:
+    """Writes what the headers read: one file, or shards with their index, each read back. One tensor is in memory at a time."""
+    shards = plan_shards(headers, max_shard_bytes)
+    for file, names in shards.items():
+        write_tensors(directory / file, {name: headers[name] for name in names})
+    write_index(directory, headers, shards)

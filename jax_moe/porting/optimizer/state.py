@@ -1,0 +1,222 @@
+"""Optimizer state both ways: torch.optim's `state_dict()` and optax's state tree, moments by name, as strict as weights.
+
+AdamW's (and Adam's) `exp_avg`, `exp_avg_sq`, `step` are optax's `ScaleByAdamState(mu, nu, count)`; the `momentum_buffer` of
+SGD is its `TraceState(trace)`. Wherever they sit in a chain, behind clipping or beside a schedule, they are found there;
+in `optax.MultiSteps` too, between two steps: gradients that are half accumulated have no place in torch's state.
+Experts without tokens take no step in PyTorch: their own counts fit the state of `adamw_as_torch(..., unchosen="skip")`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_moe.disk import same_bits
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.optimizer.groups import check_groups
+from jax_moe.porting.optimizer.optax_state import ADAM, SGD, fill, moments_of
+from jax_moe.porting.optimizer.step_counts import counts_of, expert_tensors, own_steps_of
+from jax_moe.porting.state_dict import flatten, from_torch_tree, to_torch, tree_plan
+
+KINDS = "AdamW or Adam (step, exp_avg, exp_avg_sq) or SGD (momentum_buffer)"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An optimizer's state by torch's names: {"exp_avg": {name: array}, ...}; empty where no step has been taken."""
+
+    arrays: dict[str, dict[str, np.ndarray]]
+    step: int | None  # None: SGD does not count
+    step_dtype: str = "float32"  # of torch's counter
+    own_steps: dict[str, int] = field(default_factory=dict)  # of experts' parameters with another count than `step`; SGD's: 0
+
+
+def optimizer_from_torch(
+    layer: nnx.Module, state_dict: Mapping[str, Any], state: optax.OptState, *, names: Sequence[str] | None = None,
+    step: int | None = None, layout: str | None = None,
+) -> optax.OptState:
+    """`state`, as the optax optimizer's `init` makes it, with torch's moments and step counts in their places.
+
+    `names` are the parameters' names in the order in which the torch optimizer was given them, [name for name, _ in
+    module.named_parameters()]; not needed where it was given the pairs. `step` counts for schedules beside SGD, which
+    does not count itself; AdamW's own count serves AdamW's. Groups that differ in weight decay go into the state of
+    `optax.adamw(mask=...)`; hyperparameters, injected ones too, stay those that optax was made with. An expert without
+    tokens has taken fewer steps than the rest, or has no entry: the state is then one of
+    `adamw_as_torch(..., unchosen="skip")`. Raises PortError with all that is missing, unexpected, misshapen or of another kind.
+    """
+    plan = tree_plan(layer, _order(state_dict, names), layout)
+    read = read_state_dict(state_dict, names, expert_tensors(plan))
+    check_groups(state_dict["param_groups"], state)
+    if read.step is not None and step not in (None, read.step):
+        raise ValueError(f"step={step}: must be left out, the optimizer has taken {read.step}")
+    trees, errors = {}, {}
+    for word, arrays in read.arrays.items():
+        try:
+            trees[word] = flatten(from_torch_tree(layer, arrays, layout=layout))
+        except PortError as error:
+            errors[word] = error
+    if errors:
+        raise _together("optimizer state", errors)
+    if read.step is None:
+        return fill(state, trees, step)
+    return fill(state, trees, read.step, counts_of(plan, read.own_steps, read.step))
+
+
+def optimizer_to_torch(
+    layer: nnx.Module, state: optax.OptState, like: Mapping[str, Any], *, names: Sequence[str] | None = None,
+    layout: str | None = None,
+) -> dict[str, Any]:
+    """A `state_dict` for the torch optimizer whose own is `like`: its hyperparameters and order, optax's moments and counts.
+
+    `names` and `layout` as in `optimizer_from_torch`: without a layout the one nearest to the names. A schedule's place stays
+    with torch's scheduler, whose `last_epoch` is the count. What has taken no step has no entry, as in torch.
+    Raises PortError if the two optimizers or their parameters differ.
+    """
+    order = _order(like, names)
+    plan = tree_plan(layer, order, layout)
+    trees, step, counts = moments_of(state)
+    check_groups(like["param_groups"][:1])
+    _same_kind(like["param_groups"][0], list(trees))
+    named = {word: to_torch(layer, tree, layout=plan.table.name) for word, tree in trees.items()}
+    for word, arrays in named.items():
+        error = PortError(
+            f"optimizer state ({word})", missing=[name for name in arrays if name not in order],
+            unexpected=[name for name in order if name not in arrays],
+        )
+        if error:
+            raise error
+    own_steps = {} if step is None else own_steps_of(plan, counts, step)
+    return write_state_dict(Moments(named, step, own_steps=own_steps), like["param_groups"], order)
+
+
+def read_state_dict(
+    state_dict: Mapping[str, Any], names: Sequence[str] | None = None, experts: Mapping[str, tuple[int, ...]] | None = None
+) -> Moments:
+    """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ.
+
+    `experts` {name: shape} may have taken fewer steps than the others; those with no entry have taken none, and their moments
+    are zero: SGD goes on from a momentum of zero as it does from none.
+    """
+    order = _order(state_dict, names)
+    entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))
+    held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
+    if not held:
+        return Moments({}, 0 if "betas" in state_dict["param_groups"][0] else None)
+    kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
+    if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
+        raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
+    own = {} if experts is None else {name: experts[name] for name in order if name in experts}
+    untouched = {name: shape for name, shape in own.items() if not entries[name]}
+    entries |= _untouched(untouched, entries, kind)
+    steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
+    words = [*kind, "step"] if kind is ADAM else list(kind)
+    most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
+    wrong = {name: step for name, step in steps.items() if step != most and name not in own}
+    error = PortError(
+        "optimizer state",
+        missing=[f"{word} of {name}" for word in words for name, entry in entries.items() if entry.get(word) is None],
+        wrong=[f"step of {name} is {step}, must be {most} as of the others" for name, step in wrong.items()],
+    )
+    if error:
+        raise error
+    arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
+    if kind is SGD:
+        return Moments(arrays, None, own_steps=dict.fromkeys(untouched, 0))
+    counter = _numpy(next(entry["step"] for name, entry in entries.items() if steps[name] == max(steps.values()))).dtype
+    own_steps = {name: steps[name] for name in own if steps[name] != most}
+    return Moments(arrays, most, counter.name if counter.kind == "f" else "float32", own_steps)
+
+
+def _untouched(
+    shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Entries of parameters that have taken no step: zeros, in the dtype of those that have."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, shape in shapes.items():
+        ending = name.rsplit(".", 2)[-2:]
+        like = sorted((one for one in entries if entries[one]), key=lambda one: one.rsplit(".", 2)[-2:] != ending)
+        dtypes = {word: _numpy(entries[like[0]][word]).dtype for word in kind if entries[like[0]].get(word) is not None}
+        found[name] = ({"step": 0} if kind is ADAM else {}) | {**{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
+    return found
+
+
+def write_state_dict(moments: Moments, groups: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
+    """The reverse of `read_state_dict`, with tensors, as `optimizer.load_state_dict` takes it; no step taken, no entry."""
+    from jax_moe.porting.torch_tensors import numpy_to_tensor
+
+    for most in () if moments.step is None else {moments.step, *moments.own_steps.values()}:
+        if int(np.dtype(moments.step_dtype).type(most)) != most:
+            raise ValueError(f"step={most}: must be a number that torch's counter, a {moments.step_dtype}, can hold")
+    indices = [i for group in groups for i in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for i, name in zip(indices, order, strict=True):
+        step = moments.own_steps.get(name, moments.step)
+        if step == 0:
+            continue
+        entry = {} if step is None else {"step": numpy_to_tensor(np.asarray(step, moments.step_dtype))}
+        state[i] = entry | {word: numpy_to_tensor(arrays[name]) for word, arrays in moments.arrays.items()}
+    groups = [{key: list(value) if key == "params" else value for key, value in group.items()} for group in groups]
+    return {"state": state if moments.arrays else {}, "param_groups": groups}
+
+
+def _numpy(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        from jax_moe.porting.torch_tensors import tensor_to_numpy
+
+        return tensor_to_numpy(value)
+    return np.asarray(value)
+
+
+def _order(state_dict: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
+    """The parameters' names by the optimizer's numbers. Raises ValueError if they do not fit, or nobody says them."""
+    fits = isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping) and state_dict.get("param_groups")
+    if not fits:
+        raise ValueError("optimizer state: must be what torch.optim's state_dict() returns, with state and param_groups")
+    indices = _indices(state_dict)
+    stored = [name for group in state_dict["param_groups"] for name in group.get("param_names", ())]
+    names = list(names) if names is not None else stored
+    if not names:
+        raise ValueError("names=None: must be the parameters' names in the optimizer's order, which it was not given itself")
+    odd = [i for i in state_dict["state"] if i not in set(indices)]
+    if len(names) != len(indices) or len(set(names)) != len(names) or odd or (stored and stored != names):
+        raise ValueError(
+            f"names: must be {len(indices)} different names in the optimizer's order; {len(names)} are given"
+            + (f", it holds state of {len(odd)} parameters outside its groups" if odd else "")
+            + (f", its own begin with {stored[0]}" if stored and stored != names else "")
+        )
+    return names
+
+
+def _indices(state_dict: Mapping[str, Any]) -> list[int]:
+    return [i for group in state_dict["param_groups"] for i in group["params"]]
+
+
+def _same_kind(group: Mapping[str, Any], words: list[str]) -> None:
+    adam = "betas" in group
+    if words != (list(ADAM) if adam else list(SGD) if group.get("momentum") else []):
+        kind = "AdamW or Adam" if adam else f"SGD with momentum={group.get('momentum')}"
+        raise ValueError(f"optax state is {' and '.join(words) or 'no moments'}: must fit torch's optimizer, {kind}")
+
+
+def _together(where: str, errors: Mapping[str, PortError]) -> PortError:
+    """One error of several, every name with its moment's."""
+
+    def named(kind: str) -> Iterable[str]:
+        return [f"{word} of {one}" for word, error in errors.items() for one in getattr(error, kind)]
+
+    kinds = ("missing", "unexpected", "misshapen", "mistyped", "wrong")
+    return PortError(where, **{kind: named(kind) for kind in kinds})
+
+
+def verify_moments(written: Moments, read: Moments, path: Path) -> None:
+    """Raises ValueError, naming them, unless both are the same bit for bit."""
+    wrong = [
+        f"{word} of {name}" for word, arrays in written.arrays.items() for name, value in arrays.items()
+        if not same_bits(value, read.arrays[word][name])
+    ]
+    if wrong or (read.step, read.own_steps) != (written.step, written.own_steps):
+        raise ValueError(f"{path}: must read back as written; differs in {', '.join([*wrong, 'step'][:20])}")

@@ -1,0 +1,211 @@
+"""Modules and state dicts: what `jax_moe.from_torch` and `jax_moe.to_torch` do to nnx modules."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_moe.config.models import DecoderConfig, Origin
+from jax_moe.models.decoder import Decoder
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.families import tables_of
+from jax_moe.porting.families.family import MODULES
+from jax_moe.porting.table.plan import Plan, check, make_plan, their_names, to_ours, to_theirs
+from jax_moe.stored import kept_paths, stored_state, stored_variables
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = None, cast: bool = False) -> Module:
+    """Loads a state dict of tensors or arrays into the layer, in place, and returns it.
+
+    Strict: raises PortError with every missing, unexpected, misshapen and wrongly typed name; then nothing has
+    changed. `layout` names the project whose names are used; None takes the one whose names all match. `cast=True`
+    converts to the parameters' dtypes; without it a differing dtype is an error.
+    """
+    arrays = {str(name): _to_numpy(value) for name, value in state.items()}
+    variables = stored_variables(layer)
+    _refuse_far_larger(layer, variables, len(arrays))
+    plan = _choose_plan(layer, {path: v.shape for path, v in variables.items()}, set(arrays), layout)
+    dtypes = {path: np.dtype(v.dtype) for path, v in variables.items()}
+    where = f"cannot load into {type(layer).__name__} (layout {plan.table.name})"
+    check(plan, arrays, where, None if cast else dtypes)
+    ours = to_ours(plan, arrays)
+    return _fill(layer, {path: value.astype(dtypes[path], copy=False) for path, value in ours.items()})
+
+
+def _refuse_far_larger(layer: nnx.Module, variables: Mapping[str, nnx.Variable], there: int) -> None:
+    """Raises ValueError where the layer has so many more tensors than are there that to list the missing ones takes gigabytes."""
+    here = sum(math.prod(v.shape[:-2]) for v in variables.values())  # a name for each layer, expert, head
+    if here > 100 * (there + 100):
+        name = type(layer).__name__
+        raise ValueError(f"cannot load into {name}: its contract has about {here:,} tensors, another model's {there:,} are there")
+
+
+def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
+    """Loads {our path: array} into the layer, in place; as strict as `from_torch`."""
+    variables = stored_variables(layer)
+    error = PortError(
+        f"cannot load into {type(layer).__name__}",
+        missing=[path for path in variables if path not in weights],
+        unexpected=[path for path in weights if path not in variables],
+        misshapen=[
+            f"{path} is {weights[path].shape}, must be {v.shape}"
+            for path, v in variables.items() if path in weights and weights[path].shape != v.shape
+        ],
+        mistyped=[
+            f"{path} is {weights[path].dtype}, must be {v.dtype}"
+            for path, v in variables.items() if path in weights and weights[path].dtype != v.dtype
+        ],
+    )
+    if error:
+        raise error
+    return _fill(layer, weights)
+
+
+def _fill(layer: Module, values: Mapping[str, np.ndarray]) -> Module:
+    """Puts every checked value in its place, all or (on an error) none."""
+    flat = nnx.to_flat_state(stored_state(layer))
+    new = [(keys, v.replace(_place(values[_path(keys)], v, _path(keys)))) for keys, v in flat]
+    nnx.update(layer, nnx.from_flat_state(new))
+    return layer
+
+
+def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) -> dict[str, np.ndarray]:
+    """{their name: contiguous numpy array} of the layer's weights, masks included.
+
+    With a `tree` shaped like the layer's parameters (gradients, an optimizer's moments; nnx.State or nested dict) that
+    tree's arrays under the same names, masks left out. Raises PortError if the tree does not fit.
+    """
+    variables = stored_variables(layer)
+    table_name = layout or tables_of(layer)[0].name
+    if tree is None:
+        shapes = {path: v.shape for path, v in variables.items()}
+        plan = _choose_plan(layer, shapes, None, layout)
+        return to_theirs(plan, {path: np.asarray(v[...]) for path, v in variables.items()})
+    arrays = flatten(tree)
+    expected = _tree_shapes(variables, set(arrays))
+    error = PortError(
+        f"tree does not fit {type(layer).__name__} (layout {table_name})",
+        missing=[path for path in expected if path not in arrays],
+        unexpected=[path for path in arrays if path not in expected],
+        misshapen=[
+            f"{path} is {arrays[path].shape}, must be {shape}"
+            for path, shape in expected.items() if path in arrays and arrays[path].shape != shape
+        ],
+    )
+    if error:
+        raise error
+    return to_theirs(_choose_plan(layer, expected, None, layout), arrays, constants=False)
+
+
+def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str | None = None) -> dict[Any, Any]:
+    """The inverse of `to_torch(layer, tree)`: a nested dict shaped like the layer's parameters, dtypes as given."""
+    arrays = {str(name): _to_numpy(value) for name, value in state.items()}
+    plan = tree_plan(layer, arrays, layout)
+    check(plan, arrays, f"tree does not fit {type(layer).__name__} (layout {plan.table.name})", constants=False)
+    ours = to_ours(plan, arrays)
+    tree: dict[Any, Any] = {}
+    for keys, v in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        node: dict[Any, Any] = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = _place(ours[_path(keys)], v, _path(keys))
+    return tree
+
+
+def tree_plan(layer: nnx.Module, names: Iterable[str] | None = None, layout: str | None = None) -> Plan:
+    """How gradients or moments of the layer are named: in that layout, or in the one nearest to the names."""
+    return _choose_plan(layer, _tree_shapes(stored_variables(layer), set()), None if names is None else set(names), layout)
+
+
+def kept_names(layer: nnx.Module, names: Iterable[str], layout: str | None = None) -> frozenset[str]:
+    """Which of a state dict's names are of variables that keep their dtype."""
+    shapes = {path: v.shape for path, v in stored_variables(layer).items()}
+    return their_names(_choose_plan(layer, shapes, set(names), layout), kept_paths(layer))
+
+
+def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: set[str] | None, layout: str | None) -> Plan:
+    """The named table's plan; else the first that names all our weights or, with names given, the one nearest to them."""
+    tables = tables_of(layer)
+    if layout is not None:
+        known = [table for table in tables if table.name == layout]
+        if not known:
+            allowed = ", ".join(repr(table.name) for table in tables)
+            raise ValueError(f"layout={layout!r}: must be one of {allowed} for {type(layer).__name__}")
+        return make_plan(known[0], shapes)
+    plans, errors = [], []
+    for table in tables:
+        try:
+            plans.append(make_plan(table, shapes))
+        except PortError as error:
+            errors.append(error)
+    if not plans:
+        raise errors[0]
+    if names is None:
+        return plans[0]
+    return min(plans, key=lambda plan: len(plan.names ^ names))
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(map(str, keys))
+
+
+def _tree_shapes(variables: dict[str, nnx.Variable], present: set[str]) -> dict[str, tuple[int, ...]]:
+    """Parameters, and of the other variables those that the tree has."""
+    return {path: v.shape for path, v in variables.items() if isinstance(v, nnx.Param) or path in present}
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """{our path: array} of an nnx.State or a nested dict."""
+    flat = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree)[0]
+    return {".".join(_key(k) for k in keys if _key(k)): np.asarray(value) for keys, value in flat}
+
+
+def _key(key: Any) -> str:
+    """A step of a jax key path; the step from a Variable to its value has no name."""
+    if isinstance(key, jax.tree_util.DictKey):
+        return str(key.key)
+    if isinstance(key, jax.tree_util.SequenceKey):
+        return str(key.idx)
+    name = str(getattr(key, "name", getattr(key, "key", "")))
+    return "" if name in ("value", "raw_value") else name
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    """numpy with the same bits, from numpy, jax or (by its `detach`) torch."""
+    if hasattr(value, "detach"):
+        from jax_moe.porting.torch_tensors import tensor_to_numpy
+
+        return tensor_to_numpy(value)
+    return np.asarray(value)
+
+
+def _place(value: np.ndarray, like: nnx.Variable, path: str) -> jax.Array:
+    """A jax array where the old one lay. Raises PortError rather than let jax narrow fp64 to fp32."""
+    sharding = getattr(like.get_value(), "sharding", None)
+    spread = sharding is not None and len(sharding.device_set) > 1  # one device: stay uncommitted, as freshly made weights are
+    placed = jax.device_put(np.array(value), sharding) if spread else jnp.array(value)
+    if placed.dtype != value.dtype:
+        raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=[f"{path} is {value.dtype}"])
+    return placed
+
+
+def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
+    """The module with shapes and dtypes but no numbers yet; `from_torch` fills it."""
+    make = MODULES[family][0]
+    return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
+
+
+def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:
+    """A decoder of shapes without numbers."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), origin=origin))
+
+
+def decoder_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """{our path: shape} of a decoder."""
+    return {path: v.shape for path, v in stored_variables(model).items()}

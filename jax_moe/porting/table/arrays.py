@@ -1,0 +1,121 @@
+"""Our stacked arrays from the tensors of files, straight to their devices; and back, one tensor at a time."""
+
+from collections.abc import Callable, Collection, Mapping
+from itertools import groupby
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.table.plan import Piece, Plan, assemble, memory_order, put
+from jax_moe.porting.table.rows import words
+from jax_moe.porting.tensors import Header, all_finite
+from jax_moe.sharding import place as sharding
+
+Fetch = Callable[[Any, tuple], np.ndarray]  # (array, index) to that part in host memory
+
+
+def place_all(
+    plan: Plan, headers: Mapping[str, Header], dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool, where: str,
+    kept: Collection[str] = (),
+) -> dict[str, jax.Array]:
+    """{our path: array on its devices}, each assembled in host memory by itself; `headers` have passed `check`.
+
+    `kept` are paths of arrays that keep their dtype whatever `dtype` is.
+
+    Raises PortError naming every tensor with NaN or infinity (or too large for `dtype`), and rather than let jax narrow.
+    """
+    by_path = {path: list(pieces) for path, pieces in groupby(plan.pieces, key=lambda piece: piece.ours)}
+    dtypes = {path: dtype or headers[pieces[0].theirs].dtype for path, pieces in by_path.items()}
+    for path in by_path.keys() & kept:  # the widest in which a layer stores it
+        dtypes[path] = max((headers[piece.theirs].dtype for piece in by_path[path]), key=lambda one: one.itemsize)
+    narrowed = [f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype]
+    if narrowed:
+        raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=narrowed)
+    expert_axes = _expert_axes(plan)
+    placed: dict[str, jax.Array] = {}
+    wrong: list[str] = []
+    for path, pieces in by_path.items():
+
+        def part(window: tuple[slice, ...], pieces: list[Piece] = pieces, dtype: Any = dtypes[path]) -> np.ndarray:
+            value = _assembled(pieces, headers, window, dtype)
+            if not (allow_nonfinite or all_finite(value)):
+                wrong.extend(_not_finite(pieces, headers, dtype))
+            return value
+
+        array = sharding.place(part, plan.our_shapes[path], mesh, expert_axes.get(path))
+        if not wrong:
+            placed[path] = array
+    if wrong:
+        raise PortError(where, wrong=list(dict.fromkeys(wrong)))
+    return placed
+
+
+def _expert_axes(plan: Plan) -> dict[str, int]:
+    """Which dim of the arrays of a mixture counts its experts, where it leads the dims of a layer."""
+    leading = {}
+    for row in plan.table.rows:
+        dims = [axis[0] for axis in words(row.our_dims)]
+        if len(dims) > 2 and dims[1] in ("e", "E"):
+            leading[row.ours] = 1
+    return leading
+
+
+def _assembled(
+    pieces: list[Piece], headers: Mapping[str, Header], window: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    """A window of one of our arrays; in memory it lies as theirs do, and jax transposes on the way to the device."""
+    order = memory_order(pieces[0])
+    sizes = [span.stop - span.start for span in window]
+    value = np.empty([sizes[axis] for axis in order], dtype).transpose(np.argsort(order))
+    for piece in pieces:
+        with np.errstate(over="ignore"):  # seen by all_finite
+            assemble(piece, headers[piece.theirs].read(), value, window)
+    return value
+
+
+def _not_finite(pieces: list[Piece], headers: Mapping[str, Header], dtype: np.dtype) -> list[str]:
+    found = []
+    for name in dict.fromkeys(piece.theirs for piece in pieces):
+        value = headers[name].read()
+        if not all_finite(value):
+            found.append(f"{name} holds NaN or infinity")
+        elif np.dtype(value.dtype) != dtype:
+            with np.errstate(over="ignore"):
+                if not all_finite(value.astype(dtype)):
+                    found.append(f"{name} is too large for {dtype}")
+    return found
+
+
+def theirs_from(plan: Plan, arrays: Mapping[str, Any], fetch: Fetch = sharding.fetch) -> dict[str, Header]:
+    """Their tensors, in the order of the rows: what they will be, and how each is read from our arrays when its turn comes.
+
+    `fetch` gives a part of one of the arrays, by default of jax's. Raises PortError if two of our arrays that make up one
+    tensor differ in dtype.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for piece in plan.pieces:
+        pieces.setdefault(piece.theirs, []).append(piece)
+    dtypes = {name: {np.dtype(arrays[piece.ours].dtype) for piece in parts} for name, parts in pieces.items()}
+    mixed = [f"{name} would hold {' and '.join(sorted(map(str, kinds)))}" for name, kinds in dtypes.items() if len(kinds) > 1]
+    if mixed:
+        raise PortError(f"layout {plan.table.name}", mistyped=mixed)
+    shapes = plan.their_shapes
+    return {
+        name: Header(shapes[name], dtype, _taker(parts, arrays, fetch, shapes[name], dtype))
+        for name, parts in pieces.items() for dtype in dtypes[name]
+    }
+
+
+def _taker(
+    pieces: list[Piece], arrays: Mapping[str, Any], fetch: Fetch, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        value = np.empty(shape, dtype)
+        for piece in pieces:
+            put(piece, fetch(arrays[piece.ours], piece.our_index), value)
+        return value
+
+    return read

@@ -1,0 +1,257 @@
+"""Tables applied to numpy arrays: {their name: array} <-> {our path: array}. Knows no family and no framework."""
+
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.table.rows import Constant, Row, Table, name_indices, part, words
+
+Arrays = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
+_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # ml_dtypes' own copying is slow
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One rectangle of one of our arrays and the rectangle of one of theirs that holds the same numbers.
+
+    theirs.reshape(split)[their_index].transpose(order) == ours[our_index]
+    """
+
+    theirs: str
+    ours: str
+    split: tuple[int, ...]
+    their_index: tuple
+    our_index: tuple
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table laid over one module: every piece, and the shapes on both sides."""
+
+    table: Table
+    our_shapes: Shapes
+    pieces: tuple[Piece, ...]
+    their_shapes: dict[str, tuple[int, ...]]
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """All of their names, masks included."""
+        return {*self.their_shapes, *self.constants}
+
+
+def make_plan(table: Table, our_shapes: Shapes) -> Plan:
+    """Lays the table over our shapes. Raises PortError if some of our weights have no row, or only in part."""
+    pieces: list[Piece] = []
+    their_shapes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, int] = {}
+    filled = dict.fromkeys(our_shapes, 0)
+    for row in table.rows:
+        for path, in_path in _matches(row.ours, our_shapes):
+            shape = our_shapes[path]
+            if len(words(row.our_dims)) != len(shape):
+                raise PortError(f"layout {table.name}", wrong=[f"{path} has shape {shape}, its row says {row.our_dims}"])
+            local = _bind(row.our_dims, shape)
+            sizes |= local
+            for piece, their_shape in _pieces(row, path, local, in_path, table.numbers):
+                if their_shapes.setdefault(piece.theirs, their_shape) != their_shape:
+                    raise PortError(f"layout {table.name}", wrong=[f"{piece.theirs} would have two shapes"])
+                pieces.append(piece)
+                filled[path] += _elements(piece)
+    uncovered = [path for path, shape in our_shapes.items() if filled[path] != math.prod(shape)]
+    if uncovered:
+        raise PortError(f"layout {table.name} has no names for", missing=uncovered)
+    constants = {name: value for one in table.constants for name, value in _constants(one, sizes)}
+    return Plan(table, dict(our_shapes), tuple(pieces), their_shapes, constants)
+
+
+def their_names(plan: Plan, paths: Collection[str]) -> frozenset[str]:
+    """Their names of the tensors that hold our arrays at these paths."""
+    return frozenset(piece.theirs for piece in plan.pieces if piece.ours in paths)
+
+
+def check(
+    plan: Plan, state: Mapping[str, Any], where: str, dtypes: Mapping[str, np.dtype] | None = None, constants: bool = True
+) -> None:
+    """Raises one PortError with everything in which `state` (arrays, or their shapes and dtypes) differs from the plan.
+
+    `dtypes` by our path; None asks only that the tensors which make up one of our arrays agree.
+    """
+    expected = plan.their_shapes if not constants else plan.their_shapes | {n: v.shape for n, v in plan.constants.items()}
+    error = PortError(
+        where,
+        missing=[name for name in expected if name not in state],
+        unexpected=[name for name in state if name not in expected],
+        misshapen=[
+            f"{name} is {state[name].shape}, must be {shape}"
+            for name, shape in expected.items() if name in state and state[name].shape != shape
+        ],
+        mistyped=_mistyped(plan, state, dtypes),
+        wrong=[
+            f"{name} must be {_says(plan, name)}"
+            for name, value in plan.constants.items()
+            if constants and name in state and state[name].shape == value.shape and not np.array_equal(state[name], value)
+        ],
+    )
+    if error:
+        raise error
+
+
+def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
+    """Our arrays from theirs; `state` has passed `check`."""
+    ours: dict[str, np.ndarray] = {}
+    for piece in plan.pieces:
+        theirs = state[piece.theirs]
+        if piece.ours not in ours:
+            ours[piece.ours] = np.empty(plan.our_shapes[piece.ours], theirs.dtype)
+        assemble(piece, theirs, ours[piece.ours])
+    return ours
+
+
+def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[slice, ...] | None = None) -> None:
+    """Puts the piece of their tensor in its place in ours; with a window, `ours` is that part of our array."""
+    value = theirs.reshape(piece.split)[(*piece.their_index, ...)].transpose(piece.order)  # ...: a view, also of a scalar
+    if window is None:
+        _copy(ours[(*piece.our_index, ...)], value)
+        return
+    spans = list(zip(piece.our_index, window, strict=True))
+    if all(isinstance(index, slice) or span.start <= index < span.stop for index, span in spans):
+        inside = tuple(index if isinstance(index, slice) else index - span.start for index, span in spans)
+        _copy(ours[(*inside, ...)], value[tuple(span for index, span in spans if isinstance(index, slice))])
+
+
+def take_apart(piece: Piece, ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Puts the piece of our array in its place in theirs, which is contiguous."""
+    put(piece, ours[(*piece.our_index, ...)], theirs)
+
+
+def put(piece: Piece, part: np.ndarray, theirs: np.ndarray) -> None:
+    """As `take_apart`, of ours[piece.our_index] alone."""
+    _copy(theirs.reshape(piece.split)[(*piece.their_index, ...)], part.transpose(np.argsort(piece.order)))
+
+
+def memory_order(piece: Piece) -> tuple[int, ...]:
+    """Our axes, slowest first, as they must lie in memory for the piece to be read there without a transposition."""
+    fixed = [axis for axis, index in enumerate(piece.our_index) if not isinstance(index, slice)]
+    kept = [axis for axis, index in enumerate(piece.our_index) if isinstance(index, slice)]
+    return (*fixed, *(kept[i] for i in np.argsort(piece.order)))
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source; where rows become columns in strips of a cache line, 2.5 times as fast."""
+    if target.dtype == source.dtype and target.itemsize in _BITS:
+        target, source = target.view(_BITS[target.itemsize]), source.view(_BITS[target.itemsize])
+    fastest = _fastest(target)
+    if fastest == _fastest(source) or target.size < 1 << 14:
+        target[...] = source
+        return
+    target, source = np.moveaxis(target, fastest, -1), np.moveaxis(source, fastest, -1)
+    strip = max(1, 64 // target.itemsize)
+    for start in range(0, target.shape[-1], strip):
+        target[..., start : start + strip] = source[..., start : start + strip]
+
+
+def _fastest(array: np.ndarray) -> int:
+    """The axis along which neighbours lie next to each other."""
+    return min(range(array.ndim), key=lambda axis: (array.shape[axis] < 2, array.strides[axis]), default=0)
+
+
+def to_theirs(plan: Plan, ours: Arrays, constants: bool = True) -> dict[str, np.ndarray]:
+    """Their arrays from ours, each contiguous and a copy, in the table's order of names."""
+    theirs: dict[str, np.ndarray] = {}
+    for piece in plan.pieces:
+        value = ours[piece.ours]
+        if piece.theirs not in theirs:
+            theirs[piece.theirs] = np.empty(plan.their_shapes[piece.theirs], value.dtype)
+        elif theirs[piece.theirs].dtype != value.dtype:
+            both = f"{piece.theirs} would hold {value.dtype} and {theirs[piece.theirs].dtype}"
+            raise PortError(f"layout {plan.table.name}", mistyped=[both])
+        take_apart(piece, value, theirs[piece.theirs])
+    if constants and plan.constants:
+        dtype = next(iter(theirs.values())).dtype
+        theirs |= {name: value.astype(dtype) for name, value in plan.constants.items()}
+    return theirs
+
+
+def _matches(pattern: str, paths: Iterable[str]) -> Iterable[tuple[str, dict[str, int]]]:
+    """Our paths that fit a pattern such as `experts.fcs.{i}.kernel`, each with the values of its indices."""
+    parts = re.split(r"\{(\w+)\}", pattern)
+    expression = "".join(re.escape(s) if i % 2 == 0 else f"(?P<{s}>\\d+)" for i, s in enumerate(parts))
+    for path in paths:
+        found = re.fullmatch(expression, path)
+        if found:
+            yield path, {letter: int(value) for letter, value in found.groupdict().items()}
+
+
+def _bind(dims: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """Sizes of the letters of our dims. Ours are written without groups."""
+    return {axis[0]: size for axis, size in zip(words(dims), shape, strict=True) if part(axis[0]) is None}
+
+
+def _pieces(
+    row: Row, path: str, sizes: dict[str, int], in_path: dict[str, int], numbers: Mapping[str, tuple[int, ...]]
+) -> Iterable[tuple[Piece, tuple[int, ...]]]:
+    ours = [axis[0] for axis in words(row.our_dims)]
+    their_axes = words(row.their_dims)
+    theirs = [word for axis in their_axes for word in axis]
+    split = tuple(_size(word, sizes) for word in theirs)
+    shape = tuple(math.prod(_size(word, sizes) for word in axis) for axis in their_axes)
+    ranged = [letter for letter in name_indices(row.theirs) if letter not in in_path]
+    kept = [word for word in ours if part(word) is None and word not in ranged]
+    free = [word for word in theirs if part(word) is None]
+    order = tuple(free.index(word) for word in kept)
+    their_index = tuple(slice(None) if part(word) is None else part(word)[0] for word in theirs)  # type: ignore[index]
+    for values in itertools.product(*(range(sizes[letter]) for letter in ranged)):
+        index = dict(zip(ranged, values, strict=True))
+        our_index = tuple(index.get(word, slice(None)) if part(word) is None else part(word)[0] for word in ours)  # type: ignore[index]
+        printed = {letter: numbers[letter][i] if letter in numbers else i for letter, i in index.items()}
+        yield Piece(row.theirs.format(**printed, **in_path), path, split, their_index, our_index, order), shape
+
+
+def _size(word: str, sizes: dict[str, int]) -> int:
+    fixed = part(word)
+    return sizes[word] if fixed is None else fixed[1]
+
+
+def _elements(piece: Piece) -> int:
+    return math.prod(n for n, index in zip(piece.split, piece.their_index, strict=True) if isinstance(index, slice))
+
+
+def _constants(one: Constant, sizes: dict[str, int]) -> Iterable[tuple[str, np.ndarray]]:
+    letters = name_indices(one.theirs)
+    value = one.value(*(sizes[axis[0]] for axis in words(one.their_dims)))
+    for values in itertools.product(*(range(sizes[letter]) for letter in letters)):
+        yield one.theirs.format(**dict(zip(letters, values, strict=True))), value
+
+
+def _mistyped(plan: Plan, state: Mapping[str, Any], dtypes: Mapping[str, np.dtype] | None) -> list[str]:
+    first: dict[str, np.dtype] = {}
+    wrong: dict[str, str] = {}
+    for piece in plan.pieces:
+        if piece.theirs in state:
+            found = state[piece.theirs].dtype
+            expected = first.setdefault(piece.ours, found) if dtypes is None else dtypes[piece.ours]
+            if found != expected:
+                wrong[piece.theirs] = f"{piece.theirs} is {found}, must be {expected}"
+    for name in plan.constants:
+        if name in state and state[name].dtype.kind in "OSUVc" and state[name].dtype.name != "bfloat16":
+            wrong[name] = f"{name} is {state[name].dtype}, must be a float"
+    return list(wrong.values())
+
+
+def _says(plan: Plan, name: str) -> str:
+    for one in plan.table.constants:
+        expression = re.escape(one.theirs)
+        for letter in name_indices(one.theirs):
+            expression = expression.replace(re.escape("{" + letter + "}"), r"\d+")
+        if re.fullmatch(expression, name):
+            return (one.value.__doc__ or "as the table says").strip().rstrip(".")
+    return "as the table says"

@@ -1,0 +1,67 @@
+"""Arrays from the host to a mesh, and back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_moe.config.checks import require
+from jax_moe.sharding.mesh import DATA_AXIS
+from jax_moe.sharding.rules import batch_split, weight_split
+
+
+def place(
+    part: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], mesh: Mesh | None, expert_axis: int | None
+) -> jax.Array:
+    """An array of which `part` makes the window it is asked for: one at a time, those of this process's devices only.
+
+    The memory that `part` returns is jax's from then on: on a CPU it may become the array.
+    """
+    if mesh is None:
+        return jax.block_until_ready(jax.device_put(part(tuple(slice(0, size) for size in shape))))
+    sharding = weight_split(mesh, shape, expert_axis)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        holders.setdefault(tuple(one.indices(size)[:2] for one, size in zip(index or (), shape, strict=True)), []).append(device)
+    pieces = []
+    for bounds, devices in holders.items():
+        value = part(tuple(slice(*one) for one in bounds))
+        pieces += [jax.block_until_ready(jax.device_put(value, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def fetch(array: Any, index: tuple) -> np.ndarray:
+    """array[index] on the host, for integers and whole slices; of an array that lies in pieces or off the host only that part.
+
+    Raises ValueError if a part of it is on no device of this process.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)[index]
+    require(array.is_fully_addressable, "array.is_fully_addressable", False, "True: gather a model that other hosts hold too")
+    return np.asarray(array)[index] if array.is_fully_replicated and _on_host(array) else _gathered(array, index)
+
+
+def _gathered(array: jax.Array, index: tuple) -> np.ndarray:
+    kept = [axis for axis, one in enumerate(index) if isinstance(one, slice)]
+    value = np.empty([array.shape[axis] for axis in kept], array.dtype)
+    for shard in array.addressable_shards:
+        spans = [slice(*one.indices(size)[:2]) for one, size in zip(shard.index, array.shape, strict=True)]
+        pairs = list(zip(index, spans, strict=True))
+        if shard.replica_id == 0 and all(isinstance(one, slice) or span.start <= one < span.stop for one, span in pairs):
+            inside = tuple(one if isinstance(one, slice) else one - span.start for one, span in pairs)
+            piece = np.asarray(shard.data)[inside] if _on_host(array) else np.asarray(shard.data[inside])
+            value[tuple(spans[axis] for axis in kept)] = piece
+    return value
+
+
+def _on_host(array: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
+
+
+def put_batch(batch: np.ndarray, mesh: Mesh) -> Any:
+    """A batch on its devices. Raises ValueError if they do not divide it."""
+    devices = mesh.shape[DATA_AXIS]
+    require(batch.shape[0] % devices == 0, "batch_size", batch.shape[0], f"a multiple of num_devices={devices}")
+    return jax.device_put(batch, batch_split(mesh))

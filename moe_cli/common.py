@@ -1,0 +1,78 @@
+"""What several subcommands share."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from jax_moe.config.checks import require
+from jax_moe.generation.text import read_text
+from jax_moe.porting.checkpoint import Checkpoint
+from jax_moe.porting.formats.found import find
+from jax_moe.stored import stored_state
+
+
+def say(line: str) -> None:
+    """A remark beside the answer, on stderr."""
+    print(f"jax-moe: {line}", file=sys.stderr)
+
+
+def say_assumed(path: Path, checkpoint: Checkpoint) -> None:
+    """What the file does not say, and so was assumed."""
+    if checkpoint.assumed:
+        say(f"{path}: {assumed_in_words(checkpoint)}")
+
+
+def say_note(path: Path, checkpoint: Checkpoint) -> None:
+    """How it was read, where what is printed does not say it; which weights of a run is said elsewhere."""
+    if checkpoint.note is not None and find(path).run is None:
+        say(f"{path}: {checkpoint.note}")
+
+
+def assumed_in_words(checkpoint: Checkpoint) -> str:
+    """Each assumed setting with the option that says otherwise."""
+    settings = [f"{name}={value} ({option_of(name)})" for name, value in checkpoint.assumed.items()]
+    return f"assumed, for the file does not say it: {', '.join(settings)}"
+
+
+def option_of(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
+    """The checkpoint with the sorted characters of a text, as makeMoE makes its vocabulary."""
+    if text is None:
+        return checkpoint
+    require(checkpoint.family == "makemoe", "text", str(text), "left out: only a makeMoE language model has characters")
+    characters = "".join(sorted(set(read_text(text, str(text)))))
+    size = checkpoint.config.vocab_size
+    require(len(characters) == size, "text", str(text), f"of {size} different characters, has {len(characters)}")
+    return dataclasses.replace(checkpoint, characters=characters)
+
+
+def summary(checkpoint: Checkpoint) -> str:
+    """Family, parameters and dtypes in one line."""
+    leaves = jax.tree.leaves(nnx.to_pure_dict(stored_state(checkpoint.module)))
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+    of_run = "" if checkpoint.note is None else f", {checkpoint.note}"
+    return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}{of_run}"
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr while it is a terminal, and nothing otherwise; call what is yielded with each part's bytes."""
+    if not sys.stderr.isatty():
+        yield lambda size: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)

@@ -1,0 +1,65 @@
+"""What a decoder weighs: parameters in all and for one token, bytes by dtype, memory on N devices. Pure numbers."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jax_moe.config.models import DecoderConfig
+
+EXPERTS = "moe.experts."
+ADAMW_BYTES = 16  # fp32: weight, gradient and two moments, 4 bytes each
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts: all, those of routed experts, and those that one token meets."""
+
+    total: int
+    experts: int
+    active: int
+
+
+def count_parameters(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> Parameters:
+    """Active are all but the E - K unchosen experts of every mixture; embedding and head count in full."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if name.startswith(EXPERTS))
+    E, K = config.moe.num_experts, config.moe.top_k
+    return Parameters(total, experts, total - experts // E * (E - K))
+
+
+def bytes_by_dtype(tensors: Iterable[Any]) -> dict[str, int]:
+    """{dtype: bytes} of anything with shape and dtype, the most first."""
+    found: dict[str, int] = {}
+    for one in tensors:
+        found[one.dtype.name] = found.get(one.dtype.name, 0) + math.prod(one.shape) * one.dtype.itemsize
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def expert_share(num_experts: int, num_devices: int) -> float:
+    """The part of all experts that the fullest of N devices holds."""
+    return -(-num_experts // num_devices) / num_experts
+
+
+def memory_rows(
+    parameters: Parameters, stored: int, stored_experts: int, config: DecoderConfig, devices: Iterable[int]
+) -> dict[str, list[float]]:
+    """{what is held: bytes on each device, for each number of devices}. Activations and caches come on top."""
+    shares = [expert_share(config.moe.num_experts, n) for n in devices]
+    other, training = parameters.total - parameters.experts, ADAMW_BYTES
+    return {
+        "weights, on every device": [float(stored)] * len(shares),
+        "weights, experts split": [stored - stored_experts + stored_experts * share for share in shares],
+        "training, on every device": [float(training * parameters.total)] * len(shares),
+        "training, experts split": [training * (other + parameters.experts * share) for share in shares],
+    }
+
+
+def readable(size: int | float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:,.0f} bytes"

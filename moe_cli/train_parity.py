@@ -1,0 +1,68 @@
+"""`jax-moe parity --train`: a whole training run in both frameworks."""
+
+from pathlib import Path
+from typing import Any
+
+from jax_moe.config.checks import require
+from jax_moe.disk import check_target
+from jax_moe.porting.formats.found import find
+from jax_moe.porting.torch_tensors import import_torch
+from moe_cli.arguments import Parity
+from moe_cli.common import say_assumed, say_note
+from moe_cli.parity import POSITIONS, open_decoder_folder, read_weights
+from moe_parity.memory import check_memory
+
+WIDEST = 8  # bytes of a float64, in which the first of the two runs is
+
+
+def train_parity(command: Parity) -> int:
+    """Prints what became of the runs; 1 if they part faster than rounding explains."""
+    _check(command)
+    import_torch("parity")
+    from moe_parity.training.runs import describe, train_checkpoint, train_folder
+    from moe_parity.training.settings import TrainSettings
+
+    assert command.train is not None
+    given: dict[str, Any] = {
+        "steps": command.train, "batch_size": command.batch_size, "seed": command.seed, "learning_rate": command.learning_rate,
+        "final_learning_rate": command.learning_rate / 10,
+    }
+    found = find(command.path)
+    if found.decoder:
+        with open_decoder_folder(command, WIDEST, "training") as folder:
+            name = folder.model_type
+            settings = TrainSettings(**given, num_tokens=command.num_tokens or POSITIONS)
+            runs = train_folder(folder.path, settings)
+    else:
+        checkpoint = read_weights(command.path, command.choices)
+        name, sizes = checkpoint.family, [value.size for value in checkpoint.weights.values()]
+        require(name == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder: it is trained")
+        check_memory(sum(sizes), WIDEST, 0, "training")
+        settings = TrainSettings(**given, num_tokens=command.num_tokens or checkpoint.config.block_size)
+        runs = train_checkpoint(checkpoint, settings)
+        say_note(command.path, checkpoint)
+        say_assumed(command.path, checkpoint)
+    title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
+    print("\n".join([title, *(line for one in runs for line in describe(one))]))
+    if command.plot is not None:
+        from moe_parity.pages.train_plot import write_picture
+
+        write_picture(command.plot, runs, title)
+        print(f"The picture is {command.plot}")
+    return 0 if all(one.passed for one in runs) else 1
+
+
+def _check(command: Parity) -> None:
+    """What the command line alone tells, before anything is loaded."""
+    for name in ("tokens", "html"):
+        require(getattr(command, name) is None, name, str(getattr(command, name)), "left out with --train")
+    for name, usual in (("grads", False), ("json", False), ("explain", False), ("replay", True), ("dtype", "float32")):
+        value = getattr(command, name)
+        require(value == usual, name, value, "left out with --train, which runs in float64 and in float32")
+    for name, least in (("train", 1), ("batch_size", 1), ("num_tokens", 2)):
+        value = getattr(command, name)
+        require(value is None or value >= least, name, value, f"at least {least}")
+    require(0 < command.learning_rate < float("inf"), "learning_rate", command.learning_rate, "above 0 and finite")
+    if command.plot is not None:
+        require(command.plot.suffix == ".png", "plot", str(command.plot), "the name of a .png")
+        check_target(command.plot, True, Path.is_file)

@@ -1,0 +1,148 @@
+"""The PyTorch side of a compared training run, as anyone would write it: backward for every part, clip, step."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.porting.families.hf import family_named
+from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
+from moe_parity.sides.transformers import import_transformers
+from moe_parity.training.jax_side import Curve
+from moe_parity.training.settings import Numbers, TrainSettings
+
+SMALL = 1 << 20  # parameters
+Loss = Callable[[Any, Mapping[str, Any], TrainSettings], tuple[Any, np.ndarray]]
+
+
+def make_makemoe(config: MakeMoEConfig, weights: Mapping[str, np.ndarray]) -> Any:
+    """`torch_ref.MakeMoE` with these weights, in their dtype."""
+    import torch_ref
+
+    tensors = {name: numpy_to_tensor(value) for name, value in weights.items()}
+    module = torch_ref.MakeMoE(config).to(next(iter(tensors.values())).dtype).train()
+    module.load_state_dict(tensors, strict=True)
+    return module
+
+
+def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
+    """As its namesake on the JAX side."""
+    import torch_ref
+    from torch_ref.losses import pool_balance_loss
+
+    torch = import_torch("parity")
+    tokens = part["tokens"]
+    draws = torch_ref.Randomness(**{name: value for name, value in part.items() if name != "tokens"})
+    with _choices_of(module) as chosen:
+        logits_BTV, stats = module.logits_and_stats(tokens[:, :-1], randomness=draws)
+    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten())
+    loss = loss + settings.balance_loss_weight * pool_balance_loss(stats, module.config.moe)
+    return loss + settings.router_z_loss_weight * stats.router_z_loss.mean(), np.stack(chosen)
+
+
+@contextmanager
+def _choices_of(module: Any) -> Iterator[list[np.ndarray]]:
+    """The experts [tokens, K] of every layer that is called meanwhile, from what goes into it."""
+    from torch_ref.moe import Parts, moe_routing
+
+    torch = import_torch("parity")
+    chosen: list[np.ndarray] = []
+
+    def note(smoe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        router = smoe.router
+        parts = Parts(smoe.config, router.topkroute_linear, router.noise_linear, None, list(smoe.experts))
+        with torch.no_grad():
+            expert_GSK = moe_routing(args[0], parts, training=True, noise_BTE=kwargs["noise_BTE"])[1].expert_GSK
+        chosen.append(expert_GSK.flatten(0, 1)[: args[0].shape[0] * args[0].shape[1]].numpy())
+
+    hooks = [block.smoe.register_forward_pre_hook(note, with_kwargs=True) for block in module.blocks]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def transformers_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
+    """transformers' own training loss with its balance loss; and the experts [L, tokens, K] from its router logits."""
+    torch = import_torch("parity")
+    tokens = part["tokens"]
+    output = module(tokens, labels=tokens, use_cache=False, output_router_logits=True)
+    logits_LSE = torch.stack([one.detach() for one in output.router_logits])
+    order = torch.sort(logits_LSE, dim=-1, descending=True, stable=True)[1]
+    return output.loss, order[..., : module.config.num_experts_per_tok].numpy()
+
+
+@contextmanager
+def _threads_for(module: Any) -> Iterator[None]:
+    """One thread for a small model: splitting its work costs ten times the work, on a busy machine."""
+    torch = import_torch("parity")
+    before = torch.get_num_threads()
+    if sum(value.numel() for value in module.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class TorchTrainer:
+    """A module, torch.optim.AdamW or the optimizer given, and the loop."""
+
+    def __init__(self, module: Any, settings: TrainSettings, loss: Loss, optimizer: Any = None):
+        torch = import_torch("parity")
+        self.module, self.settings, self.loss = module, settings, loss
+        self.optimizer = optimizer or torch.optim.AdamW(
+            module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    def run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
+        """Trains on the numbers of these steps."""
+        with _threads_for(self.module):
+            return self._run(draw, steps)
+
+    def _run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
+        torch, settings = import_torch("parity"), self.settings
+        dtype = next(self.module.parameters()).dtype
+        curve, experts = [], []
+        for step in steps:
+            kinds = {"f": dtype, "i": torch.int64, "b": torch.bool}
+            given = {name: torch.from_numpy(value).to(kinds[value.dtype.kind]) for name, value in draw(step).items()}
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            self.optimizer.zero_grad(set_to_none=True)
+            losses, chosen = [], []
+            for n in range(settings.accumulation):
+                loss, expert_LTK = self.loss(self.module, {name: value[n] for name, value in given.items()}, settings)
+                (loss / settings.accumulation).backward()
+                losses.append(loss.item())
+                chosen.append(expert_LTK)
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), settings.clip_norm)
+            self.optimizer.step()
+            curve.append(float(np.mean(losses, dtype=np.float64)))
+            experts.append(np.stack(chosen))
+        return Curve(np.asarray(curve), np.stack(experts))
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names in the optimizer's order."""
+        return [name for name, _ in self.module.named_parameters()]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The parameters as they are now."""
+        return {name: tensor_to_numpy(value) for name, value in self.module.named_parameters()}
+
+
+def load_reference(path: Path, model_type: str, dtype: str) -> Any:
+    """The model that transformers makes of a folder, eager and without dropout."""
+    transformers, torch = import_transformers(), import_torch("parity")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    kind = getattr(transformers, family_named(model_type).architecture)
+    return kind.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager", local_files_only=True,
+        output_router_logits=True,
+    ).eval()

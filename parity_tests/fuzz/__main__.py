@@ -1,0 +1,259 @@
+"""Readers fed with damaged files: whatever is wrong, a reader answers with a ValueError of one line, soon and in little memory.
+
+    python -m parity_tests.fuzz --count 100000 --seed 1
+
+Each input is a small valid file with one to four changes: bytes flipped, cut, doubled, numbers made huge, JSON values
+replaced by values of another kind. `damaged(kind, generator)` is a pure function of the seed, so that a finding repeats.
+"""
+
+import argparse
+import copy
+import io
+import json
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LONGEST, MOST_BYTES = 5.0, 300e6  # seconds and bytes that one input may take
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0", "../x", [],
+    [[]], [1], {}, {"a": {}},
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A reader with a valid file for it."""
+
+    name: str  # of the file within a folder
+    valid: Callable[[], bytes]
+    read: Callable[[Path], object]  # gets the folder
+    others: Callable[[], dict[str, bytes]] = dict  # files beside it
+
+
+def finding(kind: Kind, data: bytes, folder: Path) -> str | None:
+    """What is wrong with the reader's answer to this file; None if nothing is."""
+    for name, content in {**kind.others(), kind.name: data}.items():
+        (folder / name).write_bytes(content)
+    begin, before, said = time.perf_counter(), _largest(), None
+    try:
+        kind.read(folder)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        fits = type(error) is not UnicodeDecodeError and "\n" not in message and len(message) < 4000
+        said = None if fits else repr(error)[:300]
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        said = repr(error)[:300]
+    peak = _largest() - before
+    seconds = time.perf_counter() - begin
+    if said is None and (seconds > LONGEST or peak > MOST_BYTES):
+        said = f"took {seconds:.1f} s and {peak:,} bytes"
+    return said
+
+
+def _largest() -> int:
+    """Bytes that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def damaged(data: bytes, draw: np.random.Generator) -> bytes:
+    """The file with some changes; JSON, also that of a safetensors header, is changed as JSON half of the time."""
+    if draw.random() < 0.5:
+        if data[:1] == b"{":
+            return _json_changed(data, draw)
+        if data[8:9] == b"{":
+            (size,) = struct.unpack("<Q", data[:8])
+            header = _json_changed(data[8 : 8 + size], draw)
+            return struct.pack("<Q", len(header)) + header + data[8 + size :]
+    if data[:4] == b"PK\3\4" and draw.random() < 0.7:
+        return _pickle_changed(data, draw)
+    changed = bytearray(data)
+    for _ in range(draw.integers(1, 5)):
+        at = int(draw.integers(0, max(len(changed), 1)))
+        what = draw.integers(0, 5)
+        if what == 0 and changed:
+            changed[at] = int(draw.integers(0, 256))
+        elif what == 1:
+            del changed[at:]
+        elif what == 2:
+            changed[at:at] = changed[: int(draw.integers(0, 64))]
+        elif what == 3:
+            changed[at : at + 8] = struct.pack("<Q", int(draw.integers(0, 2**63)))
+        else:
+            changed[at:at] = b"[" * int(draw.integers(1, 3000))
+    return bytes(changed)
+
+
+def _pickle_changed(data: bytes, draw: np.random.Generator) -> bytes:
+    """A `.pt` whose pickle has other bytes and whose archive is whole, so that torch reads on."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        records = {one.filename: archive.read(one) for one in archive.infolist()}
+    name = next(one for one in records if one.endswith("data.pkl"))
+    pickled = bytearray(records[name])
+    for _ in range(draw.integers(1, 4)):
+        at, what = int(draw.integers(0, len(pickled))), draw.integers(0, 3)
+        pickled[at : at + (1, 0, 4)[what]] = (bytes([int(draw.integers(0, 256))]), b"K\3", b"\xff\xff\xff\x7f")[what]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for one, record in {**records, name: bytes(pickled)}.items():
+            archive.writestr(one, record)
+    return out.getvalue()
+
+
+def _json_changed(data: bytes, draw: np.random.Generator) -> bytes:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return data[: len(data) // 2]
+    for _ in range(draw.integers(1, 4)):
+        node: Any = value
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = keys[int(draw.integers(0, len(keys)))]
+            if isinstance(node[key], dict | list) and node[key] and draw.random() < 0.7:
+                node = node[key]
+                continue
+            if draw.random() < 0.2:
+                del node[key]
+            else:
+                node[key] = copy.deepcopy(ODD[int(draw.integers(0, len(ODD)))])
+            break
+    return json.dumps(value).encode()
+
+
+def kinds() -> dict[str, Kind]:
+    """Every container; `.pt` where torch is installed."""
+    import importlib.util
+
+    from jax_moe.guarded import read_npy
+    from jax_moe.porting.checkpoint import load
+    from jax_moe.porting.formats.hf_folder import open_folder
+    from train.run import folder as run_folder
+    from train.run import metrics
+
+    files = _made()
+
+    def opened(folder: Path) -> None:
+        with open_folder(folder):
+            pass
+
+    weights = {"model.safetensors": files["hf/model.safetensors"]}
+    shard = {"model-00001-of-00001.safetensors": files["hf/model.safetensors"], "config.json": files["hf/config.json"]}
+    ours = {"weights.safetensors": files["ours/weights.safetensors"]}
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(files["names"], next(iter(shard)))}).encode()
+    found = {
+        "Hugging Face config.json": Kind("config.json", lambda: files["hf/config.json"], opened, lambda: weights),
+        "safetensors": Kind(
+            "model.safetensors", lambda: files["hf/model.safetensors"], opened, lambda: {"config.json": files["hf/config.json"]}
+        ),
+        "index": Kind("model.safetensors.index.json", lambda: index, opened, lambda: shard),
+        "our config.json": Kind("config.json", lambda: files["ours/config.json"], load, lambda: ours),
+        "npy": Kind("x.npy", lambda: files["npy"], lambda folder: read_npy(folder / "x.npy")),
+        "metrics": Kind("metrics.jsonl", lambda: files["metrics"], metrics.read),
+        "optimizer.json": Kind("said.json", lambda: files["optimizer"], _read_optimizer),
+        "run settings": Kind("config.json", lambda: files["run"], run_folder.read_config),
+    }
+    if importlib.util.find_spec("torch"):
+        from jax_moe.porting.recognise import Choices
+        from jax_moe.porting.training_files import read_training
+
+        found["pt"] = Kind("x.pt", lambda: files["pt"], lambda folder: load(folder / "x.pt"))
+        found["training pt"] = Kind("x.pt", lambda: files["training"], lambda f: read_training(f / "x.pt", Choices()))
+    return found
+
+
+def _read_optimizer(folder: Path) -> None:
+    """The JSON as the metadata of an optimizer.safetensors."""
+    from jax_moe.porting.formats.safetensors import write_safetensors
+    from jax_moe.porting.optimizer import own_file
+
+    text = (folder / "said.json").read_bytes().decode("utf-8", "replace")
+    write_safetensors(folder / "o.safetensors", {"exp_avg.a": np.ones(2, np.float32)}, {own_file.KEY: text})
+    own_file._read(folder / "o.safetensors")
+
+
+def _trained(state: dict[str, np.ndarray], path: Path) -> bytes:
+    """A trainer's file around a state dict, after a step."""
+    import torch
+
+    weights = [torch.nn.Parameter(torch.tensor(value)) for value in state.values()]
+    optimizer = torch.optim.AdamW(weights)
+    sum((one**2).sum() for one in weights).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    torch.save({"model": dict(zip(state, weights, strict=True)), "optimizer": optimizer.state_dict(), "epoch": 1}, path)
+    return path.read_bytes()
+
+
+def _made() -> dict[str, Any]:
+    """The valid files."""
+    import importlib.util
+
+    import jax_moe
+    from jax_moe.porting.checkpoint import Checkpoint, save
+    from jax_moe.porting.formats.safetensors import read_safetensors
+    from jax_moe.porting.formats.state_file import write_state
+    from parity_tests.porting.decoder_cases import decoder
+    from parity_tests.porting.porting_cases import make, mixtral_state
+    from train.configs.settings import TrainConfig, flat
+
+    with tempfile.TemporaryDirectory() as place:
+        hf, ours = Path(place) / "hf", Path(place) / "ours"
+        jax_moe.save_pretrained(decoder("qwen2_moe"), hf, model_type="qwen2_moe")
+        save(Checkpoint("soft_moe", make("soft_moe")), ours)
+        found: dict[str, Any] = {f"{f.parent.name}/{f.name}": f.read_bytes() for folder in (hf, ours) for f in folder.iterdir()}
+        found["names"] = list(read_safetensors(hf / "model.safetensors"))
+        if importlib.util.find_spec("torch"):
+            write_state(Path(place) / "x.pt", mixtral_state())
+            found["pt"] = (Path(place) / "x.pt").read_bytes()
+            found["training"] = _trained(mixtral_state(), Path(place) / "t.pt")
+    array = io.BytesIO()
+    np.save(array, np.arange(6, dtype=np.int32).reshape(2, 3))
+    group = {"lr": 0.1, "betas": [0.9, 0.99], "params": [0]}
+    said = {"step": 3, "step_dtype": "float32", "groups": [group], "order": ["a"], "others": {}, "words": ["exp_avg"]}
+    row = {
+        "step": 1, "train_loss": 1.0, "val_loss": 2.0, "dropped_fraction": [0.0], "expert_load": [[0.5, 0.5]],
+        "router_entropy": [0.5], "load_balance_loss": [1.0], "tokens_per_second": None,
+    }
+    return found | {
+        "optimizer": json.dumps(said).encode(), "npy": array.getvalue(),
+        "metrics": "".join(json.dumps({**row, "step": i}) + "\n" for i in range(3)).encode(),
+        "run": json.dumps({"settings": flat(TrainConfig()), "model": {}, "text": {"sha256": "0"}}).encode(),
+    }
+
+
+def fuzz(count: int, seed: int, show: Callable[[str], None] = lambda line: None) -> list[str]:
+    """`count` inputs, shared by the kinds; a line for every finding, with what repeats it."""
+    found: list[str] = []
+    chosen = list(kinds().items())
+    for number in range(count):
+        name, kind = chosen[number % len(chosen)]
+        data = damaged(kind.valid(), np.random.default_rng([seed, number]))
+        with tempfile.TemporaryDirectory() as folder:
+            said = finding(kind, data, Path(folder))
+        if said is not None:
+            found.append(f"{name}, seed {seed}, number {number}: {said}")
+            show(found[-1])
+        if number % 10_000 == 9_999:
+            show(f"{number + 1:,} inputs, {len(found)} findings")
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Readers fed with damaged files.")
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(1 if fuzz(given.count, given.seed, lambda line: print(line, flush=True)) else 0)

@@ -1,0 +1,338 @@
+"""The contract: exact capacities, and errors that name the field, the value and what is allowed. No framework needed.
+
+Long because every field has its bad values here, a row each.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+
+import jaxtyping
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_moe.config.attention import AttentionConfig
+from jax_moe.config.models import BlockConfig, MakeMoEConfig
+from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_users_call_it() -> Iterator[None]:
+    """Without the type checks that run under pytest only: a user meets the contract's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def moe(num_experts: int = 8, top_k: int = 2, **rest: object) -> MoEConfig:
+    return MoEConfig(model_dim=4, expert_dim=8, num_experts=num_experts, top_k=top_k, **rest)  # type: ignore[arg-type]
+
+
+def slots(group_size: int, num_experts: int, top_k: int, factor: object, **rule: object) -> int:
+    return moe(num_experts, top_k, capacity=CapacityConfig(factor=factor, **rule)).expert_capacity(group_size)  # type: ignore[arg-type]
+
+
+# --- capacity -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("group_size", "num_experts", "top_k", "factor", "rule", "want"),
+    [
+        (512, 8, 2, 1.0, {}, 128),  # the published run: 16 * 32 * 2 / 8
+        (100, 1, 1, 0.29, {}, 29),  # int(100 * 0.29) is 28 in floats
+        (100, 1, 1, "0.29", {}, 29),
+        (100, 1, 1, Fraction(29, 100), {}, 29),
+        (200, 4, 1, 1.1, {"rounding": "ceil"}, 55),  # math.ceil(200 / 4 * 1.1) is 56 in floats
+        (3, 3, 2, 1.25, {}, 2),  # 2.5 down
+        (3, 3, 2, 1.25, {"rounding": "ceil"}, 3),  # 2.5 up
+        (3, 3, 2, 1.0, {"rounding": "ceil"}, 2),  # a whole number stays
+        (64, 8, 2, 1.05, {"rounding": "ceil", "multiple": 4}, 20),  # 16.8 -> 17 -> 20
+        (64, 8, 2, 1.0, {"multiple": 4}, 16),  # already a multiple
+        (64, 8, 2, 0.1, {"minimum": 4}, 4),  # 1.6 -> 1 -> 4
+        (64, 8, 2, 0.1, {"multiple": 3, "minimum": 4}, 4),  # 1.6 -> 1 -> 3, at least 4: the minimum is not rounded up
+        (6, 2, 2, 1.25, {}, 6),  # 7.5 -> 7, but a group has six tokens
+        (6, 2, 2, 1.25, {"clamp": False}, 7),
+        (3, 8, 2, 1.0, {"minimum": 4}, 3),  # the clamp has the last word
+        (3, 8, 2, 1.0, {"minimum": 4, "clamp": False}, 4),
+        (64, 8, 2, 1.25, {"counts_top_k": False, "rounding": "ceil"}, 10),  # Switch: 64 / 8 * 1.25
+        (64, 8, 2, 1.25, {}, 20),
+        (64, 8, 2, Fraction(1, 3), {}, 5),  # 16/3
+        (3, 8, 2, 1.0, {"below_one": "drop_all"}, 0),  # 0.75
+        (1, 8, 2, 1e-9, {"below_one": "drop_all"}, 0),
+        (10, 10, 1, 10**6, {}, 10),
+    ],
+)
+def test_capacity(group_size: int, num_experts: int, top_k: int, factor: object, rule: dict, want: int) -> None:
+    assert slots(group_size, num_experts, top_k, factor, **rule) == want
+
+
+def test_floats_would_give_other_numbers() -> None:
+    assert int(100 * 0.29) == 28 and math.ceil(200 / 4 * 1.1) == 56
+
+
+def test_dropless_has_room_for_everybody() -> None:
+    assert moe().expert_capacity(1000) == 1000
+
+
+def test_below_one_slot_is_an_error_that_says_why() -> None:
+    want = (
+        r"capacity factor=0\.5: must give at least one slot; 7 tokens, top_k=1, num_experts=8 give 0\.438 slots an expert"
+    )
+    with pytest.raises(ValueError, match=f"^{want}$"):
+        slots(7, 8, 1, 0.5)
+    assert slots(7, 8, 1, 0.5, minimum=1) == 1
+    assert slots(7, 8, 1, 0.5, rounding="ceil") == 1
+
+
+FACTORS = st.decimals(min_value="0.001", max_value="9", places=3)
+RULES = st.fixed_dictionaries({
+    "rounding": st.sampled_from(["floor", "ceil"]), "multiple": st.integers(1, 9), "minimum": st.integers(0, 9),
+    "clamp": st.booleans(), "counts_top_k": st.booleans(),
+})
+
+
+@settings(derandomize=True, deadline=None, max_examples=400)
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 8), FACTORS, RULES)
+def test_capacity_against_two_other_computations(
+    group_size: int, num_experts: int, top_k: int, factor: Decimal, rule: dict
+) -> None:
+    top_k = min(top_k, num_experts)
+    choices = group_size * top_k if rule["counts_top_k"] else group_size
+    # in whole thousandths, by counting up; and in Decimal with the division last, so that only it can round
+    thousandths = choices * int(factor * 1000)
+    by_integers = thousandths // (1000 * num_experts) + (rule["rounding"] == "ceil" and thousandths % (1000 * num_experts) > 0)
+    whole, rest = divmod(Decimal(choices) * factor, Decimal(num_experts))
+    by_decimal = int(whole) + (rule["rounding"] == "ceil" and rest > 0)
+    assert by_integers == by_decimal
+    want = by_integers
+    while want % rule["multiple"]:
+        want += 1
+    want = max(want, rule["minimum"])
+    if rule["clamp"]:
+        want = min(want, group_size)
+    for written in (float(factor), str(factor), Fraction(factor)):
+        assert slots(group_size, num_experts, top_k, written, below_one="drop_all", **rule) == want
+    if want == 0:
+        with pytest.raises(ValueError, match="must give at least one slot"):
+            slots(group_size, num_experts, top_k, str(factor), **rule)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(st.integers(1, 500), st.integers(1, 16), FACTORS, FACTORS)
+def test_capacity_grows_with_the_factor(group_size: int, num_experts: int, one: Decimal, other: Decimal) -> None:
+    low, high = sorted((one, other))
+    assert slots(group_size, num_experts, 1, str(low), below_one="drop_all") <= slots(
+        group_size, num_experts, 1, str(high), below_one="drop_all"
+    )
+
+
+def test_group_size() -> None:
+    assert moe().group_size(4, 6) == 24
+    assert moe(capacity=CapacityConfig()).group_size(4, 6) == 24
+    assert moe(capacity=CapacityConfig(group="sequence")).group_size(4, 6) == 6
+    assert moe(capacity=CapacityConfig(group="fixed", group_size=5)).group_size(4, 6) == 5
+
+
+def test_with_capacity() -> None:
+    dropless = moe()
+    limited = dropless.with_capacity(1.5, priority="choice")
+    assert dropless.capacity is None, "the contract itself does not change"
+    assert limited.capacity == CapacityConfig(factor=1.5, priority="choice")
+    assert limited.with_capacity("0.75").capacity == CapacityConfig(factor="0.75", priority="choice"), "other settings stay"
+    assert limited.with_capacity(None) == dropless
+    assert dataclasses.replace(limited, capacity=None) == dropless
+    with pytest.raises(ValueError, match=r"^capacity_factor=None: must be a number when priority is set$"):
+        dropless.with_capacity(None, priority="choice")
+    with pytest.raises(TypeError, match="prioritty"):
+        dropless.with_capacity(1.0, prioritty="choice")
+
+
+@pytest.mark.parametrize("config", [
+    RouterConfig(), CapacityConfig(), ExpertConfig(), BalanceConfig(), moe(), MakeMoEConfig(),
+    SoftMoEConfig(model_dim=4, num_experts=2, num_slots=1), AttentionConfig(model_dim=4, num_heads=2),
+    BlockConfig(attention=AttentionConfig(model_dim=4, num_heads=2), moe=moe()),
+], ids=lambda config: type(config).__name__)
+def test_frozen_and_hashable(config: object) -> None:
+    first = dataclasses.fields(config)[0].name  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, first, None)
+    assert hash(config) == hash(dataclasses.replace(config))  # type: ignore[type-var]
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+SIZES = {"model_dim": 4, "expert_dim": 8, "num_experts": 8, "top_k": 2}
+SOFT = {"model_dim": 4, "num_experts": 2, "num_slots": 1}
+HEADS = {"model_dim": 4, "num_heads": 2}
+CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
+BAD = [
+    (RouterConfig, {"score": "softplus"}, "score='softplus': must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
+    (RouterConfig, {"order": "x"}, "order='x': must be one of 'score_then_select', 'select_then_softmax'"),
+    (RouterConfig, {"renormalise": True}, "renormalise=True: must be one of 'none', 'sum', 'eps'"),
+    (RouterConfig, {"cluster_score": "mean"}, "cluster_score='mean': must be one of 'max', 'top2_sum'"),
+    (RouterConfig, {"cluster_fill": "nan"}, "cluster_fill='nan': must be one of 'neg_inf', 'zero'"),
+    (RouterConfig, {"dtype": "bfloat16"}, "dtype='bfloat16': must be one of 'float32', 'input'"),
+    (RouterConfig, {"weight_dtype": None}, "weight_dtype=None: must be one of 'float32', 'input'"),
+    (RouterConfig, {"noise": "gaussian"}, "noise='gaussian': must be one of 'none', 'learned_gaussian', 'input_jitter'"),
+    (RouterConfig, {"jitter_scope": "all"}, "jitter_scope='all': must be one of 'router', 'block'"),
+    (RouterConfig, {"num_clusters": 0}, "num_clusters=0: must be an integer of at least 1"),
+    (RouterConfig, {"top_clusters": 1.0}, "top_clusters=1.0: must be an integer of at least 1"),
+    (RouterConfig, {"num_clusters": 2, "top_clusters": 3}, "top_clusters=3: must be at most num_clusters=2"),
+    (RouterConfig, {"renormalise_eps": 0.0}, "renormalise_eps=0.0: must be a number above 0"),
+    (RouterConfig, {"scale": -1.0}, "scale=-1.0: must be a number above 0"),
+    (RouterConfig, {"scale": float("nan")}, "scale=nan: must be a number above 0"),
+    (RouterConfig, {"noise": "input_jitter", "jitter_eps": 1.0}, "jitter_eps=1.0: must be a number of at least 0 and below 1"),
+    (RouterConfig, {"noise": "input_jitter"}, "jitter_eps=0.0: must be above 0 exactly when noise='input_jitter'"),
+    (RouterConfig, {"jitter_eps": 0.1}, "jitter_eps=0.1: must be above 0 exactly when noise='input_jitter'"),
+    (
+        RouterConfig, {"order": "select_then_softmax", "score": "sigmoid"},
+        "score='sigmoid': must be 'softmax' when order='select_then_softmax'",
+    ),
+    (
+        RouterConfig, {"order": "select_then_softmax", "correction_bias": True},
+        "correction_bias=True: must be False when order='select_then_softmax'",
+    ),
+    (
+        RouterConfig, {"order": "select_then_softmax", "num_clusters": 2},
+        "num_clusters=2: must be 1 when order='select_then_softmax'",
+    ),
+    (CapacityConfig, {"factor": 0}, "factor=0: must be a number above 0"),
+    (CapacityConfig, {"factor": -1.5}, "factor=-1.5: must be a number above 0"),
+    (CapacityConfig, {"factor": "much"}, "factor='much': must be a number above 0"),
+    (CapacityConfig, {"factor": "1/0"}, "factor='1/0': must be a number above 0"),
+    (CapacityConfig, {"factor": float("inf")}, "factor=inf: must be a number above 0"),
+    (CapacityConfig, {"factor": float("nan")}, "factor=nan: must be a number above 0"),
+    (CapacityConfig, {"factor": None}, "factor=None: must be a number above 0"),
+    (CapacityConfig, {"rounding": "up"}, "rounding='up': must be one of 'floor', 'ceil'"),
+    (CapacityConfig, {"multiple": 0}, "multiple=0: must be an integer of at least 1"),
+    (CapacityConfig, {"multiple": True}, "multiple=True: must be an integer of at least 1"),
+    (CapacityConfig, {"minimum": -1}, "minimum=-1: must be an integer of at least 0"),
+    (CapacityConfig, {"group": "token"}, "group='token': must be one of 'batch', 'sequence', 'fixed'"),
+    (CapacityConfig, {"group": "fixed"}, "group_size=None: must be set exactly when group='fixed'"),
+    (CapacityConfig, {"group_size": 4}, "group_size=4: must be set exactly when group='fixed'"),
+    (CapacityConfig, {"group": "fixed", "group_size": 0}, "group_size=0: must be an integer of at least 1"),
+    (CapacityConfig, {"priority": "probs"}, "priority='probs': must be one of 'token', 'choice', 'probability', 'batch'"),
+    (CapacityConfig, {"below_one": "warn"}, "below_one='warn': must be one of 'error', 'drop_all'"),
+    (
+        ExpertConfig, {"activation": "swish"},
+        "activation='swish': must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
+    ),
+    (ExpertConfig, {"dropout": 1.0}, "dropout=1.0: must be a number of at least 0 and below 1"),
+    (ExpertConfig, {"dropout": -0.1}, "dropout=-0.1: must be a number of at least 0 and below 1"),
+    (ExpertConfig, {"clamp": 0.0}, "clamp=0.0: must be None or a number above 0"),
+    (ExpertConfig, {"clamp": 7.0, "gated": False}, "clamp=7.0: must be None unless gated"),
+    (ExpertConfig, {"up_offset": 1.0, "gated": False}, "up_offset=1.0: must be 0 unless gated"),
+    (ExpertConfig, {"weight_on": "both"}, "weight_on='both': must be one of 'output', 'input'"),
+    (ExpertConfig, {"shared_dim": -1}, "shared_dim=-1: must be an integer of at least 0"),
+    (ExpertConfig, {"shared_gate": True}, "shared_gate=True: must be False without a shared expert (shared_dim=0)"),
+    (BalanceConfig, {"f_sums_to": "two"}, "f_sums_to='two': must be one of 'one', 'k'"),
+    (BalanceConfig, {"pooled": "both"}, "pooled='both': must be one of 'per_layer', 'over_layers'"),
+    (MoEConfig, {**SIZES, "model_dim": 0}, "model_dim=0: must be an integer of at least 1"),
+    (MoEConfig, {**SIZES, "expert_dim": 2.5}, "expert_dim=2.5: must be an integer of at least 1"),
+    (MoEConfig, {**SIZES, "num_experts": "8"}, "num_experts='8': must be an integer of at least 1"),
+    (MoEConfig, {**SIZES, "top_k": 9}, "top_k=9: must be at most num_experts=8"),
+    (
+        MoEConfig, {**SIZES, "router": RouterConfig(score="sigmoid", num_clusters=3)},
+        "num_clusters=3: must be a divisor of num_experts=8",
+    ),
+    (MoEConfig, {**SIZES, "top_k": 3, "router": CLUSTERS}, "top_k=3: must be at most 2, the experts in top_clusters=1"),
+    (
+        MoEConfig, {**SIZES, "top_k": 1, "router": RouterConfig(num_clusters=8, top_clusters=2)},
+        "cluster_score='top2_sum': must be 'max' when a cluster holds one expert",
+    ),
+    (
+        MoEConfig, {**SIZES, "dispatcher": "fast"},
+        "dispatcher='fast': must be one of 'auto', 'einsum', 'gather', 'grouped', 'ragged', 'chosen'",
+    ),
+    (SoftMoEConfig, {**SOFT, "num_slots": 0}, "num_slots=0: must be an integer of at least 1"),
+    (SoftMoEConfig, {**SOFT, "hidden_dims": (4, 0)}, "hidden_dims=(4, 0): must be integers of at least 1"),
+    (
+        SoftMoEConfig, {**SOFT, "hidden_activation": "tanh"},
+        "hidden_activation='tanh': must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
+    ),
+    (
+        SoftMoEConfig, {**SOFT, "output_activation": ""},
+        "output_activation='': must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
+    ),
+    (AttentionConfig, {"model_dim": 128, "num_heads": 7}, "num_heads=7: must be a divisor of model_dim=128"),
+    (AttentionConfig, {**HEADS, "projections": "qkv"}, "projections='qkv': must be one of 'per_head', 'fused'"),
+    (AttentionConfig, {**HEADS, "scale": "sqrt"}, "scale='sqrt': must be one of 'head_dim', 'model_dim'"),
+    (AttentionConfig, {**HEADS, "dropout": 2.0}, "dropout=2.0: must be a number of at least 0 and below 1"),
+    (
+        BlockConfig, {"attention": AttentionConfig(model_dim=8, num_heads=2), "moe": moe()},
+        "model_dim=4: must be the attention's model_dim=8",
+    ),
+    (
+        BlockConfig, {"attention": AttentionConfig(**HEADS), "moe": SoftMoEConfig(**SOFT)},
+        "moe='SoftMoEConfig': must be a MoEConfig in a causal block: Soft MoE mixes every position into every other",
+    ),
+    (MakeMoEConfig, {"vocab_size": 0}, "vocab_size=0: must be an integer of at least 1"),
+    (MakeMoEConfig, {"block_size": -1}, "block_size=-1: must be an integer of at least 1"),
+    (MakeMoEConfig, {"num_layers": 0}, "num_layers=0: must be an integer of at least 1"),
+    (MakeMoEConfig, {"num_heads": 7}, "num_heads=7: must be a divisor of model_dim=128"),
+    (MakeMoEConfig, {"top_k": 9}, "top_k=9: must be at most num_experts=8"),
+    (MakeMoEConfig, {"dropout": 1.5}, "dropout=1.5: must be a number of at least 0 and below 1"),
+    (MakeMoEConfig, {"capacity_factor": 0.0}, "factor=0.0: must be a number above 0"),
+]
+
+
+@pytest.mark.parametrize(("config", "arguments", "message"), BAD, ids=[f"{one[0].__name__}, {one[2]}" for one in BAD])
+def test_bad_settings_are_named(config: type, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        config(**arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("config", "arguments", "when"), [
+    (MoEConfig, {**SIZES, "dispatcher": "gather"}, "without a capacity"),
+    (MoEConfig, {**SIZES, "dispatcher": "grouped", "capacity": CapacityConfig()}, "with a capacity"),
+    (MakeMoEConfig, {"dispatcher": "grouped"}, "with a capacity"),
+    (MakeMoEConfig, {"dispatcher": "gather", "capacity_factor": None}, "without a capacity"),
+])
+def test_a_dispatcher_that_cannot_serve_the_capacity_is_refused(config: type, arguments: dict, when: str) -> None:
+    with pytest.raises(ValueError, match=rf"^dispatcher='{arguments['dispatcher']}': must be .* {when}$"):
+        config(**arguments)
+
+
+def test_every_contract_has_a_bad_setting_here() -> None:
+    every = {RouterConfig, CapacityConfig, ExpertConfig, BalanceConfig, MoEConfig, SoftMoEConfig, AttentionConfig, BlockConfig}
+    assert {one[0] for one in BAD} == every | {MakeMoEConfig}
+
+
+def test_unknown_and_positional_settings_are_refused() -> None:
+    with pytest.raises(TypeError, match="num_expert"):
+        MoEConfig(**{**SIZES, "num_expert": 8})
+    with pytest.raises(TypeError, match="positional"):
+        RouterConfig("softmax")  # type: ignore[misc]
+
+
+# A number of a type that the annotations do not allow, from a configuration file or a command line
+WRONG_TYPES = [
+    (RouterConfig, {"scale": "2.5"}, "scale='2.5'"),
+    (RouterConfig, {"renormalise_eps": None}, "renormalise_eps=None"),
+    (RouterConfig, {"noise": "input_jitter", "jitter_eps": "0.1"}, "jitter_eps='0.1'"),
+    (ExpertConfig, {"dropout": "0.1"}, "dropout='0.1'"),
+    (ExpertConfig, {"clamp": "7"}, "clamp='7'"),
+    (ExpertConfig, {"dropout": None}, "dropout=None"),
+    (SoftMoEConfig, {**SOFT, "hidden_dims": 16}, "hidden_dims=16"),
+    (AttentionConfig, {**HEADS, "dropout": None}, "dropout=None"),
+    (MakeMoEConfig, {"dropout": "0.1"}, "dropout='0.1'"),
+]
+
+
+@pytest.mark.parametrize(("config", "arguments", "named"), WRONG_TYPES, ids=[f"{o[0].__name__}, {o[2]}" for o in WRONG_TYPES])
+def test_wrong_types_are_named_too(config: type, arguments: dict, named: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        config(**arguments)
+    assert str(caught.value).startswith(f"{named}: must be ")
+
+
+def test_hidden_dims_default_to_one_layer_of_the_models_width() -> None:
+    assert SoftMoEConfig(**SOFT).widths == (4, 4, 4)
+    assert SoftMoEConfig(**SOFT, hidden_dims=()).widths == (4, 4)
+    assert SoftMoEConfig(**SOFT, hidden_dims=[6, 7]).widths == (4, 6, 7, 4)  # type: ignore[arg-type]
+
+
+def test_attention_scales() -> None:
+    assert AttentionConfig(model_dim=64, num_heads=4).score_scale == 0.25
+    assert AttentionConfig(model_dim=64, num_heads=4, scale="model_dim").score_scale == 0.125

@@ -1,0 +1,64 @@
+"""Greedy text against `transformers.generate`: left padding and stop tokens, in every Hugging Face family.
+
+Among them a window, dynamic rope and dense layers; the cache against one call is tested elsewhere, without PyTorch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference is PyTorch")
+pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
+
+import jax_moe  # noqa: E402
+from parity_tests.shared.compare import MismatchError, check_exact  # noqa: E402
+from parity_tests.table.family_cases import CASES, TEXTS, VOCABULARY, Case, draw_weights, save_reference  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("quick")
+PROMPT, NEW, PAD = 7, 14, 36
+MASK = np.arange(PROMPT) >= np.asarray([0, 3, 1])[:, None]
+NAMES = ("mixtral", "mixtral_window", "qwen2_moe_tied", "qwen3_moe_dense", "olmoe", "granitemoe")
+CHOSEN = [case for case in CASES if case.name in NAMES]
+
+
+def theirs(reference: "torch.nn.Module", tokens: np.ndarray, stops: list[int] | None) -> np.ndarray:
+    """transformers' own text, filled up to NEW as ours is (it returns as soon as all have stopped)."""
+    mask = torch.from_numpy(MASK.astype(np.int64))
+    found = reference.generate(
+        torch.from_numpy(tokens), attention_mask=mask, do_sample=False, max_new_tokens=NEW, eos_token_id=stops,
+        pad_token_id=PAD, max_length=None,
+    )
+    return np.pad(found.numpy(), [(0, 0), (0, PROMPT + NEW - found.shape[1])], constant_values=PAD)
+
+
+def ours(model: jax_moe.Decoder, tokens: np.ndarray, stops: list[int] | None, mask: np.ndarray = MASK) -> np.ndarray:
+    """Our text."""
+    stop_tokens = tuple(stops or ())
+    found = jax_moe.generate(
+        model, tokens, max_new_tokens=NEW, temperature=0, mask_BT=mask, stop_tokens=stop_tokens, pad_token=PAD
+    )
+    return np.asarray(found).astype(tokens.dtype)
+
+
+def pair(case: Case, folder: Path) -> tuple["torch.nn.Module", jax_moe.Decoder]:
+    """The reference and the decoder loaded from its folder. transformers' generate fails where it computes a balance loss."""
+    reference = case.reference(case.config()).eval()
+    draw_weights(reference, seed=1)
+    reference.config.output_router_logits = False
+    return reference, jax_moe.load_pretrained(save_reference(reference, folder / "model"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' advice about lengths
+@pytest.mark.parametrize("case", CHOSEN, ids=[case.name for case in CHOSEN])
+def test_greedy_tokens(case: Case, tmp_path: Path) -> None:
+    """Free, and until each text comes upon one of two stop tokens; with the mask forgotten (the planted fault) it differs."""
+    reference, model = pair(case, tmp_path)
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, (TEXTS, PROMPT))
+    free = theirs(reference, tokens, None)
+    check_exact({"tokens": ours(model, tokens, None)}, {"tokens": free}, case.name)
+    stops = [int(free[0, PROMPT + 5]), int(free[1, PROMPT + 2])]
+    check_exact({"tokens": ours(model, tokens, stops)}, {"tokens": theirs(reference, tokens, stops)}, f"{case.name}, stopping")
+    if case.name == "mixtral":
+        with pytest.raises(MismatchError, match="tokens"):
+            check_exact({"tokens": ours(model, tokens, None, np.ones_like(MASK))}, {"tokens": free}, "no mask")

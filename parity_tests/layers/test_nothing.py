@@ -1,0 +1,86 @@
+"""No sequences and no positions: an empty answer and statistics of 0, or one clear line; never an error from inside."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_moe import (
+    Attention,
+    AttentionConfig,
+    Block,
+    BlockConfig,
+    MakeMoE,
+    MakeMoEConfig,
+    MoE,
+    SoftMoE,
+    SoftMoEConfig,
+    generate,
+    losses,
+    presets,
+)
+from parity_tests.porting.decoder_cases import decoder
+
+MIXTRAL, MAKEMOE = presets.mixtral(8, 6, 4, 2), presets.makemoe(8, num_experts=4)
+ATTENTION = AttentionConfig(model_dim=8, num_heads=2, dropout=0.1)
+SPARSE = {
+    "dropless": MIXTRAL, "makemoe": MAKEMOE, "vmoe": presets.vmoe(8, 6, 4, 2),
+    "shared": presets.qwen2_moe(8, 6, 4, 2, shared_dim=4),
+    "refuses small groups": MIXTRAL.with_capacity(0.1, group="sequence"),
+    "fixed groups": MIXTRAL.with_capacity(1.0, group="fixed", group_size=3),
+    **{name: dataclasses.replace(MIXTRAL, dispatcher=name) for name in ("einsum", "ragged", "grouped")},
+}
+LAYERS: dict[str, tuple[Any, Any]] = {
+    "soft": (SoftMoE, SoftMoEConfig(model_dim=8, num_experts=2, num_slots=2)), "attention": (Attention, ATTENTION),
+    "block": (Block, BlockConfig(attention=ATTENTION, moe=MAKEMOE)), **{name: (MoE, config) for name, config in SPARSE.items()},
+}
+SHAPES = [(0, 5), (2, 0), (0, 0)]
+TINY = MakeMoEConfig(vocab_size=5, block_size=4, model_dim=4, num_heads=2, num_layers=2, num_experts=2)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_answer_with_nothing(name: str) -> None:
+    kind, config = LAYERS[name]
+    layer = kind(config, rngs=nnx.Rngs(0))
+    kwargs = {} if kind is SoftMoE else {"key": jax.random.key(0)}
+    for B, T in SHAPES:
+        answer = layer(jnp.zeros((B, T, 8), jnp.bfloat16), **kwargs)
+        y_BTD, stats = answer if isinstance(answer, tuple) else (answer, None)
+        assert y_BTD.shape == (B, T, 8) and y_BTD.dtype == jnp.bfloat16
+        for value in stats or ():
+            np.testing.assert_array_equal(np.asarray(value), 0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_models_and_generate() -> None:
+    none, no_position = jnp.zeros((0, 3), jnp.int32), jnp.zeros((2, 0), jnp.int32)
+    for model, vocab_size in ((MakeMoE(TINY), 5), (decoder("olmoe"), 11)):
+        logits_BTV, stats = model.logits_and_stats(none)
+        assert logits_BTV.shape == (0, 3, vocab_size)
+        np.testing.assert_array_equal(stats.load_balance_loss, 0)
+        assert generate(model, none, max_new_tokens=3, key=jax.random.key(0)).shape == (0, 6)
+        with pytest.raises(ValueError, match=r"^tokens_BT has 0 positions: must be "):
+            model(no_position)
+        with pytest.raises(ValueError, match=r"^tokens_BT has 0 positions: must be "):
+            generate(model, no_position, max_new_tokens=1, temperature=0)
+
+
+def test_sizes_of_nothing() -> None:
+    for config in SPARSE.values():
+        assert config.group_size(0, 5) >= 1 and config.group_size(2, 0) >= 1
+        assert config.expert_capacity(0) == 0
+
+
+def test_losses_of_nothing_are_zero() -> None:
+    logits_GSE, expert_GSK = jnp.zeros((0, 3, 4)), jnp.zeros((0, 3, 2), jnp.int32)
+    for value in (
+        losses.masked_mean(logits_GSE, None), losses.router_z_loss(logits_GSE), losses.router_entropy(logits_GSE),
+        losses.expert_load(expert_GSK, 4, jnp.float32), losses.importance(expert_GSK, jnp.zeros((0, 3, 2)), 4),
+        losses.smooth_load(logits_GSE, logits_GSE, logits_GSE + 1, 2),
+    ):
+        np.testing.assert_array_equal(np.asarray(value), 0)

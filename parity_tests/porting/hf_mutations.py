@@ -1,0 +1,115 @@
+"""What is done to a config.json to see whether both sides still read the same: every field, many values."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from parity_tests.table.family_cases import COMMON, GRANITE, MIXTRAL, MULTIPLIERS, OLMOE, QWEN2, QWEN3, sizes
+
+ABSENT: Any = object()  # the key is taken out
+LAYERS, THETA = 2, 50.0
+ROPE = {"rope_type": "default", "rope_theta": THETA}
+OUTER: dict[str, Any] = {
+    **COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "dtype": "float32",
+    "architectures": ["X"], "transformers_version": "5.24.0", "rope_parameters": ROPE,
+}
+HEADS = {"num_key_value_heads": 2, "head_dim": 6}
+BASES: dict[str, dict[str, Any]] = {
+    "mixtral": {**OUTER, **sizes(24, 4, 2, LAYERS, **MIXTRAL), **HEADS, "sliding_window": None, "router_jitter_noise": 0.0},
+    "qwen2_moe": {
+        **OUTER, **sizes(24, 4, 2, LAYERS, **QWEN2), "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False,
+        "qkv_bias": True, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 2, "layer_types": None,
+    },
+    "qwen3_moe": {
+        **OUTER, **sizes(24, 4, 2, LAYERS, **QWEN3), **HEADS, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "norm_topk_prob": True, "attention_bias": False, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 2,
+    },
+    "olmoe": {
+        **OUTER, **sizes(24, 4, 4, LAYERS, **OLMOE), "attention_bias": False, "clip_qkv": None, "norm_topk_prob": False,
+    },
+    "granitemoe": {**OUTER, **sizes(24, 4, 4, LAYERS, **GRANITE), **MULTIPLIERS, "attention_bias": False},
+}
+# Anything at all, for every field.
+ANY: tuple[Any, ...] = (
+    ABSENT, None, 0, -1, 1, 2.5, "2", True, False, [], [0], {}, math.nan, math.inf, -math.inf, 10**31,
+)
+# Values that mean something, by field.
+MORE: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu", "relu", "swish", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "mish"),
+    "num_attention_heads": (8,), "num_key_value_heads": (4,), "head_dim": (12,), "num_experts_per_tok": (3, 99),
+    "rms_norm_eps": (0.1,), "router_aux_loss_coef": (0.5,), "sliding_window": (3,), "clip_qkv": (0.5,), "pad_token_id": (99,),
+    "mlp_only_layers": ([1], [7], [-1], [True], ["0"]), "decoder_sparse_step": (-2,), "max_position_embeddings": (6,),
+    "layer_types": (["full_attention"] * 2, ["sliding_attention", "full_attention"], ["full_attention"], ["x", "y"]),
+    "embedding_multiplier": (1.5,), "attention_multiplier": (0.5,), "residual_multiplier": (1.5,), "logits_scaling": (4.0,),
+}
+# Fields that are not in the file yet.
+ADDED: dict[str, tuple[Any, ...]] = {
+    "num_experts": (3, 5, 6, 7), "num_local_experts": (3, 5, 6, 7), "rope_theta": (None, 20.0, math.inf),
+    "head_dim": (None, 0, 6, 12),
+    "is_causal": (False, True), "partial_rotary_factor": (0.5, 1.0), "per_layer_config": ([{}, {}],), "torch_dtype": ("float32",),
+    "original_max_position_embeddings": (None, 7, 0), "sliding_window": (3,), "attention_bias": (True,), "qkv_bias": (False,),
+    "clip_qkv": (0.5,), "norm_topk_prob": (True,), "embedding_multiplier": (3.0,), "eos_token_id": (99,),
+    "quantization_config": ({"bits": 4},),
+    "layer_types": (["full_attention"] * 2,), "intermediate_size": (18,), "shared_expert_intermediate_size": (10,),
+}
+YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR, DYNAMIC = {**ROPE, "rope_type": "linear", "factor": 4.0}, {**ROPE, "rope_type": "dynamic", "factor": 4.0}
+EXTRA = ("attention_factor", "beta_fast", "beta_slow", "mscale", "truncate", "partial_rotary_factor", "alpha")
+ROTARY_VALUES: tuple[Any, ...] = (ABSENT, None, 0, 0.5, 2, 3.5, -1.0, "2", True, [], math.nan, math.inf, 10**31)
+# Settings that belong together, each a set of changes.
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 20.0}},
+    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 20.0},
+    {"rope_scaling": {}, "rope_theta": 20.0}, {"rope_scaling": None}, {"rope_scaling": []}, {"rope_scaling": "x"},
+    {"rope_scaling": YARN, "rope_parameters": LINEAR}, {"rope_scaling": LINEAR, "rope_parameters": YARN, "rope_theta": 20.0},
+    {"rope_parameters": {"type": "linear", "factor": 4.0}, "rope_theta": 20.0},
+    {"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
+    {"rope_parameters": {"rope_type": "linear", "type": "x", "factor": 4.0}},
+    {"rope_parameters": {"rope_type": None, "type": "linear", "factor": 4.0}},
+    {"rope_parameters": {"full_attention": ROPE}}, {"rope_parameters": {**ROPE, "full_attention": LINEAR}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "rope_theta": None},
+    {"rope_parameters": ABSENT}, {"rope_parameters": ABSENT, "rope_theta": 20.0},
+    {"rope_parameters": YARN, "original_max_position_embeddings": 9},
+    {"rope_parameters": YARN, "original_max_position_embeddings": None},
+    {"rope_parameters": LLAMA3, "original_max_position_embeddings": 9},
+    {"rope_parameters": {**YARN, "factor": None}}, {"rope_parameters": {**YARN, "factor": None}, "max_position_embeddings": 8},
+    {"rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 8.0}},
+    {"rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 2.0}},
+    {"rope_parameters": {**YARN, "mscale": 0.5}}, {"rope_parameters": {**YARN, "mscale": 0.0, "mscale_all_dim": 2.0}},
+    {"rope_parameters": {**LLAMA3, "low_freq_factor": 9.0}}, {"rope_parameters": DYNAMIC, "max_position_embeddings": 6},
+    {"rope_parameters": DYNAMIC, "max_position_embeddings": ABSENT},
+    {"use_sliding_window": True}, {"use_sliding_window": True, "sliding_window": None},
+    {"use_sliding_window": True, "sliding_window": 0},
+    {"use_sliding_window": True, "sliding_window": ABSENT}, {"use_sliding_window": True, "max_window_layers": 0},
+    {"use_sliding_window": True, "max_window_layers": 2},
+    {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention"] * 2},
+    {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {"use_sliding_window": False, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12},
+    {"num_attention_heads": 2, "num_key_value_heads": None}, {"num_attention_heads": 8, "num_key_value_heads": None},
+    {"num_attention_heads": 2, "num_key_value_heads": ABSENT, "head_dim": ABSENT},
+)
+
+
+def mutations(family: str) -> Iterator[dict[str, Any]]:
+    """Changes to the family's base; ABSENT takes a key out."""
+    base = BASES[family]
+    fields = [name for name in base if name not in ("architectures", "transformers_version", "dtype", "rope_parameters")]
+    for name in fields:
+        yield from ({name: value} for value in (*ANY, *MORE.get(name, ())))
+    yield from ({name: value} for name, values in ADDED.items() if name not in base for value in values)
+    for kind in (ROPE, LINEAR, DYNAMIC, YARN, LLAMA3):
+        yield {"rope_parameters": kind}
+        if family == "mixtral":  # one reader serves all families: its values in one of them
+            extra = EXTRA if kind is YARN else ("partial_rotary_factor", "attention_factor")
+            for name in (*kind, *extra):
+                yield from ({"rope_parameters": without({**kind, name: value})} for value in ROTARY_VALUES)
+    yield from TOGETHER
+
+
+def without(values: dict[str, Any]) -> dict[str, Any]:
+    """The same without what is ABSENT."""
+    return {name: value for name, value in values.items() if value is not ABSENT}

@@ -1,0 +1,72 @@
+"""Every block of README.md and docs/ runs as it stands, in order, in one folder; what is left out is marked and checked."""
+
+import importlib.util
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from parity_tests.repository.documents import ROOT, Block, blocks, run
+from train.data import text as data
+
+pytestmark = pytest.mark.usefixtures("quick")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "tokenizers"))
+SMALL = "--steps 2 --eval-batches 1 --batch-size 2 --model-dim 16 --num-heads 2 --num-layers 1 --sample-length 5 --warmup-steps 0"
+
+
+def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where PyTorch is not installed, up to the first block that needs it: the others build on it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tinyshakespeare.txt").write_text(data.plays()[:60_000], encoding="utf-8")
+    # What `make train` and the runs that are marked as long would leave.
+    run(Block("runs", 1, "shell", f"python train/train.py {SMALL}"), {}, tmp_path)
+    shutil.copytree(tmp_path / "runs" / "001", tmp_path / "runs" / "torch")
+    names: dict = {"__name__": "readme"}
+    done = 0
+    for block in (one for document in DOCUMENTS for one in blocks(document.name, document.read_text(encoding="utf-8"))):
+        if block.heavy and not TORCH:
+            break
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as a user sees them: not as errors
+            run(block, names, tmp_path)
+        capsys.readouterr()
+        done += 1
+    assert done >= (20 if TORCH else 4)
+
+
+def test_the_first_python_block_needs_no_torch() -> None:
+    first = next(block for block in blocks("README.md", DOCUMENTS[0].read_text(encoding="utf-8")) if block.kind == "python")
+    assert not first.heavy and first.left_out is None
+
+
+WRITES = "```python\nfrom pathlib import Path; Path('a').write_text('1')\n```\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\n\n1 / 0\n```", "d.md, line 1: ZeroDivisionError"),
+        ("    jax-moe inspect nowhere", "ended with status 1"),
+        ("<!-- not run: long -->\n\n    jax-moe inspect --nonsense x", "line 3: SystemExit"),
+        ("<!-- not run: long -->\n    make nonsense", "make nonsense: must be one of train, test"),
+        (f"{WRITES}```\n$ python train/plots.py --compare a b.png\n```", "status 2"),
+        (WRITES + WRITES, "writes what an earlier block"),
+    ],
+)
+def test_a_block_that_is_wrong_is_found(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    with pytest.raises(RuntimeError, match=message):
+        for block in blocks("d.md", text):
+            run(block, names, tmp_path)
+
+
+def test_marks_and_kinds() -> None:
+    text = "tokens\n\n    tokens -> routing\n\n<!-- not run: why -->\n\n    make test  # all\n    make check\n\n```\nno\n```\n"
+    (block,) = blocks("d.md", text)
+    assert (block.kind, block.left_out, block.line) == ("shell", "why", 7)
+    assert block.commands() == [["make", "test"], ["make", "check"]]
+    with pytest.raises(ValueError, match="a block must follow"):
+        blocks("d.md", "<!-- not run: why -->\nprose")

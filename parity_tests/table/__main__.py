@@ -1,0 +1,129 @@
+"""The measured parity table. `python -m parity_tests.table` writes it into README.md; `--update` measures it anew first."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from parity_tests.table.cases import BY_NAME, CASES
+from parity_tests.table.checks import COLUMNS, MEASURED, Column, Runs, measured, worst_measured
+from parity_tests.table.family_cases import CASES as FAMILY_CASES
+from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns
+from parity_tests.table.run_checks import RUN_CASES, RUN_COLUMNS, measure_runs
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
+
+
+def measure_all() -> dict:
+    """Every cell's error, or why there is none; raises MismatchError at an error above the project's limit."""
+    family_names = [case.name for case in FAMILY_CASES] if find_spec("transformers") else []
+    names = [("cells", case.name) for case in CASES] + [("families", name) for name in family_names]
+    found: dict[str, dict[str, dict[str, float | str]]] = {"cells": {}, "families": {}}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for number, ((part, name), row) in enumerate(zip(names, pool.map(measure_row, names), strict=True)):
+            found[part][name] = row
+            print(f"{number + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    about = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions}
+    runs = {"runs": measure_runs()} if family_names else {}
+    return measured() | about | {part: rows for part, rows in found.items() if rows} | runs
+
+
+def measure_row(which: tuple[str, str]) -> dict[str, float | str]:
+    """One case's cells."""
+    part, name = which
+    if part == "cells":
+        case = BY_NAME[name]
+        runs = Runs(case)
+        return {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
+    (family,) = (case for case in FAMILY_CASES if case.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        family_runs = FamilyRuns(family, Path(folder))
+        return {column.name: column.measure(family_runs, column.limit) for column in FAMILY_COLUMNS}  # type: ignore[arg-type]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside, then renamed: never half a file."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def cell(column: Column, value: float | str) -> str:
+    """An error, "exact", or the footnote's dash."""
+    if isinstance(value, str):
+        return "-"
+    return "exact" if column.limit == 0 else f"{value:.0e}"
+
+
+def grid(columns: list[Column], rows: dict[str, dict[str, float | str]]) -> list[str]:
+    """A markdown table: what is allowed, the worst, then every row."""
+    return [
+        "| | " + " | ".join(column.name for column in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        "| *allowed* | " + " | ".join("exact" if c.limit == 0 else f"{c.tolerance:.0e}" for c in columns) + " |",
+        "| *worst measured* | " + " | ".join(cell(c, worst_measured(c.name)) for c in columns) + " |",
+        *(f"| {name} | " + " | ".join(cell(c, row.get(c.name, "?")) for c in columns) + " |" for name, row in rows.items()),
+    ]
+
+
+def render() -> str:
+    """The table as markdown, from measured.json alone."""
+    found = measured()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
+    lines = [
+        f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, JAX against PyTorch "
+        "(bf16: both against fp64); the first eight columns and the AdamW steps are in fp64.",
+        "",
+        *grid(COLUMNS, {case.name: found["cells"].get(case.name, {}) for case in CASES}),
+        "",
+        "A dash: " + "; ".join(reasons) + ".",
+        "",
+        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are in fp64 "
+        "(the reference with every float32 that it names widened); loss and gradients include the balance loss.",
+        "",
+        *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
+        "",
+        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout masks, "
+        "AdamW with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes 50 steps in "
+        "PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
+        "",
+        *grid(RUN_COLUMNS, {case.name: found.get("runs", {}).get(case.name, {}) for case in RUN_CASES}),
+    ]
+    return "\n".join(lines)
+
+
+def between_markers(text: str) -> str | None:
+    """What README holds between the markers; None without them."""
+    if BEGIN not in text or END not in text:
+        return None
+    return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
+
+
+def main() -> None:
+    """Measures if asked, then rewrites README's block."""
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.table", description=__doc__)
+    parser.add_argument("--update", action="store_true", help="measure every cell again (minutes) and store it")
+    if parser.parse_args().update:
+        write_text(MEASURED, json.dumps(measure_all(), indent=1) + "\n")
+        measured.cache_clear()
+    text = README.read_text()
+    if between_markers(text) is None:
+        sys.exit(f"README.md: must hold the lines {BEGIN} and {END}")
+    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+    write_text(README, f"{head}{BEGIN}\n{render()}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The rows of the parity table: contracts, sizes and what is fed to them. Numbers come from `inputs.py`, seeded by the name."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from jax_moe import presets
+from jax_moe.config.attention import AttentionConfig
+from jax_moe.config.models import BlockConfig, MakeMoEConfig
+from jax_moe.config.moe import ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+
+Config = MoEConfig | SoftMoEConfig | AttentionConfig | BlockConfig | MakeMoEConfig
+Draw = Literal["noise", "jitter", "keep", "mask", "replay"]
+Logits = Literal["free", "equal", "bfloat16", "unchosen", "one", "two"]
+Mask = Literal["ragged", "row", "all"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a contract, an input's sizes, and which arrays are given to both sides."""
+
+    name: str
+    config: Config
+    batch_size: int = 2
+    num_positions: int = 6
+    draws: tuple[Draw, ...] = ()
+    mask: Mask = "ragged"  # with draw "mask": some padding at the ends, one row of nothing but padding, or all of it
+    # other than "free", the router's kernel is zero and the logits are given: all equal (ties), bf16-rounded (ties),
+    # expert 0 never chosen, everybody's first choice is expert 0, or only two experts ever chosen
+    logits: Logits = "free"
+    # at least this between a token's neighbouring scores, and from a unit to its kink: what rounding to bf16 cannot close
+    margin: float = 0.02
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        """The sparse layer's contract, if there is one in it."""
+        config = self.config.block if isinstance(self.config, MakeMoEConfig) else self.config
+        config = config.moe if isinstance(config, BlockConfig) else config
+        return config if isinstance(config, MoEConfig) else None
+
+
+SIZES = {"model_dim": 8, "expert_dim": 12, "num_experts": 4, "top_k": 2}
+
+
+def sized(preset: str, **settings: object) -> MoEConfig:
+    """A preset at the table's sizes."""
+    return getattr(presets, preset)(**{**SIZES, **settings})
+
+
+def plain(**settings: object) -> MoEConfig:
+    """A dropless softmax layer with SwiGLU experts, changed by `settings`."""
+    return MoEConfig(**{**SIZES, **settings})  # type: ignore[arg-type]
+
+
+def overflow(priority: str, **settings: object) -> MoEConfig:
+    """Half of the slots that are wanted."""
+    return sized("makemoe", dropout=0.0, noise=False).with_capacity(0.5, priority=priority, **settings)
+
+
+def via(config: MoEConfig, dispatcher: str) -> MoEConfig:
+    """The same contract through another JAX dispatcher."""
+    return dataclasses.replace(config, dispatcher=dispatcher)  # type: ignore[arg-type]
+
+
+MAKEMOE = sized("makemoe", dropout=0.25)
+DROPLESS = sized("makemoe", dropout=0.25, capacity_factor=None)
+ON_INPUT = plain(
+    top_k=1, router=RouterConfig(score="sigmoid"), expert=ExpertConfig(weight_on="input", activation="gelu"),
+)
+DEEPSEEK = sized("deepseek_v3", num_experts=6, num_clusters=3, top_clusters=2, shared_dim=10)
+
+ROUTERS = [
+    Case("plain top-k", sized("makemoe", noise=False, capacity_factor=None, dropout=0.0)),
+    Case("noisy top-k", sized("makemoe", capacity_factor=None, dropout=0.0), draws=("noise",)),
+    Case("makemoe", MAKEMOE, draws=("noise", "keep")),
+    Case("makemoe, einsum", via(MAKEMOE, "einsum"), draws=("noise", "keep")),
+    Case("makemoe dropless", DROPLESS, draws=("noise", "keep")),
+    Case("makemoe dropless, einsum", via(DROPLESS, "einsum"), draws=("noise", "keep")),
+    Case("mixtral", sized("mixtral")),
+    Case("mixtral, einsum", via(sized("mixtral"), "einsum")),
+    Case("mixtral, jitter", sized("mixtral", jitter_eps=0.1), draws=("jitter",)),
+    Case("switch", sized("switch", top_k=1, jitter_eps=0.1), draws=("jitter",)),
+    Case("vmoe", sized("vmoe"), draws=("noise",)),
+    Case("qwen2_moe", sized("qwen2_moe", shared_dim=10)),
+    Case("qwen3_moe", sized("qwen3_moe")),
+    Case("olmoe", sized("olmoe")),
+    Case("deepseek_v3", DEEPSEEK),
+    Case("deepseek_v2 clusters", dataclasses.replace(
+        DEEPSEEK, router=RouterConfig(num_clusters=3, top_clusters=2, cluster_score="max", cluster_fill="zero", scale=2.0)
+    )),
+    Case("glm4_moe", sized("glm4_moe", shared_dim=10)),
+    Case("gpt_oss", sized("gpt_oss")),
+    Case("granite_moe", sized("granite_moe")),
+    Case("sqrt-softplus scores", plain(router=RouterConfig(score="sqrt_softplus", renormalise="sum", bias=True))),
+    Case("weight on input", ON_INPUT),
+    Case("weight on input, gather", ON_INPUT.with_capacity(1.0)),
+    Case("weight on input, einsum", via(ON_INPUT.with_capacity(1.0), "einsum")),
+    Case("replayed choices", MAKEMOE, draws=("noise", "keep", "replay")),
+]
+
+EXTREMES = [
+    Case("one expert", sized("mixtral", num_experts=1, top_k=1)),
+    Case("one expert, capacity", sized("makemoe", num_experts=1, top_k=1, noise=False, dropout=0.0).with_capacity("0.5")),
+    Case("K = E", sized("mixtral", top_k=4)),
+    Case("K = E, capacity", dataclasses.replace(overflow("choice", clamp=False), top_k=4)),
+    Case("unchosen expert", sized("mixtral"), logits="unchosen"),
+    Case("unchosen expert, capacity", overflow("token"), logits="unchosen"),
+    Case("everybody chooses one", sized("mixtral"), logits="one"),
+    Case("everybody chooses one, capacity", sized("switch", top_k=1, jitter_eps=0.0), logits="one"),
+    Case("everybody chooses two, capacity", overflow("choice"), logits="two"),
+    Case("no slot at all", sized("makemoe", noise=False, dropout=0.0), batch_size=1, num_positions=1),
+    Case("one token", sized("mixtral"), batch_size=1, num_positions=1),
+    *(Case(f"overflow, {p} order", overflow(p)) for p in ("token", "choice", "probability", "batch")),
+    *(
+        Case(f"overflow, {p} order, renormalised", dataclasses.replace(overflow(p, renormalise_after_drop=True), top_k=3))
+        for p in ("token", "choice", "probability", "batch")
+    ),
+    Case("overflow, batch order, einsum", via(overflow("batch"), "einsum")),
+    Case("vmoe, batch order", sized("vmoe", batch_priority=True).with_capacity(0.5, multiple=1), draws=("noise",), batch_size=3),
+    Case("overflow, einsum", via(dataclasses.replace(overflow("probability", renormalise_after_drop=True), top_k=3), "einsum")),
+    Case("fixed groups that do not divide", overflow("token", group="fixed", group_size=5)),
+    Case("fixed groups, einsum", via(overflow("choice", group="fixed", group_size=5), "einsum")),
+    Case("group larger than the batch", overflow("token", group="fixed", group_size=20)),
+    Case("sequence groups", overflow("choice", group="sequence"), batch_size=3),
+    Case("capacity rounded up", plain().with_capacity("0.29", rounding="ceil", multiple=3, minimum=4), num_positions=7),
+    Case("equal logits", overflow("token"), logits="equal"),
+    Case("equal logits, probability order", overflow("probability"), logits="equal"),
+    Case("bf16-rounded logits", overflow("choice"), logits="bfloat16"),
+    Case("bf16-rounded logits, clusters", DEEPSEEK, logits="bfloat16"),
+    Case("padding", MAKEMOE, draws=("noise", "keep", "mask")),
+    Case("padding, dropless", sized("qwen2_moe", shared_dim=10), draws=("mask",)),
+    Case("padding, fixed groups", overflow("probability", group="fixed", group_size=5), draws=("mask",)),
+    Case("every token padded", overflow("token"), draws=("mask",), mask="all"),
+    Case("every token padded, dropless", sized("mixtral"), draws=("mask",), mask="all"),
+]
+SOFT = SoftMoEConfig(model_dim=8, num_experts=3, num_slots=2)
+SOFT_NORMED = SoftMoEConfig(
+    model_dim=8, num_experts=3, num_slots=2, output_activation="relu", output_layer_norm=True, residual=False
+)
+SOFT_DEEP = SoftMoEConfig(
+    model_dim=8, num_experts=2, num_slots=3, hidden_dims=(12, 12, 8), hidden_activation="gelu", output_layer_norm=True
+)
+ATTENTION = AttentionConfig(model_dim=8, num_heads=2, scale="model_dim", dropout=0.25)
+FUSED = AttentionConfig(model_dim=8, num_heads=4, projections="fused")
+BOTH_WAYS = AttentionConfig(model_dim=8, num_heads=2, causal=False)
+TINY = MakeMoEConfig(vocab_size=11, block_size=6, model_dim=8, num_heads=2, num_layers=2, num_experts=4, dropout=0.25)
+
+LAYERS = [
+    Case("soft moe, residual", SOFT),
+    Case("soft moe, output norm", SOFT_NORMED),
+    Case("soft moe, deep", SOFT_DEEP),
+    Case("soft moe, no hidden layer", SoftMoEConfig(model_dim=8, num_experts=3, num_slots=2, hidden_dims=(), layer_norm=False)),
+    Case("soft moe, padding", SOFT, draws=("mask",)),
+    Case("soft moe, normalised", dataclasses.replace(SOFT_NORMED, normalise=True)),
+    Case("soft moe, padded row", SOFT_NORMED, draws=("mask",), mask="row"),
+    Case("attention, makemoe", ATTENTION, draws=("keep",)),
+    Case("attention, no dropout", ATTENTION),
+    Case("attention, fused", FUSED),
+    Case("attention, both ways, padding", BOTH_WAYS, draws=("mask",)),
+    Case("attention, padded row", FUSED, draws=("mask",), mask="row"),
+    Case("block, makemoe", BlockConfig(attention=ATTENTION, moe=MAKEMOE), draws=("noise", "keep")),
+    Case("block, mixtral", BlockConfig(attention=FUSED, moe=sized("mixtral")), draws=("noise", "mask")),
+    Case("block, soft moe", BlockConfig(attention=BOTH_WAYS, moe=SOFT), draws=("mask",)),
+    Case("makemoe model", TINY, draws=("noise", "keep")),
+    Case("makemoe model, dropless", dataclasses.replace(TINY, capacity_factor=None, noise=False, dropout=0.0), draws=("noise",)),
+    Case("makemoe model, padding", TINY, draws=("noise", "keep", "mask")),
+]
+
+CASES = [*ROUTERS, *EXTREMES, *LAYERS]
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES), "case names must be unique: they seed the numbers"

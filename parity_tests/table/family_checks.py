@@ -1,0 +1,178 @@
+"""The families' columns of the parity table: one Hugging Face model in our `Decoder` and in `transformers`."""
+
+import functools
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+
+import jax_moe
+from jax_moe.losses import pool_balance_loss
+from jax_moe.porting.families import tables_of
+from jax_moe.porting.formats.safetensors import read_safetensors
+from moe_parity.sides.widened import widened
+from parity_tests.shared.compare import check_close, check_exact
+from parity_tests.shared.quick import QUICK
+from parity_tests.table.checks import Column, always
+from parity_tests.table.family_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference
+
+LEARNING_RATE, DECAY, STEPS = 3e-3, 0.01, 20
+MARGIN = 1e-4  # chosen and not chosen router logits lie at least this far apart: rounding cannot change a choice
+
+
+def optimiser() -> optax.GradientTransformation:
+    """AdamW as torch has it."""
+    return optax.adamw(LEARNING_RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
+
+
+def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Array, Any]:
+    """Cross-entropy of the next token over the labels that count, plus the weighted balance loss; and the output."""
+    output = model.run(batch["tokens"], mask_BT=batch["mask"])
+    labels = batch["labels"][:, 1:]
+    counts = labels >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV[:, :-1], jnp.where(counts, labels, 0))
+    loss = (losses * counts).sum() / counts.sum()
+    config = model.config
+    return loss + config.balance_loss_weight * pool_balance_loss(output.stats, config.moe), output
+
+
+@functools.cache
+def stepper(graphdef: Any, wide: bool = False) -> Any:
+    """One jitted step: loss, output, gradients, and weights and optimiser after it. `wide` keeps fp64 programs apart."""
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def step(params: Any, state: Any, batch: dict[str, Any]) -> Any:
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            return training_loss(nnx.merge(graphdef, params), batch)
+
+        (value, output), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimiser().update(gradients, state, params)
+        return value, output, gradients, optax.apply_updates(params, updates), state
+
+    return step
+
+
+def to_jax(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The batch on the device."""
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+class Outcome:
+    """What both sides make of one batch, in one dtype: logits and choices of real tokens, loss, gradients by their names."""
+
+    def __init__(self, runs: "FamilyRuns", model: jax_moe.Decoder, reference: Any, dtype: str):
+        data, mask = batch(runs.case, seed=2), batch(runs.case, seed=2)["mask"]
+        reference.zero_grad()
+        expected = run_reference(reference, data)
+        expected.loss.backward()
+        choices, gap = reference_choices(expected.router_logits, mask, model.config.moe.top_k)
+        assert gap > MARGIN, f"{runs.case.name}: a choice hangs on {gap}"
+        spread = all(len(np.unique(layer)) == model.config.moe.num_experts for layer in choices)
+        assert spread, f"{runs.case.name}: some expert was never chosen"
+        graphdef, params = nnx.split(model)
+        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(params, optimiser().init(params), to_jax(data))
+        chosen = np.asarray(output.expert_LBTK)[:, mask]
+        self.choices = {"experts": chosen}, {"experts": choices.astype(chosen.dtype)}
+        self.logits = {"logits": np.asarray(output.logits_BTV)[mask]}, {"logits": expected.logits.detach().numpy()[mask]}
+        self.loss = {"loss": np.asarray(loss)}, {"loss": expected.loss.detach().numpy()}
+        theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+        self.gradients = jax_moe.to_torch(model, gradients, layout=runs.layout), theirs
+
+
+class FamilyRuns:
+    """A case on both sides: the reference, and the decoder loaded from the folder that the reference wrote."""
+
+    def __init__(self, case: Case, folder: Path):
+        self.case, self.room = case, folder
+        self.reference = case.reference(case.config()).train()
+        draw_weights(self.reference, seed=1)
+        self.folder = save_reference(self.reference, folder / "theirs")
+        self.model = jax_moe.load_pretrained(self.folder)
+        self.layout = tables_of(self.model)[1].name
+
+    @functools.cached_property
+    def float32(self) -> Outcome:
+        """In fp32, the reference as it is."""
+        return Outcome(self, self.model, self.reference, "float32")
+
+    @functools.cached_property
+    def float64(self) -> Outcome:
+        """In fp64, every float32 that the reference names widened."""
+        with widened(), jax.enable_x64(True):
+            reference = self.case.reference(self.case.config()).double().train()
+            reference.load_state_dict(self.reference.state_dict())
+            return Outcome(self, jax_moe.load_pretrained(self.folder, dtype="float64"), reference, "float64")
+
+
+def compared(part: str, dtype: str, limit: float, name: str) -> Column:
+    """The decoder against `transformers`: one part of the outcome."""
+
+    def measure(runs: FamilyRuns, tolerance: float) -> float:
+        ours, theirs = getattr(getattr(runs, dtype), part)
+        where = f"{runs.case.name}: {name}"
+        return check_exact(ours, theirs, where) if limit == 0 else check_close(ours, theirs, tolerance, where)
+
+    return Column(name, dtype, limit, measure, always)  # type: ignore[arg-type]
+
+
+def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
+    """AdamW on the same batches: the same losses."""
+    reference = runs.case.reference(runs.case.config()).train()
+    reference.load_state_dict(runs.reference.state_dict())
+    theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
+    graphdef, params = nnx.split(runs.model)
+    state = optimiser().init(params)
+    curves: tuple[list[float], list[float]] = ([], [])
+    for number in range(STEPS):
+        data = batch(runs.case, seed=100 + number % 4)
+        theirs.zero_grad()
+        loss = run_reference(reference, data).loss
+        loss.backward()
+        theirs.step()
+        value, _, _, params, state = stepper(graphdef)(params, state, to_jax(data))
+        curves[0].append(float(value))
+        curves[1].append(loss.item())
+    assert curves[1][-1] < curves[1][3], f"{runs.case.name}: nothing was learned"
+    mine, expected = ({"curve": np.asarray(curve)} for curve in curves)
+    return check_close(mine, expected, tolerance, f"{runs.case.name}: losses of {STEPS} AdamW steps")
+
+
+def round_trip(runs: FamilyRuns, tolerance: float) -> float:
+    """Loaded and saved: every tensor bit for bit, config.json too; the fused layout loads to the same weights."""
+    where, ours, theirs = f"{runs.case.name}: there and back", runs.room / "ours", runs.folder
+    jax_moe.save_pretrained(runs.model, ours, max_shard_bytes=20_000, overwrite=True)
+    files = sorted(ours.glob("*.safetensors"))
+    listed = json.loads((ours / "model.safetensors.index.json").read_text())["weight_map"]
+    saved = {file.name: read_safetensors(file) for file in files}
+    check_exact({n: t for held in saved.values() for n, t in held.items()}, read_safetensors(theirs / "model.safetensors"), where)
+    assert listed == {name: file for file, held in saved.items() for name in held}, f"{where}: the index"
+    for file in ("config.json", "generation_config.json"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{where}: {file}"
+    fused = jax_moe.load_pretrained(save_reference(runs.reference, runs.room / "fused", fused=True))
+    mine, other = (jax_moe.to_torch(model, layout=runs.layout) for model in (runs.model, fused))
+    check_exact(other, mine, f"{where}: from the fused layout")
+    again = type(runs.reference).from_pretrained(ours)
+    state = {name: value.numpy() for name, value in again.state_dict().items()}
+    check_exact(state, {n: v.numpy() for n, v in runs.reference.state_dict().items()}, f"{where}: loaded by transformers")
+    return 0.0
+
+
+FAMILY_COLUMNS = [
+    compared("choices", "float64", 0, "chosen experts"),
+    compared("logits", "float64", 1e-10, "logits"),
+    compared("loss", "float64", 1e-10, "training loss"),
+    compared("gradients", "float64", 1e-10, "gradients"),
+    Column("folder and back", "float32", 0, round_trip, always),  # type: ignore[arg-type]
+    compared("choices", "float32", 0, "fp32 chosen experts"),
+    compared("logits", "float32", 1e-5, "fp32 logits"),
+    compared("loss", "float32", 1e-5, "fp32 training loss"),
+    compared("gradients", "float32", 1e-4, "fp32 decoder gradients"),
+    Column("fp32 losses of twenty AdamW steps", "float32", 1e-5, twenty_steps, always),  # type: ignore[arg-type]
+]

@@ -1,0 +1,345 @@
+"""Running one case in JAX and in PyTorch, with the same weights, tokens and draws; numpy comes out of both.
+
+Long because both sides stand here, to be read next to each other.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import jax_moe
+import torch_ref
+from jax_moe.config.attention import AttentionConfig
+from jax_moe.config.models import BlockConfig, MakeMoEConfig
+from jax_moe.config.moe import MoEConfig, SoftMoEConfig
+from jax_moe.losses import pool_balance_loss
+from parity_tests.shared.quick import QUICK
+from parity_tests.table.cases import Case
+from parity_tests.table.inputs import Arrays, generator, make_inputs, parameter, to_bfloat16
+
+JAX_DTYPES = {name: jnp.dtype(name) for name in ("float64", "float32", "bfloat16")}
+TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+JAX_MODULES = {
+    MoEConfig: jax_moe.MoE, SoftMoEConfig: jax_moe.SoftMoE, AttentionConfig: jax_moe.Attention,
+    BlockConfig: jax_moe.Block, MakeMoEConfig: jax_moe.MakeMoE,
+}
+TORCH_MODULES = {
+    MoEConfig: torch_ref.MoE, SoftMoEConfig: torch_ref.SoftMoE, AttentionConfig: torch_ref.Attention,
+    BlockConfig: torch_ref.Block, MakeMoEConfig: torch_ref.MakeMoE,
+}
+ROUTING = ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK")
+DRAWN = {
+    "noise_BTE": "noise_BTE", "attention_keep_BHTU": "attention_keep_BHTU", "output_keep_BTD": "output_keep_BTD",
+    "keep_BTKD": "expert_keep_BTKD",
+}
+
+
+@dataclass
+class Outcome:
+    """All that the columns compare, as numpy. Gradients carry PyTorch's names; "x" is the input."""
+
+    choices: Arrays = field(default_factory=dict)
+    forward: Arrays = field(default_factory=dict)
+    statistics: Arrays = field(default_factory=dict)
+    input_gradient: Arrays = field(default_factory=dict)
+    parameter_gradients: Arrays = field(default_factory=dict)
+    loss_gradients: Arrays = field(default_factory=dict)
+
+
+def precision(dtype: str) -> AbstractContextManager:
+    """fp64 exists in JAX only under x64; the narrower dtypes run without it, as users do."""
+    return jax.enable_x64(dtype == "float64")
+
+
+def jax_module(case: Case, dtype: str, rounded: bool = False) -> nnx.Module:
+    """The case's layer filled with the case's numbers, first rounded to bf16 if asked."""
+    with precision(dtype):
+        make = lambda: JAX_MODULES[type(case.config)](case.config, rngs=nnx.Rngs(0), param_dtype=JAX_DTYPES[dtype])  # noqa: E731
+        graphdef, empty = nnx.split(nnx.eval_shape(make))
+
+        def fill(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+            value = parameter(case, path, leaf.shape, rounded)
+            value = to_bfloat16(value) if rounded and leaf.dtype != jnp.float32 else value
+            return leaf.replace(jnp.asarray(value, leaf.dtype))
+
+        filled = nnx.from_flat_state([(path, fill(path, leaf)) for path, leaf in nnx.to_flat_state(empty)])
+        return nnx.merge(graphdef, filled)
+
+
+def torch_module(case: Case, weights: Arrays) -> torch.nn.Module:
+    """The twin, loaded strictly, each tensor in the dtype it comes in."""
+    module = TORCH_MODULES[type(case.config)](case.config)
+    module.load_state_dict({name: tensor(value) for name, value in weights.items()}, strict=True, assign=True)
+    return module.train(bool(case.draws))
+
+
+def tensor(value: np.ndarray) -> torch.Tensor:
+    """A tensor with the same bits."""
+    if value.dtype.name == "bfloat16":
+        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(value))
+
+
+def array(value: torch.Tensor) -> np.ndarray:
+    """numpy of a tensor; bf16 widened to fp32."""
+    value = value.detach()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
+
+
+def case_inputs(case: Case, rounded: bool = False) -> Arrays:
+    """The case's tokens and draws in fp64."""
+    router: Arrays = {}
+    experts: Arrays = {}
+    if isinstance(case.config, MoEConfig):
+        module = jax_module(case, "float64")
+        router, experts = (
+            {str(path[-1]): np.asarray(leaf[...], np.float64) for path, leaf in nnx.to_flat_state(nnx.state(part))}
+            for part in (module.router, module.experts)
+        )
+    given = make_inputs(case, router, experts)
+    if rounded and "x_BTD" in given:
+        given["x_BTD"] = to_bfloat16(given["x_BTD"])
+    return given
+
+
+def probe(case: Case, shape: tuple[int, ...], step: int = 0) -> np.ndarray:
+    """Random weights of the outputs: the gradients compared are those of sum(probe * output)."""
+    return generator(case, f"probe {step}").normal(size=shape)
+
+
+def output_shape(case: Case) -> tuple[int, ...]:
+    """The forward's shape."""
+    width = case.config.vocab_size if isinstance(case.config, MakeMoEConfig) else _width(case)
+    return (case.batch_size, case.num_positions, width)
+
+
+def _width(case: Case) -> int:
+    return case.config.attention.model_dim if isinstance(case.config, BlockConfig) else case.config.model_dim  # type: ignore[union-attr]
+
+
+def arguments(case: Case, given: Mapping[str, Any], randomness: type) -> dict[str, Any]:
+    """Keyword arguments of a call: as they are, or the draws of a block packed into its Randomness."""
+    rest = {name: value for name, value in given.items() if name not in ("x_BTD", "tokens_BT")}
+    if not isinstance(case.config, BlockConfig | MakeMoEConfig):
+        return rest
+    drawn = {DRAWN[name]: value for name, value in rest.items() if name in DRAWN}
+    kept = {name: value for name, value in rest.items() if name not in DRAWN}
+    return kept | ({"randomness": randomness(**drawn)} if drawn else {})
+
+
+def call(case: Case, module: Any, first: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    """(output, statistics or None) of either framework's module."""
+    if isinstance(case.config, MakeMoEConfig):
+        return module.logits_and_stats(first, **given)
+    answer = module(first, **given)
+    return answer if isinstance(case.config, MoEConfig | BlockConfig) else (answer, None)
+
+
+def total_loss(case: Case, stats: Any, pool: Callable) -> Any:
+    """The losses that train a router, added up."""
+    assert case.moe is not None
+    return pool(stats, case.moe) + stats.router_z_loss.mean() + stats.importance_cv2.mean() + stats.router_entropy.mean()
+
+
+# --- JAX
+
+
+def jax_arrays(given: Arrays, dtype: str) -> dict[str, jax.Array]:
+    """Tokens in the dtype, draws in fp32 or fp64, masks and indices as they are."""
+    draw = "float64" if dtype == "float64" else "float32"
+    as_given = {name: dtype if name == "x_BTD" else draw for name in given}
+    return {
+        name: jnp.asarray(value, JAX_DTYPES[as_given[name]] if value.dtype.kind == "f" else None) for name, value in given.items()
+    }
+
+
+def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> tuple:
+    """(output, statistics, pooled balance loss, (experts, slots)); None for what the case lacks."""
+    first = given["tokens_BT" if "tokens_BT" in given else "x_BTD"]
+    y, stats = call(case, layer, first, arguments(case, given, jax_moe.Randomness))
+    pooled = None if stats is None else pool_balance_loss(stats, case.moe)
+    routing = None
+    if isinstance(case.config, MoEConfig):
+        routed = layer.routing(first, **{name: value for name, value in given.items() if name in ROUTING})
+        routing = (routed[1].expert_GSK, routed[2].slot_GSK)
+    return y, stats, pooled, routing
+
+
+def jax_function(case: Case, graphdef: nnx.GraphDef) -> Callable:
+    """(params, rest, arrays, probe, weight) -> output, statistics, pooled loss, routing, gradients, as one function.
+
+    The gradients are those of sum(probe * output) + weight * losses: two calls tell them apart, one compilation serves both.
+    """
+
+    def run(params: nnx.State, rest: nnx.State, given: dict[str, jax.Array], probe: jax.Array, weight: jax.Array) -> tuple:
+        def forward(params: nnx.State, moved: dict[str, jax.Array]) -> tuple:
+            y, stats, pooled, routing = jax_forward(case, nnx.merge(graphdef, params, rest), given | moved)
+            loss = jnp.zeros(()) if stats is None else total_loss(case, stats, pool_balance_loss)
+            return (y, loss), (stats, pooled, routing)
+
+        moved = {name: value for name, value in given.items() if name == "x_BTD"}
+        (y, loss), pull, (stats, pooled, routing) = jax.vjp(forward, params, moved, has_aux=True)
+        return y, stats, pooled, routing, pull((probe.astype(y.dtype), weight.astype(loss.dtype)))
+
+    return run
+
+
+class JaxSide:
+    """A case's layer in one dtype, its function compiled once and run as often as wanted."""
+
+    def __init__(self, case: Case, dtype: str, rounded: bool = False):
+        self.case, self.dtype = case, dtype
+        self.module = jax_module(case, dtype, rounded)
+        self.use(self.module)
+
+    def use(self, module: nnx.Module) -> None:
+        """Takes another module (a fault's) in place of the case's own."""
+        self.module = module
+        self.graphdef, self.params, self.rest = nnx.split(module, nnx.Param, ...)
+        options = None if self.dtype == "float32" else QUICK
+        self.function = jax.jit(jax_function(self.case, self.graphdef), compiler_options=options)
+
+    def raw(self, given: Arrays, probe: np.ndarray, weight: float, params: nnx.State | None = None) -> tuple:
+        """The function's own answer."""
+        with precision(self.dtype):
+            chosen, wide = self.params if params is None else params, jax_arrays({"weight": np.float64(weight)}, self.dtype)
+            probed = jnp.asarray(probe, JAX_DTYPES[self.dtype])
+            return self.function(chosen, self.rest, jax_arrays(given, self.dtype), probed, wide["weight"])
+
+    def run(self, given: Arrays) -> Outcome:
+        """The outcome under the case's first probe."""
+        weights = probe(self.case, output_shape(self.case))
+        *forward, (gradients, moved) = self.raw(given, weights, 0.0)
+        outcome = self._forward(*forward)
+        outcome.parameter_gradients = self.named(gradients)
+        outcome.input_gradient = _moved(moved)
+        if outcome.statistics:
+            gradients, moved = self.raw(given, np.zeros_like(weights), 1.0)[-1]
+            outcome.loss_gradients = self.named(gradients) | _moved(moved)
+        return outcome
+
+    def forward_eagerly(self, given: Arrays) -> Outcome:
+        """The outcome without jit and without gradients."""
+        with precision(self.dtype):
+            return self._forward(*jax_forward(self.case, self.module, jax_arrays(given, self.dtype)))
+
+    def _forward(self, y: jax.Array, stats: Any, pooled: Any, routing: Any) -> Outcome:
+        outcome = Outcome(forward={"y": _numpy(y)})
+        if routing is not None:
+            outcome.choices = {"expert": _tokens(self.case, routing[0]), "slot": _tokens(self.case, routing[1])}
+        if stats is not None:
+            outcome.statistics = {name: _numpy(value) for name, value in stats._asdict().items()}
+            outcome.statistics["pooled_balance_loss"] = _numpy(pooled)
+        return outcome
+
+    def named(self, tree: nnx.State) -> Arrays:
+        """A tree of parameters or gradients under PyTorch's names."""
+        with precision(self.dtype):
+            return {name: _numpy(value) for name, value in jax_moe.to_torch(self.module, tree).items()}
+
+
+def _numpy(value: Any) -> np.ndarray:
+    value = np.array(value)  # a copy: jax's own is read-only
+    return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
+
+
+def _moved(gradients: Mapping[str, jax.Array]) -> Arrays:
+    return {"x": _numpy(gradients["x_BTD"])} if gradients else {}
+
+
+def _tokens(case: Case, choice_GSK: Any) -> np.ndarray:
+    """[B*T, K] without the padding of the last group."""
+    flat = np.asarray(choice_GSK)
+    return flat.reshape(-1, flat.shape[-1])[: case.batch_size * case.num_positions].astype(np.int64)
+
+
+# --- PyTorch
+
+
+def torch_arrays(given: Arrays, dtype: str) -> dict[str, torch.Tensor]:
+    """As `jax_arrays`."""
+    draw = "float64" if dtype == "float64" else "float32"
+    out = {}
+    for name, value in given.items():
+        chosen = TORCH_DTYPES[dtype if name == "x_BTD" else draw]
+        out[name] = torch.from_numpy(value.copy()).to(chosen) if value.dtype.kind == "f" else torch.from_numpy(value.copy())
+        if value.dtype.kind == "i":
+            out[name] = out[name].long()
+    return out
+
+
+class TorchSide:
+    """The twin of a JaxSide: the same weights through `to_torch` and `load_state_dict`."""
+
+    def __init__(self, case: Case, dtype: str, weights: Arrays):
+        self.case, self.dtype = case, dtype
+        self.module = torch_module(case, weights)
+
+    def losses(self, given: Arrays, probe: np.ndarray) -> tuple:
+        """(output, statistics, sum(probe * output), router losses or None, input tensor or None), all with a graph."""
+        arrays = torch_arrays(given, self.dtype)
+        first = arrays.pop("tokens_BT" if "tokens_BT" in arrays else "x_BTD")
+        if first.is_floating_point():
+            first.requires_grad_()
+        y, stats = call(self.case, self.module, first, arguments(self.case, arrays, torch_ref.Randomness))
+        weighed = (y * torch.from_numpy(probe).to(y.dtype)).sum()
+        loss = None if stats is None else total_loss(self.case, stats, torch_ref.losses.pool_balance_loss)
+        return y, stats, weighed, loss, first if first.requires_grad else None
+
+    def run(self, given: Arrays) -> Outcome:
+        """The outcome under the case's first probe."""
+        case = self.case
+        y, stats, weighed, loss, x = self.losses(given, probe(case, output_shape(case)))
+        outcome = Outcome(forward={"y": array(y)}, parameter_gradients=self._gradients(weighed, x))
+        if x is not None:
+            outcome.input_gradient = {"x": outcome.parameter_gradients.pop("x")}
+        if stats is not None:
+            outcome.statistics = {name: array(value) for name, value in stats._asdict().items()}
+            outcome.statistics["pooled_balance_loss"] = array(torch_ref.losses.pool_balance_loss(stats, case.moe))
+            outcome.loss_gradients = self._gradients(loss, x)
+        if isinstance(case.config, MoEConfig):
+            arrays = torch_arrays(given, self.dtype)
+            routed = self.module.routing(arrays["x_BTD"], **{key: arrays[key] for key in ROUTING if key in arrays})
+            outcome.choices = {"expert": _tokens(case, routed[1].expert_GSK), "slot": _tokens(case, routed[2].slot_GSK)}
+        return outcome
+
+    def _gradients(self, loss: torch.Tensor, x: torch.Tensor | None) -> Arrays:
+        wanted = dict(self.module.named_parameters()) | ({} if x is None else {"x": x})
+        found = torch.autograd.grad(loss, list(wanted.values()), retain_graph=True, allow_unused=True)
+        pairs = zip(wanted.items(), found, strict=True)
+        return {name: array(torch.zeros_like(value) if grad is None else grad) for (name, value), grad in pairs}
+
+
+@dataclass
+class Pair:
+    """Both sides of a case in one dtype, and their outcomes on the case's inputs."""
+
+    case: Case
+    dtype: str
+    inputs: Arrays
+    jax: JaxSide
+    torch: TorchSide
+
+    @functools.cached_property
+    def jax_outcome(self) -> Outcome:
+        return self.jax.run(self.inputs)
+
+    @functools.cached_property
+    def torch_outcome(self) -> Outcome:
+        return self.torch.run(self.inputs)
+
+
+def make_pair(case: Case, dtype: str, rounded: bool = False) -> Pair:
+    """Both sides with identical weights."""
+    ours = JaxSide(case, dtype, rounded)
+    with precision(dtype):
+        weights = jax_moe.to_torch(ours.module)
+    return Pair(case, dtype, case_inputs(case, rounded), ours, TorchSide(case, dtype, weights))

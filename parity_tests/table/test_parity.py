@@ -1,0 +1,34 @@
+"""The parity table: every case against every column. `python -m parity_tests.table` prints it."""
+
+import pytest
+
+pytest.importorskip("torch", reason="the parity table compares with PyTorch: install the extra `test`")
+
+from parity_tests.table import __main__ as table
+from parity_tests.table.cases import CASES, Case
+from parity_tests.table.checks import COLUMNS, Runs, check_measured, check_row, measured
+from parity_tests.table.family_cases import CASES as FAMILY_CASES
+from parity_tests.table.family_checks import FAMILY_COLUMNS
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_row(case: Case) -> None:
+    check_row(Runs(case), COLUMNS)
+
+
+def test_every_cell_was_measured_and_none_is_above_what_is_promised() -> None:
+    check_measured("cells", (case.name for case in CASES), COLUMNS)
+    for case in CASES:
+        for column in COLUMNS:
+            reason = column.inapplicable(case)
+            assert measured()["cells"][case.name][column.name] == reason or reason is None
+
+
+def test_every_family_was_measured() -> None:
+    check_measured("families", (case.name for case in FAMILY_CASES), FAMILY_COLUMNS)
+
+
+def test_readme_shows_the_measured_table() -> None:
+    shown = table.between_markers(table.README.read_text())
+    assert shown is not None, f"README.md must hold the lines {table.BEGIN} and {table.END}"
+    assert shown == table.render(), "README.md is behind measured.json: run python -m parity_tests.table"

@@ -1,0 +1,120 @@
+"""Tokens in place of characters: a text through the tokenizer.json of a pretrained model, or a file of numbers as it is."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_moe.config.checks import require
+from jax_moe.generation.text import read_tokenizer, text_of, tokens_of
+from jax_moe.guarded import read_npy
+from train.data.text import Corpus, cut, read_data
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Corpus):
+    """A stream of a model's own tokens; without a tokenizer, text is numbers separated by spaces."""
+
+    vocab_size: int
+    tokenizer: Any  # tokenizers.Tokenizer, or None
+
+    @property
+    def size(self) -> str:
+        """How many kinds of tokens there are, in words."""
+        return f"{self.vocab_size:,} kinds of tokens"
+
+    def about(self) -> dict[str, str]:
+        """What a run's config.json says of it."""
+        return {"source": self.source, "sha256": self.sha256}
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a string; of blanks that give none, the first of the validation split. Raises ValueError."""
+        if self.tokenizer is not None:
+            tokens = tokens_of(self.tokenizer, text)
+        else:
+            words = text.split()
+            if not all(word.isdecimal() for word in words):
+                raise ValueError(f"sample_prompt={text!r}: must be tokens as numbers, there is no {TOKENIZER}")
+            tokens = [int(word) for word in words]
+        if not text.strip() and max(tokens, default=self.vocab_size) >= self.vocab_size:
+            tokens = [int(self.val[0])]
+        if not tokens or max(tokens) >= self.vocab_size:
+            raise ValueError(f"sample_prompt={text!r}: must be at least one token, each below vocab_size={self.vocab_size}")
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """The string of some tokens."""
+        return " ".join(map(str, tokens)) if self.tokenizer is None else text_of(self.tokenizer, tokens)
+
+
+def holds_tokens(data: str | None, dtype: str | None) -> bool:
+    """Whether `--data` names a file of tokens and not of text. Raises ValueError for a dtype of what says its own."""
+    says_own = data is None or data.endswith(".npy") or data == "tinyshakespeare"
+    require(dtype is None or not says_own, "data_dtype", dtype, f"left out with data={data!r}")
+    return dtype is not None or (data is not None and data.endswith(".npy"))
+
+
+def load_tokens(
+    data: str | None, folder: Path | None, vocab_size: int | None, block_size: int,
+    dtype: str | None = None, sha256: str | None = None,
+) -> Tokens:
+    """What `--data` names as a model's tokens: a file of them, or a text through the folder's tokenizer.
+
+    Without `vocab_size` the model is one for the tokens that are there. `sha256` is of the text that a run to be resumed was
+    trained on. Raises ValueError with one line for whatever is wrong with it.
+    """
+    tokenizer = read_tokenizer(folder) if folder is not None and (folder / TOKENIZER).exists() else None
+    if holds_tokens(data, dtype):
+        assert data is not None
+        tokens = _read_npy(data) if dtype is None else _read_bin(data, dtype)
+        source, digest = data, _sha256(Path(data))
+    elif tokenizer is None:
+        raise ValueError(f"pretrained={str(folder)!r}: must hold {TOKENIZER} to read text; --data FILE.npy gives tokens")
+    else:
+        text, source = read_data(data, sha256)
+        # one stream, without what the tokenizer would put around a single text
+        tokens = np.asarray(tokens_of(tokenizer, text, special=False), np.int32)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+    train, val = cut(tokens, source, block_size, "tokens")
+    low, high = int(tokens.min()), int(tokens.max())
+    size = high + 1 if vocab_size is None else vocab_size
+    if low < 0 or high >= size:
+        bad = low if low < 0 else high
+        raise ValueError(f"data={source!r}: token {bad} must be 0 to {size - 1} (vocab_size={size} of the model)")
+    return Tokens(source=source, sha256=digest, train=train, val=val, vocab_size=size, tokenizer=tokenizer)
+
+
+def _read_npy(path: str) -> np.ndarray:
+    """One axis of integers, left on the disk."""
+    what = f"data={path!r}: must be a readable .npy file of tokens"
+    try:
+        tokens = read_npy(Path(path), mapped=True)
+    except OSError as error:
+        raise ValueError(f"{what} ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{what} ({str(error).removeprefix(f'{path}: ')})") from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"data={path!r}: must hold one axis of integers, has shape {tokens.shape} of {tokens.dtype}")
+    return tokens
+
+
+def _read_bin(path: str, dtype: str) -> np.ndarray:
+    """A file that is nothing but tokens, left on the disk."""
+    kind = np.dtype(dtype).newbyteorder("<")
+    try:
+        regular, size = Path(path).is_file(), Path(path).stat().st_size
+        if not regular or size == 0 or size % kind.itemsize:
+            has = f"has {size:,} bytes" if regular else "is no file"
+            raise ValueError(f"data={path!r}: must be a file of {dtype} tokens, {kind.itemsize} bytes each; it {has}")
+        return np.asarray(np.memmap(path, kind, mode="r"))
+    except OSError as error:
+        raise ValueError(f"data={path!r}: must be a readable file of tokens ({error.strerror})") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,145 @@
+"""The JAX side: one jitted step over plain trees, donated, the batch split over devices."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+import jax_moe
+from jax_moe.config.precision import PRECISIONS
+from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
+from jax_moe.precision import cast_to_compute
+from jax_moe.sharding.mesh import data_mesh, fitting_devices
+from jax_moe.sharding.place import put_batch
+from jax_moe.sharding.rules import replicated
+from train.configs import TrainConfig
+from train.configs.settings import OptimizerSettings
+from train.learners.models import Model
+from train.learners.optimizer import make_optimizer
+from train.run import checkpoint
+from train.run.metrics import Evaluation
+
+# Streams of the run's key, one for each purpose.
+INIT, STEP, EVALUATE, SAMPLE = range(4)
+_USES = {"eval_train": 0, "eval_val": 1}
+
+State = dict[str, Any]  # params and optimizer, as plain nested dicts of arrays
+
+
+def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
+    """Mean over tokens, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT).mean()
+
+
+def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSettings) -> Array:
+    """What is minimised: the cross entropy and the weighted losses of the routers."""
+    weight = model.balance_loss_weight if settings.balance_loss_weight is None else settings.balance_loss_weight
+    if weight:
+        loss = loss + weight * pool_balance_loss(stats, model.moe)
+    if settings.router_z_loss_weight:
+        loss = loss + settings.router_z_loss_weight * stats.router_z_loss.mean()
+    return loss
+
+
+def choose_devices(config: TrainConfig) -> int:
+    """How many devices share a batch. Raises ValueError for a number that is not there or does not divide it."""
+    available = jax.local_device_count()
+    if config.num_devices is None:
+        return fitting_devices(config.batch_size, available)
+    return config.num_devices
+
+
+class JaxLearner:
+    """A `Model` with optax."""
+
+    compiles = True
+
+    def __init__(self, config: TrainConfig, model: Model):
+        self.config, self.model, self.precision = config, model, PRECISIONS[config.precision]
+        self.mesh = data_mesh(choose_devices(config))
+        put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # refuses a batch that does not divide
+        self.key = jax.random.key(config.seed)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        whole = replicated(self.mesh)
+        self.graphdef, params, self.rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=whole)(params)}
+        self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
+        self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
+        self._step = jax.jit(self._update, donate_argnums=0)
+        self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
+
+    def module(self, params: State | None = None) -> Any:
+        """The model as a module, with the current weights or the given ones."""
+        return nnx.merge(self.graphdef, self.state["params"] if params is None else params, self.rest)
+
+    def _logits(self, params: State, tokens_BT: Array, **kwargs: Any) -> tuple[Array, MoEStats]:
+        """What a loss reads, computed in the precision that the settings name."""
+        module = self.module(cast_to_compute(params, self.precision))
+        logits_BTV, stats = module.logits_and_stats(tokens_BT, **kwargs)
+        return logits_BTV.astype(self.precision.output), stats
+
+    def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
+        key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
+
+        def losses(params: State) -> tuple[Array, tuple[Array, Array]]:
+            logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=key, training=True, remat=self.config.remat)
+            loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+            return objective(loss, stats, self.model, self.config.optimizer), (loss, chosen_experts(stats))
+
+        (_, (loss, chosen_LE)), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
+        update, moments = self.optimizer.update(gradient, state["optimizer"], state["params"], chosen=chosen_LE)
+        return {"params": optax.apply_updates(state["params"], update), "optimizer": moments}, loss
+
+    def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:
+        noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
+        logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=noise_key, training=False)
+        return jax.tree.map(jnp.add, total, {"loss": cross_entropy(logits_BTV, tokens_BT1[:, 1:]), "stats": stats})
+
+    def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
+        self.state, loss = self._step(self.state, put_batch(tokens_BT1, self.mesh), np.uint32(step))
+        return loss
+
+    def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(self.key, EVALUATE), step), _USES[use])
+        L, E = self.model.num_mixtures, self.model.moe.num_experts
+        shapes = {name: (L, E) if name.endswith("_E") else (L,) for name in MoEStats._fields}
+        zeros = {"loss": jnp.zeros(()), "stats": MoEStats(**{name: jnp.zeros(shape) for name, shape in shapes.items()})}
+        total = jax.device_put(zeros, replicated(self.mesh))
+        number = -1
+        for number, tokens_BT1 in enumerate(batches):
+            tokens = put_batch(tokens_BT1, self.mesh)
+            total = self._evaluate(self.state["params"], total, tokens, key, np.uint32(number))
+        mean = jax.tree.map(lambda x: np.asarray(x / max(number + 1, 1)), total)
+        return Evaluation(
+            loss=float(mean["loss"]),
+            dropped_fraction_L=mean["stats"].dropped_fraction.tolist(),
+            expert_load_LE=mean["stats"].expert_load_E.tolist(),
+            router_entropy_L=mean["stats"].router_entropy.tolist(),
+            load_balance_loss_L=mean["stats"].load_balance_loss.tolist(),
+        )
+
+    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
+        checkpoint.save(folder, step, self.state, settings)
+
+    def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
+        step, settings, self.state = checkpoint.restore(folder, self.state)
+        return step, settings
+
+    def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
+        tokens_BT = jax_moe.generate(
+            self.module(jax.device_put(self.state["params"], jax.local_devices()[0])), np.asarray([prompt], np.int32),
+            max_new_tokens=length, temperature=temperature, key=jax.random.fold_in(self.key, SAMPLE),
+        )
+        return np.asarray(tokens_BT)[0].tolist()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return jax_moe.to_torch(self.module())
+
+    def write(self, folder: Path) -> None:
+        self.model.write(self.module(), folder)

@@ -1,0 +1,97 @@
+"""What the JAX learner trains: a fresh makeMoE, or a decoder from a folder of `save_pretrained`."""
+
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Sharding
+
+import jax_moe
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.config.moe import MoEConfig
+from jax_moe.porting.formats.hf_folder import open_folder
+from train.run.folder import write_weights
+
+Tree = dict[str, Any]  # plain nested dicts of arrays
+PRETRAINED = "pretrained"
+
+
+class Model(Protocol):
+    """Its modules answer `logits_and_stats(tokens_BT, key=, training=, remat=)` and serve `jax_moe.generate`."""
+
+    @property
+    def moe(self) -> MoEConfig:
+        """The contract of its mixtures."""
+
+    @property
+    def num_mixtures(self) -> int:
+        """L of the statistics."""
+
+    @property
+    def balance_loss_weight(self) -> float:
+        """Where the settings leave it to the model."""
+
+    def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
+        """Structure, first weights in their place, and variables that are not trained."""
+
+    def write(self, module: nnx.Module, folder: Path) -> None:
+        """Puts the trained model into a run's folder, whole or not at all."""
+
+
+class FreshMakeMoE:
+    """`jax_moe.MakeMoE` from random weights, or those of a module of its sizes; written under makeMoE's names."""
+
+    balance_loss_weight = 0.0
+
+    def __init__(self, config: MakeMoEConfig, weights: jax_moe.MakeMoE | None = None):
+        self.config, self.moe, self.num_mixtures, self.weights = config, config.moe, config.num_layers, weights
+
+    def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
+        def make() -> jax_moe.MakeMoE:
+            return jax_moe.MakeMoE(self.config, rngs=nnx.Rngs(key), param_dtype=jnp.dtype("float32"))
+
+        graphdef = nnx.graphdef(nnx.eval_shape(make))
+        if self.weights is None:
+            params, rest = jax.jit(lambda: nnx.split(make(), nnx.Param, ...)[1:], out_shardings=sharding)()
+            return graphdef, nnx.to_pure_dict(params), rest
+        _, stored, rest = nnx.split(self.weights, nnx.Param, ...)
+        params = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.float32), nnx.to_pure_dict(stored)), sharding)
+        return graphdef, params, rest
+
+    def write(self, module: nnx.Module, folder: Path) -> None:
+        write_weights(folder, jax_moe.to_torch(module))
+
+
+class Pretrained:
+    """`jax_moe.Decoder` from a folder: trained in fp32, written in the dtypes that each of its tensors had."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        with open_folder(directory) as found:
+            self.config, self.model_type = found.config, found.model_type
+            self.num_parameters = sum(math.prod(found.headers[piece.theirs].shape) for piece in found.plan.pieces)
+            self.dtypes = {piece.ours: np.dtype(found.headers[piece.theirs].dtype) for piece in found.plan.pieces}
+        self.moe, self.num_mixtures = self.config.moe, len(self.config.moe_layers)
+        self.balance_loss_weight = self.config.balance_loss_weight
+
+    def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
+        model = jax_moe.load_pretrained(self.directory, dtype="float32")
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        return graphdef, jax.device_put(nnx.to_pure_dict(params), sharding), rest
+
+    def write(self, module: nnx.Module, folder: Path) -> None:
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+        def stored(path: Any, value: Array) -> Array:
+            return value.astype(self.dtypes[jax.tree_util.keystr(path, simple=True, separator=".")])
+
+        params = jax.tree_util.tree_map_with_path(stored, nnx.to_pure_dict(params))
+        try:
+            jax_moe.save_pretrained(nnx.merge(graphdef, params, rest), folder / PRETRAINED, overwrite=True)
+        except ValueError as error:  # no request is wrong by now: the disk is full, or something else lies there
+            raise OSError(f"the model is in {folder / 'checkpoints'} but could not be written: {error}") from None

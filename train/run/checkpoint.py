@@ -1,0 +1,148 @@
+"""Checkpoints of a run, by Orbax: folder/STEP holds weights and optimizer, folder/STEP.sha256 the sum of its every file.
+
+A checkpoint is written beside, read back, and renamed; its sums come last. One without them was cut short by a crash: it
+is passed over, and removed by the next that is written. Sums are tested before Orbax reads, whose own account of a damaged
+file is pages long.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jax_moe.disk import same_bits, sync
+from jax_moe.porting.formats.orbax import plain, quiet, save_tree
+from train.run.metrics import write_whole
+
+KEEP = 2  # should the newest be damaged, the one before is still there
+BATCH_BYTES = 1 << 28  # read back at a time
+
+
+def save(folder: Path, step: int, state: Any, settings: dict[str, Any]) -> None:
+    """Writes folder/step; keeps the newest two. Waits, because the next training step donates `state`.
+
+    Raises OSError with one line where it cannot be written; what was there stays.
+    """
+    folder.mkdir(exist_ok=True)
+    _clear(folder)
+    part, sums = folder / f".{step}.part", folder / f"{step}.sha256"
+    try:
+        part.mkdir()
+        new = part / "new"  # Orbax works beside what it writes: there, too, nothing stays behind
+        save_tree(new, state, {"settings": settings})
+        _verify(new, state, settings)
+        sync(new)
+        sums.unlink(missing_ok=True)
+        if (folder / str(step)).exists():
+            shutil.rmtree(folder / str(step))
+        os.replace(new, folder / str(step))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    write_whole(sums, "".join(f"{found}  {name}\n" for name, found in checksums(folder, step).items()))
+    for old in saved_steps(folder)[:-KEEP]:
+        (folder / f"{old}.sha256").unlink()
+        shutil.rmtree(folder / str(old), ignore_errors=True)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of every checkpoint that was written whole, in order."""
+    return sorted(int(path.stem) for path in folder.glob("*.sha256") if path.stem.isdecimal())
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a crash cut short: parts, Orbax's own, and checkpoints without sums. No other process writes here."""
+    whole = set(map(str, saved_steps(folder)))
+    for path in list(folder.iterdir()):
+        parts = path.name.endswith(".part") or ".orbax-checkpoint-tmp" in path.name
+        if path.is_dir() and (parts or (path.name.isdecimal() and path.name not in whole)):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(".") and ".sha256." in path.name:
+            path.unlink(missing_ok=True)
+
+
+def _verify(path: Path, state: Any, settings: dict[str, Any]) -> None:
+    """Raises OSError unless names, shapes, dtypes and bits read back as they were written, some arrays at a time."""
+    wrong: list[str] = []
+    with quiet(), plain(path) as source:
+        try:
+            about = ocp.checkpointables_metadata(source)
+            found, wanted = shapes(about.metadata["state"]), shapes(state)
+            wrong += sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+            if about.custom_metadata != {"settings": settings}:
+                wrong.append("settings")
+            leaves, structure = jax.tree.flatten(state)
+            names = list(wanted)
+            for batch in [] if wrong else _batches(leaves):
+                like = [np.empty(leaf.shape, leaf.dtype) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+                read = ocp.load_checkpointables(source, {"state": jax.tree.unflatten(structure, like)})["state"]
+                again = jax.tree.leaves(read, is_leaf=lambda one: one is ocp.PLACEHOLDER)
+                wrong += [names[i] for i in batch if not same_bits(np.asarray(leaves[i]), np.asarray(again[i]))]
+        except Exception as error:  # Orbax raises a dozen kinds
+            wrong.append(" ".join(str(error).split())[:160] or type(error).__name__)
+    if wrong:
+        raise OSError(f"{path}: must read back as written; differs in {', '.join(wrong[:5])}")
+
+
+def _batches(leaves: list[Any]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    size = BATCH_BYTES
+    for number, leaf in enumerate(leaves):
+        if size + leaf.nbytes > BATCH_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(number)
+        size += leaf.nbytes
+    return batches
+
+
+def checksums(folder: Path, step: int) -> dict[str, str]:
+    """sha256 of every file of a checkpoint by its name below `folder`, as `sha256sum` writes them."""
+    files = sorted(path for path in (folder / str(step)).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def check_whole(folder: Path, step: int) -> None:
+    """Raises ValueError if a file of the checkpoint is missing, cut or changed."""
+    lines = (folder / f"{step}.sha256").read_text("utf-8", errors="replace").splitlines()
+    wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = checksums(folder, step)
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong or not wanted:
+        raise damaged(folder / str(step), f"{len(wrong)} files differ from {step}.sha256, first {wrong[:1]}")
+
+
+def restore(folder: Path, like: Any) -> tuple[int, dict[str, Any], Any]:
+    """Step, settings and state of the newest checkpoint; `like` gives shapes, dtypes and devices.
+
+    Raises ValueError if there is none, if it is damaged, or if it is of another model.
+    """
+    steps = saved_steps(folder)
+    if not steps:
+        raise ValueError(f"resume: must find a checkpoint, {folder} has none")
+    path = folder / str(steps[-1])
+    check_whole(folder, steps[-1])
+    with plain(path) as source:
+        about = ocp.checkpointables_metadata(source)
+        found, wanted = shapes(about.metadata["state"]), shapes(like)
+        if found != wanted:
+            name = min(set(found.items()) ^ set(wanted.items()))[0]
+            raise ValueError(f"{path}: must be of this model; {name} is {found.get(name)} there and {wanted.get(name)} here")
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        state = ocp.load_checkpointables(source, {"state": target})["state"]
+    return steps[-1], about.custom_metadata["settings"], state
+
+
+def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every array by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """One line for a checkpoint that cannot be read."""
+    return ValueError(f"{path}: must be a whole checkpoint, it is damaged or cut short ({' '.join(reason.split())[:160]})")

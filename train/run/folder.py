@@ -1,0 +1,161 @@
+"""The output folder of a run: which one, may it be written, what it says of its settings."""
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as to_safetensors
+
+from jax_moe.config.checks import require, shorten
+from jax_moe.guarded import read_object
+from jax_moe.locks import BusyError, Lock
+from train.configs.known import Known
+from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
+from train.run import metrics
+
+RUNS = Path("runs")
+CONFIG, LOCK = "config.json", ".lock"
+
+
+def choose(start: Start) -> Path:
+    """The folder that `--out` names, or the next runs/NNN, or with --resume the newest runs/NNN that holds a run."""
+    if start.out is not None:
+        return Path(start.out)
+    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()] if RUNS.is_dir() else []
+    if start.resume:
+        require(bool(numbers), "resume", True, "used with --out FOLDER, or where runs/NNN exists")
+        begun = [number for number in numbers if (RUNS / f"{number:03d}" / CONFIG).exists()]
+        return RUNS / f"{max(begun or numbers):03d}"
+    return RUNS / f"{max(numbers, default=0) + 1:03d}"
+
+
+def claim(folder: Path, *, numbered: bool = False) -> tuple[Path, Lock]:
+    """Makes the folder, `numbered` the next one that nobody else has made meanwhile, and takes its lock.
+
+    Raises ValueError if it holds anything, cannot be written, or belongs to a run that is going on.
+    """
+    try:
+        while numbered:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                folder = folder.with_name(f"{int(folder.name) + 1:03d}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+    lock = lock_run(folder)
+    left = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.part")  # by a process that died before it had begun
+    if all(left.fullmatch(path.name) for path in folder.iterdir()):
+        return folder, lock
+    lock.release()
+    what = "--resume continues the run in it" if (folder / CONFIG).exists() else "it holds no run, choose another name"
+    raise ValueError(f"out={str(folder)!r}: must be new or empty; {what}")
+
+
+def lock_run(folder: Path) -> Lock:
+    """The lock that a run holds while it goes on. Raises ValueError if another process has it, or if none can be made."""
+    try:
+        return Lock(folder / LOCK)
+    except BusyError:
+        raise ValueError(f"out={str(folder)!r}: is being written by another process; wait for its end, or stop it") from None
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def _not_writable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"out={str(folder)!r}: must be a folder that can be written ({error.strerror})")
+
+
+def release(folder: Path, lock: Lock) -> None:
+    """Lets go of a claimed folder, and removes it if it is still empty."""
+    lock.release()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Of the run's checkpoints, of either framework, in order."""
+    found = [path.stem for path in (folder / "checkpoints").glob("*") if path.suffix in (".sha256", ".pt")]
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+def never_saved(folder: Path, config: TrainConfig) -> bool:
+    """Whether the run ended before its first checkpoint: it has none, and its metrics never went beyond where that is due."""
+    rows = metrics.read(folder) if (folder / metrics.FILE).exists() else []
+    return not saved_steps(folder) and all(row["step"] <= config.checkpoint_every for row in rows)
+
+
+def what_is_saved(folder: Path) -> str:
+    """For a run that ends before its time."""
+    steps = saved_steps(folder)
+    if steps:
+        return f"the last checkpoint is of step {steps[-1]}, in {folder / 'checkpoints'}; --resume goes on from it"
+    return "no checkpoint was saved; --resume starts over"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run, its settings as "config" and what it says of its text as "known".
+
+    Raises ValueError if it is not there or not readable, or if a value in it is not what a run writes.
+    """
+    path = folder / CONFIG
+    try:
+        written = read_object(path)
+        return {**written, "config": from_flat(written.get("settings")), "known": _known(written)}
+    except FileNotFoundError:
+        raise ValueError(f"resume: must find a run, {path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: must be the settings of a run ({shorten(error, 300)})") from None
+
+
+def read_known(folder: Path, config: TrainConfig) -> Known:
+    """What the run says of its text, and whether it has been saved."""
+    return replace(read_config(folder)["known"], saved=not never_saved(folder, config))
+
+
+def _known(written: dict[str, Any]) -> Known:
+    text, model = written.get("text"), written.get("model")
+    require(isinstance(text, dict) and isinstance(text.get("sha256"), str), "text", text, "an object with a sha256")
+    require(isinstance(model, dict), "model", model, "an object")
+    assert isinstance(text, dict) and isinstance(model, dict)
+    vocabulary, size = text.get("vocabulary"), model.get("vocab_size")
+    whole = vocabulary is None or (isinstance(vocabulary, str) and len(set(vocabulary)) == len(vocabulary) > 0)
+    require(whole, "vocabulary", vocabulary, "different characters")
+    (vocabulary or "").encode()  # half a character is none: a ValueError
+    require(size is None or (type(size) is int and size > 0), "vocab_size", size, "an integer of at least 1")
+    return Known(text["sha256"], vocabulary, size)
+
+
+def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
+    """model.safetensors, whole or not at all."""
+    part = folder / ".model.safetensors"
+    contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+    part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
+    part.replace(folder / "model.safetensors")
+
+
+def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
+    """Settings, model, text and the versions that made the run."""
+    versions = {}
+    for name in ("jax", "flax", "optax", "torch", "numpy", "jax-moe"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    content = {"settings": flat(config), **about, "versions": versions}
+    metrics.write_whole(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+
+
+def check_same(config: TrainConfig, saved: TrainConfig, where: Path) -> None:
+    """Raises ValueError for a setting that a resumed run may not change. `steps` may grow."""
+    here, there = flat(config), flat(saved)
+    for name, value in here.items():
+        longer = name == "steps" and value > there[name]
+        allowed = f"at least {there[name]}" if name == "steps" else repr(there[name])
+        if name not in FREE_ON_RESUME and not longer:
+            require(value == there[name], name, value, f"{allowed} as in {where}, which --resume continues")
