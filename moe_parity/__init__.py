@@ -13,7 +13,8 @@ _HOMES = {
     "Entry": "mapping", "permute": "mapping", "reshape": "mapping", "split": "mapping", "stacked": "mapping", "then": "mapping",
     "transpose": "mapping",
     "ModuleReport": "modules", "ModulesDifferError": "modules", "compare_modules": "modules",
-    "Answer": "explanation", "Explanation": "explanation", "explain": "explanation", "in_words": "explanation",
+    "Answer": "conventions.search", "Explanation": "conventions.search", "explain": "conventions.search",
+    "in_words": "conventions.search",
 }
 
 __all__ = [*_HOMES]
