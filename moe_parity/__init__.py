@@ -10,10 +10,9 @@ import importlib.util
 from typing import Any
 
 _HOMES = {
-    "Entry": "mapping", "permute": "mapping", "reshape": "mapping", "split": "mapping", "stacked": "mapping", "then": "mapping",
-    "transpose": "mapping",
-    "ModuleReport": "modules", "ModulesDifferError": "modules", "compare_modules": "modules",
-    "Answer": "explanation", "Explanation": "explanation", "explain": "explanation", "in_words": "explanation",
+    **dict.fromkeys(("Entry", "permute", "reshape", "split", "stacked", "then", "transpose"), "mapping"),
+    **dict.fromkeys(("ModuleReport", "ModulesDifferError", "compare_modules"), "modules"),
+    **dict.fromkeys(("Answer", "Explanation", "explain", "in_words"), "explanation.search"),
 }
 
 __all__ = [*_HOMES]

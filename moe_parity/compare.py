@@ -29,7 +29,7 @@ from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from jax_moe.porting.torch_tensors import import_torch
 from jax_moe.soft_moe import SoftMoE
-from moe_parity.explain import search
+from moe_parity.explanation import search
 from moe_parity.report import Report
 from moe_parity.sides.jax_moe import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
 from moe_parity.sides.torch_ref import trace_torch_ref

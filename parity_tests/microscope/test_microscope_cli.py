@@ -15,7 +15,7 @@ from jax_moe.porting.formats.state_file import write_state
 from moe_cli.main import main
 from moe_parity import memory
 from moe_parity.batch import read_tokens, read_vectors
-from moe_parity.explain import search
+from moe_parity.explanation import search
 from moe_parity.pages import plots
 from moe_parity.pages.html import page
 from moe_parity.report import Report, parts, worst
