@@ -20,6 +20,11 @@ EXACT = ("checkpoint", "slots")  # not one value may differ
 WORST_FLIPS = 100  # as many are kept, the widest margins first
 
 
+def kind_in_words(kind: str) -> str:
+    """`ffn_norm` is "norm before the FFN"."""
+    return WORDS.get(kind, kind.replace("_", " "))
+
+
 class Place(NamedTuple):
     """Where in a model a value is: its kind (one of KINDS, or any word), the layer, and what tells it from its likes."""
 
@@ -30,7 +35,7 @@ class Place(NamedTuple):
     @property
     def label(self) -> str:
         """In words: `layer 1: expert outputs`, `gradient of lm_head.weight`."""
-        word = WORDS.get(self.kind, self.kind.replace("_", " "))
+        word = kind_in_words(self.kind)
         if self.kind == "gradient":
             word = f"gradient of {self.name}"
         elif self.name:

@@ -64,8 +64,11 @@ def check_page(text: str) -> Links:
     """One file that loads nothing and runs nothing."""
     found = Links()
     found.feed(text)
-    assert found.open == [] and found.links == [] and "script" not in found.tags
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", text)
+    assert found.open == [] and "script" not in found.tags and all(link.startswith("#") for link in found.links)
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|xmlns|#[0-9a-f]{6}\b.*</svg>", text)
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert {*found.links, *re.findall(r"url\((#\w+)\)", text)} == {f"#{name}" for name in ids}
+    assert len(ids) == len({*ids})
     return found
 
 
@@ -138,13 +141,14 @@ def test_a_page_is_whole_whatever_is_in_it(one: Report) -> None:
     check_page(text)
     assert "<b>theirs" not in text and not re.search(r'(points|cx|cy|[xyr][12]?|width|height)="[^"]*(nan|inf)', text)
     assert ('class="verdict wrong"' in text) == (not one.passed) and json.dumps(one.to_json(), allow_nan=False)
+    tips = [f"<title>{stage.name}: {stage.error:.2g}, " for stage in one.results if stage.kind == "attention"]
+    assert all(text.count(tip) == 2 for tip in tips), "each in the plot by stage and in the plot by layer"
+    assert page([one]) == text
 
 
 def test_an_axis_holds_its_values() -> None:
-    axis = plots.axis_for([1e-9, 3e-5, 0.0, float("inf")], 100)
-    assert (axis.low, axis.high) == (-10, -3)
-    assert axis.at(0.0) == axis.at(1e-30) == 100 + plots.TOP and axis.at(float("inf")) == plots.TOP
-    assert axis.at(1e-9) > axis.at(3e-5)
+    assert plots.decades([1e-9, 3e-5, 0.0, float("inf")]) == pytest.approx((1e-10, 1e-3), rel=1e-12)
+    assert plots.decades([0.0]) == pytest.approx((0.1, 10.0), rel=1e-12)
 
 
 @pytest.mark.parametrize(
