@@ -158,13 +158,13 @@ def test_an_axis_holds_its_values() -> None:
     ("text", "words"),
     [
         ("1 2 3\n4 x\n", "line 2: 'x': must be a number"),
-        ("1 2 3\n4 5\n", "sequences must be of one length, have 3, 2"),
+        ("1 2 3\n4 5\n", "sequences must have the same length, but have 3, 2"),
         ("\n \n", "must hold at least one sequence"),
         ("1 2 3 11\n", "token 11 (sequence 1, position 4): must be 0 to 10 (vocab_size=11)"),
         ("1 2\n1 -2\n", "token -2 (sequence 2, position 2): must be 0 to 10"),
         ("1 2 3 4 5\n", "5 positions: must be 1 to 4"),
         ("9" * 30, "must be a number"),
-        ("\udcff", "must be text with one sequence of numbers a line"),
+        ("\udcff", "must be a .npy file, or text with a sequence of numbers per line"),
     ],
 )
 def test_bad_tokens_are_one_line(text: str, words: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +230,7 @@ def test_too_little_memory_is_said_first(
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     line = fails(capsys, "parity", model, "--grads", "--dtype", "float64")
     assert re.search(r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line)
-    assert line.rstrip().endswith("less would do with --dtype float32 and no --grads")
+    assert line.rstrip().endswith("less is needed with --dtype float32 and without --grads")
     monkeypatch.undo()
     assert guarded.available_memory() is None or guarded.available_memory() > 0  # type: ignore[operator]
 
