@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.config.checks import require
 from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.disk import same_bits
 from jax_moe.guarded import read_json, read_text_and_object
@@ -18,7 +19,7 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.families.hf import decoder_tables, family_named
 from jax_moe.porting.formats.own_folder import instead
-from jax_moe.porting.formats.shards import files_of, open_weights
+from jax_moe.porting.formats.shards import INDEX, SINGLE, files_of, open_weights
 from jax_moe.porting.formats.wrapped import own_names
 from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
 from jax_moe.porting.table.plan import Plan, check, make_plan
@@ -91,6 +92,7 @@ def open_folder(path: Path) -> Iterator[HFFolder]:
         own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
         headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
         with _named(path / "config.json"):
+            check_weights_name(values)
             check_layers(values, headers)
             config = family.config(values)
             check_sizes(config, headers)
@@ -113,6 +115,12 @@ def check_head(folder: HFFolder) -> None:
     """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
     if folder.head is not None and not same_bits(folder.head.read(), folder.headers["model.embed_tokens.weight"].read()):
         raise PortError(f"{folder.path} (layout {folder.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
+
+
+def check_weights_name(values: Mapping[str, Any]) -> None:
+    """Refuses the entry by which transformers reads a file of another name: the weights would be another model's."""
+    named = values.get("transformers_weights")
+    require(named is None, "transformers_weights", named, f"left out: weights are read from {SINGLE} or {INDEX}")
 
 
 def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:

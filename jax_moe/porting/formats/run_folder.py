@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_moe.config.checks import shorten
+from jax_moe.guarded import is_file
 from jax_moe.porting.formats.orbax import Sums, damaged, read_orbax
 from jax_moe.porting.tensors import Header
 
@@ -88,9 +90,9 @@ def _sums(place: Path) -> Sums:
     except (OSError, ValueError) as error:
         raise damaged(place, f"{file.name}: {error}") from None
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    wrong = [name for name in digests if not name.startswith(f"{place.name}/") or not (place.parent / name).is_file()]
+    wrong = [name for name in digests if not name.startswith(f"{place.name}/") or not is_file(place.parent / name)]
     if wrong or not digests:
-        raise damaged(place, f"missing: {', '.join(wrong[:5]) or 'the sums of its files'}")
+        raise damaged(place, f"missing: {', '.join(map(shorten, wrong[:5])) or 'the sums of its files'}")
     return {
         name.removeprefix(f"{place.name}/"): ((place.parent / name).stat().st_size, digest) for name, digest in digests.items()
     }
