@@ -41,7 +41,7 @@ def parse_json(text: str | bytes, where: object, pairs: Callable[[list[tuple[str
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """`parse_json` of a file. Raises ValueError for a file that is unreadable or too large; FileNotFoundError passes."""
+    """`parse_json` of a file. Raises ValueError for an unreadable or too large file; FileNotFoundError passes."""
     return parse_json(_json_bytes(path, max_bytes), path)
 
 

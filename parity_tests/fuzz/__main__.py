@@ -176,7 +176,7 @@ def kinds() -> dict[str, Kind]:
         "optimizer.json": Kind("said.json", lambda: files["optimizer"], _read_optimizer),
         "run settings": Kind("config.json", lambda: files["run"], run_folder.read_config),
         "weights of a run": _among(SAMPLES / "run_finished", "model.safetensors", load, without="checkpoints"),
-        "sums of a run": _among(SAMPLES / "run_stopped", "checkpoints/2.sha256", load),
+        "sums of a run": _among(SAMPLES / "run_stopped", "checkpoints/2.sha256", load, share=0.1),
         "Orbax metadata": _among(SAMPLES / "soft_moe_orbax", "state/_METADATA", _load_orbax, share=SLOW),
         "Orbax manifest": _among(SAMPLES / "soft_moe_orbax", "state/manifest.ocdbt", _load_orbax, share=SLOW),
     }
