@@ -29,7 +29,7 @@ def hidden_units(
 def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "E C D"]:
     """Every expert's answer. Weights: up, down, [gate], [up_bias, gate_bias, down_bias], each with leading E.
 
-    What goes into a product is computed once, before it: left to itself the TPU compiler recomputes the activation inside
+    Barriers keep each product's input computed once: the TPU compiler would otherwise recompute the activation inside
     every tile of the products around it (docs/performance.md).
     """
 
@@ -45,7 +45,7 @@ def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertCon
 
 
 def take_experts(weights: Weights, expert_E: Int[Array, " e"] | None) -> Weights:
-    """The weights of the named experts, in that order; all of them for None."""
+    """The weights of these experts, in this order; None: of all experts."""
     return weights if expert_E is None else {name: value[expert_E] for name, value in weights.items()}
 
 
