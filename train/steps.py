@@ -20,7 +20,7 @@ class DivergedError(Exception):
 
 @dataclass
 class Steps:
-    """A run between two steps: `step` steps are done, `loss` is that of the last one, `saved` the last checkpoint's step."""
+    """A run between two steps: `step` steps are done, `loss` is the last step's, `saved` the last checkpoint's step."""
 
     run: Run
     logger: Logger
@@ -102,7 +102,7 @@ class Steps:
 
 
 def evaluate(run: Run, step: int, rate: float | None, stop: Interrupt) -> metrics.Row | None:
-    """A row of metrics, or None if a signal came: the resumed run then evaluates this step again."""
+    """A row of metrics; None after a signal, and the resumed run evaluates this step again."""
     config, results = run.config, {}
     last = step == config.steps and config.final_eval_batches is not None
     number = config.final_eval_batches if last else config.eval_batches
