@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax_moe.porting.families.hf import FAMILIES
+from jax_moe.porting.families import FAMILIES
 
 import jax_moe
 from jax_moe.disk import verify
