@@ -143,45 +143,62 @@ def round_weights(slots: Slots, config: MoEConfig, dtype: DTypeLike) -> Slots:
     return slots._replace(weight_GSK=slots.weight_GSK.astype(dtype).astype(slots.weight_GSK.dtype))
 
 
+def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+    """The reference: one-hot dispatch and combine tensors [G, S, E, C] contracted by einsum (GShard, arXiv 2006.16668).
+
+    They cost 2 * S * E * C * D besides the experts, so keep groups bounded. Without a capacity every expert sees every token
+    (E / K times the work), and the tensors are [G, S, E].
+    """
+    config, dtype = moves.config, x_GSD.dtype
+    kept_GSK1 = (slots.slot_GSK < moves.capacity)[..., None].astype(dtype)
+    choice_GSKE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=dtype) * kept_GSK1
+    weight_GSKE = slots.weight_GSK[..., None] * choice_GSKE.astype(slots.weight_GSK.dtype)
+    if config.capacity is None:
+        return _all_tokens(x_GSD, choice_GSKE, weight_GSKE, moves)
+    slot_GSKC = jax.nn.one_hot(slots.slot_GSK, moves.capacity, dtype=dtype)  # all zeros at slot C: dropped
+    return _tokens_in_slots(x_GSD, choice_GSKE, weight_GSKE, slot_GSKC, moves)
+
+
+def _all_tokens(x_GSD: Array, choice_GSKE: Array, weight_GSKE: Array, moves: Moves) -> Float[Array, "G S D"]:
+    """Every expert answers every token; the combine tensor picks and weights the chosen answers."""
+    G, S, D = x_GSD.shape
+    dtype, on_input = x_GSD.dtype, moves.config.expert.weight_on == "input"
+    dispatch_GSE, combine_GSE = choice_GSKE.sum(axis=2), weight_GSKE.sum(axis=2)
+    x_GESD = jnp.broadcast_to(x_GSD[:, None], (G, moves.config.num_experts, S, D))
+    if on_input:
+        x_GESD = (combine_GSE.swapaxes(1, 2)[..., None] * x_GESD).astype(dtype)
+    keep_GESD = None
+    if moves.keep_GSKD is not None:
+        keep_GESD = jnp.einsum("GSKE,GSKD->GESD", choice_GSKE, moves.keep_GSKD.astype(dtype))
+    y_GESD = _answers(x_GESD, keep_GESD, moves)
+    factor_GSE = dispatch_GSE.astype(wide(dtype)) if on_input else combine_GSE
+    return jnp.einsum("GSE,GESD->GSD", factor_GSE, y_GESD).astype(dtype)
+
+
+def _tokens_in_slots(
+    x_GSD: Array, choice_GSKE: Array, weight_GSKE: Array, slot_GSKC: Array, moves: Moves
+) -> Float[Array, "G S D"]:
+    """Every expert answers the tokens in its slots."""
+    dtype, on_input = x_GSD.dtype, moves.config.expert.weight_on == "input"
+    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", choice_GSKE, slot_GSKC)
+    combine_GSEC = jnp.einsum("GSKE,GSKC->GSEC", weight_GSKE, slot_GSKC.astype(weight_GSKE.dtype))
+    if on_input:
+        x_GECD = jnp.einsum("GSEC,GSD->GECD", combine_GSEC, x_GSD.astype(combine_GSEC.dtype)).astype(dtype)
+    else:
+        x_GECD = jnp.einsum("GSEC,GSD->GECD", dispatch_GSEC, x_GSD)
+    keep_GECD = None
+    if moves.keep_GSKD is not None:
+        keep_GECD = jnp.einsum("GSKE,GSKC,GSKD->GECD", choice_GSKE, slot_GSKC, moves.keep_GSKD.astype(dtype))
+    y_GECD = _answers(x_GECD, keep_GECD, moves)
+    factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
+    return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)
+
+
 def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Moves) -> Float[Array, "G E C D"]:
+    """The experts' answers, with dropout, in fp32 or wider."""
     G, E, C, D = x_GECD.shape
     y_ERD = moves.apply(x_GECD.swapaxes(0, 1).reshape(E, G * C, D), None)
     y_GECD = y_ERD.reshape(E, G, C, D).swapaxes(0, 1).astype(wide(x_GECD.dtype))
     if keep_GECD is not None:
         return apply_keep(y_GECD, keep_GECD > 0, moves.config.expert.dropout)
     return moves.dropout(y_GECD)
-
-
-def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
-    """The reference: one-hot dispatch and combine tensors [G, S, E, C] contracted by einsum (GShard, arXiv 2006.16668).
-
-    Costs S * E * C * D twice besides the experts, so keep groups bounded. Dropless needs no slots: every expert sees
-    every token (E / K times the work) and the combine tensor is [G, S, E].
-    """
-    config, dtype = moves.config, x_GSD.dtype
-    kept_GSK = slots.slot_GSK < moves.capacity
-    expert_GSKE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=dtype) * kept_GSK[..., None].astype(dtype)
-    weight_GSKE = slots.weight_GSK[..., None] * expert_GSKE.astype(slots.weight_GSK.dtype)
-    on_input = config.expert.weight_on == "input"
-    if config.capacity is None:
-        dispatch_GSE, combine_GSE = expert_GSKE.sum(axis=2), weight_GSKE.sum(axis=2)
-        x_GESD = jnp.broadcast_to(x_GSD[:, None], (x_GSD.shape[0], config.num_experts, *x_GSD.shape[1:]))
-        if on_input:
-            x_GESD = (combine_GSE.swapaxes(1, 2)[..., None] * x_GESD).astype(dtype)
-        keep = None if moves.keep_GSKD is None else jnp.einsum("GSKE,GSKD->GESD", expert_GSKE, moves.keep_GSKD.astype(dtype))
-        y_GESD = _answers(x_GESD, keep, moves)
-        factor_GSE = dispatch_GSE.astype(wide(dtype)) if on_input else combine_GSE
-        return jnp.einsum("GSE,GESD->GSD", factor_GSE, y_GESD).astype(dtype)
-    slot_GSKC = jax.nn.one_hot(slots.slot_GSK, moves.capacity, dtype=dtype)  # all zeros at slot C: dropped
-    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
-    combine_GSEC = jnp.einsum("GSKE,GSKC->GSEC", weight_GSKE, slot_GSKC.astype(weight_GSKE.dtype))
-    if on_input:
-        x_GECD = jnp.einsum("GSEC,GSD->GECD", combine_GSEC, x_GSD.astype(combine_GSEC.dtype)).astype(dtype)
-    else:
-        x_GECD = jnp.einsum("GSEC,GSD->GECD", dispatch_GSEC, x_GSD)
-    keep = None
-    if moves.keep_GSKD is not None:
-        keep = jnp.einsum("GSKE,GSKC,GSKD->GECD", expert_GSKE, slot_GSKC, moves.keep_GSKD.astype(dtype))
-    y_GECD = _answers(x_GECD, keep, moves)
-    factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
-    return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)

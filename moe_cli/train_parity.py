@@ -46,7 +46,7 @@ def train_parity(command: Parity) -> int:
     title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
     print("\n".join([title, *(line for one in runs for line in describe(one))]))
     if command.plot is not None:
-        from moe_parity.pages.train_plot import write_picture
+        from moe_parity.pages.plots import write_picture
 
         write_picture(command.plot, runs, title)
         print(f"The picture is {command.plot}")

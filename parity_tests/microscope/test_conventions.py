@@ -12,8 +12,8 @@ from flax import nnx
 import jax_moe
 from jax_moe.config.models import DecoderConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
-from moe_parity.explain.conventions import changed, conventions_of
-from moe_parity.explain.search import Answer, distance, explain, explain_traces, in_words, our_answer
+from moe_parity.explanation.conventions import changed, conventions_of
+from moe_parity.explanation.search import Answer, distance, explain, explain_traces, in_words, our_answer
 from moe_parity.stages import Place
 from parity_tests.shared.filled import filled
 

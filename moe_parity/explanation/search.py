@@ -16,7 +16,7 @@ from jax_moe.losses import MoEStats, pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from moe_parity.explain.conventions import Convention, changed, conventions_of
+from moe_parity.explanation.conventions import Convention, changed, conventions_of
 from moe_parity.stages import Place, Trace
 
 # Explained: no farther apart than this share of the largest value, ten times what correct frameworks were measured apart.
