@@ -169,7 +169,7 @@ def test_accumulated_gradients_are_carried_between_steps_and_refused_inside_one(
     to_torch = partial(jax_moe.optimizer_to_torch, layer, like=theirs.state_dict(), names=order)
     check_same_state(to_torch(state), theirs.state_dict())
     _, half = optimizer.update(params, state, params)
-    with pytest.raises(ValueError, match="mini_step=1: must be 0; gradients half accumulated are not carried"):
+    with pytest.raises(ValueError, match="mini_step=1: must be 0; half accumulated gradients are not carried"):
         to_torch(half)
     _, whole = optimizer.update(params, half, params)
     assert {float(entry["step"]) for entry in to_torch(whole)["state"].values()} == {2.0}

@@ -18,7 +18,7 @@ CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
 # Whatever is not named here belongs to SHARED or SENTENCE: files at the top that all rooms above config share.
 SHARED = (
     "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "top_k", "output", "locks",
-    "disk", "guarded", "unchosen", "optimizers", "presets",
+    "disk", "guarded", "unchosen", "optimizers", "presets", "initializers",
 )
 SENTENCE = ("routing", "dispatch", "experts", "losses", "moe", "soft_moe")
 ROOMS: dict[str, tuple[str, ...]] = {

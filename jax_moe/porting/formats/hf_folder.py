@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.config.checks import require
 from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.disk import same_bits
 from jax_moe.guarded import read_json, read_text_and_object
@@ -17,7 +18,7 @@ from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
-from jax_moe.porting.formats.shards import files_of, open_weights
+from jax_moe.porting.formats.shards import INDEX, SINGLE, files_of, open_weights
 from jax_moe.porting.formats.wrapped import own_names
 from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
 from jax_moe.porting.table.plan import check, make_plan
@@ -63,6 +64,7 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
     headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
     with _named(path / "config.json"):
+        check_weights_name(values)
         check_layers(values, headers)
         config = family.config(values)
         check_sizes(config, headers)
@@ -90,6 +92,12 @@ def check_head(found: Found) -> None:
     if found.head is not None and not same_bits(found.head.read(), found.tensors["model.embed_tokens.weight"].read()):
         assert found.plan is not None
         raise PortError(f"{found.place} (layout {found.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
+
+
+def check_weights_name(values: Mapping[str, Any]) -> None:
+    """Refuses the entry by which transformers reads a file of another name: the weights would be another model's."""
+    named = values.get("transformers_weights")
+    require(named is None, "transformers_weights", named, f"left out: weights are read from {SINGLE} or {INDEX}")
 
 
 def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:

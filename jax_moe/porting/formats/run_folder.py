@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config.as_json import config_from_json
+from jax_moe.config.checks import shorten
 from jax_moe.config.models import MakeMoEConfig
+from jax_moe.guarded import is_file
 from jax_moe.porting.families.makemoe import MAKEMOE
 from jax_moe.porting.formats.found import Found, RunWeights
 from jax_moe.porting.formats.hf_folder import open_folder
@@ -131,9 +133,9 @@ def _sums(place: Path) -> Sums:
     except (OSError, ValueError) as error:
         raise damaged(place, f"{file.name}: {error}") from None
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    wrong = [name for name in digests if not name.startswith(f"{place.name}/") or not (place.parent / name).is_file()]
+    wrong = [name for name in digests if not name.startswith(f"{place.name}/") or not is_file(place.parent / name)]
     if wrong or not digests:
-        raise damaged(place, f"missing: {', '.join(wrong[:5]) or 'the sums of its files'}")
+        raise damaged(place, f"missing: {', '.join(map(shorten, wrong[:5])) or 'the sums of its files'}")
     return {
         name.removeprefix(f"{place.name}/"): ((place.parent / name).stat().st_size, digest) for name, digest in digests.items()
     }
