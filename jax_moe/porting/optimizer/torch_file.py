@@ -1,7 +1,9 @@
-"""A Hugging Face model's optimizer state: `optimizer.pt` beside its weights, or `optimizer.safetensors` in an Orbax folder.
+"""The optimizer state of a Hugging Face model: `optimizer.pt` beside weights, `optimizer.safetensors` in an Orbax
+folder.
 
-`optimizer.pt` is torch.optim's state_dict(), as transformers' Trainer leaves it in a checkpoint. It numbers the parameters:
-their names are those that the optimizer was given (`param_names`), or follow from the order of transformers' modules.
+`optimizer.pt` is torch.optim's state_dict(), as transformers' Trainer writes it into a checkpoint. It numbers the
+parameters: their names are those that the optimizer got (`param_names`), or follow from the order of transformers'
+modules.
 """
 
 import re
@@ -32,9 +34,9 @@ def optimizer_beside(path: Path) -> Path | None:
 
 
 def read_decoder_optimizer(path: Path) -> tuple[Optimizer, Callable[[Path, str], None]]:
-    """The optimizer's state, and what writes it into a folder of either form ("hf" or "orbax").
+    """The optimizer's state, and a function (folder, "hf" or "orbax") that writes it.
 
-    Raises ValueError with everything in which it does not fit the weights.
+    Raises ValueError with everything that does not fit the weights.
     """
     file = optimizer_beside(path)
     assert file is not None
