@@ -30,6 +30,7 @@ from jax_moe.porting.tensors import Header
 Sums = dict[str, tuple[int, str]]  # {file: (size, sha256)}
 SMALL = 1 << 20  # bytes up to which a file is checked at once, and not at the first reading
 ITEM = "state"  # what ocp.load(folder) reads
+LOGGERS = ("absl", "asyncio")  # those of Orbax and of what is below it
 
 
 def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
@@ -96,26 +97,33 @@ def quiet() -> Iterator[None]:
 
     After an error the threads started inside may still run, and stay silent; other threads log again.
     """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    before = set(threading.enumerate())
+    before, hook = set(threading.enumerate()), sys.unraisablehook
 
     def without_late_threads(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":  # from TensorStore's threads that end too late
             hook(unraisable)
 
+    sys.unraisablehook = without_late_threads
+    with _muted():
+        try:
+            yield
+        except BaseException:
+            late = {thread.ident for thread in set(threading.enumerate()) - before}
+            for name in LOGGERS:
+                logging.getLogger(name).addFilter(lambda record: record.thread not in late)
+            gc.collect()  # asyncio logs tasks that nobody awaited when they are collected: now, while it is muted
+            raise
+    sys.unraisablehook = hook
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = without_late_threads
     try:
         yield
-        sys.unraisablehook = hook
-    except BaseException:
-        late = {thread.ident for thread in set(threading.enumerate()) - before}
-        for logger in loggers:
-            logger.addFilter(lambda record: record.thread not in late)
-        gc.collect()  # asyncio logs tasks that nobody awaited when they are collected: now, while it is silent
-        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -138,6 +146,8 @@ def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, H
         try:
             with plain(path) as source:
                 tree = ocp.checkpointables_metadata(source).metadata[ITEM]
+            if not isinstance(tree, Mapping):
+                raise ValueError("its metadata cannot be read")
             leaves = _flat(tree if within is None else tree[within])
             others = {} if within is None else {name: branch for name, branch in tree.items() if name != within}
             large = {name: digest for name, (size, digest) in sums.items() if size > SMALL}
