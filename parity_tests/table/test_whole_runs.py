@@ -148,7 +148,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     words = ["parity", str(tmp_path / "model"), "--train"]
     assert main([*words, "2", "--num-tokens", "4", "--plot", str(tmp_path / "runs.png")]) == 0
     said = capsys.readouterr().out
-    assert "float64: loss" in said and "float32: loss" in said and "every token went to the same experts" in said
+    assert "float64: loss" in said and "float32: loss" in said and "every token has the same experts" in said
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     for wrong, message in (
         (["0"], "train=0: must be at least 1"),
