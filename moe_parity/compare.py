@@ -24,7 +24,7 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.families import tables_of
+from jax_moe.porting.families import reference_table
 from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
@@ -38,7 +38,6 @@ from moe_parity.sides.torch_ref import trace_torch_ref
 from moe_parity.sides.transformers import import_transformers, trace_transformers
 from moe_parity.stages import TOLERANCES, Place, StageResult, Trace, first_divergence, judge, pair
 
-FUSED = 1  # the index, among a family's tables, of the names that transformers uses in memory
 OWN, TAPPED = Place("own_call", None, "against our taps"), Place("tapped")
 
 
@@ -72,17 +71,17 @@ def compare_checkpoint(
     Raises ValueError if PyTorch is missing.
     """
     import_torch("parity")
-    family, config = checkpoint.family, checkpoint.config
-    check_batch("tokens_BT" if family == "makemoe" else "x_BTD", x, None if family == "makemoe" else config.model_dim)
+    config, of_tokens = checkpoint.config, checkpoint.of_characters
+    check_batch("tokens_BT" if of_tokens else "x_BTD", x, None if of_tokens else config.model_dim)
     results = [checkpoint_round_trip(checkpoint)]
     with settings(dtype):
-        x = x if family == "makemoe" else x.astype(dtype)
+        x = x if of_tokens else x.astype(dtype)
         weights = {name: np.asarray(value, dtype) for name, value in to_torch(checkpoint.module).items()}
-        theirs = trace_torch_ref(family, config, weights, x, None if family == "makemoe" else cotangent(x), grads)
-        module = from_torch(abstract_module(family, config, np.dtype(dtype)), weights, cast=True)
+        theirs = trace_torch_ref(config, weights, x, None if of_tokens else cotangent(x), grads)
+        module = from_torch(abstract_module(type(checkpoint.module), config, np.dtype(dtype)), weights, cast=True)
         results += compare_traces(module, x, theirs, dtype=dtype, grads=grads, replay=replay)
         words = explained(module, x, theirs, results) if explain else ""
-    return Report(family, "torch_ref", dtype, x.shape, replay, tuple(results), words)
+    return Report(checkpoint.name, "torch_ref", dtype, x.shape, replay, tuple(results), words)
 
 
 def check_batch(name: str, x: np.ndarray, model_dim: int | None = None) -> None:
@@ -173,7 +172,7 @@ def trace_ours(
 
 def layout_of(module: nnx.Module) -> str | None:
     """The layout whose names the reference has in memory."""
-    return tables_of(module)[FUSED].name if isinstance(module, Decoder) else None
+    return reference_table(module).name if isinstance(module, Decoder) else None
 
 
 def own_call(
@@ -227,11 +226,10 @@ def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 def folder_round_trip(path: Path, model: Decoder) -> StageResult:
     """The loaded weights, written under the names of the files, against the files."""
-    with open_folder(path) as folder:
-        ours = to_torch(model, layout=folder.plan.table.name)
-        differ = [
-            name for name, header in folder.headers.items() if not same_bits(ours[name], np.asarray(header.read()))
-        ]
+    found = open_folder(path)
+    assert found.plan is not None
+    ours = to_torch(model, layout=found.plan.table.name)
+    differ = [name for name, header in found.tensors.items() if not same_bits(ours[name], np.asarray(header.read()))]
     return _tensors_that_differ(differ, len(ours))
 
 
@@ -239,7 +237,7 @@ def checkpoint_round_trip(checkpoint: Checkpoint) -> StageResult:
     """The weights converted to `torch_ref` and back, against themselves."""
     state = to_torch(checkpoint.module)
     dtype = np.dtype(next(iter(checkpoint.weights.values())).dtype)
-    copy = from_torch(abstract_module(checkpoint.family, checkpoint.config, dtype), state)
+    copy = from_torch(abstract_module(type(checkpoint.module), checkpoint.config, dtype), state)
     before, after = checkpoint.weights, Checkpoint(checkpoint.family, copy).weights
     return _tensors_that_differ([name for name in before if not same_bits(before[name], after[name])], len(before))
 

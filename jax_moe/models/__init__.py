@@ -1,0 +1,7 @@
+"""Layers put together: a transformer block, makeMoE's language model and the decoder of the Hugging Face families."""
+
+from jax_moe.models.block import Block, Randomness
+from jax_moe.models.decoder import Decoder, DecoderOutput
+from jax_moe.models.makemoe import MakeMoE
+
+__all__ = ["Block", "Decoder", "DecoderOutput", "MakeMoE", "Randomness"]
