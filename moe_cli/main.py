@@ -1,4 +1,4 @@
-"""The command `jax-moe`: reads the arguments, runs the command, answers with an exit status."""
+"""The command `jax-moe`: parses the arguments, runs the subcommand, returns an exit status."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from moe_cli.arguments import Generate, Inspect, Port, in_shell, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself."""
+    """The exit status: 0; 1 for wrong input (one line on stderr); 2 for a wrong command line; 130 if interrupted."""
     any_encoding()
     words = sys.argv[1:] if arguments is None else arguments
     if words == ["--version"]:
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         from moe_cli.parity import parity
 
         return parity(command)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as head, has stopped
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except (ValueError, OSError) as error:
