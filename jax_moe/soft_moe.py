@@ -9,7 +9,8 @@ from flax import nnx
 from jax_moe.activations import activate
 from jax_moe.arrays import checked, checked_input
 from jax_moe.config.moe import SoftMoEConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.dims import Array, Bool, DTypeLike, Float, wide
+from jax_moe.initializers import rounded
 from jax_moe.norms import layer_norm
 from jax_moe.parameters import declare, parameter, stacked
 
@@ -27,9 +28,10 @@ def soft_weights(
 ) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
     """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
 
-    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
-    finite: its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
-    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they came.
+    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays finite:
+    its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
+    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they
+    came.
     """
     compute = wide(x_BTD.dtype)
     router_BTD, phi_DEC = x_BTD.astype(compute), phi_DEC.astype(compute)
@@ -42,9 +44,7 @@ def soft_weights(
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
 
 
-def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Orthogonal with gain 0.01, drawn in fp32 or wider (there is no QR in bf16)."""
-    return jax.nn.initializers.orthogonal(scale=0.01)(key, shape, wide(dtype)).astype(dtype)
+orthogonal = rounded(jax.nn.initializers.orthogonal(scale=0.01))
 
 
 class SoftExpert(nnx.Module):
@@ -93,7 +93,7 @@ class SoftMoE(nnx.Module):
         self.config = config
         rngs = rngs or nnx.Rngs(0)
         shape = (config.model_dim, config.num_experts, config.num_slots)
-        self.phi = parameter(jax.random.normal(rngs.params(), shape, param_dtype), "D E C", "router")
+        self.phi = parameter(rounded(jax.random.normal)(rngs.params(), shape, param_dtype), "D E C", "router")
         if config.normalise:
             self.scale = parameter(jnp.ones((), param_dtype), "", "gate")
         make = lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype)  # noqa: E731

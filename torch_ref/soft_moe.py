@@ -24,9 +24,10 @@ def soft_weights(
 ) -> tuple[Float[Tensor, "B T E C"], Float[Tensor, "B T E C"]]:
     """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
 
-    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
-    finite: its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
-    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they came.
+    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays finite:
+    its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
+    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they
+    came.
     """
     compute = wide(x_BTD.dtype)
     x, phi = x_BTD.to(compute), phi_DEC.to(compute).flatten(1)

@@ -82,6 +82,22 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert names(tmp_path) == {"target"} and jax_moe.load_pretrained(tmp_path / "target")
 
 
+def test_a_port_to_orbax_clears_what_an_interrupted_port_left(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The finished shards are of no use any more; a folder of that name that is not a port's stays."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(3, interrupt, patch)
+        assert main(["port", str(whole), str(tmp_path / "target"), *PORT]) == 130
+    capsys.readouterr()
+    (tmp_path / ".other.part").mkdir()
+    (tmp_path / ".other.part" / "notes.txt").write_text("mine")
+    assert names(tmp_path) == {".target.part", ".other.part"}
+    for target in ("target", "other"):
+        run(capsys, "port", whole, tmp_path / target, "--to", "orbax")
+    assert names(tmp_path) == {"target", "other", ".other.part"}
+
+
 @pytest.mark.parametrize("to", ["hf", "orbax"])
 def test_two_at_once(to: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One lock for every form that a target may get."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_moe import guarded
+from jax_moe.porting.formats.orbax import read_orbax, write_orbax
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,15 @@ def test_a_request_beyond_the_machine_says_how_many_bytes(monkeypatch: pytest.Mo
     guarded.require_memory(1000, "x")
     with pytest.raises(ValueError, match="x needs about 12,000 bytes of memory: must be at most 1,000"):
         guarded.require_memory(12_000, "x")
+
+
+def test_an_array_of_orbax_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {"a.b": np.ones(300, np.float32), "c": np.ones(3, np.float32)}
+    headers = read_orbax(tmp_path / "x", write_orbax(tmp_path / "x", arrays))
+    monkeypatch.setattr(guarded, "available_memory", lambda: 1000)
+    assert headers["c"].read().tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"x: a\.b needs about 1,200 bytes"):
+        headers["a.b"].read()
 
 
 def npy(header: str, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:

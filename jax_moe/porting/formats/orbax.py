@@ -4,8 +4,10 @@ Size and sha256 of every file are kept, and tested before Orbax reads, whose own
 """
 
 import errno
+import gc
 import hashlib
 import logging
+import math
 import os
 import re
 import sys
@@ -21,6 +23,7 @@ import jax
 import numpy as np
 
 from jax_moe.disk import same_bits
+from jax_moe.guarded import is_file, require_memory
 from jax_moe.porting.tensors import Header
 
 Sums = dict[str, tuple[int, str]]  # {file: size and sha256}
@@ -108,6 +111,7 @@ def quiet() -> Iterator[None]:
         late = {thread.ident for thread in set(threading.enumerate()) - before}
         for logger in loggers:
             logger.addFilter(lambda record: record.thread not in late)
+        gc.collect()  # tasks of asyncio that nobody awaited speak when they are collected: now, while nothing is heard
         raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -122,7 +126,7 @@ def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, H
     """
     from orbax.checkpoint import v1 as ocp
 
-    wrong = [name for name, (size, _) in sums.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+    wrong = [name for name, (size, _) in sums.items() if not is_file(path / name) or (path / name).stat().st_size != size]
     if wrong:
         raise damaged(path, f"missing or of another size: {', '.join(wrong[:20])}")
     _test(path, {name: digest for name, (size, digest) in sums.items() if size <= SMALL})
@@ -170,6 +174,7 @@ class _Reader:
         _test(self.path, self.untested)
         self.untested = {}
         leaf = self.leaves[wanted]
+        require_memory(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize, f"{self.path}: {wanted}")
         like: Any = _nested(dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)})
         if self.within is not None:
             like = {**jax.tree.map(lambda _: ocp.PLACEHOLDER, self.others), self.within: like}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.disk import check_space, check_target, put_in_place, sync
+from jax_moe.disk import NOTE, check_space, check_target, put_back, put_in_place, resumable_part, sync
 from jax_moe.guarded import read_json
 from jax_moe.locks import alone
 from jax_moe.porting.errors import PortError
@@ -24,7 +24,6 @@ from jax_moe.porting.formats.shards import write_index
 from jax_moe.porting.tensors import Header, all_finite
 
 Advance = Callable[[int], None]
-NOTE = "port.json"
 
 
 def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
@@ -125,46 +124,61 @@ def identity(path: Path) -> dict[str, Any]:
 def resumable(
     path: Path, overwrite: bool, replaceable: Callable[[Path], bool], note: dict[str, Any], say: Callable[[str], None]
 ) -> Iterator[Path]:
-    """A folder to fill, put in the place of `path` at the end. One that an interrupted port with this note left is used again.
+    """A folder to fill, put in the place of `path` at the end. A folder that an interrupted port with this note left is reused.
 
     Raises ValueError as `check_target`, for a full disk, or if another process is filling the folder.
     """
     check_target(path, overwrite, replaceable)
-    outer = path.with_name(f".{path.name}.part")
-    with alone(path):
+    outer = resumable_part(path)
+    with alone(path), _cleaned_up(outer, path):
         check_target(path, overwrite, replaceable)
-        try:
-            outer.mkdir(exist_ok=True)
-            if (outer / f"{path.name}.old").exists() and not path.exists():  # killed between moving it away and replacing it
-                os.replace(outer / f"{path.name}.old", path)
-            if _note(outer) != note:
-                if _note(outer) is not None:
-                    say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
-                shutil.rmtree(outer / path.name, ignore_errors=True)
-                (outer / path.name).mkdir()
-                (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
-            yield outer / path.name
-            sync(outer / path.name)
-            check_target(path, overwrite, replaceable)  # others than us may write there too
-            put_in_place(outer / path.name, path)
-        except KeyboardInterrupt:
-            done = len(list((outer / path.name).glob("*.safetensors")))
-            if done == 0:
-                shutil.rmtree(outer, ignore_errors=True)
-                raise
-            raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(outer, ignore_errors=True)
-            raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-        except BaseException:
+        outer.mkdir(exist_ok=True)
+        put_back(path)
+        _begin(outer, path.name, note, say)
+        yield outer / path.name
+        sync(outer / path.name)
+        check_target(path, overwrite, replaceable)  # another program, which knows no lock, may have written there
+        put_in_place(outer / path.name, path)
+
+
+@contextmanager
+def _cleaned_up(outer: Path, path: Path) -> Iterator[None]:
+    """Removes `outer` at the end and on every error, unless an interrupt leaves finished shards to go on from.
+
+    What the system refuses becomes a ValueError of one line.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(list((outer / path.name).glob("*.safetensors")))
+        if done == 0:
             shutil.rmtree(outer, ignore_errors=True)
             raise
-        shutil.rmtree(outer)
+        raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(outer, ignore_errors=True)
+        raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    except BaseException:
+        shutil.rmtree(outer, ignore_errors=True)
+        raise
+    shutil.rmtree(outer)
+
+
+def _begin(outer: Path, name: str, note: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Keeps the folder `name` in `outer` if it was made from what the note says; else starts an empty folder."""
+    found = _note(outer)
+    if found == note:
+        return
+    if found is not None:
+        say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
+    shutil.rmtree(outer / name, ignore_errors=True)
+    (outer / name).mkdir()
+    (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
 
 
 def room_for(path: Path, needed: int) -> None:
-    """Raises ValueError as `check_space`; what an interrupted port left beside `path` counts as there."""
-    left = path.with_name(f".{path.name}.part")
+    """Raises ValueError as `check_space`. What an interrupted port left beside `path` counts as free: it is reused or removed."""
+    left = resumable_part(path)
     try:
         there = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
     except OSError as error:  # a name that is too long with its ending

@@ -19,6 +19,7 @@ from jax_moe.config.checks import shorten
 from jax_moe.disk import verify
 from jax_moe.guarded import parse_json
 from jax_moe.porting.formats.judged import check_optimizer
+from jax_moe.porting.formats.own_folder import OPTIMIZER as FILE
 from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
 from jax_moe.porting.optimizer.groups import check_groups
 from jax_moe.porting.optimizer.optax_state import fill
@@ -26,7 +27,6 @@ from jax_moe.porting.optimizer.state import Moments
 from jax_moe.porting.optimizer.step_counts import counts_of, own_steps_of
 from jax_moe.porting.state_dict import flatten, from_torch_tree, to_torch, tree_plan
 
-FILE = "optimizer.safetensors"
 MOST_PLAIN = 1_000_000  # values that a plain one may hold
 KEY = "optimizer"  # of its metadata
 COUNTS = "step."  # before the path of experts that have counts of their own

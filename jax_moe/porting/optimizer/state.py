@@ -98,49 +98,69 @@ def read_state_dict(
 ) -> Moments:
     """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ.
 
-    `experts` {name: shape} may have taken fewer steps than the others; those with no entry have taken none, and their moments
-    are zero: SGD goes on from a momentum of zero as it does from none.
+    `experts` {name: shape} may have taken fewer steps than the others. An expert without an entry has taken none, and its
+    moments are zero: SGD goes on from a momentum of zero as it does from none.
     """
     order = _order(state_dict, names)
     entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))
-    held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
-    if not held:
+    kind = _kind_of(entries)
+    if kind is None:
         return Moments({}, 0 if "betas" in state_dict["param_groups"][0] else None)
-    kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
-    if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
-        raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
-    own = {} if experts is None else {name: experts[name] for name in order if name in experts}
+    own = {name: experts[name] for name in order if name in experts} if experts else {}
     untouched = {name: shape for name, shape in own.items() if not entries[name]}
     entries |= _untouched(untouched, entries, kind)
     steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
-    words = [*kind, "step"] if kind is ADAM else list(kind)
     most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
-    wrong = {name: step for name, step in steps.items() if step != most and name not in own}
-    error = PortError(
-        "optimizer state",
-        missing=[f"{word} of {name}" for word in words for name, entry in entries.items() if entry.get(word) is None],
-        wrong=[f"step of {name} is {step}, must be {most} as of the others" for name, step in wrong.items()],
-    )
-    if error:
-        raise error
+    _check_entries(entries, kind, {name: step for name, step in steps.items() if name not in own}, most)
     arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
     if kind is SGD:
         return Moments(arrays, None, own_steps=dict.fromkeys(untouched, 0))
-    counter = _numpy(next(entry["step"] for name, entry in entries.items() if steps[name] == max(steps.values()))).dtype
     own_steps = {name: steps[name] for name in own if steps[name] != most}
-    return Moments(arrays, most, counter.name if counter.kind == "f" else "float32", own_steps)
+    return Moments(arrays, most, _counter_dtype(entries[max(steps, key=lambda name: steps[name])]), own_steps)
+
+
+def _kind_of(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str] | None:
+    """ADAM or SGD by what the entries hold; None if they hold nothing. Raises ValueError for another optimizer's state."""
+    held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
+    if not held:
+        return None
+    kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
+    if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
+        raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
+    return kind
+
+
+def _check_entries(
+    entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str], steps: Mapping[str, int], most: int
+) -> None:
+    """Raises PortError for moments that an entry lacks, and for those of `steps` that are not `most`."""
+    words = [*kind, "step"] if kind is ADAM else list(kind)
+    error = PortError(
+        "optimizer state",
+        missing=[f"{word} of {name}" for word in words for name, entry in entries.items() if entry.get(word) is None],
+        wrong=[f"step of {name} is {step}, must be {most} as of the others" for name, step in steps.items() if step != most],
+    )
+    if error:
+        raise error
+
+
+def _counter_dtype(entry: Mapping[str, Any]) -> str:
+    """The dtype of the entry's step counter; torch's own where that is a plain integer."""
+    dtype = _numpy(entry["step"]).dtype
+    return dtype.name if dtype.kind == "f" else "float32"
 
 
 def _untouched(
     shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Entries of parameters that have taken no step: zeros, in the dtype of those that have."""
+    """Entries of parameters that have taken no step: zeros, in the dtype of a parameter that has, best of the same role."""
     found: dict[str, dict[str, Any]] = {}
+    touched = [name for name in entries if entries[name]]
     for name, shape in shapes.items():
-        ending = name.rsplit(".", 2)[-2:]
-        like = sorted((one for one in entries if entries[one]), key=lambda one: one.rsplit(".", 2)[-2:] != ending)
-        dtypes = {word: _numpy(entries[like[0]][word]).dtype for word in kind if entries[like[0]].get(word) is not None}
-        found[name] = ({"step": 0} if kind is ADAM else {}) | {**{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
+        role = name.rsplit(".", 2)[-2:]
+        like = entries[min(touched, key=lambda other: other.rsplit(".", 2)[-2:] != role)]
+        zeros = {word: np.zeros(shape, _numpy(like[word]).dtype) for word in kind if like.get(word) is not None}
+        found[name] = {"step": 0, **zeros} if kind is ADAM else zeros
     return found
 
 
