@@ -1,4 +1,4 @@
-"""The command `jax-moe`: reads the arguments, runs the command, answers with an exit status."""
+"""The command `jax-moe`: parses the arguments, runs the subcommand, returns an exit status."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ from moe_cli.arguments import Generate, Inspect, Port, in_shell, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0, 1 for anything wrong with the input (one line on stderr), 2 for the command line itself.
+    """The exit status: 0; 1 for wrong input (one line on stderr); 2 for a wrong command line.
 
-    130 after Ctrl-C. Without `arguments` it is the process's own command: once interrupted, it ignores another Ctrl-C.
+    130 after Ctrl-C. Without `arguments` this is the process's own command: once interrupted, it ignores another Ctrl-C.
     """
     any_encoding()
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as head, has stopped
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except (ValueError, OSError) as error:

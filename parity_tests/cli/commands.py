@@ -23,7 +23,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What a command that must succeed prints; nothing on stderr but what was assumed of a file."""
     assert main([str(argument) for argument in arguments]) == 0
     streams = capsys.readouterr()
-    assert [line for line in streams.err.splitlines() if ": assumed, for the file does not say it: " not in line] == []
+    assert [line for line in streams.err.splitlines() if ": assumed, as the file does not store them: " not in line] == []
     return streams.out
 
 
