@@ -19,7 +19,7 @@ def num_parameters(model: MakeMoEConfig) -> int:
 def check_memory(config: TrainConfig, parameters: int, num_layers: int, width: int, vocab_size: int) -> None:
     """Raises ValueError if the run cannot fit: its state, and what a batch keeps for the backward pass.
 
-    A batch keeps each layer's input, with `remat` too, and the logits. On a GPU or TPU the device's memory is the limit.
+    A batch keeps each layer's input, with `remat` too, and the logits. On a GPU or TPU the limit is the device's.
     """
     import jax
 

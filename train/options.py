@@ -31,8 +31,9 @@ ALIASES = {
     "output": "out", "output-dir": "out", "prompt": "sample-prompt", "router-aux-loss-coef": "balance-loss-weight",
     "save-every": "checkpoint-every", "save-interval": "checkpoint-every", "save-steps": "checkpoint-every",
     "seq-len": "block-size", "seq-length": "block-size", "sequence-length": "block-size",
-    "temperature": "sample-temperature", "text": "data", "topk": "top-k", "train-steps": "steps", "warmup": "warmup-steps", "warmup-iters": "warmup-steps",
-    "wd": "weight-decay", "z-loss-weight": "router-z-loss-weight",
+    "temperature": "sample-temperature", "text": "data", "topk": "top-k", "train-steps": "steps",
+    "warmup": "warmup-steps", "warmup-iters": "warmup-steps", "wd": "weight-decay",
+    "z-loss-weight": "router-z-loss-weight",
 }
 
 
@@ -50,7 +51,9 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
     defaults = saved or PRESETS[preset or "quick"]
     defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
-    config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.cli(
+        TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,)
+    )
     free = frozenset(flat(config)) - given(arguments) if saved is None else EXPLICIT
     return fit_settings(dataclasses.replace(config, out=start.out), free), saved, folder, free
 

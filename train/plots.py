@@ -56,7 +56,7 @@ def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
 
 
 def load_figure(rows: Sequence[metrics.Row]) -> Figure:
-    """Each expert's share of the choices times the number of experts (1 is balanced), over time; one panel per layer."""
+    """Each expert's share of the choices, times the number of experts (1 is balanced), over time, by layer."""
     load_RLE = np.array([row["expert_load"] for row in rows])
     L, E = load_RLE.shape[1:]
     step = np.array([row["step"] for row in rows])

@@ -1,6 +1,7 @@
 """Defaults fitted to what the user asked for: a default that contradicts an explicit setting is changed silently.
 
-Only the settings named in `free`, which the user did not give, change. Explicit values out of range are refused elsewhere.
+Only the settings named in `free`, which the user did not give, change. Explicit values out of range are refused
+elsewhere.
 """
 
 import dataclasses
