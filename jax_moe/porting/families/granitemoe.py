@@ -59,7 +59,7 @@ IN_MEMORY = (
     Row("router.weight", "E D", "router.kernel", "D E"),
     *fused_experts("experts.gate_up_proj", "experts.down_proj"),
 )
-WITHIN = "model.layers.{s}.block_sparse_moe."
+WITHIN = "model.layers.{l}.block_sparse_moe."
 GRANITEMOE = Family(
     "granitemoe",
     Mixture(

@@ -30,7 +30,7 @@ PER_EXPERT = (
     Row("experts.{e}.w3.weight", "F D", "experts.up", "e D F"),
 )
 FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
-ON_DISK = Names(PER_EXPERT, "mixtral", "hf_mixtral", "model.layers.{s}.block_sparse_moe.")
+ON_DISK = Names(PER_EXPERT, "mixtral", "hf_mixtral", "model.layers.{l}.block_sparse_moe.")
 IN_MEMORY = Names(FUSED, "hf_fused", "hf_mixtral_fused")
 
 
