@@ -240,15 +240,12 @@ def write_moe(moe: MoEConfig, experts: str, width: str) -> dict[str, Any]:
     }
 
 
-def write_decoder(config: DecoderConfig, experts: str, width: str) -> dict[str, Any]:
-    """The reverse of `read_decoder` and `read_moe`; `experts` and `width` are the family's names of two sizes."""
-    words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+def write_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `read_decoder`; what is of the mixture stands in `write_moe`."""
     return {
-        "vocab_size": config.vocab_size, "hidden_size": config.model_dim, "num_hidden_layers": config.num_layers,
+        "vocab_size": config.vocab_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions, "rope_parameters": write_rope(config.rope),
         "rms_norm_eps": config.norm_eps, "attention_dropout": config.attention_dropout,
         "tie_word_embeddings": config.tied_embeddings, "router_aux_loss_coef": config.balance_loss_weight,
-        "hidden_act": words[config.moe.expert.activation], experts: config.moe.num_experts, width: config.moe.expert_dim,
-        "num_experts_per_tok": config.moe.top_k,
     }

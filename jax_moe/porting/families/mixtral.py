@@ -56,7 +56,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
-    return write_decoder(config, "num_local_experts", "intermediate_size") | {"sliding_window": config.sliding_window}
+    return write_decoder(config) | {"sliding_window": config.sliding_window}
 
 
 def read_block(shapes: Shapes, chosen: dict[str, Any]) -> MoEConfig:
