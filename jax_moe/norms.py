@@ -13,7 +13,7 @@ LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
 def layer_norm(
     width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS, dim: str = "D"
 ) -> nnx.LayerNorm:
-    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
+    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast variance loses digits)."""
     norm = nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
     return declare(norm, "norm", scale=dim, bias=dim)
 
@@ -26,7 +26,7 @@ def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float)
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with its own scale."""
+    """`rms_norm` with a learned scale."""
 
     def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32, dim: str = "D"):
         self.eps = eps

@@ -14,7 +14,7 @@ from jax_moe.config.parameters import Declared
 from jax_moe.models.decoder import Decoder
 from jax_moe.parameters import declared, of_variable
 from jax_moe.porting.errors import PortError
-from jax_moe.porting.families import tables_of
+from jax_moe.porting.families import default_table, tables_of
 from jax_moe.porting.table.plan import Plan, Shapes, check, make_plan, their_names, to_ours, to_theirs
 from jax_moe.stored import kept_paths, stored_state, stored_variables
 
@@ -83,7 +83,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
     tree's arrays under the same names, masks left out. Raises PortError if the tree does not fit.
     """
     variables = stored_variables(layer)
-    table_name = layout or tables_of(layer)[0].name
+    table_name = layout or default_table(layer).name
     if tree is None:
         plan = _choose_plan(layer, declared(layer), None, layout)
         return to_theirs(plan, {path: np.asarray(v[...]) for path, v in variables.items()})
