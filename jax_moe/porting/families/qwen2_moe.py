@@ -28,7 +28,7 @@ PER_EXPERT = (
     Row("experts.{e}.down_proj.weight", "D F", "experts.down", "e F D"),
 )
 FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
-SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "O D", "shared_gate", "D O"))
+SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "1 D", "shared_gate", "D 1"))
 
 
 def dense_layers(settings: Settings) -> dict[str, Any]:
