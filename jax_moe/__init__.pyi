@@ -53,6 +53,7 @@ from .models import Randomness as Randomness
 from .moe import MoE as MoE
 from .optimizers import adamw_as_torch as adamw_as_torch
 from .optimizers import clip_as_torch as clip_as_torch
+from .parameters import declared as declared
 from .porting import PortError as PortError
 from .porting import from_torch as from_torch
 from .porting import from_torch_tree as from_torch_tree
