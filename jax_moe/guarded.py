@@ -52,11 +52,16 @@ def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 def read_text_and_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[str, dict[str, Any]]:
     """The text of a file and the object of `read_object`."""
-    data = _json_bytes(path, max_bytes)
-    values = parse_json(data, path)
+    text, values = read_text_and_json(path, max_bytes)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a JSON object, is {shorten(json.dumps(values), 40)}")
-    return data.decode("utf-8"), values
+    return text, values
+
+
+def read_text_and_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[str, Any]:
+    """`read_json`, with the text that it was made of."""
+    data = _json_bytes(path, max_bytes)
+    return data.decode("utf-8", "replace"), parse_json(data, path)
 
 
 def _json_bytes(path: Path, max_bytes: int) -> bytes:

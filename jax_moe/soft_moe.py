@@ -9,7 +9,8 @@ from flax import nnx
 from jax_moe.activations import activate
 from jax_moe.arrays import checked, checked_input
 from jax_moe.config.moe import SoftMoEConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.dims import Array, Bool, DTypeLike, Float, wide
+from jax_moe.initializers import rounded
 from jax_moe.norms import layer_norm
 
 UNIT_EPS = 1e-6  # added to a squared length under the root, as in V-MoE's soft router: a zero vector stays zero
@@ -42,9 +43,7 @@ def soft_weights(
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
 
 
-def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Orthogonal with gain 0.01, drawn in fp32 or wider (there is no QR in bf16)."""
-    return jax.nn.initializers.orthogonal(scale=0.01)(key, shape, wide(dtype)).astype(dtype)
+orthogonal = rounded(jax.nn.initializers.orthogonal(scale=0.01))
 
 
 class SoftExpert(nnx.Module):
@@ -91,7 +90,7 @@ class SoftMoE(nnx.Module):
         self.config = config
         rngs = rngs or nnx.Rngs(0)
         shape = (config.model_dim, config.num_experts, config.num_slots)
-        self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.phi = nnx.Param(rounded(jax.random.normal)(rngs.params(), shape, param_dtype))
         if config.normalise:
             self.scale = nnx.Param(jnp.ones((), param_dtype))
         make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jax_moe.porting.recognise import Choices
+from jax_moe.porting.families.choices import Choices
 
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
 

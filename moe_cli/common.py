@@ -12,7 +12,7 @@ from flax import nnx
 from jax_moe.config.checks import require
 from jax_moe.generation.text import read_text
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.formats.found import find
+from jax_moe.porting.formats.found import Found
 from jax_moe.stored import stored_state
 
 
@@ -21,21 +21,21 @@ def say(line: str) -> None:
     print(f"jax-moe: {line}", file=sys.stderr)
 
 
-def say_assumed(path: Path, checkpoint: Checkpoint) -> None:
+def say_assumed(found: Found) -> None:
     """What the file does not say, and so was assumed."""
-    if checkpoint.assumed:
-        say(f"{path}: {assumed_in_words(checkpoint)}")
+    if found.assumed:
+        say(f"{found.path}: {assumed_in_words(found)}")
 
 
-def say_note(path: Path, checkpoint: Checkpoint) -> None:
+def say_note(found: Found) -> None:
     """How it was read, where what is printed does not say it; which weights of a run is said elsewhere."""
-    if checkpoint.note is not None and find(path).run is None:
-        say(f"{path}: {checkpoint.note}")
+    if found.note is not None and found.run is None:
+        say(f"{found.path}: {found.note}")
 
 
-def assumed_in_words(checkpoint: Checkpoint) -> str:
+def assumed_in_words(found: Found) -> str:
     """Each assumed setting with the option that says otherwise."""
-    settings = [f"{name}={value} ({option_of(name)})" for name, value in checkpoint.assumed.items()]
+    settings = [f"{name}={value} ({option_of(name)})" for name, value in found.assumed.items()]
     return f"assumed, for the file does not say it: {', '.join(settings)}"
 
 
@@ -48,7 +48,7 @@ def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
     """The checkpoint with the sorted characters of a text, as makeMoE makes its vocabulary."""
     if text is None:
         return checkpoint
-    require(checkpoint.family == "makemoe", "text", str(text), "left out: only a makeMoE language model has characters")
+    require(checkpoint.of_characters, "text", str(text), "left out: only a makeMoE language model has characters")
     characters = "".join(sorted(set(read_text(text, str(text)))))
     size = checkpoint.config.vocab_size
     require(len(characters) == size, "text", str(text), f"of {size} different characters, has {len(characters)}")

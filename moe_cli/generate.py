@@ -12,8 +12,9 @@ from jax_moe.generation.generate import generate as continue_text
 from jax_moe.generation.text import TextStream, encode, end_tokens, read_tokenizer
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
-from jax_moe.porting.checkpoint import Checkpoint, load
-from jax_moe.porting.formats.found import find
+from jax_moe.porting.checkpoint import Checkpoint, load_found
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.open import open_path
 from moe_cli.arguments import Generate
 from moe_cli.common import say, say_assumed, say_note, with_characters
 
@@ -23,12 +24,16 @@ def generate(command: Generate) -> int:
     both = command.prompt is None or command.tokens is None
     require(both, "tokens", command.tokens, "left out where there is a prompt")
     _check_choices(command)
-    checkpoint = with_characters(load(command.path, command.choices), command.text)
-    if isinstance(checkpoint.module, Decoder):
+    found = open_path(command.path, command.choices)
+    checkpoint = with_characters(load_found(found), command.text)
+    if found.decoder:
         _with_tokens(command, checkpoint)
+        _say_which(found)
         return 0
-    require(checkpoint.family == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder")
-    _with_characters(command, checkpoint)
+    require(checkpoint.of_characters, "path", str(command.path), "a makeMoE language model or a Hugging Face folder")
+    answer = _with_characters(command, checkpoint)
+    _say_which(found)
+    print(answer)
     return 0
 
 
@@ -48,7 +53,8 @@ def _settings(command: Generate) -> dict[str, Any]:
     }
 
 
-def _with_characters(command: Generate, checkpoint: Checkpoint) -> None:
+def _with_characters(command: Generate, checkpoint: Checkpoint) -> str:
+    """The prompt and what the model adds."""
     require(command.tokens is None, "tokens", command.tokens, "left out: a makeMoE model reads characters")
     characters, prompt = checkpoint.characters, "\n" if command.prompt is None else command.prompt
     if characters is None:
@@ -59,17 +65,15 @@ def _with_characters(command: Generate, checkpoint: Checkpoint) -> None:
     tokens = np.asarray([[characters.index(one) for one in prompt]], np.int32)
     assert isinstance(checkpoint.module, MakeMoE)
     answer = continue_text(checkpoint.module, tokens, **_settings(command))
-    _say_which(command, checkpoint)
-    print("".join(characters[token] for token in np.asarray(answer)[0]))
+    return "".join(characters[token] for token in np.asarray(answer)[0])
 
 
-def _say_which(command: Generate, checkpoint: Checkpoint) -> None:
+def _say_which(found: Found) -> None:
     """Of a run that is not at its end, which weights these are; of a file, what was assumed."""
-    run = find(command.path).run
-    if run is not None and run.unfinished:
-        say(run.in_words())
-    say_note(command.path, checkpoint)
-    say_assumed(command.path, checkpoint)
+    if found.run is not None and found.run.unfinished:
+        say(found.run.in_words())
+    say_note(found)
+    say_assumed(found)
 
 
 def _with_tokens(command: Generate, checkpoint: Checkpoint) -> None:
@@ -95,7 +99,6 @@ def _with_tokens(command: Generate, checkpoint: Checkpoint) -> None:
     show = _printer(begin, piece, stop_tokens)
     continue_text(model, np.asarray([tokens], np.int32), stop_tokens=stop_tokens, callback=show, **_settings(command))
     print(end(), flush=True)
-    _say_which(command, checkpoint)
 
 
 def _printer(begin: str, piece: Callable[[int], str], stop_tokens: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:

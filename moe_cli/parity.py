@@ -12,12 +12,11 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.disk import writing
-from jax_moe.porting.checkpoint import Checkpoint, load
+from jax_moe.porting.checkpoint import Checkpoint, load_found
 from jax_moe.porting.convert import port_decoder
-from jax_moe.porting.formats.found import find
-from jax_moe.porting.formats.hf_folder import HFFolder, open_folder
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.pretrained import MAX_SHARD_BYTES
-from jax_moe.porting.recognise import Choices
 from moe_cli.arguments import Parity
 from moe_cli.common import progress, say, say_assumed, say_note
 from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
@@ -29,9 +28,9 @@ POSITIONS = 16  # of a random batch, where the model has no block
 
 def parity(command: Parity) -> int:
     """Prints the report; 1 if anything is beyond tolerance."""
-    found = find(command.path)
+    found = open_path(command.path, command.choices)
     _check(command, 2 if found.decoder else 1)  # the loss is of the next token
-    report = _against_transformers(command) if found.decoder else _against_torch_ref(command)
+    report = _against_transformers(command, found) if found.decoder else _against_torch_ref(command, found)
     if found.run is not None:
         say(found.run.in_words())
     if command.html is not None:
@@ -75,24 +74,24 @@ def _write_page(path: Path, report: Report) -> None:
         part.write_text(page([report]), encoding="utf-8")
 
 
-def _against_torch_ref(command: Parity) -> Report:
+def _against_torch_ref(command: Parity, found: Found) -> Report:
     from moe_parity.compare import compare_checkpoint
 
-    checkpoint = read_weights(command.path, command.choices)
+    checkpoint = read_weights(found)
     sizes = [value.nbytes for value in checkpoint.weights.values()]
     check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), _work(command))
     batch = _batch_of_checkpoint(command, checkpoint)
     report = compare_checkpoint(
         checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
     )
-    say_note(command.path, checkpoint)
-    say_assumed(command.path, checkpoint)
+    say_note(found)
+    say_assumed(found)
     return report
 
 
 def _batch_of_checkpoint(command: Parity, checkpoint: Checkpoint) -> np.ndarray:
     config = checkpoint.config
-    if checkpoint.family == "makemoe":
+    if checkpoint.of_characters:
         return _tokens(command, config.vocab_size, 1, config.block_size, config.block_size)
     if command.tokens is not None:
         return read_vectors(command.tokens, config.model_dim)
@@ -108,50 +107,41 @@ def _tokens(command: Parity, vocab_size: int, least: int, most: int | None, usua
     return tokens
 
 
-def _against_transformers(command: Parity) -> Report:
+def _against_transformers(command: Parity, found: Found) -> Report:
     from moe_parity.compare import compare_folder
 
-    with open_decoder_folder(command, _itemsize(command), _work(command)) as folder:
+    with as_hf_folder(found, _itemsize(command), _work(command)) as folder:
         tokens = _tokens(command, folder.config.vocab_size, 2, None, POSITIONS)
         return compare_folder(
-            folder.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
+            folder.place, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
         )
 
 
-def read_weights(path: Path, choices: Choices) -> Checkpoint:
+def read_weights(found: Found) -> Checkpoint:
     """As `load`; of a training checkpoint its weights."""
     with jax.enable_x64(True):
-        return load(path, choices)
+        return load_found(found)
 
 
 @contextmanager
-def open_decoder_folder(command: Parity, itemsize: int, work: Work) -> Iterator[HFFolder]:
+def as_hf_folder(found: Found, itemsize: int, work: Work) -> Iterator[Found]:
     """The model as transformers reads it; of an Orbax folder a Hugging Face folder is made, which is gone afterwards.
 
     Raises ValueError for what is wrong with it, or too large for memory, before PyTorch is loaded.
     """
-    if command.choices.given():
-        raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
     with TemporaryDirectory() as temporary:
-        found = find(command.path)
-        path = found.place
-        if found.kind != "hf" or _is_wrapped(path):
+        if found.kind != "hf" or found.unwrapped is not None:  # its names are not those that transformers would look for
             path = Path(temporary) / "model"
             with jax.enable_x64(True):
                 port_decoder(
-                    command.path, path, "hf", dtype=None, max_shard_bytes=MAX_SHARD_BYTES, overwrite=False,
-                    allow_nonfinite=False, progress=progress, say=say,
+                    found, path, "hf", dtype=None, max_shard_bytes=MAX_SHARD_BYTES, overwrite=False, allow_nonfinite=False,
+                    progress=progress, say=say,
                 )
-        with open_folder(path) as folder:
-            parameters = sum(math.prod(shape) for shape in folder.shapes.values())
-            check_memory(parameters, itemsize, sum(one.nbytes for one in folder.stored.values()), work)
-            yield folder
-
-
-def _is_wrapped(path: Path) -> bool:
-    """Whether its names are not those that transformers would look for."""
-    with open_folder(path) as folder:
-        return folder.note is not None
+            found = open_path(path)
+        assert found.plan is not None
+        parameters = sum(math.prod(shape) for shape in found.plan.our_shapes.values())
+        check_memory(parameters, itemsize, sum(one.nbytes for one in found.stored.values()), work)
+        yield found
 
 
 def _work(command: Parity) -> Work:

@@ -5,11 +5,11 @@ from typing import Any
 
 from jax_moe.config.checks import require
 from jax_moe.disk import check_target
-from jax_moe.porting.formats.found import find
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.torch_tensors import import_torch
 from moe_cli.arguments import Parity
 from moe_cli.common import say_assumed, say_note
-from moe_cli.parity import POSITIONS, open_decoder_folder, read_weights
+from moe_cli.parity import POSITIONS, as_hf_folder, read_weights
 from moe_parity.memory import check_memory
 
 WIDEST = 8  # bytes of a float64, in which the first of the two runs is
@@ -27,21 +27,22 @@ def train_parity(command: Parity) -> int:
         "steps": command.train, "batch_size": command.batch_size, "seed": command.seed, "learning_rate": command.learning_rate,
         "final_learning_rate": command.learning_rate / 10,
     }
-    found = find(command.path)
+    found = open_path(command.path, command.choices)
+    name = found.family.name
     if found.decoder:
-        with open_decoder_folder(command, WIDEST, "training") as folder:
-            name = folder.model_type
+        with as_hf_folder(found, WIDEST, "training") as folder:
             settings = TrainSettings(**given, num_tokens=command.num_tokens or POSITIONS)
-            runs = train_folder(folder.path, settings)
+            runs = train_folder(folder.place, settings)
     else:
-        checkpoint = read_weights(command.path, command.choices)
-        name, sizes = checkpoint.family, [value.size for value in checkpoint.weights.values()]
-        require(name == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder: it is trained")
+        checkpoint = read_weights(found)
+        sizes = [value.size for value in checkpoint.weights.values()]
+        allowed = "a makeMoE language model or a Hugging Face folder: it is trained"
+        require(checkpoint.of_characters, "path", str(command.path), allowed)
         check_memory(sum(sizes), WIDEST, 0, "training")
         settings = TrainSettings(**given, num_tokens=command.num_tokens or checkpoint.config.block_size)
         runs = train_checkpoint(checkpoint, settings)
-        say_note(command.path, checkpoint)
-        say_assumed(command.path, checkpoint)
+        say_note(found)
+        say_assumed(found)
     title = f"{name}: {settings.steps} steps of AdamW in both frameworks"
     print("\n".join([title, *(line for one in runs for line in describe(one))]))
     if command.plot is not None:

@@ -3,17 +3,20 @@
 Noise and dropout are off on both sides. Imports torch and torch_ref when a run starts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.config.moe import MoEConfig, SoftMoEConfig
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor
 from moe_parity.sides.hooks import Watch, watching
 from moe_parity.stages import Place
 
 
 def trace_torch_ref(
-    family: str, config: Any, weights: dict[str, np.ndarray], x: np.ndarray, cotangent: np.ndarray | None, grads: bool
+    config: Any, weights: dict[str, np.ndarray], x: np.ndarray, cotangent: np.ndarray | None, grads: bool
 ) -> dict[Place, np.ndarray]:
     """One run of `torch_ref` with these weights, loaded with strict=True: every stage and, if asked for, every gradient.
 
@@ -21,16 +24,12 @@ def trace_torch_ref(
     of sum(answer * cotangent).
     """
     torch = import_torch("parity")
-    module = make_module(family, config, weights)
+    name, watched = _KINDS[type(config)]
+    module = make_module(name, config, weights)
     inputs = torch.from_numpy(np.asarray(x))
     with watching() as watch:
         with torch.set_grad_enabled(grads):
-            if family == "makemoe":
-                objective = _watched_model(watch, module, inputs)
-            elif family == "soft_moe":
-                objective = _watched_soft_moe(watch, module, inputs, cotangent)
-            else:
-                objective = _watched_layer(watch, module, inputs, cotangent)
+            objective = watched(watch, module, inputs, cotangent)
         if grads and objective is not None:
             objective.backward()
             for name, value in module.named_parameters():
@@ -39,18 +38,17 @@ def trace_torch_ref(
     return watch.trace
 
 
-def make_module(family: str, config: Any, weights: dict[str, np.ndarray]) -> Any:
-    """The module in evaluation, in the weights' dtype."""
+def make_module(name: str, config: Any, weights: dict[str, np.ndarray]) -> Any:
+    """`torch_ref`'s module of that name in evaluation, in the weights' dtype."""
     import torch_ref
 
-    kind = {"makemoe": torch_ref.MakeMoE, "soft_moe": torch_ref.SoftMoE}.get(family, torch_ref.MoE)
-    tensors = {name: numpy_to_tensor(value) for name, value in weights.items()}
-    module = kind(config).to(next(iter(tensors.values())).dtype).eval()
+    tensors = {key: numpy_to_tensor(value) for key, value in weights.items()}
+    module = getattr(torch_ref, name)(config).to(next(iter(tensors.values())).dtype).eval()
     module.load_state_dict(tensors, strict=True)
     return module
 
 
-def _watched_model(watch: Watch, model: Any, tokens_BT: Any) -> Any:
+def _watched_model(watch: Watch, model: Any, tokens_BT: Any, _cotangent: Any) -> Any:
     """Runs a makeMoE model; its loss."""
     import torch_ref
 
@@ -157,3 +155,9 @@ def _watched_soft_moe(watch: Watch, layer: Any, x_BTD: Any, cotangent: np.ndarra
     watch.put(Place("expert_outputs"), torch.stack(answers))
     watch.put(Place("combined"), y_BTD)
     return None if cotangent is None else (y_BTD * torch.from_numpy(cotangent)).sum()
+
+
+# By contract: the module of torch_ref, and how it is watched.
+_KINDS: dict[type, tuple[str, Callable[..., Any]]] = {
+    MakeMoEConfig: ("MakeMoE", _watched_model), SoftMoEConfig: ("SoftMoE", _watched_soft_moe), MoEConfig: ("MoE", _watched_layer),
+}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.porting.families.hf import family_named
+from jax_moe.porting.families import architecture_of
 from jax_moe.porting.torch_tensors import import_torch
 from moe_parity.sides.hooks import Watch, first, watching
 from moe_parity.stages import Place
@@ -60,7 +60,7 @@ def trace_transformers(path: Path, model_type: str, tokens_BT: np.ndarray, dtype
     transformers, torch = import_transformers(), import_torch("parity")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, family_named(model_type).architecture)
+    kind = getattr(transformers, architecture_of(model_type))
     inputs = torch.from_numpy(np.asarray(tokens_BT, np.int64))
     with widened() if dtype == "float64" else nullcontext(), watching() as watch:
         reference = kind.from_pretrained(

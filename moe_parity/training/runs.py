@@ -18,10 +18,9 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.families import tables_of
+from jax_moe.porting.families import reference_table
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
-from moe_parity.compare import FUSED
 from moe_parity.compare import settings as computing_in
 from moe_parity.sides.transformers import import_transformers, widened
 from moe_parity.training.jax_side import Curve, JaxTrainer, decoder_loss, expert_counts, makemoe_loss
@@ -156,7 +155,7 @@ def makemoe_sides(checkpoint: Checkpoint, settings: TrainSettings, dtype: str) -
     """A makeMoE language model and `torch_ref`'s."""
     config = checkpoint.config
     weights = {name: np.asarray(value, dtype) for name, value in to_torch(checkpoint.module).items()}
-    model = from_torch(abstract_module("makemoe", config, np.dtype(dtype)), weights, cast=True)
+    model = from_torch(abstract_module(type(checkpoint.module), config, np.dtype(dtype)), weights, cast=True)
     return Sides(
         JaxTrainer(model, settings, makemoe_loss), TorchTrainer(make_makemoe(config, weights), settings, makemoe_loss_torch),
         partial(makemoe_numbers, config, settings), None, nullcontext,
@@ -171,7 +170,7 @@ def folder_sides(path: Path, settings: TrainSettings, dtype: str) -> Sides:
     with inside():
         reference = load_reference(path, model.origin.model_type, dtype)
         theirs = TorchTrainer(reference, settings, transformers_loss)
-    ours, layout = JaxTrainer(model, settings, decoder_loss), tables_of(model)[FUSED].name
+    ours, layout = JaxTrainer(model, settings, decoder_loss), reference_table(model).name
     return Sides(ours, theirs, partial(decoder_numbers, model.config, settings), layout, inside)
 
 
@@ -185,7 +184,7 @@ def train_folder(path: Path, settings: TrainSettings) -> list[Runs]:
 def train_checkpoint(checkpoint: Checkpoint, settings: TrainSettings) -> list[Runs]:
     """fp64 and fp32 runs of a makeMoE language model."""
     config = checkpoint.config
-    require(checkpoint.family == "makemoe", "family", checkpoint.family, "makemoe: only a language model is trained here")
+    require(checkpoint.of_characters, "family", checkpoint.family, "makemoe: only a language model is trained here")
     fits = settings.num_tokens <= config.block_size
     require(fits, "num_tokens", settings.num_tokens, f"at most the model's block, {config.block_size}")
     config.moe.expert_capacity(config.moe.group_size(settings.batch_size, settings.num_tokens))  # refuses too small a batch

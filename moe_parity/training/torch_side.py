@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config.models import MakeMoEConfig
-from jax_moe.porting.families.hf import family_named
+from jax_moe.porting.families import architecture_of
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
 from moe_parity.sides.transformers import import_transformers
 from moe_parity.training.jax_side import Curve
@@ -141,7 +141,7 @@ def load_reference(path: Path, model_type: str, dtype: str) -> Any:
     transformers, torch = import_transformers(), import_torch("parity")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, family_named(model_type).architecture)
+    kind = getattr(transformers, architecture_of(model_type))
     return kind.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager", local_files_only=True,
         output_router_logits=True,

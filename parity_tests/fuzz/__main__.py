@@ -156,20 +156,15 @@ def kinds() -> dict[str, Kind]:
 
     files = _made()
 
-    def opened(folder: Path) -> None:
-        with open_folder(folder):
-            pass
-
+    config = {"config.json": files["hf/config.json"]}
     weights = {"model.safetensors": files["hf/model.safetensors"]}
     shard = {"model-00001-of-00001.safetensors": files["hf/model.safetensors"], "config.json": files["hf/config.json"]}
     ours = {"weights.safetensors": files["ours/weights.safetensors"]}
     index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(files["names"], next(iter(shard)))}).encode()
     found = {
-        "Hugging Face config.json": Kind("config.json", lambda: files["hf/config.json"], opened, lambda: weights),
-        "safetensors": Kind(
-            "model.safetensors", lambda: files["hf/model.safetensors"], opened, lambda: {"config.json": files["hf/config.json"]}
-        ),
-        "index": Kind("model.safetensors.index.json", lambda: index, opened, lambda: shard),
+        "Hugging Face config.json": Kind("config.json", lambda: files["hf/config.json"], open_folder, lambda: weights),
+        "safetensors": Kind("model.safetensors", lambda: files["hf/model.safetensors"], open_folder, lambda: config),
+        "index": Kind("model.safetensors.index.json", lambda: index, open_folder, lambda: shard),
         "our config.json": Kind("config.json", lambda: files["ours/config.json"], load, lambda: ours),
         "npy": Kind("x.npy", lambda: files["npy"], lambda folder: read_npy(folder / "x.npy")),
         "metrics": Kind("metrics.jsonl", lambda: files["metrics"], metrics.read),
@@ -181,11 +176,8 @@ def kinds() -> dict[str, Kind]:
         "Orbax manifest": _among(SAMPLES / "soft_moe_orbax", "state/manifest.ocdbt", _load_orbax, share=SLOW),
     }
     if importlib.util.find_spec("torch"):
-        from jax_moe.porting.recognise import Choices
-        from jax_moe.porting.training_files import read_training
-
         found["pt"] = Kind("x.pt", lambda: files["pt"], lambda folder: load(folder / "x.pt"))
-        found["training pt"] = Kind("x.pt", lambda: files["training"], lambda f: read_training(f / "x.pt", Choices()))
+        found["training pt"] = Kind("x.pt", lambda: files["training"], lambda f: load(f / "x.pt", with_optimizer=True))
     return found
 
 

@@ -1,8 +1,7 @@
 """A folder of weights: `.safetensors` files, read tensor by tensor, or PyTorch `.bin` files, with their index."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-@contextmanager
-def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
+def open_weights(directory: Path) -> dict[str, Header]:
     """{name: header} of the folder's tensors. Raises ValueError naming every missing, broken or contradictory file."""
     files, listed = files_of(directory)
     errors: list[str] = []
@@ -37,7 +35,7 @@ def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
     if errors:
         more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
-    yield headers
+    return headers
 
 
 def _against_index(file: str, found: Mapping[str, Header], listed: Mapping[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ from jax_moe.config.checks import shorten
 from jax_moe.disk import verify
 from jax_moe.guarded import parse_json
 from jax_moe.porting.formats.judged import check_optimizer
+from jax_moe.porting.formats.own_folder import OPTIMIZER as FILE
 from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
 from jax_moe.porting.optimizer.groups import check_groups
 from jax_moe.porting.optimizer.optax_state import fill
@@ -27,7 +28,6 @@ from jax_moe.porting.optimizer.state import Moments
 from jax_moe.porting.optimizer.step_counts import counts_of, own_steps_of
 from jax_moe.porting.state_dict import flatten, from_torch_tree, to_torch, tree_plan
 
-FILE = "optimizer.safetensors"
 MOST_PLAIN = 1_000_000  # values within a plain value
 KEY = "optimizer"  # in the metadata
 COUNTS = "step."  # prefix of the path of experts with step counts of their own
