@@ -76,5 +76,6 @@ def _places(plan: Plan) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """{path of the experts: [*L, E]}."""
     found = ((experts_of(path), shape) for path, shape in plan.our_shapes.items())
-    return {one[0]: tuple(shape[: -one[1]]) for one, shape in found if one is not None}
+    return {experts[0]: tuple(shape[: -experts[1]]) for experts, shape in found if experts is not None}
