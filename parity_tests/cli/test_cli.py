@@ -115,7 +115,7 @@ def test_generate_writes_text_and_needs_the_characters(tmp_path: Path, capsys: p
     assert main(sampled) == 0 and main(sampled) == 0
     again = capsys.readouterr().out.split()
     assert again[0] == again[1]
-    assert "it has no 'x', 'z'" in fails(capsys, "generate", tmp_path / "folder", "--prompt", "zax")
+    assert "the model has no 'x', 'z'" in fails(capsys, "generate", tmp_path / "folder", "--prompt", "zax")
     assert "top_p=2.0" in fails(capsys, "generate", tmp_path / "folder", "--prompt", "a", "--sample-top-p", "2")
     assert "11 different characters" in fails(capsys, *port[:2], tmp_path / "x", "--text", __file__)
 
