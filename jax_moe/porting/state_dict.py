@@ -12,7 +12,7 @@ from flax import nnx
 from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.errors import PortError
-from jax_moe.porting.families import tables_of
+from jax_moe.porting.families import default_table, tables_of
 from jax_moe.porting.table.plan import Plan, Shapes, check, make_plan, their_names, to_ours, to_theirs
 from jax_moe.stored import kept_paths, stored_state, stored_variables
 
@@ -81,7 +81,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
     tree's arrays under the same names, masks left out. Raises PortError if the tree does not fit.
     """
     variables = stored_variables(layer)
-    table_name = layout or tables_of(layer)[0].name
+    table_name = layout or default_table(layer).name
     if tree is None:
         shapes = {path: v.shape for path, v in variables.items()}
         plan = _choose_plan(layer, shapes, None, layout)

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jax_moe.disk import same_bits, sync
 from jax_moe.porting.formats.orbax import plain, quiet, save_tree
-from train.run.metrics import write_whole
+from train.run.whole import write_whole
 
 KEEP = 2  # should the newest be damaged, the one before is still there
 BATCH_BYTES = 1 << 28  # read back at a time
