@@ -54,7 +54,7 @@ class TrainSettings:
 
 
 def texts(vocab_size: int, settings: TrainSettings, step: int, length: int) -> np.ndarray:
-    """Tokens [accumulation, batch_size, length]: each token is followed by one of its SUCCESSORS possible next tokens."""
+    """Tokens [accumulation, batch_size, length]: each is followed by one of its SUCCESSORS possible next tokens."""
     following = np.random.default_rng([settings.seed, 0]).integers(0, vocab_size, (vocab_size, SUCCESSORS))
     draw = np.random.default_rng([settings.seed, 1, step])
     tokens = np.empty((settings.accumulation, settings.batch_size, length), np.int32)
