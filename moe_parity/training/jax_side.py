@@ -36,12 +36,13 @@ class Curve:
 def schedule(settings: TrainSettings) -> optax.Schedule:
     """`settings.rate` as an optax schedule."""
     warmup, peak = settings.warmup_steps, settings.learning_rate
-    decay = optax.cosine_decay_schedule(peak, max(1, settings.steps - warmup), alpha=settings.final_learning_rate / peak)
+    lowest = settings.final_learning_rate / peak
+    decay = optax.cosine_decay_schedule(peak, max(1, settings.steps - warmup), alpha=lowest)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
 
 
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """AdamW as torch has it."""
+    """AdamW with the update rule of torch."""
     return adamw_as_torch(
         schedule(settings), weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen
     )
