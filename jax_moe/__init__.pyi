@@ -1,4 +1,5 @@
 from . import activations as activations
+from . import arguments as arguments
 from . import arrays as arrays
 from . import attention as attention
 from . import config as config

@@ -105,7 +105,7 @@ def _chosen(model: MoE, family: str) -> dict[str, Any]:
     """The settings that a file of the family would leave open, as this layer has them."""
     rule = model.config.capacity
     slots = None if rule is None else rule.slots
-    factor = 0.0 if rule is None else rule.factor
+    factor = "none" if rule is None else rule.factor
     values: Mapping[str, Any] = {
         "top_k": model.config.top_k, "dropout": model.config.expert.dropout, "expert_capacity": slots,
         "capacity_factor": None if slots is not None else factor,

@@ -2,11 +2,11 @@
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from jax_moe import presets
 from jax_moe.config.models import MakeMoEConfig
-from jax_moe.config.moe import Activation, MoEConfig, SoftMoEConfig
+from jax_moe.config.moe import Activation, CapacityConfig, MoEConfig, SoftMoEConfig
 from jax_moe.porting.table.plan import Shapes
 
 # A name that the family has and no other: the first one found decides.
@@ -38,8 +38,8 @@ class Choices:
 
     top_k: int | None = None
     """Experts a token goes to."""
-    capacity_factor: float | None = None
-    """makeMoE's or Switch's capacity factor; 0 is dropless."""
+    capacity_factor: float | Literal["none"] | None = None
+    """makeMoE's or Switch's capacity factor; none is dropless."""
     expert_capacity: int | None = None
     """Switch: slots of an expert in a sequence, whatever its length, in place of a factor."""
     dropout: float | None = None
@@ -71,8 +71,8 @@ def config_of(family: str, shapes: Shapes, choices: Choices) -> MakeMoEConfig | 
     if foreign:
         has = ", ".join(ASKED[family]) or "none"
         raise ValueError(f"{', '.join(foreign)}: must be a setting of {family} (it has {has})")
-    if chosen.get("capacity_factor") == 0:
-        chosen["capacity_factor"] = None
+    if "capacity_factor" in chosen:
+        chosen["capacity_factor"] = _factor(chosen["capacity_factor"])
     if family == "makemoe":
         return _language_model(shapes, chosen)
     if family == "soft_moe":
@@ -104,6 +104,17 @@ def assumed_choices(family: str, config: MakeMoEConfig | MoEConfig | SoftMoEConf
             "capacity_factor": None if capacity is None else float(capacity.exact_factor),
         }
     return {name: values[name] for name in ASKED[family] if name not in given}
+
+
+def _factor(said: Any) -> Any:
+    """A capacity factor as the contracts have it: None is dropless. Raises ValueError."""
+    if said == "none":
+        return None
+    try:
+        CapacityConfig(factor=said)
+    except ValueError:
+        raise ValueError(f"capacity_factor={said!r}: must be a number above 0, or none (nothing is dropped)") from None
+    return said
 
 
 def _language_model(shapes: Shapes, chosen: dict[str, Any]) -> MakeMoEConfig:

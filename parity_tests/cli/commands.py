@@ -37,7 +37,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def command(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, after some Python."""
-    code = f"{before}\nimport sys\nfrom moe_cli.arguments import main\nsys.exit(main({[str(one) for one in arguments]!r}))"
+    code = f"{before}\nimport sys\nfrom moe_cli.main import main\nsys.exit(main({[str(one) for one in arguments]!r}))"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
 
