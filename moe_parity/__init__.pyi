@@ -1,4 +1,5 @@
 from . import batch as batch
+from . import choices as choices
 from . import compare as compare
 from . import explanation as explanation
 from . import mapping as mapping
@@ -8,7 +9,6 @@ from . import pages as pages
 from . import report as report
 from . import sides as sides
 from . import stages as stages
-from . import tolerances as tolerances
 from . import training as training
 from .explanation.search import Answer as Answer
 from .explanation.search import Explanation as Explanation

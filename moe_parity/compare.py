@@ -29,13 +29,13 @@ from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from jax_moe.porting.torch_tensors import import_torch
 from jax_moe.soft_moe import SoftMoE
+from moe_parity.choices import Verdict
 from moe_parity.explanation import search
 from moe_parity.report import Report
 from moe_parity.sides.jax_moe import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
 from moe_parity.sides.torch_ref import trace_torch_ref
 from moe_parity.sides.transformers import import_transformers, trace_transformers
-from moe_parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
-from moe_parity.tolerances import TOLERANCES
+from moe_parity.stages import TOLERANCES, Place, StageResult, Trace, first_divergence, judge, pair
 
 FUSED = 1  # the place among a family's tables of the names that transformers has in memory
 OWN, TAPPED = Place("own_call", None, "against our taps"), Place("tapped")
@@ -235,5 +235,5 @@ def checkpoint_there_and_back(checkpoint: Checkpoint) -> StageResult:
 
 def _tensors_that_differ(names: list[str], count: int) -> StageResult:
     where = f"{len(names)} of {count} tensors differ, first {names[0]}" if names else ""
-    verdict = "wrong number" if names else "same"
+    verdict: Verdict = "wrong number" if names else "same"
     return StageResult("weights there and back", None, "checkpoint", float(len(names)), 0.0, verdict, where)

@@ -6,13 +6,13 @@ from pathlib import Path
 if __name__ == "__main__":
     # The script's own folder would hide the package `train` behind this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.run.interrupt import leave  # first: it answers Ctrl-C during the imports below
 
     try:
+        import train.run.interrupt  # first: an interrupt during the next import needs it
         from train.loop import main
 
         status = main()
     except KeyboardInterrupt:  # during an import, or a second Ctrl-C while the first is answered
         print("stopped at once, nothing more was saved", file=sys.stderr)
         status = 130
-    leave(status)
+    train.run.interrupt.leave(status)

@@ -4,7 +4,8 @@ Of the folder only config.json and the weights are used, no code.
 """
 
 import importlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 from jax_moe.porting.families.hf import family_named
 from jax_moe.porting.torch_tensors import import_torch
 from moe_parity.sides.hooks import Watch, first, watching
-from moe_parity.sides.widened import widened
 from moe_parity.stages import Place
 
 
@@ -25,6 +25,34 @@ def import_transformers() -> Any:
     except ImportError:
         hint = "pip install 'jax-moe[hf]'"
         raise ValueError(f"parity of a Hugging Face folder needs transformers, which is not installed: {hint}") from None
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    """transformers in fp64 throughout: inside, every float32 that its code names becomes float64.
+
+    transformers upcasts to float32 by name where we upcast to float32 or wider. The counts of its balance loss stay in
+    float32, which holds them exactly.
+    """
+    torch = import_torch("parity")
+    from torch.overrides import TorchFunctionMode
+
+    def wider(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    class Widened(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func is torch.Tensor.float:
+                return args[0].double()
+            return func(*map(wider, args), **{name: wider(value) for name, value in (kwargs or {}).items()})
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def trace_transformers(path: Path, model_type: str, tokens_BT: np.ndarray, dtype: str, grads: bool) -> dict[Place, np.ndarray]:

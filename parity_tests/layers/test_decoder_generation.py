@@ -12,6 +12,7 @@ from flax import nnx
 
 from jax_moe import Decoder, DecoderConfig, generate, presets
 from jax_moe.config.attention import RopeConfig
+from jax_moe.generation import cache as generation_cache
 from jax_moe.generation import loop
 from jax_moe.generation.cache import Cache, decode, prefill
 from jax_moe.generation.loop import bucket
@@ -56,7 +57,7 @@ def cached_logits(model: Decoder, off: int = 0, blind: bool = False) -> np.ndarr
     found = [logits]
     with pytest.MonkeyPatch.context() as patch:
         if blind:
-            patch.setattr(cache, "layer_windows", lambda config: None)
+            patch.setattr(generation_cache, "layer_windows", lambda config: None)
         for slot in range(PROMPT, LENGTH):
             logits, cache = proceed(model, jnp.asarray(TEXT[:, slot]), jnp.asarray(slot + off, jnp.int32), cache)
             found.append(logits)

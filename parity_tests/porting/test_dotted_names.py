@@ -42,7 +42,7 @@ def resolved(*dotted: str) -> subprocess.CompletedProcess[str]:
 
 def test_names_of_the_documents_resolve() -> None:
     found = names()
-    assert "jax_moe.sharding.mesh.expert_mesh" in found
+    assert "jax_moe.sharding.expert_mesh" in found
     if importlib.util.find_spec("torch") is None:
         found = [name for name in found if not name.startswith("torch_ref.")]
     done = resolved(*found)
@@ -50,7 +50,7 @@ def test_names_of_the_documents_resolve() -> None:
 
 
 def test_a_wrong_name_is_caught() -> None:
-    done = resolved("jax_moe.sharding.mesh.expert_mash")
+    done = resolved("jax_moe.sharding.expert_mash")
     assert done.returncode != 0 and "expert_mash" in done.stderr
 
 

@@ -28,7 +28,7 @@ from jax_moe import presets
 from jax_moe.porting.families import tables_of
 from moe_parity.compare import FUSED
 from moe_parity.sides.jax_moe import tap_makemoe
-from moe_parity.sides.widened import widened
+from moe_parity.sides.transformers import widened
 from moe_parity.stages import Place
 from parity_tests.shared.filled import filled
 from parity_tests.table.sides import tensor

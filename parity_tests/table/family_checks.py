@@ -17,7 +17,7 @@ import jax_moe
 from jax_moe.losses import pool_balance_loss
 from jax_moe.porting.families import tables_of
 from jax_moe.porting.formats.safetensors import read_safetensors
-from moe_parity.sides.widened import widened
+from moe_parity.sides.transformers import widened
 from parity_tests.shared.compare import check_close, check_exact
 from parity_tests.shared.quick import QUICK
 from parity_tests.table.checks import Column, always
