@@ -10,6 +10,7 @@ from . import dropout as dropout
 from . import experts as experts
 from . import generation as generation
 from . import guarded as guarded
+from . import initializers as initializers
 from . import kernels as kernels
 from . import locks as locks
 from . import losses as losses

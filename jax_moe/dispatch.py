@@ -1,6 +1,6 @@
 """Routing -> expert buffers, and back: groups, queues, drops, and the dense one-hot reference.
 
-A dispatcher is a function (x_GSD, routing, slots, moves) -> y_GSD; the faster ones live in `kernels/` under the same
+A dispatcher is a function (x_GSD, routing, slots, moves) -> y_GSD. The faster dispatchers in `kernels/` have the same
 signature. All of them share `assign_slots`, so they drop the same tokens.
 """
 
@@ -16,32 +16,32 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shape
 from jax_moe.dropout import apply_keep, draw_keep, dropout
 from jax_moe.routing import Routing, safe_denominator
 
-LARGEST_KEY = 2**31 - 1  # of an int32: queue and turn are sorted as one number up to here
+LARGEST_KEY = 2**31 - 1  # int32: queue and turn are packed into a single sort key up to this value
 
 
 class Slots(NamedTuple):
-    """Where each choice stands in its expert's queue, after drops."""
+    """The position of each choice in its expert's queue, after drops."""
 
     slot_GSK: Int[Array, "G S K"]  # 0 .. C-1; exactly C for a choice that was dropped or belongs to padding
     weight_GSK: Float[Array, "G S K"]  # 0 for a dropped choice
 
 
 class Moves(NamedTuple):
-    """What a dispatcher needs besides the tokens."""
+    """What a dispatcher needs besides tokens, routing and slots."""
 
     config: MoEConfig
     capacity: int
-    apply: Callable  # (x_ECD, expert_E or None) -> y_ECD: the experts; expert_E names whose weights serve each E
-    weights: Mapping[str, Array]  # the same experts' parameters, for a dispatcher with a backward of its own
-    dropout_key: PRNGKeyArray | None = None  # draws fresh dropout
-    keep_GSKD: Bool[Array, "G S K D"] | None = None  # given dropout mask instead
+    apply: Callable  # the experts, (x_ECD, expert_E or None) -> y_ECD; expert_E picks the weights for each row of E
+    weights: Mapping[str, Array]  # the parameters of the same experts, for a dispatcher with a backward of its own
+    dropout_key: PRNGKeyArray | None = None  # draws the dropout mask
+    keep_GSKD: Bool[Array, "G S K D"] | None = None  # a given dropout mask
 
     def dropout(self, y: Float[Array, "*any"]) -> Float[Array, "*any"]:
-        """Answers with fresh dropout, in whatever shape the dispatcher holds them; as they are without a key."""
+        """Answers of any shape with a freshly drawn dropout mask; unchanged without a key."""
         return dropout(y, self.config.expert.dropout, self.dropout_key)
 
     def keep(self, shape: tuple[int, ...]) -> Bool[Array, "*any"] | None:
-        """The dropout mask of all choices, given or drawn; None without dropout."""
+        """The dropout mask of all choices, given or drawn; None if there is no dropout."""
         if self.keep_GSKD is not None:
             return self.keep_GSKD.reshape(shape)
         rate = self.config.expert.dropout
@@ -49,7 +49,7 @@ class Moves(NamedTuple):
 
 
 def split_groups(x_BT: Shaped[Array, "B T *rest"], group_size: int) -> Shaped[Array, "G S *rest"]:
-    """Tokens in flat order cut into groups of S, at least one; the last group is padded with zeros."""
+    """Tokens in flat order cut into groups of S, at least one group; the last group is padded with zeros."""
     B, T, *rest = x_BT.shape
     num_groups = max(-(-B * T // group_size), 1)
     flat = x_BT.reshape(B * T, *rest)
@@ -71,7 +71,7 @@ def queue_positions(
     priority: Priority,
     mask_GS: Bool[Array, "G S"] | None = None,
 ) -> Int[Array, "G S K"]:
-    """How many choices stand before this one in its expert's queue (int32: bf16 counts collide above 256)."""
+    """The number of choices before each choice in its expert's queue (int32: bf16 counts collide above 256)."""
     G, S, K = expert_GSK.shape
     R = S * K
     queue_GSK = expert_GSK if mask_GS is None else jnp.where(mask_GS[..., None], expert_GSK, num_experts)
@@ -80,7 +80,7 @@ def queue_positions(
 
 
 def _turns(weight_GSK: Float[Array, "G S K"], priority: Priority) -> Int[Array, "G S K"]:
-    """When each choice of a group takes its place, 0 first; never two at once."""
+    """The order in which the choices of a group take their places: a permutation of 0 .. S * K - 1."""
     G, S, K = weight_GSK.shape
     if priority == "token":
         return jnp.broadcast_to(jnp.arange(S * K, dtype=jnp.int32).reshape(S, K), (G, S, K))
@@ -93,12 +93,12 @@ def _turns(weight_GSK: Float[Array, "G S K"], priority: Priority) -> Int[Array, 
 
 
 def _descending(weight_GR: Float[Array, "G R"]) -> Int[Array, "G R"]:
-    """The rank of each weight in its group, the highest first; among equals the lower index."""
+    """The rank of each weight in its group, highest first; on equal weights the lower index first."""
     return jax.vmap(_inverse)(jnp.argsort(-weight_GR, axis=1, stable=True))
 
 
 def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int) -> Int[Array, " R"]:
-    """How many of its queue come before each, by turn (a permutation): one sort, where one-hot sums would cost R * E."""
+    """The rank of each choice in its queue, in the order of turns. One sort; one-hot sums would cost R * E."""
     R = queue_R.shape[0]
     if num_queues * R <= LARGEST_KEY:
         sorted_R = jax.lax.sort(queue_R * R + turn_R)
@@ -112,8 +112,9 @@ def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int)
 
 
 def _inverse(order_R: Int[Array, " R"]) -> Int[Array, " R"]:
-    """Where each index stands in a permutation."""
-    return jnp.zeros(order_R.shape, jnp.int32).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
+    """The inverse of a permutation."""
+    place_R = jnp.arange(order_R.size, dtype=jnp.int32)
+    return jnp.zeros(order_R.shape, jnp.int32).at[order_R].set(place_R, unique_indices=True)
 
 
 def assign_slots(
@@ -123,7 +124,10 @@ def assign_slots(
     mask_GS: Bool[Array, "G S"] | None = None,
     capacity_limit: Int[Array, ""] | None = None,
 ) -> Slots:
-    """Drops what does not fit. `capacity_limit`, at most `capacity`, is a traced queue length for growing prompts."""
+    """Slots of the choices within the capacity; the others are dropped.
+
+    `capacity_limit`, at most `capacity`, is a traced queue length for growing prompts.
+    """
     priority = config.capacity.priority if config.capacity else "token"
     position_GSK = queue_positions(routing.expert_GSK, routing.weight_GSK, config.num_experts, priority, mask_GS)
     kept_GSK = position_GSK < (capacity if capacity_limit is None else capacity_limit)
@@ -137,17 +141,19 @@ def assign_slots(
 
 
 def round_weights(slots: Slots, config: MoEConfig, dtype: DTypeLike) -> Slots:
-    """Weights rounded to the input's dtype where the contract says so (Qwen), and kept wide where not (Mixtral)."""
+    """Weights rounded to the input's dtype where the contract says so (Qwen), else in fp32 or wider (Mixtral)."""
     if config.router.weight_dtype == "float32":
         return slots
     return slots._replace(weight_GSK=slots.weight_GSK.astype(dtype).astype(slots.weight_GSK.dtype))
 
 
-def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+def einsum_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
     """The reference: one-hot dispatch and combine tensors [G, S, E, C] contracted by einsum (GShard, arXiv 2006.16668).
 
-    They cost 2 * S * E * C * D besides the experts, so keep groups bounded. Without a capacity every expert sees every token
-    (E / K times the work), and the tensors are [G, S, E].
+    They cost 2 * S * E * C * D besides the experts, so keep groups bounded. Without a capacity every expert sees every
+    token (E / K times the work), and the tensors are [G, S, E].
     """
     config, dtype = moves.config, x_GSD.dtype
     kept_GSK1 = (slots.slot_GSK < moves.capacity)[..., None].astype(dtype)

@@ -13,6 +13,7 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
+from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.routing import Routing, noise_scale, route, router_logits
@@ -30,14 +31,14 @@ class Router(nnx.Module):
         self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
-        init = kernel_init or jax.nn.initializers.lecun_normal()
+        init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
         learned = config.router.noise == "learned_gaussian"
         bound = config.model_dim**-0.5
         for prefix in ("", "noise_") if learned else ("",):
             kernel = init(rngs.params(), (config.model_dim, config.num_experts), param_dtype)
             setattr(self, f"{prefix}kernel", nnx.Param(kernel))
             if config.router.bias:
-                bias = jax.random.uniform(rngs.params(), (config.num_experts,), param_dtype, -bound, bound)
+                bias = uniform(bound)(rngs.params(), (config.num_experts,), param_dtype)
                 setattr(self, f"{prefix}bias", nnx.Param(bias))
         if config.router.correction_bias:
             self.correction_bias = CorrectionBias(jnp.zeros((config.num_experts,), jnp.float32))
@@ -71,7 +72,7 @@ class MoE(nnx.Module):
         if config.expert.shared_dim:
             self.shared = Experts(1, config.model_dim, config.expert.shared_dim, _shared(config.expert), **kwargs)
             if config.expert.shared_gate:
-                init = jax.nn.initializers.lecun_normal()
+                init = rounded(jax.nn.initializers.lecun_normal())
                 self.shared_gate = nnx.Param(init(rngs.params(), (config.model_dim, 1), param_dtype))
 
     def __call__(

@@ -10,7 +10,7 @@ LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
 
 
 def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
-    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
+    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast variance loses digits)."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
 
 
@@ -22,7 +22,7 @@ def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float)
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with its own scale."""
+    """`rms_norm` with a learned scale."""
 
     def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32):
         self.eps = eps

@@ -1,4 +1,4 @@
-"""Mixture of Experts in PyTorch, plain: what `jax_moe` does in batches, by loops that one can read."""
+"""Mixture of Experts in plain PyTorch: readable loops that compute what `jax_moe` computes in batches."""
 
 from jax_moe import presets
 from jax_moe.config import (

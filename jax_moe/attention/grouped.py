@@ -9,6 +9,7 @@ from jax_moe.attention.rope import rotate
 from jax_moe.config.models import DecoderConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout
+from jax_moe.initializers import rounded
 from jax_moe.norms import RMSNorm
 
 Rotations = tuple[Array, Array]
@@ -24,7 +25,7 @@ class GroupedAttention(nnx.Module):
     def __init__(
         self, config: DecoderConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer, param_dtype: DTypeLike = jnp.float32
     ):
-        self.config = config
+        self.config, kernel_init = config, rounded(kernel_init)
         D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
         for name, heads in (("query", H), ("key", J), ("value", J)):
             setattr(self, name, nnx.Param(kernel_init(rngs.params(), (D, heads, A), param_dtype)))

@@ -8,6 +8,7 @@ from jax_moe.arrays import checked, checked_input, dims_of_settings
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout, fold
+from jax_moe.initializers import rounded, uniform
 
 
 def attention_weights(
@@ -33,7 +34,7 @@ class Attention(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config
-        init = kernel_init or jax.nn.initializers.lecun_normal()
+        init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
         D, H, A = config.model_dim, config.num_heads, config.head_dim
 
         def kernel(*shape: int) -> nnx.Param:
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
         else:
             self.qkv = nnx.Param(jnp.stack([kernel(D, H, A)[...] for _ in range(3)], axis=1))
         self.out = kernel(H, A, D)
-        self.out_bias = nnx.Param(jax.random.uniform(rngs.params(), (D,), param_dtype, -(D**-0.5), D**-0.5))
+        self.out_bias = nnx.Param(uniform(D**-0.5)(rngs.params(), (D,), param_dtype))
 
     def __call__(
         self,

@@ -1,8 +1,9 @@
-"""Dropless (or not) by sorting: rows grouped by expert, one loop over tiles of rows, with a backward of its own.
+"""Rows sorted by expert, dropless or not: a loop over tiles of rows, with a backward of its own.
 
-A tile gathers its tokens, applies its expert and adds the weighted answers to the tokens' sums, all while they are in cache:
-no buffer of sorted rows is ever written. The backward walks the same tiles. It reuses the saved pre-activations, and gets the
-gradient of a choice's weight from the hidden units (w * (h W) = (w * h) W), so no answer has to be saved.
+Each tile gathers its tokens, applies its expert and adds the weighted answers to the tokens' sums, all while they are
+in cache: no buffer of sorted rows is ever written. The backward walks the same tiles. It reuses the saved
+pre-activations, and gets the gradient of a choice's weight from the hidden units (w * (h W) = (w * h) W), so no answer
+has to be saved.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from jax_moe.routing import Routing
 
 
 class Plan(NamedTuple):
-    """What is static: the contract of the experts and the tiles' sizes."""
+    """The static arguments: the contract of the experts and the sizes of the tiles."""
 
     config: ExpertConfig
     sizes: tuple[int, ...]
@@ -45,21 +46,23 @@ class Tile(NamedTuple):
     full: bool  # not its expert's first
     expert: Int[Array, ""]
     first: Int[Array, ""]  # its first row
-    choice_R: Int[Array, " r"]  # the choice in each row; S * K in a spare row, where what is read is 0 and nothing is written
+    choice_R: Int[Array, " r"]  # the choice in each row; S * K in a spare row, which reads zeros and writes nothing
     token_R: Int[Array, " r"]
     factor_R1: Float[Array, "r 1"]  # the choices' weights
-    own: Weights  # of its expert
+    own: Weights  # its expert's
 
 
 class Gradients(NamedTuple):
-    """What the backward adds up, tile by tile."""
+    """What the backward accumulates over the tiles."""
 
     x_SD: Float[Array, "S D"]
     weight_R: Float[Array, " R"]  # of the choices in flat order
     weights: dict[str, Array]
 
 
-def grouped_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+def grouped_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
     """Same answer as `einsum_dispatch`; work grows with the kept choices, not with E."""
     G, S, D = x_GSD.shape
     config = moves.config
@@ -67,10 +70,9 @@ def grouped_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slot
     sizes = tile_sizes(G * S * K, E)
     tiles = plan_tiles(routing, slots, moves.capacity, E, sizes)
     keep_SKD = moves.keep((G * S, K, D))
-    answer = grouped_experts(
-        Plan(config.expert, sizes), x_GSD.reshape(-1, D), slots.weight_GSK.reshape(-1, K), dict(moves.weights), tiles, keep_SKD
-    )
-    return answer.reshape(G, S, D)
+    x_SD, weight_SK = x_GSD.reshape(-1, D), slots.weight_GSK.reshape(-1, K)
+    y_SD = grouped_experts(Plan(config.expert, sizes), x_SD, weight_SK, dict(moves.weights), tiles, keep_SKD)
+    return y_SD.reshape(G, S, D)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,7 +111,7 @@ def _save(plan: Plan, *arguments: Any) -> tuple[Array, tuple[Inputs, Array]]:
 
 
 def _backward(plan: Plan, saved: tuple[Inputs, Array], g_SD: Array) -> tuple:
-    """The gradients of the arguments of `grouped_experts` but the plan."""
+    """The gradients of all arguments of `grouped_experts` except the plan."""
     inputs, pre_PF = saved
 
     def step(tile: Tile, sums: Gradients) -> Gradients:
@@ -177,7 +179,7 @@ def _drop_out(rows_RD: Array, tile: Tile, inputs: Inputs, config: ExpertConfig) 
 
 
 def _enter(x_RD: Array, factor_R1: Array, own: Weights, config: ExpertConfig) -> Array:
-    """x W + b for gate and up side by side, in one product; x times the choices' weights where these act on the input."""
+    """x W + b for gate and up side by side, in one product; x is weighted first where weights act on the input."""
     names = ("gate", "up") if config.gated else ("up",)
     if config.weight_on == "input":
         x_RD = (x_RD * factor_R1).astype(x_RD.dtype)
@@ -205,7 +207,7 @@ def _put(x: Array, rows: Array, first: Array) -> Array:
 
 
 def _put_expert(total: Array, own: Array, expert: Array, add: bool) -> Array:
-    """The expert's gradient in its place; its first tile sets it, the others add."""
+    """The expert's gradient put into `total`: its first tile sets it, later tiles add to it."""
     if add:
         own += jax.lax.dynamic_index_in_dim(total, expert, keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(total, own.astype(total.dtype), expert, axis=0)

@@ -1,7 +1,8 @@
 """Rows sorted by expert and cut into tiles: every tile belongs to one expert and has one of a few sizes.
 
-An expert's rows form a block: its first tile takes the remainder, in the smallest size that holds it, and full tiles follow.
-So the work is that of the choices plus less than one step per expert, for any number of experts and any load.
+The rows of an expert form a block: the first tile takes the remainder, in the smallest size that holds it, and full
+tiles follow. So the work is that of the choices plus less than one step per expert, for any number of experts and any
+load.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ class Tiles(NamedTuple):
 
     expert_I: Int[Array, " I"]  # the tile's expert
     row_I: Int[Array, " I"]  # the tile's first row
-    bound_N: Int[Array, " N"]  # index of the first tile of each size, then of the first full tile, then the number of tiles
+    bound_N: Int[Array, " N"]  # index of each size's first tile, then of the first full tile; last the number of tiles
     choice_P: Int[Array, " P"]  # the choice s * K + k in each row; S * K in a spare row
 
 
@@ -54,7 +55,7 @@ def tile_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
 
 def num_places(num_rows: int, num_experts: int, sizes: tuple[int, ...]) -> int:
-    """Rows of a buffer that holds every tile."""
+    """Number of rows of a buffer that holds every tile."""
     widest = max(np.diff((0, *sizes)))
     return num_rows + num_experts * int(widest)
 
@@ -86,7 +87,7 @@ def rank_choices(
 
 
 def lay_out(count_E: Int[Array, " E"], sizes: tuple[int, ...]) -> Blocks:
-    """Blocks for so many rows of each expert, one behind the other."""
+    """The blocks of experts with these numbers of kept choices, one after the other."""
     largest, size_N = sizes[-1], jnp.asarray(sizes, jnp.int32)
     tiles_E = jnp.maximum(-(-count_E // largest), 1)
     rest_E = count_E - (tiles_E - 1) * largest
@@ -119,10 +120,10 @@ def list_tiles(
     first_tile_E = blocks.rest_E + blocks.spare_E  # rows of it
     before_I = jnp.where(number_I == 0, 0, first_tile_E[expert_I] + (number_I - 1) * sizes[-1])
     row_I = blocks.first_E[expert_I] + before_I
-    # first tiles by their sizes, then full tiles, then what is no tile
-    full, none = len(sizes), len(sizes) + 1
+    # first tiles by their sizes, then full tiles, then the unused end of the list
+    full, unused = len(sizes), len(sizes) + 1
     kind_I = jnp.where(number_I == 0, blocks.size_E[expert_I], full)
-    kind_I = jnp.where(tile_I < end_E[-1], kind_I, none)
+    kind_I = jnp.where(tile_I < end_E[-1], kind_I, unused)
     order_I = jnp.argsort(kind_I, stable=True)
-    bound_N = jnp.searchsorted(kind_I[order_I], jnp.arange(none + 1)).astype(jnp.int32)
+    bound_N = jnp.searchsorted(kind_I[order_I], jnp.arange(unused + 1)).astype(jnp.int32)
     return expert_I[order_I], row_I[order_I], bound_N

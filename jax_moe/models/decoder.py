@@ -22,6 +22,7 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
+from jax_moe.initializers import rounded
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm
@@ -97,7 +98,7 @@ class Decoder(nnx.Module):
         kernel_init: nnx.Initializer | None = None, origin: Origin | None = None,
     ):
         self.config, self.origin = config, origin
-        init = kernel_init or jax.nn.initializers.normal(0.02)
+        init = rounded(kernel_init or jax.nn.initializers.normal(0.02))
         param_dtype = jnp.dtype(param_dtype)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)

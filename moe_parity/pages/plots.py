@@ -127,7 +127,8 @@ def margins(figure: Figure, stages: Sequence[StageResult]) -> None:
         axes.hlines(place(one.noise), i - 0.5, i + 0.5, color=COLOURS["allowed"], linestyle="--")
         _dot(axes, i, place(one.closest), "same", f"{one.name}: the closest choice has a margin of {one.closest:.2g}")
         for flip in one.flips:
-            words = f"{list(flip.index)}: JAX chose expert {flip.ours}, the reference {flip.theirs}, margin {flip.margin:.2g}"
+            chosen = f"JAX chose expert {flip.ours}, the reference {flip.theirs}"
+            words = f"{list(flip.index)}: {chosen}, margin {flip.margin:.2g}"
             _dot(axes, i, place(flip.margin), "flip" if flip.near_tie else "wrong", words)
     _label_mixtures(axes, stages)
 

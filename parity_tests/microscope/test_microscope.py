@@ -109,7 +109,7 @@ FAULTS: list[tuple[Callable[[Any], None], str]] = [
 def theirs() -> dict[Place, np.ndarray]:
     """The healthy other side, in fp64."""
     weights = {name: np.asarray(value, np.float64) for name, value in jax_moe.to_torch(model()).items()}
-    return trace_torch_ref("makemoe", SMALL, weights, tokens(), None, False)
+    return trace_torch_ref(SMALL, weights, tokens(), None, False)
 
 
 @pytest.mark.parametrize(("fault", "where"), FAULTS, ids=lambda one: getattr(one, "__name__", None))
@@ -139,7 +139,7 @@ def tied(upper: int) -> Any:
 def test_a_flip_at_a_near_tie_is_told_from_a_wrong_number() -> None:
     x = tokens(12)
     weights = {name: np.asarray(value) for name, value in jax_moe.to_torch(tied(0)).items()}
-    other = trace_torch_ref("makemoe", SMALL, weights, x, None, True)
+    other = trace_torch_ref(SMALL, weights, x, None, True)
     with settings("float32"):
         followed = compare_traces(tied(1), x, other, dtype="float32", grads=True)
         alone = compare_traces(tied(1), x, other, dtype="float32", replay=False)
@@ -168,7 +168,7 @@ def test_one_row_of_a_gradient_zeroed_is_seen() -> None:
     layer = make("moe_mixtral", 1)
     x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
     weights = {name: np.asarray(value) for name, value in jax_moe.to_torch(layer).items()}
-    other = trace_torch_ref("mixtral", layer.config, weights, x, cotangent(x), True)
+    other = trace_torch_ref(layer.config, weights, x, cotangent(x), True)
     name = Place("gradient", None, "experts.2.up.weight")
     with settings("float32"):
         assert first_divergence(compare_traces(layer, x, other, dtype="float32", grads=True)) is None

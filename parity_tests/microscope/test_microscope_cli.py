@@ -112,7 +112,7 @@ def test_a_fault_is_exit_status_1(model: Path, capsys: pytest.CaptureFixture[str
 
 
 def report(error: float = 1e-7, margin: float | None = None, layers: int = 2) -> Report:
-    results = [StageResult("weights there and back", None, "checkpoint", 0.0, 0.0, "same")]
+    results = [StageResult("round trip of weights", None, "checkpoint", 0.0, 0.0, "same")]
     for i in range(layers):
         flips = () if margin is None or i else (Flip((0, 1), 2, 3, margin, 1e-5),)
         verdict: Verdict = "same" if not flips else "flip at a near tie" if flips[0].near_tie else "wrong number"

@@ -28,9 +28,9 @@ def arrays(model):
     return {".".join(map(str, keys)): v[...] for keys, v in nnx.to_flat_state(nnx.state(model))}
 def saved(model, name):
     jax_moe.save_pretrained(model, folder.with_name(name), max_shard_bytes=2000)
-    with open_weights(folder) as one, open_weights(folder.with_name(name)) as two:
-        assert one.keys() == two.keys()
-        assert all(one[n].read().tobytes() == two[n].read().tobytes() for n in one)
+    one, two = open_weights(folder), open_weights(folder.with_name(name))
+    assert one.keys() == two.keys()
+    assert all(one[n].read().tobytes() == two[n].read().tobytes() for n in one)
 
 plain = jax_moe.load_pretrained(folder)
 one = arrays(plain)

@@ -88,7 +88,7 @@ def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
     ("main", "arguments", "words"),
     [
         (moe_layer.main, ["--shape", "1,2"], "shape='1,2': must be T,D,F,E,K"),
-        (moe_layer.main, ["--shape", "8,8,8,2,0"], "five integers of at least 1, or one of cpu, mixtral-8x7b, fine-grained"),
+        (moe_layer.main, ["--shape", "8,8,8,2,0"], "five integers of at least 1, or one of cpu, mixtral-8x7b"),
         (moe_layer.main, ["--shape", "8,8,8,2,3"], "shape='8,8,8,2,3': must be of K=3 at most E=2"),
         (moe_layer.main, ["--only", "megablocks"], "only='megablocks': must be one of dense limit"),
         (moe_layer.main, ["--rounds", "0"], "rounds=0: must be an integer of at least 1"),
