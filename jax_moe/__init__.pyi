@@ -19,6 +19,7 @@ from . import moe as moe
 from . import norms as norms
 from . import optimizers as optimizers
 from . import output as output
+from . import parameters as parameters
 from . import porting as porting
 from . import precision as precision
 from . import presets as presets

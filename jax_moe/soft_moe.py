@@ -12,6 +12,7 @@ from jax_moe.config.moe import SoftMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, wide
 from jax_moe.initializers import rounded
 from jax_moe.norms import layer_norm
+from jax_moe.parameters import declare, parameter, stacked
 
 UNIT_EPS = 1e-6  # added to a squared length under the root, as in V-MoE's soft router: a zero vector stays zero
 
@@ -53,14 +54,17 @@ class SoftExpert(nnx.Module):
         self.config = config
         widths, init = config.widths, orthogonal
         linears = [
-            nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+            declare(
+                nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs),
+                "soft_expert", kernel="I O", bias="O",
+            )
             for rows, columns in pairwise(widths)
         ]
         self.fcs, self.last_fc = nnx.List(linears[:-1]), linears[-1]
         if config.layer_norm:
-            self.layer_norms = nnx.List([layer_norm(width, rngs, param_dtype) for width in widths[1:-1]])
+            self.layer_norms = nnx.List([layer_norm(width, rngs, param_dtype, dim="O") for width in widths[1:-1]])
         if config.output_layer_norm:
-            self.last_ln = layer_norm(widths[-1], rngs, param_dtype)
+            self.last_ln = layer_norm(widths[-1], rngs, param_dtype, dim="O")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         """The MLP's answer, in the input's dtype."""
@@ -90,11 +94,11 @@ class SoftMoE(nnx.Module):
         self.config = config
         rngs = rngs or nnx.Rngs(0)
         shape = (config.model_dim, config.num_experts, config.num_slots)
-        self.phi = nnx.Param(rounded(jax.random.normal)(rngs.params(), shape, param_dtype))
+        self.phi = parameter(rounded(jax.random.normal)(rngs.params(), shape, param_dtype), "D E C", "router")
         if config.normalise:
-            self.scale = nnx.Param(jnp.ones((), param_dtype))
-        make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))
-        self.experts = make(rngs.split(config.num_experts))
+            self.scale = parameter(jnp.ones((), param_dtype), "", "gate")
+        make = lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype)  # noqa: E731
+        self.experts = stacked(make, rngs, config.num_experts, "E")
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None

@@ -17,8 +17,8 @@ CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
 # What each room of jax_moe may use of the rooms before it; a file at the top of the package is a room of its own.
 # Whatever is not named here belongs to SHARED or SENTENCE: files at the top that all rooms above config share.
 SHARED = (
-    "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "top_k", "output", "locks",
-    "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
+    "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters", "top_k",
+    "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
 )
 SENTENCE = ("routing", "dispatch", "experts", "losses", "moe", "soft_moe")
 ROOMS: dict[str, tuple[str, ...]] = {
