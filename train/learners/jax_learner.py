@@ -14,6 +14,7 @@ from jax import Array
 import jax_moe
 from jax_moe.config.precision import PRECISIONS
 from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
+from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.sharding.mesh import data_mesh, fitting_devices
 from jax_moe.sharding.place import put_batch
@@ -66,9 +67,9 @@ class JaxLearner:
         self.mesh = data_mesh(choose_devices(config))
         put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # ValueError if it does not divide
         self.key = jax.random.key(config.seed)
-        self.optimizer = make_optimizer(config.optimizer, config.steps)
         whole = replicated(self.mesh)
         self.graphdef, params, self.rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        self.optimizer = make_optimizer(config.optimizer, config.steps, declared(self.module(params)))
         self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=whole)(params)}
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
         self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
@@ -81,7 +82,7 @@ class JaxLearner:
 
     def _logits(self, params: State, tokens_BT: Array, **kwargs: Any) -> tuple[Array, MoEStats]:
         """Logits and statistics, computed in the precision of the settings."""
-        module = self.module(cast_to_compute(params, self.precision))
+        module = cast_to_compute(self.module(params), self.precision)
         logits_BTV, stats = module.logits_and_stats(tokens_BT, **kwargs)
         return logits_BTV.astype(self.precision.output), stats
 
