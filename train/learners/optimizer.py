@@ -18,7 +18,7 @@ def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 def make_optimizer(
     settings: OptimizerSettings, steps: int, declared: Mapping[str, Declared]
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW and clipping as torch has them (decay on all parameters, times the learning rate); `chosen` goes into its update."""
+    """AdamW and clipping as in torch: all parameters decay, times the learning rate. Its update takes `chosen`."""
     return adamw_as_torch(
         learning_rate(settings, steps), betas=(settings.beta1, settings.beta2), eps=settings.eps,
         weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen, declared=declared,

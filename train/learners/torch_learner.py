@@ -48,8 +48,8 @@ class TorchLearner:
         self.model.to(self.torch_device)
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.eps,
-            weight_decay=settings.weight_decay,
+            self.model.parameters(), lr=settings.learning_rate, betas=(settings.beta1, settings.beta2),
+            eps=settings.eps, weight_decay=settings.weight_decay,
         )
         self.rate = in_full_precision(learning_rate(settings, config.steps))
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
