@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from jax_moe.arguments import registry
 from train.configs import PRESETS
 from train.configs.adapt import EXPLICIT, Free, fit_settings, given
 from train.configs.settings import Start, TrainConfig, flat
@@ -52,7 +53,7 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     defaults = saved or PRESETS[preset or "quick"]
     defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
     config = tyro.cli(
-        TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,)
+        TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,), registry=registry
     )
     free = frozenset(flat(config)) - given(arguments) if saved is None else EXPLICIT
     return fit_settings(dataclasses.replace(config, out=start.out), free), saved, folder, free

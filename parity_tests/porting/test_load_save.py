@@ -33,7 +33,7 @@ MODELS: dict[str, Any] = {
 }
 FILES = {
     "makemoe": {"top_k": 2, "capacity_factor": 1.0, "dropout": 0.1}, "mixtral": {"top_k": 3},
-    "makemoe_layer": {"top_k": 2, "capacity_factor": 0.0, "dropout": 0.1}, "switch": {"expert_capacity": 3},
+    "makemoe_layer": {"top_k": 2, "capacity_factor": "none", "dropout": 0.1}, "switch": {"expert_capacity": 3},
     "soft_moe": {"hidden_activation": "relu", "output_activation": "identity", "residual": True},
 }
 
@@ -158,7 +158,7 @@ def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said in streams.err and len(streams.out) == 5
     assert main(["port", str(file), str(tmp_path / "folder")]) == 0
     assert said in capsys.readouterr().err
-    assert main([*generate, "--top-k", "1", "--capacity-factor", "0"]) == 0
+    assert main([*generate, "--top-k", "1", "--capacity-factor", "none"]) == 0
     assert "store them: dropout=0.1 (--dropout)\n" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "folder")]) == 0
     assert "assumed" not in capsys.readouterr().out

@@ -43,7 +43,7 @@ class ModelSettings:
     top_k: int = 2
     """Experts per character."""
     capacity_factor: float | None = 1.0
-    """An expert takes tokens * top-k / num-experts * this, the rest is dropped; None drops nothing."""
+    """An expert takes tokens * top-k / num-experts * this, the rest is dropped; none drops nothing."""
     dropout: float = 0.1
     """Dropout of attention weights, attention output and the experts' output."""
     noise: bool = True
@@ -67,7 +67,7 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     """On all parameters, times the learning rate."""
     clip_norm: float | None = None
-    """Scale gradients down to this global norm; None: never."""
+    """Scale gradients down to this global norm; none: never."""
     unchosen: Literal["skip", "decay"] = "decay"
     """Experts without tokens in a step: skip leaves them unchanged, as in PyTorch; decay applies decay and momentum."""
     warmup_steps: int = 0
@@ -77,7 +77,7 @@ class OptimizerSettings:
     final_learning_rate: float = 0.0
     """The learning rate at the end of the cosine."""
     balance_loss_weight: float | None = 0.0
-    """Times the load-balancing loss, added to the cross entropy; None: what a pretrained model's config.json says."""
+    """Times the load-balancing loss, added to the cross entropy; none: what a pretrained model's config.json says."""
     router_z_loss_weight: float = 0.0
     """Times the router z-loss, mean over layers, added to the cross entropy."""
 
@@ -191,7 +191,7 @@ def check(config: TrainConfig) -> None:
     one_device = config.framework == "jax" or config.num_devices in (None, 1)
     require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
     factor = config.model.capacity_factor
-    require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or None")
+    require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or none (nothing is dropped)")
     fresh = config.pretrained is None
     require(fresh or config.framework == "jax", "framework", config.framework, "'jax' with --pretrained")
     weights_once = fresh or config.init_from is None

@@ -17,6 +17,7 @@ from jax_moe.optimizers import in_full_precision
 from torch_ref.generation.generate import generate
 from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
 from torch_ref.models.block import Randomness
+from torch_ref.optimizers import clipped_step
 from torch_ref.precision import call_in, torch_dtype
 from torch_ref.unchosen import skip_unchosen
 from train.configs import TrainConfig
@@ -68,8 +69,6 @@ class TorchLearner:
         settings = self.config.optimizer
         self._seed(STEP, step)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = float(self.rate(step))
         loss, stats = self._loss(tokens_BT1, remat=self.config.remat)
         total = loss
         if settings.balance_loss_weight:
@@ -80,9 +79,7 @@ class TorchLearner:
         total.backward()
         if settings.unchosen == "skip":
             skip_unchosen(self.model, chosen_experts(stats))
-        if settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
+        clipped_step(self.optimizer, float(self.rate(step)), settings.clip_norm)
         return loss.detach()
 
     @torch.no_grad()
