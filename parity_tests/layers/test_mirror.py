@@ -114,7 +114,10 @@ DIFFERENT = {
         "expert_ffn": "jax takes stacked weights by name, torch one expert's linear maps",
         "expert_ffn(return)": "all experts, or one",
     },
-    "moe.py": {"Router": "an annotation that torch's typing of buffers needs", "MoE": "roles: in jax they stand on the parameters themselves"},
+    "moe.py": {
+        "Router": "an annotation that torch's typing of buffers needs",
+        "MoE": "roles: in jax they stand on the parameters themselves",
+    },
     "soft_moe.py": {
         "SoftMoE": "roles: in jax they stand on the parameters themselves",
         "SoftExpert.forward": "jax maps one expert over E and keeps any leading dims",
