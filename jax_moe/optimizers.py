@@ -48,6 +48,17 @@ def in_full_precision(schedule: optax.Schedule) -> Callable[[jax.Array | int], j
     return lambda count: schedule(jnp.asarray(count, jnp.result_type(float)))
 
 
+def warmup_schedule(peak: float, steps: int, *, warmup_steps: int = 0, final: float | None = None) -> optax.Schedule:
+    """Learning rate by step, counted from 0: linear warm-up to `peak`, then constant, or a cosine to `final` at `steps`."""
+    if final is None:
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup_steps), alpha=final / peak)
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+
+
 def adamw_as_torch(
     learning_rate: float | optax.Schedule, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = WEIGHT_DECAY, max_norm: float | None = None, mask: Any = None, unchosen: Unchosen = "decay",

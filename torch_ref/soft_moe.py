@@ -74,7 +74,7 @@ class SoftExpert(nn.Module):
 
 
 class SoftMoE(nn.Module):
-    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts`, one after the other,
+    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts` in a list,
     and where the contract normalises `scale` [], 1 at first.
 
     The input is any sequence of vectors, not only images. It mixes positions: `BlockConfig` refuses it in a causal

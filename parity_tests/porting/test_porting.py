@@ -238,7 +238,7 @@ def test_files_and_folders_keep_every_bit(family: str, dtype: str, tmp_path: Pat
 def test_sizes_are_read_from_the_tensors(tmp_path: Path) -> None:
     write_state(tmp_path / "a.safetensors", makemoe_state())
     assert load(tmp_path / "a.safetensors", Choices(dropout=0.0)).config == TINY
-    dropless = load(tmp_path / "a.safetensors", Choices(top_k=3, capacity_factor=0.0, dropout=0.0)).config
+    dropless = load(tmp_path / "a.safetensors", Choices(top_k=3, capacity_factor="none", dropout=0.0)).config
     assert dropless == dataclasses.replace(TINY, top_k=3, capacity_factor=None)
     quiet = {name: value for name, value in makemoe_state().items() if "noise_linear" not in name}
     write_state(tmp_path / "b.safetensors", quiet)

@@ -24,6 +24,7 @@ from pathlib import Path
 import jax_moe
 from jax_moe import sharding
 from jax_moe.porting.formats.shards import open_weights
+from moe_parity.relative import relative_error
 
 folder, family = Path(sys.argv[1]), sys.argv[2]
 def arrays(model):
@@ -50,7 +51,7 @@ assert {s.data.nbytes for s in arrays(both)["moe.experts.up"].addressable_shards
 if family == "qwen2_moe":
     tokens = jnp.arange(12).reshape(2, 6) % 11
     ours, logits = (np.asarray(jax.jit(lambda m, t: m(t))(model, tokens)) for model in (split, plain))
-    print(np.abs(ours - logits).max() / np.abs(logits).max())
+    print(relative_error(ours, logits))
 saved(split, "split")
 saved(both, "both")
 data = arrays(jax_moe.load_pretrained(folder, mesh=sharding.data_mesh(4)))

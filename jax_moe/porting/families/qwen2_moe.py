@@ -90,7 +90,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
     slides = config.sliding_layers
     kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(config.num_layers)]
-    return write_decoder(config, "num_experts", "moe_intermediate_size") | write_dense(config) | {
+    return write_decoder(config) | write_dense(config) | {
         "qkv_bias": config.qkv_bias, "use_sliding_window": bool(slides), "sliding_window": config.sliding_window,
         "layer_types": kinds,
     }

@@ -77,4 +77,5 @@ def _places(plan: Plan) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """{path of the experts: [*L, E]}."""
     return {path: plan.ours[name].shape[:-own_dims] for name, (path, own_dims) in experts_in(plan.ours).items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-COUNTED = {"e": "E", "h": "H", "l": "L", "s": "L", "d": "L"}  # dims of ours that their names count; s mixtures, d dense layers
+COUNTED = {"e": "E", "h": "H", "l": "L"}  # dims of ours that their names count; l0, l1 ... are layers of several stacks
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def part(word: str) -> tuple[int, int] | None:
 def dim(word: str) -> str:
     """What a word of our dims stands for in the parameter's own: its letter, or the size of a dim that is taken apart."""
     fixed = part(word)
-    return str(fixed[1]) if fixed else COUNTED.get(word, word)
+    return str(fixed[1]) if fixed else COUNTED.get(word.rstrip("0123456789"), word)
 
 
 def name_indices(pattern: str) -> list[str]:
