@@ -22,7 +22,7 @@ from rich.table import Table
 
 import jax_moe
 from benchmarks.command import read_options
-from jax_moe.config.checks import check_positive_ints
+from jax_moe.config.checks import check_positive_ints, require
 from train.data.text import Corpus, batch, load_text
 
 BATCH_SIZE, BLOCK_SIZE, BALANCE_WEIGHT, WINDOW = 4, 32, 0.01, 25
@@ -49,6 +49,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_positive_ints(steps=self.steps)
+        require(self.plot is None or self.steps >= WINDOW, "steps", self.steps, f"at least {WINDOW}, to be drawn")
 
 
 def squared_norms(experts: dict) -> jax.Array:
@@ -63,7 +64,7 @@ def run(
     model = jax_moe.MakeMoE(config, rngs=nnx.Rngs(0))  # the same weights in all four runs
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params)
-    optimizer = optax.adamw(1e-3, weight_decay=0.01)
+    optimizer = jax_moe.adamw_as_torch(1e-3)
     shape = (config.num_layers, BATCH_SIZE, BLOCK_SIZE, config.num_experts)
 
     def loss_of(params: dict, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple]:

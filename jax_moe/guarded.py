@@ -177,7 +177,7 @@ def require_memory(needed: int, what: str) -> None:
     """Raises ValueError if `what` would need more bytes than are available."""
     have = available_memory()
     if have is not None and needed > have:
-        raise ValueError(f"{what} needs about {needed:,} bytes of memory: must be at most the {have:,} available")
+        raise ValueError(f"{what} needs about {needed:,} bytes of memory: must be at most {have:,}, which are free")
 
 
 def _whole(digits: str) -> int:

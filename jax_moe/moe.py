@@ -16,6 +16,7 @@ from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
 from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.losses import MoEStats, layer_stats
+from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
 from jax_moe.stored import Kept
 
@@ -36,12 +37,13 @@ class Router(nnx.Module):
         bound = config.model_dim**-0.5
         for prefix in ("", "noise_") if learned else ("",):
             kernel = init(rngs.params(), (config.model_dim, config.num_experts), param_dtype)
-            setattr(self, f"{prefix}kernel", nnx.Param(kernel))
+            setattr(self, f"{prefix}kernel", parameter(kernel, "D E", "router"))
             if config.router.bias:
                 bias = uniform(bound)(rngs.params(), (config.num_experts,), param_dtype)
-                setattr(self, f"{prefix}bias", nnx.Param(bias))
+                setattr(self, f"{prefix}bias", parameter(bias, "E", "router"))
         if config.router.correction_bias:
-            self.correction_bias = CorrectionBias(jnp.zeros((config.num_experts,), jnp.float32))
+            zeros = jnp.zeros((config.num_experts,), jnp.float32)
+            self.correction_bias = parameter(zeros, "E", "correction", CorrectionBias)
 
     def weight(self, name: str) -> Array | None:
         """A parameter as a plain array, or None where the contract has none."""
@@ -70,10 +72,11 @@ class MoE(nnx.Module):
         self.router = Router(config, **kwargs)
         self.experts = make_experts(config, **kwargs)
         if config.expert.shared_dim:
-            self.shared = Experts(1, config.model_dim, config.expert.shared_dim, _shared(config.expert), **kwargs)
+            shared = (1, config.model_dim, config.expert.shared_dim, _shared(config.expert))
+            self.shared = Experts(*shared, role="shared", **kwargs)
             if config.expert.shared_gate:
                 init = rounded(jax.nn.initializers.lecun_normal())
-                self.shared_gate = nnx.Param(init(rngs.params(), (config.model_dim, 1), param_dtype))
+                self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""`jax-moe inspect`: what is in a checkpoint."""
+"""`jax-moe inspect`: prints what a checkpoint holds."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ DEVICES = (1, 2, 4, 8)
 
 
 def inspect(command: Inspect) -> int:
-    """Prints what is in a checkpoint; status 1 if it would not load. Of a file that is no known family, what it holds."""
+    """Prints what a checkpoint holds. Of a file of no known family, prints its tensors and raises ValueError."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
     try:
         found = open_path(command.path, command.choices)
@@ -46,7 +46,7 @@ def inspect(command: Inspect) -> int:
 
 
 def _print_arrays(arrays: Mapping[str, np.ndarray], names: bool) -> None:
-    """How many they are and which are not finite; their names where asked for."""
+    """Prints the number of arrays, their sizes and those that are not finite; with `names` also their names."""
     held = ", ".join(f"{readable(size)} {dtype}" for dtype, size in bytes_by_dtype(arrays.values()).items())
     print(f"tensors: {len(arrays):,}, {held}" + ("" if names else "; --names lists them"))
     bad = [name for name, value in arrays.items() if value.dtype.kind not in "iub" and not np.isfinite(value).all()]
@@ -63,11 +63,11 @@ def _print_names(arrays: Mapping[str, Any]) -> None:
 
 
 def _inspect_decoder(command: Inspect, found: Found) -> None:
-    """A Hugging Face model, from headers alone."""
+    """Prints a Hugging Face model by its headers alone."""
     of_run = "" if found.run is None else f"{found.run.in_words()}; "
     if found.kind == "hf":
         assert found.plan is not None
-        tied = ", a tied head among them that was not compared with the embedding" if found.head else ""
+        tied = ", among them a tied head that was not compared with the embedding" if found.head else ""
         layout = f"layout {found.plan.table.name}" + (f", {found.note}" if found.note else "")
         where = f"{of_run}{_counted(weight_files(found.place))}, {len(found.stored):,} tensors ({layout}){tied}"
         dtypes = {piece.ours: found.tensors[piece.theirs].dtype.itemsize for piece in found.plan.pieces}
@@ -86,8 +86,8 @@ def _print(
     held = bytes_by_dtype(tensors.values())
     print(f"{found.family.name}, {counts.total:,} parameters, {counts.active:,} of them active for a token")
     print(
-        f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts a layer that "
-        "the token is not sent to; embedding and head counted whole"
+        f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts in "
+        "each layer that a token is not sent to; embedding and head count in full"
     )
     print(f"files: {where}; " + ", ".join(f"{readable(size)} {dtype}" for dtype, size in held.items()))
     print("\n".join(describe(config)))
@@ -95,11 +95,11 @@ def _print(
     experts = sum(size for name, size in stored.items() if name.startswith("moe.experts."))
     devices = DEVICES if command.devices is None else (command.devices,)
     rows = memory_rows(counts, sum(stored.values()), experts, config, devices)
-    print(f"{'memory a device, of N =':30}" + "".join(f"{n:>12,}" for n in devices))
+    print(f"{'memory per device, for N =':30}" + "".join(f"{n:>12,}" for n in devices))
     for what, sizes in rows.items():
         print(f"  {what:28}" + "".join(f"{readable(size):>12}" for size in sizes))
-    print("  weights as stored; training in fp32 with AdamW, 16 bytes a parameter (weight, gradient, two moments);")
-    print("  split: every device has its share of each layer's experts and all else; activations and caches come on top")
+    print("  weights as stored; training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments);")
+    print("  split: each device has its share of every layer's experts, and all else; activations and caches are extra")
     if command.names:
         _print_names(tensors)
 

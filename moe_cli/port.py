@@ -1,4 +1,4 @@
-"""`jax-moe port`: a checkpoint from one form into another."""
+"""`jax-moe port`: converts a checkpoint from one form into another."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +20,17 @@ from moe_cli.common import progress, say, say_assumed, summary, with_characters
 
 
 def port(command: Port) -> int:
-    """Reads SRC, writes DST, says what was written."""
+    """Reads SRC, writes DST, and prints what was written."""
     _check_places(command.src, command.dst)
     found = open_path(command.src, None if command.src.is_dir() else command.choices)
-    with jax.enable_x64(True):  # moves bits, computes nothing; float64 files need it
+    with jax.enable_x64(True):  # so that float64 files keep their dtype; nothing is computed
         if found.decoder:
             return _port_decoder(command, found)
         return _port_module(command, found) if found.optimizer is None else _port_training(command, found)
 
 
 def form_of(asked: Form, source: Found, target: Path) -> Form:
-    """The form that DST gets; `auto` as the help says."""
+    """The form of DST; `auto` is resolved as the help says."""
     if asked != "auto":
         return asked
     if source.decoder:
@@ -65,10 +65,10 @@ def _port_module(command: Port, found: Found) -> int:
     if command.src.is_dir():
         refuse_choices(command.choices)
     if to == "hf":
-        raise ValueError(f"{command.src}: is no Hugging Face model: --to must be torch, folder or orbax")
+        raise ValueError(f"{command.src}: is not a Hugging Face model: --to must be torch, folder or orbax")
     check_target(command.dst, command.overwrite, Path.is_file if to == "torch" else is_folder)
     if command.to == "auto" and to == "folder" and command.dst.suffix and not command.dst.is_dir():
-        raise ValueError(f"{command.dst}: must end in one of {', '.join(SUFFIXES)}, or in nothing for a folder")
+        raise ValueError(f"{command.dst}: must end in one of {', '.join(SUFFIXES)}, or have no suffix for a folder")
     checkpoint = with_characters(load_found(found, command.allow_nonfinite, command.dtype), command.text)
     if to == "torch":
         save_file(checkpoint, command.dst, overwrite=command.overwrite)
@@ -81,14 +81,15 @@ def _port_module(command: Port, found: Found) -> int:
 
 
 def _port_training(command: Port, found: Found) -> int:
-    """Weights with an optimizer's state; says what was left out too."""
+    """Ports weights with an optimizer's state, and also prints what was left out."""
     if command.src.is_dir():
         refuse_choices(command.choices)
     to_file = command.to == "torch" or (command.to == "auto" and bool(command.dst.suffix) and not command.dst.is_dir())
-    require(command.to in ("auto", "torch", "folder"), "to", command.to, "torch or folder for weights with an optimizer's state")
-    require(command.dtype is None, "dtype", command.dtype, "left out for weights with an optimizer's state")
+    what = "weights with an optimizer's state"
+    require(command.to in ("auto", "torch", "folder"), "to", command.to, f"torch or folder for {what}")
+    require(command.dtype is None, "dtype", command.dtype, f"left out for {what}")
     fits = not to_file or command.dst.suffix in PT_SUFFIXES
-    require(fits, "dst", str(command.dst), f"a folder, or end in {', '.join(PT_SUFFIXES)}: it holds an optimizer's state")
+    require(fits, "dst", str(command.dst), f"a folder, or end in {', '.join(PT_SUFFIXES)}, for {what}")
     check_target(command.dst, command.overwrite, Path.is_file if to_file else is_folder)
     checkpoint = with_characters(load_found(found, command.allow_nonfinite, with_optimizer=True), command.text)
     assert checkpoint.optimizer is not None
@@ -96,16 +97,17 @@ def _port_training(command: Port, found: Found) -> int:
     write(checkpoint, command.dst, overwrite=command.overwrite)
     say_assumed(found)
     if checkpoint.left_out:
-        say(f"left out, for it is not plain values: {', '.join(checkpoint.left_out)}")
+        say(f"left out, as they are not plain values: {', '.join(checkpoint.left_out)}")
     print(f"wrote {command.dst}: {summary(checkpoint)}, {checkpoint.optimizer.in_words()}, read back bit for bit")
     return 0
 
 
 def _optimizer_of_decoder(command: Port, found: Found, to: Form) -> tuple[list[str], Callable[[Path], None]]:
-    """What is said of the optimizer's state beside a Hugging Face model, and what writes it into the new folder; or nothing."""
+    """The optimizer's state beside a Hugging Face model, in words, and a function that writes it into a folder."""
     if found.optimizer is None:
         return [], lambda part: None
-    allowed = f"left out for weights with an optimizer's state; move {found.optimizer} away to convert the weights alone"
+    instead = f"move {found.optimizer} away to convert the weights alone"
+    allowed = f"left out for weights with an optimizer's state; {instead}"
     require(command.dtype is None, "dtype", command.dtype, allowed)
     assert found.model is not None
     optimizer, model, layout = optimizer_of(found, found.model), found.model, layout_of(found)
@@ -113,7 +115,7 @@ def _optimizer_of_decoder(command: Port, found: Found, to: Form) -> tuple[list[s
 
 
 def _say_what_a_run_keeps(source: Path) -> None:
-    """A run of train.py has its optimizer's state in checkpoints of its own."""
+    """Prints where a run of train.py keeps its optimizer's state, which is not ported."""
     if (source / "checkpoints").is_dir():
         say(f"left out: the optimizer's state in {source / 'checkpoints'}, which train.py --resume reads")
 
@@ -121,11 +123,11 @@ def _say_what_a_run_keeps(source: Path) -> None:
 def _refuse(folder: Path, what: str, **given: Any) -> None:
     named = [name for name, value in given.items() if value is not None]
     if named:
-        raise ValueError(f"{', '.join(named)}: must be left out for {what}, {folder / 'config.json'} says it")
+        raise ValueError(f"{', '.join(named)}: must be left out for {what}: {folder / 'config.json'} sets it")
 
 
 def _check_places(source: Path, target: Path) -> None:
-    """Raises ValueError if one lies inside the other: writing would change what is read."""
+    """Raises ValueError if one path lies inside the other, where writing would change what is read."""
     try:
         inner, outer = target.resolve(), source.resolve()
         folders = source.is_dir(), target.is_dir()

@@ -1,9 +1,7 @@
-"""The parity microscope: one batch in two frameworks, compared stage by stage.
+"""The parity microscope: one batch in JAX and PyTorch, compared stage by stage.
 
-Beside `jax_moe` and `torch_ref`, for it runs both. No torch is imported before a run needs it.
-
-Your own modules: `compare_modules`; which convention differs: `explain`. `__init__.pyi` lists the public names, which load on
-first use.
+`compare_modules` compares a user's own modules; `explain` names the convention that differs. `__init__.pyi` lists the
+public names. They load on first use, PyTorch when a comparison runs.
 """
 
 import lazy_loader

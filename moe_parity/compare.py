@@ -166,13 +166,8 @@ def trace_ours(
         replayed = None  # makeMoE's own call cannot replay choices, and makes the same ones
     answer, values, gradients = own_call(module, x, replayed, grads)
     trace |= {TAPPED: trace[last], last: answer, **values, OWN: answer}
-    named = to_torch(module, gradients, layout=layout_of(module)) if grads else {}
+    named = to_torch(module, gradients, layout=reference_table(module).name) if grads else {}
     return trace | {Place("gradient", None, name): value for name, value in named.items()}
-
-
-def layout_of(module: nnx.Module) -> str | None:
-    """The layout whose names the reference has in memory."""
-    return reference_table(module).name if isinstance(module, Decoder) else None
 
 
 def own_call(

@@ -9,10 +9,10 @@ from train.options import read_settings
 from train.plots import plot_run
 from train.prepare import Run, prepare, removed
 from train.run import folder as run_folder
-from train.run import metrics
 from train.run.interrupt import Interrupt
 from train.run.logger import open_logger
 from train.run.progress import display
+from train.run.whole import write_whole
 from train.steps import DivergedError, Steps
 
 INTERRUPTED = 130
@@ -70,7 +70,7 @@ def finish(run: Run) -> None:
     run.learner.write(folder)
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
-    metrics.write_whole(folder / "sample.txt", sample + "\n")
+    write_whole(folder / "sample.txt", sample + "\n")
     run.check_there()
     print(f"\n{sample}\n\nwrote {folder}", flush=True)
 

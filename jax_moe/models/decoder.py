@@ -26,6 +26,7 @@ from jax_moe.initializers import rounded
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm
+from jax_moe.parameters import parameter, stacked
 from jax_moe.remat import Remat, rematerialised
 from jax_moe.shapes import Dim, dims_of
 
@@ -102,16 +103,16 @@ class Decoder(nnx.Module):
         param_dtype = jnp.dtype(param_dtype)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)
-        self.embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.blocks = nnx.vmap(lambda rngs: Attend(config, rngs=rngs, **kwargs))(rngs.split(config.num_layers))
-        self.moe = nnx.vmap(lambda rngs: MoE(config.moe, rngs=rngs, **kwargs))(rngs.split(len(config.moe_layers)))
+        self.embedding = parameter(init(rngs.params(), shape, param_dtype), "V D", "embedding")
+        self.blocks = stacked(lambda rngs: Attend(config, rngs=rngs, **kwargs), rngs, config.num_layers, "L")
+        self.moe = stacked(lambda rngs: MoE(config.moe, rngs=rngs, **kwargs), rngs, len(config.moe_layers), "L")
         if config.dense_layers:
             dense = (1, config.model_dim, config.dense_dim, _dense(config))
-            make = nnx.vmap(lambda rngs: Experts(*dense, rngs=rngs, **kwargs))
-            self.dense = make(rngs.split(len(config.dense_layers)))
+            make = lambda rngs: Experts(*dense, role="shared", rngs=rngs, **kwargs)  # noqa: E731
+            self.dense = stacked(make, rngs, len(config.dense_layers), "L")
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps, param_dtype)
         if not config.tied_embeddings:
-            self.head = nnx.Param(init(rngs.params(), shape[::-1], param_dtype))
+            self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
 
     def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
         """Logits; arguments as in `run`."""

@@ -14,6 +14,7 @@ from jax_moe.initializers import rounded, uniform
 from jax_moe.losses import MoEStats
 from jax_moe.models.block import Block, Randomness, checked_draws
 from jax_moe.norms import layer_norm
+from jax_moe.parameters import declare, stacked
 from jax_moe.remat import Remat, rematerialised
 from jax_moe.shapes import dims_of
 
@@ -34,15 +35,16 @@ class MakeMoE(nnx.Module):
         rngs = rngs or nnx.Rngs(0)
         normal = rounded(jax.nn.initializers.normal(1.0))
         embed: dict[str, Any] = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
-        self.token_embedding = nnx.Embed(config.vocab_size, config.model_dim, **embed)
-        self.position_embedding = nnx.Embed(config.block_size, config.model_dim, **embed)
-        make = nnx.vmap(lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal))
-        self.blocks = make(rngs.split(config.num_layers))
+        D, V = config.model_dim, config.vocab_size
+        self.token_embedding = declare(nnx.Embed(V, D, **embed), "embedding", embedding="V D")
+        self.position_embedding = declare(nnx.Embed(config.block_size, D, **embed), "embedding", embedding="U D")
+        make = lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal)  # noqa: E731
+        self.blocks = stacked(make, rngs, config.num_layers, "L")
         self.final_norm = layer_norm(config.model_dim, rngs, param_dtype)
-        self.head = nnx.Linear(
-            config.model_dim, config.vocab_size, kernel_init=kaiming_normal, param_dtype=param_dtype, rngs=rngs,
-            bias_init=uniform(config.model_dim**-0.5),
+        head = nnx.Linear(
+            D, V, kernel_init=kaiming_normal, bias_init=uniform(D**-0.5), param_dtype=param_dtype, rngs=rngs
         )
+        self.head = declare(head, "head", kernel="D V", bias="V")
 
     def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: object) -> Float[Array, "B T V"]:
         """Logits; arguments as in `logits_and_stats`."""

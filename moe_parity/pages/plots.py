@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 9.5  # inches, of 72 units each
 ROW = 0.25  # inches
-TIP = "tip: "  # begins the id of what shows the rest of it when pointed at
+TIP = "tip: "  # an id that begins with this becomes a tooltip with the rest of the id
 PALEST = 1e-4  # the share of its tolerance at which a cell of the map is palest
 MOST_GRADIENTS = 24
 MOST_LABELS = 14  # on a horizontal axis
@@ -127,7 +127,8 @@ def margins(figure: Figure, stages: Sequence[StageResult]) -> None:
         axes.hlines(place(one.noise), i - 0.5, i + 0.5, color=COLOURS["allowed"], linestyle="--")
         _dot(axes, i, place(one.closest), "same", f"{one.name}: the closest choice has a margin of {one.closest:.2g}")
         for flip in one.flips:
-            words = f"{list(flip.index)}: JAX chose expert {flip.ours}, the reference {flip.theirs}, margin {flip.margin:.2g}"
+            chosen = f"JAX chose expert {flip.ours}, the reference {flip.theirs}"
+            words = f"{list(flip.index)}: {chosen}, margin {flip.margin:.2g}"
             _dot(axes, i, place(flip.margin), "flip" if flip.near_tie else "wrong", words)
     _label_mixtures(axes, stages)
 

@@ -125,8 +125,8 @@ def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
     vocab_size = read_tokenizer(folder).get_vocab_size()
     assert f"token 9999: must be 0 to {vocab_size - 1}" in line("--tokens", "1,9999")
-    assert "tokens='1,x': must be whole numbers with commas between" in line("--tokens", "1,x")
-    assert "prompt=None: must be given, or --tokens in its place" in line()
+    assert "tokens='1,x': must be whole numbers separated by commas" in line("--tokens", "1,x")
+    assert "prompt=None: must be given, or --tokens instead" in line()
     assert "tokens='1': must be left out where there is a prompt" in line("--tokens", "1", "--prompt", "a")
     for wrong in ("x", 1.5, True, [1, None], [[1]]):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))

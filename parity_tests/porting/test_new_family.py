@@ -1,9 +1,11 @@
 """README's made-up family, run from README itself: one file and the list give it every command and every call."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from jax_moe.porting.state_dict import their_shapes, tree_plan
 from parity_tests.cli.commands import fails, names, run, same_folders
 from parity_tests.shared.compare import MismatchError, check_exact
 from parity_tests.shared.filled import filled
+from parity_tests.shared.quick import QUICK
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- a new family: begin -->\n```python\n", "```\n<!-- a new family: end -->"
@@ -36,7 +39,7 @@ def code() -> str:
 
 @pytest.fixture
 def cool(monkeypatch: pytest.MonkeyPatch) -> Family:
-    """The family, in the list. One with another attention kind would stand here beside it: its rows are `Whole.around`."""
+    """The family, in the list. One with another attention kind would stand here beside it: its rows are in `Whole.attention`."""
     made: dict[str, Any] = {}
     exec(code(), made)
     monkeypatch.setitem(FAMILIES, "cool_moe", made["COOL"])
@@ -55,8 +58,13 @@ def model() -> jax_moe.Decoder:
     return filled(lambda: jax_moe.Decoder(CONFIG, rngs=nnx.Rngs(0)))
 
 
+@partial(jax.jit, compiler_options=QUICK)
+def run_decoder(decoder: jax_moe.Decoder) -> jax.Array:
+    return decoder(TOKENS)
+
+
 def logits(decoder: jax_moe.Decoder) -> dict[str, np.ndarray]:
-    return {"logits": np.asarray(decoder(TOKENS))}
+    return {"logits": np.asarray(run_decoder(decoder))}
 
 
 def test_readme_adds_a_family_in_twenty_lines(folder: Path) -> None:
@@ -82,7 +90,7 @@ def test_every_command_and_call_knows_it(folder: Path, tmp_path: Path, capsys: p
     for place in (folder, tmp_path / "orbax", tmp_path / "back"):
         loaded = jax_moe.load(place)
         assert loaded.config == CONFIG and loaded.origin.model_type == "cool_moe"
-        check_exact(logits(loaded), logits(model()), place.name)
+        check_exact(jax_moe.to_torch(loaded), jax_moe.to_torch(model(), layout="hf_cool_moe"), place.name)
     jax_moe.save(jax_moe.load(folder), tmp_path / "saved")
     same_folders(folder, tmp_path / "saved")
     assert names(tmp_path) == {"cool", "orbax", "back", "saved"}
@@ -109,13 +117,21 @@ def test_a_family_known_by_its_mixture_alone(
     assert contract == CONFIG.moe and values.items() >= cool.mixture.write(contract).items()
     with pytest.raises(ValueError, match=r"^num_experts_per_tok=9: must be at most the number of experts, 4$"):
         cool.mixture_config(values | {"num_experts_per_tok": 9})
-    layer, prefix = jax_moe.MoE(contract, rngs=nnx.Rngs(0)), cool.mixture.on_disk.within.format(s=1)
+    layer, prefix = jax_moe.MoE(contract, rngs=nnx.Rngs(0)), cool.mixture.on_disk.within.format(l=1)
     weights = read_safetensors(folder / "model.safetensors")
     below = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     assert below.keys() == their_shapes(layer, "hf_cool_layer").keys()
     jax_moe.from_torch(layer, below)
     check_exact({"up": np.asarray(layer.experts.up[...])}, {"up": np.asarray(model().moe.experts.up[...])[1]}, "layer 1")
     assert "of this type the mixture of a layer is known, not the whole decoder" in fails(capsys, "inspect", folder)
+
+
+def test_families_share_a_layout_only_where_their_rows_are_the_same() -> None:
+    found: dict[str, set] = {}
+    for family in FAMILIES.values():
+        for side in () if family.mixture is None else (family.mixture.on_disk, family.mixture.in_memory):
+            found.setdefault(side.layer, set()).add(frozenset(side.rows))
+    assert {layer for layer, rows in found.items() if len(rows) > 1} == set() and len(found) == 7
 
 
 def test_a_setting_that_only_the_mixture_has_is_judged_alone(cool: Family) -> None:

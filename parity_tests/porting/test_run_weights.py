@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax_moe.porting.families.hf import FAMILIES
 
 import jax_moe
 from jax_moe.disk import verify
+from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.formats.state_file import read_state
 from jax_moe.stored import stored_variables
 from moe_cli.main import main

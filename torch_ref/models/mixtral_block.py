@@ -1,15 +1,18 @@
 """Mixtral's sparse block (arXiv 2401.04088) under the names of its published checkpoints."""
 
+from typing import ClassVar
+
 from torch import nn
 
 from jax_moe.config import ExpertConfig, MoEConfig
+from jax_moe.config.parameters import Role
 from torch_ref.dims import Float, Tensor
 from torch_ref.experts import expert_ffn
 from torch_ref.moe import Parts, moe_forward
 
 
 class MixtralBlockSparseTop2MLP(nn.Module):
-    """`w1` is the gate, `w3` goes up, `w2` comes down."""
+    """`w1` is the gate, `w3` the up and `w2` the down projection."""
 
     def __init__(self, model_dim: int, expert_dim: int, config: ExpertConfig):
         super().__init__()
@@ -29,12 +32,15 @@ class MixtralSparseMoeBlock(nn.Module):
     Raises ValueError for a contract with weights that these names cannot hold (biases, learned noise, a shared expert).
     """
 
+    roles: ClassVar[dict[str, Role]] = {"gate": "router", "experts": "expert"}
+
     def __init__(self, config: MoEConfig):
         super().__init__()
         router, expert = config.router, config.expert
         extra = router.bias or router.correction_bias or router.noise == "learned_gaussian"
         if extra or expert.bias or not expert.gated or expert.shared_dim:
-            raise ValueError("config: must have gated experts and no bias, learned noise, correction bias or shared expert")
+            allowed = "gated experts and no bias, learned noise, correction bias or shared expert"
+            raise ValueError(f"config: must have {allowed}")
         self.config = config
         self.gate = nn.Linear(config.model_dim, config.num_experts, bias=False)
         self.experts = nn.ModuleList(

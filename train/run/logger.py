@@ -1,5 +1,6 @@
-"""An optional second home for settings and losses: a local MLflow store inside the run's folder."""
+"""Logs settings and losses to a local MLflow store in the run's folder, if asked to."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,23 +8,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from jax_moe.config.checks import shorten
 from train.configs.settings import TrainConfig, flat
 
 NEEDED = ("mlflow", "sqlalchemy", "alembic")
 
 
 class Logger(Protocol):
-    """Takes what metrics.jsonl gets."""
+    """Receives the rows of metrics.jsonl."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """One evaluation."""
+        """Logs an evaluation."""
 
     def close(self, finished: bool) -> None:
-        """The run ended, or was interrupted."""
+        """Ends the log of a finished or interrupted run."""
 
 
 class NoLogger:
-    """metrics.jsonl is enough."""
+    """Logs nothing."""
 
     def log(self, row: dict[str, Any]) -> None:
         pass
@@ -33,18 +35,22 @@ class NoLogger:
 
 
 class MlflowLogger:
-    """Parameters once, train and val loss at each evaluation; a resumed run goes on in the same MLflow run."""
+    """Logs settings once, and both losses at each evaluation. A resumed run continues the same MLflow run."""
 
     def __init__(self, folder: Path, config: TrainConfig):
         with warnings.catch_warnings():
-            # MLflow's imports and its database set-up warn about their own dependencies, which a user cannot change
+            # MLflow's imports and its database set-up warn about their own dependencies, which users cannot change
             warnings.simplefilter("ignore")
             from mlflow.tracking import MlflowClient
 
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well, and told in one line
             self.client = MlflowClient(tracking_uri=f"sqlite:///{(folder / 'mlflow.db').absolute()}")
             found = self.client.get_experiment_by_name("jax_moe")
         artifacts = (folder / "mlflow_artifacts").absolute().as_uri()
-        experiment = found.experiment_id if found else self.client.create_experiment("jax_moe", artifact_location=artifacts)
+        if found is None:
+            experiment = self.client.create_experiment("jax_moe", artifact_location=artifacts)
+        else:
+            experiment = found.experiment_id
         earlier = self.client.search_runs([experiment])
         if earlier:
             self.run_id = earlier[0].info.run_id
@@ -72,16 +78,18 @@ def check_logger(config: TrainConfig) -> None:
 
 
 def open_logger(folder: Path, config: TrainConfig) -> Logger:
-    """The logger that the settings name. Raises OSError where its store cannot be written."""
+    """The logger that the settings name. Raises OSError if its store cannot be written."""
     with _in_one_line():
         return MlflowLogger(folder, config) if config.logger == "mlflow" else NoLogger()
 
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """MLflow and its database raise dozens of kinds, pages long."""
+    """Turns whatever MLflow and its database raise into an OSError of one line."""
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OSError(f"logger='mlflow': cannot be written ({reason[:160]})") from None
+        first: BaseException = error
+        while first.__cause__ or first.__context__:
+            first = first.__cause__ or first.__context__  # type: ignore[assignment]
+        raise OSError(f"logger='mlflow': cannot be written ({shorten(first) or type(first).__name__})") from None

@@ -79,6 +79,11 @@ def tables_of(module: nnx.Module) -> tuple[Table, ...]:
     return tuple(found)
 
 
+def default_table(module: nnx.Module) -> Table:
+    """The names that the module is written under where nothing else is asked for."""
+    return tables_of(module)[0]
+
+
 def layer_tables() -> list[Table]:
     """A mixture by itself, as the reference's blocks have it in memory and as files do; families share what is the same."""
     mixtures = [one.mixture for one in FAMILIES.values() if one.mixture is not None]
@@ -91,4 +96,4 @@ def reference_table(module: nnx.Module) -> Table:
     """The names that the reference's module has in memory: transformers' of a decoder, torch_ref's of all else."""
     if isinstance(module, Decoder) and module.origin is not None:
         return family_named(module.origin.model_type).in_memory(module.config)
-    return tables_of(module)[0]
+    return default_table(module)

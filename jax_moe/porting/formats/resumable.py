@@ -1,7 +1,7 @@
-"""Tensors streamed into shards of safetensors: one in memory at a time, each shard read back before it counts as there.
+"""Tensors streamed into safetensors shards: a single tensor in memory at a time, each shard read back before it counts.
 
-The shards are made in a hidden folder beside the target, with a note of what they are made from. Interrupted, the
-folder stays and the same port goes on from it; after an error, or once the target is whole, it is removed.
+The shards are written in a hidden folder beside the target, with a note of their source. After an interrupt the folder
+stays, and the same port continues from it. After an error, or once the target is complete, it is removed.
 """
 
 import json
@@ -27,7 +27,7 @@ Advance = Callable[[int], None]
 
 
 def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
-    """The same tensors, every reading reported."""
+    """The same tensors; each reading calls `advance` with its bytes."""
 
     def reader(header: Header) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -41,7 +41,7 @@ def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header
 
 
 def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]], advance: Advance) -> int:
-    """Writes every shard that is not there yet, compares all with their source, writes the index; how many were there."""
+    """Writes the missing shards and the index, and compares each shard with its source. Returns how many were there."""
     kept = 0
     for file, names in shards.items():
         part = {name: headers[name] for name in names}
@@ -58,7 +58,7 @@ def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[st
 
 
 def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
-    """Whether a file holds these tensors and no other, bit for bit; both sides are read, some megabytes at a time."""
+    """Whether a file holds exactly these tensors, bit for bit; both sides are read, some megabytes at a time."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -76,17 +76,18 @@ def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
 
 @dataclass(frozen=True)
 class Readings:
-    """Tensors read, converted, and refused if they hold NaN or infinity, with the names of all that do."""
+    """Tensors that are converted when read, and refused if they hold NaN or infinity, with the names of all that do."""
 
     headers: Mapping[str, Header]
     dtype: np.dtype | None
     allow_nonfinite: bool
     where: str
-    kept: Collection[str] = ()  # names of those that keep their dtype
+    kept: Collection[str] = ()  # names of tensors that keep their dtype
 
     def converted(self) -> dict[str, Header]:
-        """The same tensors with the dtype they will have."""
-        return {name: Header(one.shape, self._dtype(name), self._reader(name)) for name, one in self.headers.items()}
+        """The same tensors with their new dtype."""
+        shapes = {name: header.shape for name, header in self.headers.items()}
+        return {name: Header(shape, self._dtype(name), self._reader(name)) for name, shape in shapes.items()}
 
     def _dtype(self, name: str) -> np.dtype:
         if self.dtype is None or name in self.kept:
@@ -97,7 +98,7 @@ class Readings:
         def read() -> np.ndarray:
             value, bad = self._read(name)
             if bad:
-                raise PortError(self.where, wrong=list(filter(None, (self._read(one)[1] for one in self.headers))))
+                raise PortError(self.where, wrong=list(filter(None, (self._read(other)[1] for other in self.headers))))
             return value
 
         return read
@@ -105,7 +106,7 @@ class Readings:
     def _read(self, name: str) -> tuple[np.ndarray, str]:
         """The tensor, and what is wrong with it."""
         before = self.headers[name].read()
-        with np.errstate(over="ignore"):  # looked at below
+        with np.errstate(over="ignore"):  # checked below
             value = before.astype(self._dtype(name), copy=False)
         if self.allow_nonfinite or all_finite(value):
             return value, ""
@@ -114,7 +115,7 @@ class Readings:
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """The source as a port knows it again: every file's size and time of change."""
+    """What identifies a source: its path, and the size and modification time of every file."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     seen = {file.relative_to(path).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"path": str(path.absolute()), "files": seen}
@@ -124,7 +125,8 @@ def identity(path: Path) -> dict[str, Any]:
 def resumable(
     path: Path, overwrite: bool, replaceable: Callable[[Path], bool], note: dict[str, Any], say: Callable[[str], None]
 ) -> Iterator[Path]:
-    """A folder to fill, put in the place of `path` at the end. A folder that an interrupted port with this note left is reused.
+    """A folder to fill, put in the place of `path` at the end. A folder that an interrupted port with this note left is
+    reused.
 
     Raises ValueError as `check_target`, for a full disk, or if another process is filling the folder.
     """
@@ -154,7 +156,8 @@ def _cleaned_up(outer: Path, path: Path) -> Iterator[None]:
         if done == 0:
             shutil.rmtree(outer, ignore_errors=True)
             raise
-        raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
+        said = f"{done} finished shards wait in {outer}: the same command goes on from there"
+        raise KeyboardInterrupt(said) from None
     except (OSError, RuntimeError) as error:
         shutil.rmtree(outer, ignore_errors=True)
         raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
@@ -177,7 +180,7 @@ def _begin(outer: Path, name: str, note: dict[str, Any], say: Callable[[str], No
 
 
 def room_for(path: Path, needed: int) -> None:
-    """Raises ValueError as `check_space`. What an interrupted port left beside `path` counts as free: it is reused or removed."""
+    """Raises ValueError as `check_space`. What an interrupted port left is counted as free: it is reused or removed."""
     left = resumable_part(path)
     try:
         there = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())

@@ -22,7 +22,8 @@ SGD = {"momentum_buffer": "trace"}
 ADAM_STATES = (optax.ScaleByAdamState, SkippingAdamState)
 MOMENTS = (*ADAM_STATES, optax.TraceState)
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-Counts = Mapping[str, np.ndarray]  # {path of experts: their steps}
+Trees = Mapping[str, Mapping[str, np.ndarray]]  # {torch's word: {our path: moment}}
+Counts = Mapping[str, np.ndarray]  # {path of the experts: their steps}
 
 
 def moments_of(state: optax.OptState) -> tuple[dict[str, dict[str, np.ndarray]], int | None, dict[str, np.ndarray]]:
@@ -50,7 +51,7 @@ def moments_of(state: optax.OptState) -> tuple[dict[str, dict[str, np.ndarray]],
 
 
 def fill(
-    state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None, counts: Counts | None = None
+    state: optax.OptState, trees: Trees, count: int | None, counts: Counts | None = None
 ) -> optax.OptState:
     """The state with every moment and count in its place; without moments, no step taken, only counts are set.
 
@@ -73,7 +74,7 @@ def fill(
     return filled
 
 
-def _check_kind(holders: Sequence[Any], trees: Mapping[str, Any]) -> None:
+def _check_kind(holders: Sequence[Any], trees: Trees) -> None:
     """Raises ValueError unless the states hold moments of torch's kind, each parameter's once."""
     kind = ADAM if "exp_avg" in trees else SGD
     if not holders or any(_words(node) is not kind for node in holders) or _held_twice(holders):
@@ -81,7 +82,7 @@ def _check_kind(holders: Sequence[Any], trees: Mapping[str, Any]) -> None:
         raise ValueError(f"optimizer state of torch is {' and '.join(kind)}: must fit optax's, which has {has}")
 
 
-def _with_moments(node: Any, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None, counts: Counts) -> Any:
+def _with_moments(node: Any, trees: Trees, count: int | None, counts: Counts) -> Any:
     filled = {field: _like(getattr(node, field), trees[word], word) for word, field in _words(node).items()}
     node = node._replace(**filled)
     return node if isinstance(node, optax.TraceState) else _with_counts(node, count, counts)
@@ -131,7 +132,8 @@ def walk(node: Any, visit: Callable[[Any], Any]) -> Any:
         return node._replace(chosen=empty, steps=_multi_steps(node.steps, visit))
     if isinstance(node, optax.MultiStepsState):
         if holds(node.inner_opt_state, SkippingAdamState):
-            raise ValueError("optax state MultiStepsState: must be jax_moe.unchosen.accumulated's around unchosen='skip'")
+            allowed = "jax_moe.unchosen.accumulated's around unchosen='skip'"
+            raise ValueError(f"optax state MultiStepsState: must be {allowed}")
         return _multi_steps(node, visit)
     if isinstance(node, INJECTED):
         scheduled = {name: walk(inner, visit) for name, inner in getattr(node, "hyperparams_states", {}).items()}
@@ -145,7 +147,8 @@ def walk(node: Any, visit: Callable[[Any], Any]) -> Any:
         return node
     if type(node) is tuple:  # a chain
         return tuple(walk(link, visit) for link in node)
-    raise ValueError(f"optax state {type(node).__name__}: must be of adamw, sgd, or chains of these with clipping and schedules")
+    allowed = "of adamw, sgd, or chains of these with clipping and schedules"
+    raise ValueError(f"optax state {type(node).__name__}: must be {allowed}")
 
 
 def _multi_steps(node: optax.MultiStepsState, visit: Callable[[Any], Any]) -> optax.MultiStepsState:
@@ -168,7 +171,8 @@ def _count_of(node: Any) -> int:
         return int(node.count)
     half = int(node.mini_step)
     if half:
-        raise ValueError(f"optax state MultiSteps, mini_step={half}: must be 0; half accumulated gradients are not carried")
+        why = "half accumulated gradients are not carried"
+        raise ValueError(f"optax state MultiSteps, mini_step={half}: must be 0; {why}")
     return int(node.gradient_step)
 
 
@@ -200,13 +204,14 @@ def _with_counts(node: Any, count: int | None, counts: Counts) -> Any:
 
 
 def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:
-    """The arrays in the tree's structure, with its dtypes and shardings; a masked tree takes the arrays of its own leaves."""
+    """The arrays in the tree's structure, dtypes and shardings; a masked tree takes the arrays of its own leaves."""
     named = _named(tree)
+    pairs = [(name, arrays[name], leaf) for name, leaf in named.items() if name in arrays]
     error = PortError(
         f"optimizer state ({word})",
         missing=[name for name in named if name not in arrays],
-        misshapen=[f"{n} is {arrays[n].shape}, must be {v.shape}" for n, v in named.items() if _differ(arrays, n, v, "shape")],
-        mistyped=[f"{n} is {arrays[n].dtype}, must be {v.dtype}" for n, v in named.items() if _differ(arrays, n, v, "dtype")],
+        misshapen=[f"{name} is {x.shape}, must be {like.shape}" for name, x, like in pairs if x.shape != like.shape],
+        mistyped=[f"{name} is {x.dtype}, must be {like.dtype}" for name, x, like in pairs if x.dtype != like.dtype],
     )
     if error:
         raise error
@@ -216,10 +221,6 @@ def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:
 def _named(tree: Any) -> dict[str, Any]:
     """{our path: leaf}."""
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _differ(arrays: Mapping[str, np.ndarray], name: str, like: Any, what: str) -> bool:
-    return name in arrays and getattr(arrays[name], what) != getattr(like, what)
 
 
 def _place(value: np.ndarray, like: Any) -> jax.Array:

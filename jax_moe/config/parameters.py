@@ -1,0 +1,32 @@
+"""What a parameter says of itself: its dims, and what it is for, of a closed list read wherever parameters differ."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Role = Literal[
+    "router",  # kernels and biases of a router, of its noise, and Soft MoE's phi: who gets a token depends on them
+    "correction",  # a router's selection-only bias: stored, never trained, kept in fp32
+    "expert",  # matrices and biases of routed experts
+    "shared",  # those of shared experts and of dense layers, laid out as one expert's
+    "soft_expert",  # layers of Soft MoE's experts
+    "gate",  # the gate of shared experts, the scale of Soft MoE's logits
+    "attention",
+    "norm",  # scales and biases of norms, of heads too
+    "embedding",
+    "head",
+]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A stored array: its shape, its dims in the letters of `jax_moe/dims.py` and its role; None where nothing is said."""
+
+    shape: tuple[int, ...]
+    dims: str | None = None
+    role: Role | None = None
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """One word a dim; none where nothing is said."""
+        return tuple((self.dims or "").split())
