@@ -188,26 +188,36 @@ def torch_device() -> str:
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def transformers_block(shape: Shape, numbers: Numbers, implementation: str) -> Contestant:
-    """transformers' `MixtralSparseMoeBlock` with the same weights, on the GPU if jax uses it too."""
+def mixtral_block(shape: Shape, numbers: Numbers, implementation: str) -> Any:
+    """transformers' `MixtralSparseMoeBlock` with these weights, on the GPU if jax uses it too."""
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    where, dtype = torch_device(), getattr(torch, numbers["x"].dtype.name)
     config = MixtralConfig(
         hidden_size=shape.D, intermediate_size=shape.F, num_local_experts=shape.E, num_experts_per_tok=shape.K
     )
     config._experts_implementation = implementation
-    with torch.device(where):
-        block = MixtralSparseMoeBlock(config).to(dtype)
-    numpy = {name: np.asarray(a, np.float32) for name, a in numbers.items()}
+    with torch.device(torch_device()):
+        block = MixtralSparseMoeBlock(config).to(getattr(torch, numbers["x"].dtype.name))
+    router, gate, up, down = (np.asarray(numbers[name], np.float32) for name in ("router", "gate", "up", "down"))
     state = {
-        "gate.weight": numpy["router"].T, "experts.down_proj": numpy["down"].swapaxes(1, 2),
-        "experts.gate_up_proj": np.concatenate([numpy["gate"], numpy["up"]], axis=2).swapaxes(1, 2),
+        "gate.weight": router.T, "experts.down_proj": down.swapaxes(1, 2),
+        "experts.gate_up_proj": np.concatenate([gate, up], axis=2).swapaxes(1, 2),
     }
     block.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in state.items()})
-    x, probe = (torch.tensor(numpy[name], dtype=dtype, device=where)[None] for name in ("x", "probe"))
+    return block
+
+
+def transformers_block(shape: Shape, numbers: Numbers, implementation: str) -> Contestant:
+    """`mixtral_block`, forward and backward."""
+    import torch
+
+    block, where = mixtral_block(shape, numbers, implementation), torch_device()
+    dtype = getattr(torch, numbers["x"].dtype.name)
+    x, probe = (
+        torch.tensor(np.asarray(numbers[name], np.float32), dtype=dtype, device=where)[None] for name in ("x", "probe")
+    )
     x.requires_grad_()
     finish = torch.cuda.synchronize if where == "cuda" else lambda: None
 
