@@ -49,3 +49,8 @@ def of_variable(variable: nnx.Variable) -> Declared:
     """What a variable says of itself."""
     said = variable.get_metadata()
     return Declared(tuple(variable.shape), said.get("dims"), said.get("role"))
+
+
+def of_role(role: Role) -> Callable[[Any, Any], bool]:
+    """A filter for `nnx.split` and `nnx.state`: the variables of that role."""
+    return lambda path, variable: isinstance(variable, nnx.Variable) and of_variable(variable).role == role

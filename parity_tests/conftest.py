@@ -6,14 +6,15 @@ Nothing here needs PyTorch; without it the tests that compare with it are skippe
 
 import gc
 import importlib.util
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -32,13 +33,33 @@ if importlib.util.find_spec("torch"):
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
 
+PROGRAMS = "PARITY_TESTS_PROGRAMS"  # names the folder of compiled programs to the workers of this session
+LONGEST = ("test_whole_runs.py", "test_kills.py", "test_documents.py", "test_fuzz.py", "test_hypothesis.py")
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 20_000  # Linux gives a process 65,530; XLA aborts it when there is no more
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No worker compiles a program that another has compiled: XLA's key of it holds all that determines its code.
+
+    The commands that tests start as processes of their own do not share the folder: some are killed while they write.
+    """
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")  # half written yet
+    if PROGRAMS not in os.environ:
+        os.environ[PROGRAMS] = folder = tempfile.mkdtemp(prefix="programs-")
+        config.add_cleanup(lambda: (os.environ.pop(PROGRAMS), shutil.rmtree(folder, ignore_errors=True)))
+    jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: at the end one worker would wait for them."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def few_compiled_programs() -> Iterator[None]:
-    """Every compiled program keeps some memory maps: they are dropped, to be compiled anew, before they run out."""
+    """Every compiled program keeps some memory maps: they are dropped, to be read anew, before they run out."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
@@ -51,19 +72,6 @@ def quick() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For tests that jit the same functions anew: the second time their programs come from a cache, this module's own."""
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-    compilation_cache.reset_cache()
 
 
 # jax_moe is imported inside: this file is read before the shapes of its functions are checked.

@@ -23,6 +23,7 @@ from jax_moe.experts import Weights, expert_ffn, take_experts
 from jax_moe.kernels.chosen import are_few, chosen_dispatch
 from jax_moe.models.decoder import Decoder, after_units, layer_units, layer_windows
 from jax_moe.moe import MoE
+from jax_moe.parameters import of_role
 
 
 class Cache(NamedTuple):
@@ -100,7 +101,7 @@ def _mixtures(model: Decoder) -> Callable[[Array, Array], Array]:
 
     A layer's slice of the stacked experts would be a copy of them all, so the experts of all layers are numbered through.
     """
-    graph, experts, others = nnx.split(model.moe, nnx.PathContains("experts"), ...)
+    graph, experts, others = nnx.split(model.moe, of_role("expert"), ...)
     through = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), experts)
 
     def answer(x_BTD: Array, number: Array) -> Array:

@@ -13,7 +13,7 @@ from jax_moe import presets
 from jax_moe.attention.multihead import Attention
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.parameters import Declared
-from jax_moe.parameters import declared, parameter, stacked
+from jax_moe.parameters import declared, of_role, parameter, stacked
 from jax_moe.stored import stored_state
 
 SOFT = jax_moe.SoftMoEConfig(
@@ -77,6 +77,8 @@ def test_it_survives_what_nnx_does() -> None:
     assert declared(jax.tree.map(jnp.asarray, module)) == said
     assert declared(jax.eval_shape(lambda: stored_state(jax_moe.MakeMoE(MAKEMOE)))) == said
     assert declared(nnx.clone(module)) == said
+    experts = {path for path, one in said.items() if one.role == "expert"}
+    assert set(declared(nnx.state(module, of_role("expert")))) == experts != set()
     assert hash(graphdef) == hash(nnx.graphdef(jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(1)))), "a jit cache would miss"
 
 

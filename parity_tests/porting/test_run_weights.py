@@ -29,7 +29,7 @@ from train.options import read_settings
 from train.run import checkpoint
 from train.run.folder import read_config
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "abcdefghij" * 60
 FRESH = "--data text.txt --steps 4 --batch-size 2 --block-size 8 --model-dim 8 --num-heads 2 --num-layers 1 --num-experts 2"
 SMALL = "--eval-every 4 --eval-batches 1 --checkpoint-every 2 --sample-length 3 --warmup-steps 0 --sample-prompt a"

@@ -10,7 +10,6 @@ from parity_tests.table.cases import BY_NAME
 from parity_tests.table.checks import COLUMN, Runs
 from parity_tests.table.faults import FAULTS, Fault
 
-pytestmark = pytest.mark.usefixtures("quick")
 PLANTED = [pytest.param(fault, name, id=f"{fault.name}: {name}") for fault in FAULTS for name in fault.cases]
 
 

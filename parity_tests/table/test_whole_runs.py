@@ -23,7 +23,7 @@ from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.table.checks import check_measured, check_row
 from parity_tests.table.run_checks import OPTIONS, ORIGINAL, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize("case", RUN_CASES, ids=lambda case: case.name)

@@ -23,7 +23,7 @@ from train.options import read_settings
 from train.run import metrics
 from train.task import make_learner, read_task
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick")
 SAMPLES = Path(samples.__file__).parent / "v0_1_0"
 FEW = "--data text.txt --steps 2 --batch-size 4 --eval-every 2 --eval-batches 1 --sample-length 3"
 

@@ -37,7 +37,7 @@ from train.learners.optimizer import learning_rate
 from train.run import metrics
 from train.task import make_learner, read_task
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(80))
 SETTINGS = "--pretrained tiny --data text.txt --block-size 12 --batch-size 4 --steps 6 --eval-every 3 --eval-batches 2"
 TRAINING = "--learning-rate 0.01 --warmup-steps 2 --balance-loss-weight 0.1 --sample-length 5 --checkpoint-every 100"

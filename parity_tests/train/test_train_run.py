@@ -32,7 +32,7 @@ from train.run import metrics
 from train.run.logger import open_logger
 from train.run.metrics import Evaluation
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("quick")
 SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))
 SETTINGS = (
