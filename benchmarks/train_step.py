@@ -61,7 +61,7 @@ def jax_step(
     """(a function of one training step, a function of the first batch's loss without noise and dropout)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))
-    optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen)
+    optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen, declared=jax_moe.declared(model))
 
     def loss_of(params: dict, x: jax.Array, y: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         logits, stats = nnx.merge(graphdef, params, rest).logits_and_stats(x, key=key)

@@ -58,6 +58,7 @@ from .optimizers import adamw_as_torch as adamw_as_torch
 from .optimizers import clip_as_torch as clip_as_torch
 from .optimizers import in_full_precision as in_full_precision
 from .optimizers import warmup_schedule as warmup_schedule
+from .parameters import declared as declared
 from .porting import PortError as PortError
 from .porting import from_torch as from_torch
 from .porting import from_torch_tree as from_torch_tree

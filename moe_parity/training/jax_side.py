@@ -41,7 +41,7 @@ def schedule(settings: TrainSettings) -> optax.Schedule:
 
 
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """AdamW as torch has it."""
+    """AdamW with the update rule of torch."""
     return adamw_as_torch(
         schedule(settings), weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen
     )

@@ -104,6 +104,7 @@ TORCH_ONLY = {
         "MakeMoEBlock.*": "as NoisyTopkRouter",
     },
     "precision.py": {
+        "role_of": "in jax a parameter carries its role",
         "call_in": "torch modules hold their weights; jax merges a cast tree",
         "torch_dtype": "torch's dtypes go by attribute",
     },
@@ -116,8 +117,12 @@ DIFFERENT = {
         "expert_ffn": "jax takes stacked weights by name, torch one expert's linear maps",
         "expert_ffn(return)": "all experts, or one",
     },
-    "moe.py": {"Router": "an annotation that torch's typing of buffers needs"},
+    "moe.py": {
+        "Router": "an annotation that torch's typing of buffers needs",
+        "MoE": "roles: in jax they stand on the parameters themselves",
+    },
     "soft_moe.py": {
+        "SoftMoE": "roles: in jax they stand on the parameters themselves",
         "SoftExpert.forward": "jax maps one expert over E and keeps any leading dims",
         "SoftExpert.forward(return)": "as its argument",
     },

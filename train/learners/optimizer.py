@@ -1,7 +1,10 @@
 """AdamW and its learning rate, in optax; the torch side reads the same schedule."""
 
+from collections.abc import Mapping
+
 import optax
 
+from jax_moe.config.parameters import Declared
 from jax_moe.optimizers import adamw_as_torch, warmup_schedule
 from train.configs.settings import OptimizerSettings
 
@@ -12,9 +15,11 @@ def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     return warmup_schedule(settings.learning_rate, steps, warmup_steps=settings.warmup_steps, final=final)
 
 
-def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    settings: OptimizerSettings, steps: int, declared: Mapping[str, Declared]
+) -> optax.GradientTransformationExtraArgs:
     """AdamW and clipping as torch has them (decay on all parameters, times the learning rate); `chosen` goes into its update."""
     return adamw_as_torch(
         learning_rate(settings, steps), betas=(settings.beta1, settings.beta2), eps=settings.eps,
-        weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen,
+        weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen, declared=declared,
     )
