@@ -211,7 +211,7 @@ def draw(dtype: str, rounds: int, only: set[str] | None, rate: float, out: Path)
 
 def keep(about: Result, folder: Path) -> Path:
     """Writes `<date>-<device>.json`, with a number if that name is taken; the path."""
-    from train.run.whole import write_whole
+    from jax_moe.disk import write_whole
 
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", about["device"]["device"].lower()).strip("-")

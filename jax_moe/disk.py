@@ -92,6 +92,31 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
             _remove(part)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: renamed to `path` at the end, removed on any error.
+
+    For a folder in which no other process writes; elsewhere `writing`. An error of the operating system names `path`.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        if error.errno is not None:  # of the system; it may not name the file yet
+            error.filename = str(path)
+        raise
+    finally:
+        with suppress(OSError):  # already renamed, or the folder cannot be written
+            part.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def clear_parts(path: Path) -> None:
     """Removes what killed processes left beside `path`, whose lock we hold; a folder that they moved is put back."""
     left = re.compile(re.escape(f".{path.stem}.") + "[0-9a-f]{8}" + re.escape(f".part{path.suffix}") + r"(\.old)?")

@@ -3,7 +3,7 @@
 A name is role + dims. Standard library only, used by both frameworks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["bool", "integer", "floating"]
@@ -99,10 +99,17 @@ def check_choice_values(name: str, outside: Any, twice: Any, num_experts: int, t
         raise ValueError(f"{name} names expert {int(twice[0])} twice for one token: must be {allowed}")
 
 
-def check_token_range(low: int, high: int, vocab_size: int) -> None:
-    """Raises ValueError unless the lowest and the highest token are in the vocabulary."""
+def check_token_range(
+    low: int, high: int, vocab_size: int, where: str = "", place: Callable[[int], str] | None = None
+) -> None:
+    """Raises ValueError unless the lowest and the highest token are in the vocabulary.
+
+    `where` begins the message; `place` says where a token stands.
+    """
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"token {low if low < 0 else high}: must be 0 to {vocab_size - 1} (vocab_size={vocab_size})")
+        bad = low if low < 0 else high
+        at = "" if place is None else f" ({place(bad)})"
+        raise ValueError(f"{where}token {bad}{at}: must be 0 to {vocab_size - 1} (vocab_size={vocab_size})")
 
 
 def type_name(value: object) -> str:

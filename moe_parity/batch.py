@@ -6,6 +6,7 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.guarded import read_npy
+from jax_moe.shapes import check_token_range
 
 
 def read_tokens(path: Path) -> np.ndarray:
@@ -43,12 +44,12 @@ def read_vectors(path: Path, model_dim: int) -> np.ndarray:
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, least: int, most: int | None, where: str) -> None:
     """Raises ValueError for a token outside the vocabulary, and for too few or too many positions."""
-    low, high = int(tokens.min()), int(tokens.max())
-    bad = low if low < 0 else high
-    if low < 0 or high >= vocab_size:
-        row, column = np.argwhere(tokens == bad)[0]
-        place = f"sequence {row + 1}, position {column + 1}"
-        raise ValueError(f"{where}: token {bad} ({place}): must be 0 to {vocab_size - 1} (vocab_size={vocab_size})")
+
+    def place(token: int) -> str:
+        row, column = np.argwhere(tokens == token)[0]
+        return f"sequence {row + 1}, position {column + 1}"
+
+    check_token_range(int(tokens.min()), int(tokens.max()), vocab_size, f"{where}: ", place)
     length = tokens.shape[1]
     allowed = f"at least {least}" if most is None else f"{least} to {most}"
     if length < least or (most is not None and length > most):

@@ -4,6 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from jax_moe.disk import write_whole
 from jax_moe.output import any_encoding
 from train.options import read_settings
 from train.plots import plot_run
@@ -12,7 +13,6 @@ from train.run import folder as run_folder
 from train.run.interrupt import Interrupt
 from train.run.logger import open_logger
 from train.run.progress import display
-from train.run.whole import write_whole
 from train.steps import DivergedError, Steps
 
 INTERRUPTED = 130

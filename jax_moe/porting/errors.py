@@ -1,6 +1,7 @@
 """What a port raises."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jax_moe.config.checks import shorten
 
@@ -27,3 +28,27 @@ class PortError(ValueError):
 
     def __bool__(self) -> bool:
         return any((self.missing, self.unexpected, self.misshapen, self.mistyped, self.wrong))
+
+
+def check_names(
+    where: str, there: Mapping[str, Any], wanted: Mapping[str, Any], *, dtypes: bool = False, spare: bool = False,
+    mistyped: Iterable[str] = (), wrong: Iterable[str] = (),
+) -> None:
+    """Raises one PortError unless exactly the wanted arrays are there; with `spare`, others may be there too.
+
+    `wanted`: by name a shape, or an array whose shape, and with `dtypes` dtype, must be met, or None for anything.
+    `mistyped` and `wrong`: what else was found.
+    """
+    pairs = [(name, there[name], like) for name, like in wanted.items() if name in there and like is not None]
+    shapes = [(name, value.shape, like if isinstance(like, tuple) else like.shape) for name, value, like in pairs]
+    types = [(name, value.dtype, like.dtype) for name, value, like in pairs if dtypes]
+    error = PortError(
+        where,
+        missing=[name for name in wanted if name not in there],
+        unexpected=[name for name in there if name not in wanted and not spare],
+        misshapen=[f"{name} is {found}, must be {like}" for name, found, like in shapes if found != like],
+        mistyped=[*mistyped, *(f"{name} is {found}, must be {like}" for name, found, like in types if found != like)],
+        wrong=wrong,
+    )
+    if error:
+        raise error

@@ -13,7 +13,7 @@ from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.config.parameters import Declared
 from jax_moe.models.decoder import Decoder
 from jax_moe.parameters import declared, of_variable
-from jax_moe.porting.errors import PortError
+from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.families import default_table, tables_of
 from jax_moe.porting.table.plan import Plan, Shapes, check, make_plan, their_names, to_ours, to_theirs
 from jax_moe.stored import kept_paths, stored_state, stored_variables
@@ -50,21 +50,7 @@ def _refuse_far_larger(layer: nnx.Module, variables: Mapping[str, nnx.Variable],
 def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
     """Loads {our path: array} into the layer, in place; as strict as `from_torch`."""
     variables = stored_variables(layer)
-    error = PortError(
-        f"cannot load into {type(layer).__name__}",
-        missing=[path for path in variables if path not in weights],
-        unexpected=[path for path in weights if path not in variables],
-        misshapen=[
-            f"{path} is {weights[path].shape}, must be {v.shape}"
-            for path, v in variables.items() if path in weights and weights[path].shape != v.shape
-        ],
-        mistyped=[
-            f"{path} is {weights[path].dtype}, must be {v.dtype}"
-            for path, v in variables.items() if path in weights and weights[path].dtype != v.dtype
-        ],
-    )
-    if error:
-        raise error
+    check_names(f"cannot load into {type(layer).__name__}", weights, variables, dtypes=True)
     return _fill(layer, weights)
 
 
@@ -89,17 +75,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
         return to_theirs(plan, {path: np.asarray(v[...]) for path, v in variables.items()})
     arrays = flatten(tree)
     expected = _in_tree(variables, set(arrays))
-    error = PortError(
-        f"tree does not fit {type(layer).__name__} (layout {table_name})",
-        missing=[path for path in expected if path not in arrays],
-        unexpected=[path for path in arrays if path not in expected],
-        misshapen=[
-            f"{path} is {arrays[path].shape}, must be {one.shape}"
-            for path, one in expected.items() if path in arrays and arrays[path].shape != one.shape
-        ],
-    )
-    if error:
-        raise error
+    check_names(f"tree does not fit {type(layer).__name__} (layout {table_name})", arrays, expected)
     return to_theirs(_choose_plan(layer, expected, None, layout), arrays, constants=False)
 
 

@@ -229,7 +229,7 @@ NUMPY_FILES = {
     "a negative size": (lambda path: write_header(path, a_header("-3")), "must have sizes of at least 0"),
     "nothing": (lambda path: path.write_bytes(b""), "must be a readable .npy file"),
     "empty": (lambda path: np.save(path, np.ones(0, int)), "must be longer"),
-    "negative": (lambda path: np.save(path, np.full(99, -1)), "token -1 must be 0 to"),
+    "negative": (lambda path: np.save(path, np.full(99, -1)), "token -1: must be 0 to"),
     "beyond 32 bits": (lambda path: np.save(path, np.full(99, 2**40)), "must be"),
     "a folder": (lambda path: path.mkdir(), "it is no file"),
     "a pipe": (lambda path: os.mkfifo(path), "it is no file"),

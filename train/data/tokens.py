@@ -10,6 +10,7 @@ import numpy as np
 from jax_moe.config.checks import require
 from jax_moe.generation.text import read_tokenizer, text_of, tokens_of
 from jax_moe.guarded import read_npy
+from jax_moe.shapes import check_token_range
 from train.data.text import Corpus, cut, read_data
 
 TOKENIZER = "tokenizer.json"
@@ -84,9 +85,7 @@ def load_tokens(
     train, val = cut(tokens, source, block_size, "tokens")
     low, high = int(tokens.min()), int(tokens.max())
     size = high + 1 if vocab_size is None else vocab_size
-    if low < 0 or high >= size:
-        bad = low if low < 0 else high
-        raise ValueError(f"data={source!r}: token {bad} must be 0 to {size - 1} (vocab_size={size} of the model)")
+    check_token_range(low, high, size, f"data={source!r}: ")
     return Tokens(source=source, sha256=digest, train=train, val=val, vocab_size=size, tokenizer=tokenizer)
 
 

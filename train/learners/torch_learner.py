@@ -11,7 +11,7 @@ from torch.nn import functional
 import torch_ref
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.precision import PRECISIONS
-from jax_moe.disk import sync
+from jax_moe.disk import sync, whole
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.optimizers import in_full_precision
 from torch_ref.generation.generate import generate
@@ -27,7 +27,6 @@ from train.learners.optimizer import learning_rate
 from train.run import checkpoint
 from train.run import folder as run_folder
 from train.run.metrics import Evaluation
-from train.run.whole import whole
 
 # Streams of the run's seed, one per purpose.
 STEP, EVALUATE, SAMPLE = range(3)

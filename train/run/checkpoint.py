@@ -6,7 +6,6 @@ Orbax reads, because its own errors on damaged files are pages long.
 """
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jax_moe.disk import same_bits, sync
+from jax_moe.disk import put_in_place, same_bits, sync, write_whole
 from jax_moe.porting.formats.orbax import plain, quiet, save_tree
-from train.run.whole import write_whole
 
 KEEP = 2  # if the newest is damaged, the checkpoint before it is left
 BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
@@ -38,9 +36,7 @@ def save(folder: Path, step: int, state: Any, settings: dict[str, Any]) -> None:
         _verify(new, state, settings)
         sync(new)
         sums.unlink(missing_ok=True)
-        if (folder / str(step)).exists():
-            shutil.rmtree(folder / str(step))
-        os.replace(new, folder / str(step))
+        put_in_place(new, folder / str(step))  # what was there lies in `part` then
     finally:
         shutil.rmtree(part, ignore_errors=True)
     write_whole(sums, "".join(f"{digest}  {name}\n" for name, digest in checksums(folder, step).items()))

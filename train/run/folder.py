@@ -12,12 +12,12 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from jax_moe.config.checks import require, shorten
+from jax_moe.disk import whole, write_whole
 from jax_moe.guarded import read_object
 from jax_moe.locks import BusyError, Lock
 from train.configs.known import Known
 from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
 from train.run import metrics
-from train.run.whole import whole, write_whole
 
 RUNS = Path("runs")
 CONFIG, LOCK = "config.json", ".lock"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe.config.checks import require, shorten
+from jax_moe.disk import write_whole
 from jax_moe.guarded import parse_json
-from train.run.whole import write_whole
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]

@@ -14,7 +14,7 @@ from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.config.parameters import Declared
 from jax_moe.guarded import read_json
 from jax_moe.parameters import declared
-from jax_moe.porting.errors import PortError
+from jax_moe.porting.errors import check_names
 from jax_moe.porting.families import FAMILIES, family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.orbax import read_orbax, sums_from_json
@@ -124,18 +124,9 @@ def optimizer_in(path: Path) -> Path | None:
 
 def check_arrays(path: Path, arrays: Mapping[str, Header], wanted: Mapping[str, Declared]) -> None:
     """Raises PortError with everything in which arrays under our paths are not those of a decoder."""
-    error = PortError(
-        str(path),
-        missing=[name for name in wanted if name not in arrays],
-        unexpected=[name for name in arrays if name not in wanted],
-        misshapen=[
-            f"{name} is {arrays[name].shape}, must be {one.shape}"
-            for name, one in wanted.items() if name in arrays and arrays[name].shape != one.shape
-        ],
-        mistyped=[f"{name} is {one.dtype}, must be a float" for name, one in arrays.items() if one.dtype not in DTYPES.values()],
-    )
-    if error:
-        raise error
+    no_floats = {name: header.dtype for name, header in arrays.items() if header.dtype not in DTYPES.values()}
+    mistyped = [f"{name} is {dtype}, must be a float" for name, dtype in no_floats.items()]
+    check_names(str(path), arrays, wanted, mistyped=mistyped)
 
 
 def _stored_arrays(path: Path, about: dict[str, Any]) -> dict[str, Header]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_moe.porting.errors import PortError
+from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.optimizer.step_counts import HINT, unequal
 from jax_moe.porting.state_dict import flatten
 from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, nested_counts, path_of
@@ -206,15 +206,7 @@ def _with_counts(node: Any, count: int | None, counts: Counts) -> Any:
 def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:
     """The arrays in the tree's structure, dtypes and shardings; a masked tree takes the arrays of its own leaves."""
     named = _named(tree)
-    pairs = [(name, arrays[name], leaf) for name, leaf in named.items() if name in arrays]
-    error = PortError(
-        f"optimizer state ({word})",
-        missing=[name for name in named if name not in arrays],
-        misshapen=[f"{name} is {x.shape}, must be {like.shape}" for name, x, like in pairs if x.shape != like.shape],
-        mistyped=[f"{name} is {x.dtype}, must be {like.dtype}" for name, x, like in pairs if x.dtype != like.dtype],
-    )
-    if error:
-        raise error
+    check_names(f"optimizer state ({word})", arrays, named, dtypes=True, spare=True)
     return jax.tree.unflatten(jax.tree.structure(tree), [_place(arrays[name], leaf) for name, leaf in named.items()])
 
 

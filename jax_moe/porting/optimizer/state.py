@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from jax_moe.disk import same_bits
-from jax_moe.porting.errors import PortError
+from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.optimizer.groups import check_groups
 from jax_moe.porting.optimizer.optax_state import ADAM, SGD, fill, moments_of
 from jax_moe.porting.optimizer.step_counts import counts_of, expert_tensors, own_steps_of
@@ -87,12 +87,7 @@ def optimizer_to_torch(
     _same_kind(like["param_groups"][0], list(trees))
     named = {word: to_torch(layer, tree, layout=plan.table.name) for word, tree in trees.items()}
     for word, arrays in named.items():
-        error = PortError(
-            f"optimizer state ({word})", missing=[name for name in arrays if name not in order],
-            unexpected=[name for name in order if name not in arrays],
-        )
-        if error:
-            raise error
+        check_names(f"optimizer state ({word})", dict.fromkeys(order), dict.fromkeys(arrays))
     own_steps = {} if step is None else own_steps_of(plan, counts, step)
     return write_state_dict(Moments(named, step, own_steps=own_steps), like["param_groups"], order)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config.parameters import Declared
-from jax_moe.porting.errors import PortError
+from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.table.rows import Constant, Row, Table, dim, name_indices, part, words
 
 Arrays = Mapping[str, np.ndarray]
@@ -101,23 +101,12 @@ def check(
     `dtypes` by our path; None asks only that the tensors which make up one of our arrays agree.
     """
     expected = plan.their_shapes if not constants else plan.their_shapes | {n: v.shape for n, v in plan.constants.items()}
-    error = PortError(
-        where,
-        missing=[name for name in expected if name not in state],
-        unexpected=[name for name in state if name not in expected],
-        misshapen=[
-            f"{name} is {state[name].shape}, must be {shape}"
-            for name, shape in expected.items() if name in state and state[name].shape != shape
-        ],
-        mistyped=_mistyped(plan, state, dtypes),
-        wrong=[
-            f"{name} must be {_says(plan, name)}"
-            for name, value in plan.constants.items()
-            if constants and name in state and state[name].shape == value.shape and not np.array_equal(state[name], value)
-        ],
-    )
-    if error:
-        raise error
+    wrong = [
+        f"{name} must be {_says(plan, name)}"
+        for name, value in plan.constants.items()
+        if constants and name in state and state[name].shape == value.shape and not np.array_equal(state[name], value)
+    ]
+    check_names(where, state, expected, mistyped=_mistyped(plan, state, dtypes), wrong=wrong)
 
 
 def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
