@@ -185,3 +185,22 @@ def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
     y_GECD = _answers(x_GECD, keep, moves)
     factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
     return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)
+
+
+def single_answers(
+    dispatch: Callable, x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S K D"]:
+    """What each choice's expert answers before it is weighted, by the layer's own dispatcher; 0 where it was dropped.
+
+    The dispatcher runs once for every k, as if all other choices had been dropped.
+    """
+    kept_GSK, K = slots.slot_GSK < moves.capacity, slots.slot_GSK.shape[-1]
+    on_input = moves.config.expert.weight_on == "input"
+    weight_GSK = slots.weight_GSK if on_input else jnp.ones_like(slots.weight_GSK)
+
+    def of_choice(k: Array) -> Array:
+        only_GSK = kept_GSK & (jnp.arange(K) == k)
+        alone = Slots(jnp.where(only_GSK, slots.slot_GSK, moves.capacity), jnp.where(only_GSK, weight_GSK, 0))
+        return dispatch(x_GSD, routing, alone, moves)
+
+    return jnp.moveaxis(jax.lax.map(of_choice, jnp.arange(K)), 0, 2)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from jax_moe.config.checks import require
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.describe import describe
-from jax_moe.config.models import DecoderConfig
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.decoder_folder import open_decoder
 from jax_moe.porting.formats.found import Found, find

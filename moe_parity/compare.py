@@ -31,7 +31,7 @@ from jax_moe.porting.torch_tensors import import_torch
 from jax_moe.soft_moe import SoftMoE
 from moe_parity.explain import search
 from moe_parity.report import Report
-from moe_parity.sides.jax_moe import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
+from moe_parity.sides.jax_moe import ranked_scores, tap_model, tap_moe, tap_soft_moe
 from moe_parity.sides.torch_ref import trace_torch_ref
 from moe_parity.sides.transformers import import_transformers, trace_transformers
 from moe_parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
@@ -144,10 +144,8 @@ def trace_ours(
 ) -> dict[Place, np.ndarray]:
     """Our side: the taps, and from the model's own call the answer, the loss and, if asked for, every gradient."""
     replayed = None if replay is None else jnp.stack([jnp.asarray(one, jnp.int32) for one in replay])
-    if isinstance(module, Decoder):
-        taps = tap_decoder(module, x, replayed)
-    elif isinstance(module, MakeMoE):
-        taps = tap_makemoe(module, x, replayed)
+    if isinstance(module, Decoder | MakeMoE):
+        taps = tap_model(module, x, replayed)
     elif isinstance(module, SoftMoE):
         taps = tap_soft_moe(module, x)
     else:
@@ -155,8 +153,6 @@ def trace_ours(
         taps = tap_moe(module, x, None if replayed is None else replayed[0])
     trace = {place: np.asarray(value) for place, value in taps.items()}
     last = Place("logits") if isinstance(module, Decoder | MakeMoE) else Place("combined")
-    if isinstance(module, MakeMoE) and replay is not None and all(map(np.array_equal, choices(trace) or [], replay)):
-        replayed = None  # makeMoE's own call cannot replay, and need not
     answer, values, gradients = own_call(module, x, replayed, grads)
     trace |= {TAPPED: trace[last], last: answer, **values, OWN: answer}
     named = to_torch(module, gradients, layout=layout_of(module)) if grads else {}
@@ -196,8 +192,7 @@ def _objective(module: nnx.Module, x: jax.Array, replay: jax.Array | None) -> An
         loss = next_token_loss(output.logits_BTV, x) + module.config.balance_loss_weight * balance
         return loss, (output.logits_BTV, {"balance_loss": balance, "loss": loss})
     if isinstance(module, MakeMoE):
-        # its own call cannot replay: the taps, layer after layer, can
-        logits_BTV = tap_makemoe(module, x, replay)[Place("logits")] if replay is not None else module(x, training=False)
+        logits_BTV = module(x, training=False, expert_LBTK=replay)
         if x.shape[1] < 2:
             return logits_BTV.sum() * 0, (logits_BTV, {})
         loss = next_token_loss(logits_BTV, x)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jax_moe.config.checks import require
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.disk import check_target, writing
 from jax_moe.guarded import parse_json
 from jax_moe.porting.decoder_folder import open_decoder

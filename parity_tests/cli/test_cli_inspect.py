@@ -11,7 +11,7 @@ import pytest
 
 import jax_moe
 from jax_moe.config.as_json import config_from_json, config_to_json
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.porting.families.hf import decoder_tables, family_named
 from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
 from jax_moe.porting.table.plan import make_plan

@@ -37,6 +37,7 @@ JAX_ONLY = {
         "Moves.dropout": "in whatever shape a dispatcher holds answers; torch draws for one expert at a time",
         "Moves.keep": "see Moves.dropout",
         "einsum_dispatch": "the batched reference; torch loops (loop_dispatch)",
+        "single_answers": "a stage of jax-moe parity; torch's experts are modules to be watched",
         "queue_positions": "positions of all choices at once; torch walks each expert's queue (expert_queue)",
     },
     "experts.py": {
@@ -46,8 +47,6 @@ JAX_ONLY = {
     },
     "moe.py": {
         "CorrectionBias.*": "torch has buffers",
-        "MoE.with_routing": "torch has moe_forward",
-        "MoE.shared_answer": "for generation and the stages of jax-moe parity; torch has it inside its forward",
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },
     "soft_moe.py": {

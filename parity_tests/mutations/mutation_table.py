@@ -206,7 +206,7 @@ JAX_LAYERS = [
     Mutation(
         "jax: the shared expert is left out",
         "jax_moe/moe.py",
-        "y_GSD += self.shared_answer(x_GSD, mask_GS)",
+        "y_GSD += shared_GSD",
         "pass",
         rows=("qwen2_moe",),
     ),

@@ -28,7 +28,7 @@ def test_readme_adds_a_family_in_twenty_lines(tmp_path: Path, monkeypatch: pytes
     exec(code(), names)
     assert len([line for line in code().splitlines() if line.strip()]) <= 20
     monkeypatch.setitem(FAMILIES, "cool_moe", names["COOL"])
-    config = jax_moe.DecoderConfig(
+    config = jax_moe.DecoderConfig.grouped(
         vocab_size=11, model_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, logits_divisor=4.0,
         moe=presets.mixtral(8, 6, 4, 2),
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from flax import nnx
 
-from jax_moe.config.models import DecoderConfig, MakeMoEConfig
+from jax_moe.config.decoder import DecoderConfig, differences
+from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import MoEConfig, SoftMoEConfig
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
@@ -48,9 +49,9 @@ class Family:
         """config.json of a contract. Raises ValueError if the family cannot say it."""
         values = {"architectures": [self.architecture], "model_type": self.model_type, **self.write(config)}
         again = self.config(values)
-        differs = [one.name for one in dataclasses.fields(config) if getattr(config, one.name) != getattr(again, one.name)]
-        if differs:
-            raise ValueError(f"{self.model_type}: must be a contract of that family; it cannot say {', '.join(differs)}")
+        if config != again:
+            unsaid = ", ".join(differences(config, again))
+            raise ValueError(f"{self.model_type}: must be a contract of that family; it cannot say {unsaid}")
         return values
 
 
@@ -112,7 +113,7 @@ def read_decoder(
     null = heads if null_kv_heads else REFUSED
     head_dim = width // heads
     expert = dataclasses.replace(moe.expert, activation=settings.activation())
-    return DecoderConfig(**{
+    return DecoderConfig.grouped(**{
         "vocab_size": settings.size("vocab_size"),
         "model_dim": width,
         "num_layers": settings.size("num_hidden_layers"),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.porting.families import granitemoe, qwen2_moe
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.families.granitemoe import GRANITEMOE

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jax_moe import presets
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.porting.families import mixtral
 from jax_moe.porting.families.family import Family, decoder_table, fused_experts, read_decoder, read_moe, write_decoder
 from jax_moe.porting.families.settings import Settings
