@@ -1,7 +1,7 @@
-"""Who takes part in `benchmarks.moe_layer`: our layer under its dispatchers, the dense limit and the peers.
+"""The contestants of `benchmarks.moe_layer`: our layer under its dispatchers, the dense limit and the peers.
 
-All start from the same numbers in the same dtype, and all but the dense limit can say their answer and gradients, so that
-they are compared before they are timed. Long because every contestant is a function here.
+All start from the same numbers in the same dtype. All but the dense limit return their answer and gradients, so that
+they are compared before they are timed. The file is long because every contestant is a function here.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from flax import nnx
 import jax_moe
 from jax_moe.config.moe import MoEConfig
 
-# Worst difference over the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
+# Largest difference divided by the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}
-# Least gap between the last chosen and the first other router logit: more than a logit of up to 4 is off by
-# (in fp32 one with a gap of 8e-7 was seen to flip).
+# Least gap between the router logits of the last chosen and the first unchosen expert: more than the rounding error of
+# a logit of up to 4 (in fp32 a choice with a gap of 8e-7 was seen to flip).
 MARGIN = {"float32": 2**-16, "bfloat16": 2**-5}
 TRITON = "jax_ragged_dot_use_gpu_pallas_triton_lowering"  # a setting of jax 0.10 and 0.11, gone in 0.12
 Numbers = dict[str, jax.Array]
@@ -31,12 +31,12 @@ Values = dict[str, np.ndarray]
 
 
 class UnavailableError(Exception):
-    """A contestant that cannot run here, and why."""
+    """A contestant cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed. `values` gives answer and gradients for the check; None where the computation is another."""
+    """The timed functions. `values` returns answer and gradients; None if the contestant computes something else."""
 
     forward: Callable[[], object]
     both: Callable[[], object]
@@ -45,7 +45,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens of width D, E experts of width F, K of them a token; and its numbers."""
+    """T tokens of width D, E experts of width F, K experts per token."""
 
     T: int
     D: int
@@ -55,29 +55,33 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """T,D,F,E,K, as on the command line."""
         return f"{self.T},{self.D},{self.F},{self.E},{self.K}"
 
     def flops(self, kind: str) -> int:
-        """Of the experts' products alone: three a token and choice, and twice that again for the gradients."""
+        """FLOPs of the experts' matrix products: three per token and choice, and six more for the gradients."""
         return 6 * self.T * self.K * self.D * self.F * (3 if kind == "both" else 1)
 
     def config(self, dispatcher: str = "auto") -> MoEConfig:
         """The contract."""
-        return dataclasses.replace(jax_moe.presets.mixtral(self.D, self.F, self.E, self.K), dispatcher=dispatcher)  # type: ignore[arg-type]
+        mixtral = jax_moe.presets.mixtral(self.D, self.F, self.E, self.K)
+        return dataclasses.replace(mixtral, dispatcher=dispatcher)  # type: ignore[arg-type]
 
     def numbers(self, dtype: str) -> Numbers:
         """Input, probe and weights, the routers spread as at initialisation.
 
-        Tokens whose choice could flip by rounding to the dtype are replaced by others: what is compared is the same work.
+        Tokens whose choice could flip by rounding to the dtype are replaced by other tokens, so that all contestants
+        do the same work.
         """
         random = np.random.default_rng(0)
-        shapes = {"x": (self.T, self.D), "probe": (self.T, self.D), "router": (self.D, self.E), "gate": (self.E, self.D, self.F),
-                  "up": (self.E, self.D, self.F), "down": (self.E, self.F, self.D)}
+        shapes = {
+            "x": (self.T, self.D), "probe": (self.T, self.D), "router": (self.D, self.E),
+            "gate": (self.E, self.D, self.F), "up": (self.E, self.D, self.F), "down": (self.E, self.F, self.D),
+        }
         numbers = {}
         for name, shape in shapes.items():
-            drawn = random.standard_normal(shape, np.float32)
-            numbers[name] = jnp.asarray(drawn if name in ("x", "probe") else drawn * np.float32(shape[-2] ** -0.5), dtype)
+            scale = 1.0 if name in ("x", "probe") else shape[-2] ** -0.5
+            numbers[name] = jnp.asarray(random.standard_normal(shape, np.float32) * np.float32(scale), dtype)
         if MARGIN[dtype] and self.K < self.E:
             x, router = (np.asarray(numbers[name], np.float32) for name in ("x", "router"))
             logits = np.sort(x @ router, axis=1)
@@ -88,8 +92,10 @@ class Shape:
         return numbers
 
 
-def jitted(function: Callable[[dict, jax.Array], jax.Array], weights: dict, x: Any, probe: Any, named: bool = True) -> Contestant:
-    """A contestant of `function(weights, x) -> answer`; gradients of sum(answer * probe) in everything."""
+def jitted(
+    function: Callable[[dict, jax.Array], jax.Array], weights: dict, x: Any, probe: Any, named: bool = True
+) -> Contestant:
+    """A contestant for `function(weights, x) -> answer`; gradients are those of sum(answer * probe)."""
     forward = jax.jit(function).lower(weights, x).compile()
     loss = jax.value_and_grad(lambda w, x, probe: (function(w, x) * probe).sum(), argnums=(0, 1))
     both = jax.jit(loss).lower(weights, x, probe).compile()
@@ -110,11 +116,12 @@ def _weights(numbers: Numbers) -> Numbers:
 
 
 def layer(shape: Shape, numbers: Numbers, dispatcher: str) -> Contestant:
-    """Our layer under one dispatcher."""
+    """Our layer with this dispatcher."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: jax_moe.MoE(shape.config(dispatcher))))
 
     def answer(weights: dict, x: jax.Array) -> jax.Array:
-        params = {"router": {"kernel": weights["router"]}, "experts": {name: weights[name] for name in ("gate", "up", "down")}}
+        experts = {name: weights[name] for name in ("gate", "up", "down")}
+        params = {"router": {"kernel": weights["router"]}, "experts": experts}
         return nnx.merge(graphdef, params)(x[None])[0][0]
 
     return jitted(answer, _weights(numbers), numbers["x"], numbers["probe"])
@@ -122,7 +129,7 @@ def layer(shape: Shape, numbers: Numbers, dispatcher: str) -> Contestant:
 
 @contextmanager
 def switched_on(name: str) -> Iterator[None]:
-    """A setting of jax, for what is compiled meanwhile."""
+    """A setting of jax is on inside the context, for what is compiled there."""
     if not hasattr(jax.config, name):
         raise UnavailableError(f"jax {jax.__version__} has no {name}")
     before = getattr(jax.config, name)
@@ -134,24 +141,24 @@ def switched_on(name: str) -> Iterator[None]:
 
 
 def triton_layer(shape: Shape, numbers: Numbers) -> Contestant:
-    """Our layer by `ragged_dot`, which jax lowers on a GPU to a grouped product of its own in Triton."""
+    """Our layer with `ragged_dot`, which jax then lowers to its own grouped product in Triton on a GPU."""
     with switched_on(TRITON):
         return layer(shape, numbers, "ragged")
 
 
 def swiglu(weights: dict, x: jax.Array) -> jax.Array:
-    """One expert."""
+    """The answer of one SwiGLU expert."""
     return (jax.nn.silu(x @ weights["gate"]) * (x @ weights["up"])) @ weights["down"]
 
 
 def dense(shape: Shape, numbers: Numbers) -> Contestant:
-    """The limit: K * T rows through one expert."""
+    """The dense limit: K * T rows through one expert."""
     x, probe = (jnp.tile(numbers[name], (shape.K, 1)) for name in ("x", "probe"))
     return jitted(swiglu, {name: numbers[name][0] for name in ("gate", "up", "down")}, x, probe, named=False)
 
 
 def sorted_rows(shape: Shape, numbers: Numbers, grouped_product: Callable[..., jax.Array]) -> Contestant:
-    """Sorted rows and `grouped_product(rows, weights, group_sizes)`, as one would write it in ten lines."""
+    """Rows sorted by expert and `grouped_product(rows, weights, group_sizes)`, as a user would write it."""
 
     def answer(weights: dict, x: jax.Array) -> jax.Array:
         score, expert = jax.lax.top_k(jax.nn.softmax((x @ weights["router"]).astype(jnp.float32)), shape.K)
@@ -167,36 +174,38 @@ def sorted_rows(shape: Shape, numbers: Numbers, grouped_product: Callable[..., j
 
 
 def tokamax(shape: Shape, numbers: Numbers) -> Contestant:
-    """The same by tokamax's kernels for the device, forward and backward."""
+    """Sorted rows with tokamax's kernels for the device, forward and backward."""
     import tokamax
 
     return sorted_rows(shape, numbers, tokamax.ragged_dot)
 
 
 def torch_device() -> str:
-    """Where the torch contestants run: beside jax."""
+    """The device of the torch contestants: the GPU if jax uses it too."""
     import torch
 
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 def transformers_block(shape: Shape, numbers: Numbers, implementation: str) -> Contestant:
-    """`MixtralSparseMoeBlock`, with our weights, where torch finds the same device as jax."""
+    """transformers' `MixtralSparseMoeBlock` with the same weights, on the GPU if jax uses it too."""
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     where, dtype = torch_device(), getattr(torch, numbers["x"].dtype.name)
-    config = MixtralConfig(hidden_size=shape.D, intermediate_size=shape.F, num_local_experts=shape.E, num_experts_per_tok=shape.K)
+    config = MixtralConfig(
+        hidden_size=shape.D, intermediate_size=shape.F, num_local_experts=shape.E, num_experts_per_tok=shape.K
+    )
     config._experts_implementation = implementation
     with torch.device(where):
         block = MixtralSparseMoeBlock(config).to(dtype)
     numpy = {name: np.asarray(a, np.float32) for name, a in numbers.items()}
-    theirs = {
+    state = {
         "gate.weight": numpy["router"].T, "experts.down_proj": numpy["down"].swapaxes(1, 2),
         "experts.gate_up_proj": np.concatenate([numpy["gate"], numpy["up"]], axis=2).swapaxes(1, 2),
     }
-    block.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in theirs.items()})
+    block.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in state.items()})
     x, probe = (torch.tensor(numpy[name], dtype=dtype, device=where)[None] for name in ("x", "probe"))
     x.requires_grad_()
     finish = torch.cuda.synchronize if where == "cuda" else lambda: None
@@ -226,7 +235,7 @@ def transformers_block(shape: Shape, numbers: Numbers, implementation: str) -> C
 
 
 def _nano_numbers(numbers: Numbers) -> Numbers:
-    """Router, two matrices and biases an expert."""
+    """Router, and per expert two matrices and their biases."""
     weights = {name: numbers[name] for name in ("router", "up", "down")}
     return weights | {f"{name}_bias": 0.1 * numbers[name][:, 0] for name in ("up", "down")}
 
@@ -236,14 +245,14 @@ def nano(shape: Shape, numbers: Numbers) -> Contestant:
     from nano_moe.config import NanoMoEConfig
     from nano_moe.layers import MoELayer
 
-    theirs = MoELayer(NanoMoEConfig(d_model=shape.D, d_ff=shape.F, n_experts=shape.E, top_k=shape.K, dropout_rate=0.0))
+    peer = MoELayer(NanoMoEConfig(d_model=shape.D, d_ff=shape.F, n_experts=shape.E, top_k=shape.K, dropout_rate=0.0))
 
     def answer(weights: dict, x: jax.Array) -> jax.Array:
         tree = {"Router_0": {"Dense_0": {"kernel": weights["router"]}}}
         for e in range(shape.E):
             up, down = ({"kernel": weights[n][e], "bias": weights[f"{n}_bias"][e]} for n in ("up", "down"))
             tree[f"expert_{e}"] = {"Dense_0": up, "Dense_1": down}
-        return theirs.apply({"params": tree}, x[None])[0][0]
+        return peer.apply({"params": tree}, x[None])[0][0]
 
     return jitted(answer, _nano_numbers(numbers), numbers["x"], numbers["probe"])
 
@@ -261,7 +270,7 @@ def as_nano(shape: Shape, numbers: Numbers) -> Contestant:
 
 
 class Entry(NamedTuple):
-    """One row: how it is made, the packages it needs, whether it only runs on accelerators unless asked for, its contract."""
+    """A row of the table. `needs` are packages; `accelerator`: left out on a CPU unless `--only` names it."""
 
     make: Callable[[Shape, Numbers], Contestant]
     needs: tuple[str, ...] = ()
@@ -287,7 +296,7 @@ ENTRIES: dict[str, Entry] = {
 
 
 def names(only: set[str] | None) -> list[str]:
-    """Who is to run: those asked for, else all whose packages are here; the dense limit always."""
+    """The contestants to run: `only`, else all whose packages are installed; the dense limit always."""
     if only is not None:
         return [name for name in ENTRIES if name in only or name == DENSE]
     on_cpu = jax.default_backend() == "cpu"
@@ -295,7 +304,7 @@ def names(only: set[str] | None) -> list[str]:
 
 
 def available(name: str) -> None:
-    """Raises UnavailableError where a package is missing."""
+    """Raises UnavailableError if a package that the contestant needs is missing."""
     if missing := _missing(ENTRIES[name]):
         raise UnavailableError(f"{missing[0]} is not installed")
 
@@ -305,5 +314,5 @@ def _missing(entry: Entry) -> list[str]:
 
 
 def difference(found: Values, expected: Values) -> tuple[float, str]:
-    """The worst difference over the largest number expected, and where."""
+    """(largest difference divided by the largest expected number, the name of the array where it occurs)."""
     return max((float(np.abs(found[name] - a).max() / np.abs(a).max()), name) for name, a in expected.items())

@@ -2,14 +2,13 @@
 
     python -m benchmarks.porting [--gib 2] [--rounds 3] [--keep DIR] [--json]
 
-Generates a Mixtral checkpoint in bf16 and then, in turn and each in a process of its own: loads it; saves it (written, read
-back, on the disk), which must give every tensor again bit for bit; copies its files (shutil.copyfile, with and without
-fsync); reads them. Files are in the page cache. Extra memory is the process's peak beyond what it held before and the
-weights themselves, mapped files included, as a ratio to the largest stacked tensor. Ratios of processor time say what a
-busy machine hides. Linux only (/proc).
+Generates a Mixtral checkpoint in bf16. Then, in turn and each in a process of its own, it is loaded; saved (written,
+read back, synced to disk), which must reproduce every tensor bit for bit; its files are copied (shutil.copyfile, with
+and without fsync) and read. Files are in the page cache. Extra memory is the process's peak beyond what it held before
+and beyond the weights, mapped files included, as a ratio to the largest stacked tensor. Ratios of processor time are
+printed too: a busy machine does not change them. Linux only (/proc).
 """
 
-import argparse
 import ctypes
 import json
 import math
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -30,7 +30,9 @@ import numpy as np
 from flax import nnx
 
 import jax_moe
+from benchmarks.command import read_options
 from benchmarks.timing import machine
+from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.disk import same_bits
 from jax_moe.porting.formats.shards import open_weights
 
@@ -38,10 +40,29 @@ NUM_EXPERTS, EXPERT_DIM, MODEL_DIM = 8, 3584, 1024
 SIZES = {"vocab_size": 32000, "model_dim": MODEL_DIM, "num_heads": 16, "num_kv_heads": 4, "head_dim": 64}
 SHARD_BYTES = 500_000_000
 WORK = ("load", "save", "copy", "copy without fsync", "read")
+ALONE = "import sys; from benchmarks.porting import main_alone; main_alone(*sys.argv[1:])"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How large, how often, and where."""
+
+    gib: float = 2
+    """Least size of the checkpoint in GiB."""
+    rounds: int = 3
+    """Measurements of each kind of work."""
+    keep: Path | None = None
+    """Work in this folder and leave the checkpoint there; by default in a temporary folder."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_positive_ints(rounds=self.rounds)
+        require(0 < self.gib < math.inf, "gib", self.gib, "above 0 and finite")
 
 
 def generate(folder: Path, gib: float) -> tuple[int, int]:
-    """A folder of at least `gib` GiB, in as many layers as that takes. Bytes: of all weights, of the largest stacked tensor."""
+    """Writes a folder of at least `gib` GiB; (bytes of all weights, bytes of the largest stacked tensor)."""
     per_layer = 2 * 3 * NUM_EXPERTS * EXPERT_DIM * MODEL_DIM
     layers, experts = max(1, math.ceil(gib * 2**30 / per_layer)), NUM_EXPERTS if gib else 2
     moe = jax_moe.presets.mixtral(MODEL_DIM, EXPERT_DIM if gib else 8, experts, 2)
@@ -51,7 +72,7 @@ def generate(folder: Path, gib: float) -> tuple[int, int]:
     filled, sizes = [], []
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
         bits = generator.integers(0, 2**16, variable.shape, np.uint16)
-        bits &= np.uint16(0xBFFF)  # any bits of magnitude below 2: all finite
+        bits &= np.uint16(0xBFFF)  # all magnitudes below 2, so that all numbers are finite
         sizes.append(bits.nbytes)
         filled.append((keys, variable.replace(jax.device_put(bits.view(ml_dtypes.bfloat16)))))
     nnx.update(model, nnx.from_flat_state(filled))
@@ -60,15 +81,15 @@ def generate(folder: Path, gib: float) -> tuple[int, int]:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak; files that are mapped count."""
+    """Bytes of memory of this process, mapped files included. `field`: VmRSS is now, VmHWM the peak."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
 
 def measured(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and the peak of memory beyond what was held before."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would be reused without being seen
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from now
+    """Seconds, processor seconds, and peak memory in bytes beyond what the process held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would be reused unseen
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before, start, worked = resident("VmRSS"), time.perf_counter(), time.process_time()
     kept = run()
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
@@ -81,7 +102,7 @@ def work(kind: str, folder: Path, into: Path) -> dict[str, float]:
     """One measurement in this process."""
     files = sorted(folder.glob("*.safetensors"))
     if kind in ("load", "save"):
-        # imports and the start of jax are no conversion: a tiny folder pays for them
+        # a tiny folder first, so that imports and the start of jax are not measured
         tiny = jax_moe.load_pretrained(folder.parent / "tiny")
         if kind == "load":
             return measured(lambda: jax_moe.load_pretrained(folder))
@@ -93,7 +114,7 @@ def work(kind: str, folder: Path, into: Path) -> dict[str, float]:
 
 
 def read(files: list[Path]) -> None:
-    """Every byte, into one buffer."""
+    """Reads every byte into one buffer."""
     buffer = bytearray(1 << 20)
     for file in files:
         with file.open("rb", buffering=0) as opened:
@@ -102,7 +123,7 @@ def read(files: list[Path]) -> None:
 
 
 def copy(files: list[Path], into: Path, sync: bool) -> None:
-    """Every file, at the end on the disk if `sync`."""
+    """Copies every file; with `sync` each is synced to disk."""
     for file in files:
         shutil.copyfile(file, into / file.name)
         if sync:
@@ -111,18 +132,18 @@ def copy(files: list[Path], into: Path, sync: bool) -> None:
             os.close(descriptor)
 
 
-def check_same(one: Path, two: Path) -> None:
-    """Stops unless both folders hold the same tensors, bit for bit."""
-    with open_weights(one) as a, open_weights(two) as b:
-        both = a.keys() & b.keys()
-        differ = [*(a.keys() ^ b.keys()), *(name for name in both if not same_bits(a[name].read(), b[name].read()))]
+def check_same(source: Path, saved: Path) -> None:
+    """Exits unless both folders hold the same tensors, bit for bit."""
+    a, b = open_weights(source), open_weights(saved)
+    both = a.keys() & b.keys()
+    differ = [*(a.keys() ^ b.keys()), *(name for name in both if not same_bits(a[name].read(), b[name].read()))]
     if differ:
         raise SystemExit(f"Load and save changed {len(differ)} tensors, such as {differ[0]}; nothing was timed.")
 
 
 def alone(kind: str, folder: Path, into: Path) -> dict[str, float]:
-    """One measurement in a process of its own, what it wrote removed."""
-    command = [sys.executable, "-m", "benchmarks.porting", "--work", kind, str(folder), str(into)]
+    """One measurement in a process of its own; what it wrote is removed."""
+    command = [sys.executable, "-c", ALONE, kind, str(folder), str(into)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{kind} failed: {done.stderr.strip()}")
@@ -130,6 +151,11 @@ def alone(kind: str, folder: Path, into: Path) -> dict[str, float]:
         check_same(folder, into)
     shutil.rmtree(into, ignore_errors=True)
     return json.loads(done.stdout)
+
+
+def main_alone(kind: str, folder: str, into: str) -> None:
+    """The process of one measurement; prints it as JSON."""
+    print(json.dumps(work(kind, Path(folder), Path(into))))
 
 
 def measure(folder: Path, gib: float, rounds: int) -> dict:
@@ -144,50 +170,48 @@ def measure(folder: Path, gib: float, rounds: int) -> dict:
             result = alone(kind, source, into)
             if i:  # the first round brings the files into the page cache
                 found[kind].append(result)
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    seconds = {kind: statistics.median(one["seconds"] for one in results) for kind, results in found.items()}
-    ratios = {
-        f"{kind}_over_{base.replace(' ', '_')}": statistics.median(
-            one["seconds"] / other["seconds"] for one, other in zip(found[kind], found[base], strict=True))
-        for kind in ("load", "save") for base in ("copy", "copy without fsync", "read")
-    }
-    ratios |= {
-        f"{kind}_cpu_over_copy_cpu": statistics.median(
-            one["cpu_seconds"] / other["cpu_seconds"] for one, other in zip(found[kind], found["copy"], strict=True))
-        for kind in ("load", "save")
-    }
-    peaks = {kind: statistics.median(one["peak"] for one in found[kind]) for kind in ("load", "save")}
+    files = list(source.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
     return {
         "question": "a Mixtral checkpoint into JAX and back, files in the page cache", "rounds": rounds,
-        "gib": size / 2**30, "files": len(list(source.glob("*.safetensors"))), "largest_stacked_tensor_gib": largest / 2**30,
-        **{f"{kind.replace(' ', '_')}_gb_per_second": size / one / 1e9 for kind, one in seconds.items()}, **ratios,
-        "load_extra_over_largest": (peaks["load"] - weights) / largest, "save_extra_over_largest": peaks["save"] / largest,
+        "gib": size / 2**30, "files": len(files), "largest_stacked_tensor_gib": largest / 2**30,
+        **summary(found, size, weights, largest),
         "bit_identical": True, "load_average": os.getloadavg()[0], **machine(),
+    }
+
+
+def summary(found: dict[str, list[dict[str, float]]], size: int, weights: int, largest: int) -> dict[str, float]:
+    """Rates in GB/s, ratios of loading and saving to copying and reading, and extra memory."""
+    def middle(kind: str, what: str) -> float:
+        return statistics.median(result[what] for result in found[kind])
+
+    def over(kind: str, base: str, what: str) -> float:
+        return statistics.median(a[what] / b[what] for a, b in zip(found[kind], found[base], strict=True))
+
+    rates = {f"{kind.replace(' ', '_')}_gb_per_second": size / middle(kind, "seconds") / 1e9 for kind in found}
+    ratios = {
+        f"{kind}_over_{base.replace(' ', '_')}": over(kind, base, "seconds")
+        for kind in ("load", "save") for base in ("copy", "copy without fsync", "read")
+    }
+    ratios |= {f"{kind}_cpu_over_copy_cpu": over(kind, "copy", "cpu_seconds") for kind in ("load", "save")}
+    return {
+        **rates, **ratios, "load_extra_over_largest": (middle("load", "peak") - weights) / largest,
+        "save_extra_over_largest": middle("save", "peak") / largest,
     }
 
 
 def main() -> None:
     """Prints one table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=2, help="size of the checkpoint in GiB, at least (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3)")
-    parser.add_argument("--keep", type=Path, help="a folder to work in and to leave the checkpoint in (default: a temporary one)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.work:
-        kind, folder, into = arguments.work
-        print(json.dumps(work(kind, Path(folder), Path(into))))
-        return
+    options = read_options(Options, "benchmarks.porting", __doc__)
     with tempfile.TemporaryDirectory(prefix="porting.") as temporary:
-        folder = arguments.keep or Path(temporary)
+        folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        needed = int(2.2 * (arguments.gib + 0.5) * 2**30)
+        needed = int(2.2 * (options.gib + 0.5) * 2**30)
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise SystemExit(f"{folder}: needs {needed:,} bytes, {free:,} are free")
-        result = measure(folder, arguments.gib, arguments.rounds)
-    if arguments.json:
+        result = measure(folder, options.gib, options.rounds)
+    if options.json:
         print(json.dumps(result, indent=2))
         return
     for name, value in result.items():

@@ -2,27 +2,32 @@
 
     python -m benchmarks.scaling [--only experts,tokens,layers] [--rounds 9] [--json]
 
-experts: one layer with 128 experts against the same with 8, top-8, equal active FLOPs. tokens: twice as many of them, 64
-experts, top-8. Both forward with backward on a dropless Mixtral layer, in turn in one process. layers: compile time of a
-training step (AdamW) of 64 layers against 8, of a small Mixtral and of makeMoE, from tracing to the program, each time with
-empty caches. Prints medians and their ratio beside what is wanted; exit status 0 whether or not it is reached.
+experts: a layer with 128 experts against the same layer with 8, top-8, equal active FLOPs. tokens: 4096 against 2048
+tokens, 64 experts, top-8. Both time forward with backward of a dropless Mixtral layer, in turn in one process. layers:
+compile time of a training step (AdamW) with 64 layers against 8, of a small Mixtral and of makeMoE, from tracing to the
+program, each time with empty caches. Prints medians and their ratio beside the wanted ratio; the exit status is 0
+either way.
 """
 
 import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from flax import nnx
 
 import jax_moe
+from benchmarks.command import read_names, read_options
 from benchmarks.layer_contestants import Shape, layer
-from benchmarks.timing import Parser, alternate, device, machine, median_ratio, one_of, positive
+from benchmarks.timing import alternate, device, machine, median_ratio
+from jax_moe.config.checks import check_positive_ints
 
 PAIRS = {
     "experts": [("128 experts", Shape(T, D, F, 128, 8), "8 experts", Shape(T, D, F, 8, 8))
@@ -36,8 +41,29 @@ BATCH, BLOCK = 4, 64
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Options:
+    """Which questions, and how often."""
+
+    only: Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME")] = None
+    """Of experts, tokens, layers; by default all."""
+    rounds: int = 9
+    """Timed calls of each layer; programs are compiled three times."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_positive_ints(rounds=self.rounds)
+        _ = self.questions  # raises ValueError for an unknown name
+
+    @property
+    def questions(self) -> set[str]:
+        """The questions to answer."""
+        return read_names("only", self.only, WANTED) or set(WANTED)
+
+
 def compare_layers(question: str, large: str, large_shape: Shape, small: str, small_shape: Shape, rounds: int) -> Row:
-    """Forward with backward of two shapes in turn."""
+    """Times forward with backward of two shapes in turn."""
     runs = {name: layer(shape, shape.numbers("float32"), "auto").both
             for name, shape in ((large, large_shape), (small, small_shape))}
     where = f"layer D={large_shape.D} F={large_shape.F}"
@@ -53,7 +79,7 @@ def _row(question: str, what: str, seconds: dict[str, list[float]], large: str, 
 
 
 def mixtral(num_layers: int) -> jax_moe.Decoder:
-    """A small Mixtral; call it abstractly."""
+    """A small Mixtral; `nnx.eval_shape` makes it without numbers."""
     config = jax_moe.DecoderConfig.grouped(
         vocab_size=512, model_dim=256, num_layers=num_layers, num_heads=8, num_kv_heads=4, head_dim=32,
         moe=jax_moe.presets.mixtral(256, 512, 8, 2),
@@ -62,12 +88,12 @@ def mixtral(num_layers: int) -> jax_moe.Decoder:
 
 
 def makemoe(num_layers: int) -> jax_moe.MakeMoE:
-    """The published sizes but for the depth."""
+    """makeMoE in the published sizes, with another depth."""
     return jax_moe.MakeMoE(jax_moe.MakeMoEConfig(num_layers=num_layers, block_size=BLOCK), rngs=nnx.Rngs(0))
 
 
 def training_step(make: Callable[[], Any]) -> tuple[Callable, tuple]:
-    """(one step of AdamW with dropout and noise, its abstract arguments)."""
+    """(a training step of AdamW with dropout and noise, its abstract arguments)."""
     graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     params = nnx.to_pure_dict(params)
     optimizer = optax.adamw(1e-3)
@@ -86,35 +112,25 @@ def training_step(make: Callable[[], Any]) -> tuple[Callable, tuple]:
 
 
 def compile_anew(step: Callable, arguments: tuple) -> None:
-    """From tracing to the program; nothing is remembered from before."""
+    """Compiles from tracing to the program, with empty caches."""
     jax.clear_caches()
     jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
 
 
 def compare_depths(name: str, make: Callable[[int], Any], deep: int = DEEP, shallow: int = SHALLOW) -> Row:
-    """Compile time of two depths in turn; the first round warms up the process."""
+    """Times compiling two depths in turn; the first round warms up the process."""
     runs = {str(depth): partial(compile_anew, *training_step(partial(make, depth))) for depth in (deep, shallow)}
     seconds = alternate(runs, COMPILES, warmup=1)
     return _row("layers", f"compiling {name}, {deep} / {shallow} layers", seconds, str(deep), str(shallow))
 
 
-def parser() -> Parser:
-    """The command's options."""
-    parser = Parser("benchmarks.scaling", __doc__)
-    parser.add_argument("--only", type=one_of(WANTED), default=set(WANTED), metavar="NAMES",
-                        help=f"questions by commas: {', '.join(WANTED)}; all by default")
-    parser.add_argument("--rounds", type=positive, default=9, help=f"timed calls of each (default 9); compiles are {COMPILES}")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    asked = parser().parse_args(arguments)
+    asked = read_options(Options, "benchmarks.scaling", __doc__, arguments)
     jax.config.update("jax_enable_compilation_cache", False)
-    rows = [compare_layers(question, *pair, asked.rounds) for question, pairs in PAIRS.items() if question in asked.only
-            for pair in pairs]
-    if "layers" in asked.only:
+    pairs = [(question, pair) for question in PAIRS if question in asked.questions for pair in PAIRS[question]]
+    rows = [compare_layers(question, *pair, asked.rounds) for question, pair in pairs]
+    if "layers" in asked.questions:
         rows += [compare_depths(name, make) for name, make in (("a small Mixtral", mixtral), ("makeMoE", makemoe))]
     about = device() | machine()
     if asked.json:

@@ -1,25 +1,26 @@
-"""What would a Mixtral layer cost on a TPU? Asked of the TPU compiler itself, on a machine without one.
+"""What would a Mixtral layer cost on a TPU? The TPU compiler estimates it, on a machine without a TPU.
 
     pip install libtpu==0.0.42.1        # the version that jax's extra `tpu` names
-    python -m benchmarks.tpu_compile [--chips v5e,v5p,v6e] [--tokens 8192] [--size D,F,E,K] [--only NAME,...] [--json]
+    python -m benchmarks.tpu_compile [--chips v5e,v5p,v6e] [--tokens 8192] [--size D,F,E,K] [--only NAME;...] [--json]
 
-Compiles forward with backward of one layer in bf16 for one chip, for every dispatcher, and of a dense FFN with the same active
-FLOPs; prints the compiler's own estimated cycles as a ratio to the dense FFN's, the bytes accessed and the temporary memory.
-Estimates, not measurements. The body of a loop counts as often as the compiler knows that it runs, else once; custom calls
-report no cycles, and their number is printed. Raises if a program does not fit the chip's memory (then the row says so).
+Compiles forward with backward of one layer in bf16 for one chip with every dispatcher, and a dense FFN with the same
+active FLOPs. Prints the compiler's estimated cycles as a ratio to the dense FFN's, the bytes accessed and the temporary
+memory. These are estimates, not measurements. The body of a loop counts once if the compiler does not know its trip
+count; custom calls report no cycles, and their number is printed. If a program does not fit the chip's memory, its row
+says so.
 """
 
-import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-# before jax starts: no TPU is to be looked for
+# set before jax is imported, so that it does not look for a TPU
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
@@ -27,20 +28,60 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import tyro
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import jax_moe
+from benchmarks.command import read_names, read_options
 from benchmarks.timing import machine
+from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.config.moe import MoEConfig
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GROUPS = (256, 512, 1024, 2048)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which chips, layer and dispatchers."""
+
+    chips: Annotated[str, tyro.conf.arg(metavar="NAME,NAME")] = "v5e,v5p,v6e"
+    """Chips to compile for."""
+    tokens: int = 8192
+    """Tokens of a batch."""
+    size: Annotated[str, tyro.conf.arg(metavar="D,F,E,K")] = "4096,14336,8,2"
+    """Model width, expert width, experts, choices per token; Mixtral-8x7B by default."""
+    only: Annotated[str | None, tyro.conf.arg(metavar="NAME;NAME")] = None
+    """Rows of the table, separated by semicolons; the dense FFN is always compiled."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        check_positive_ints(tokens=self.tokens)
+        read_names("chips", self.chips, TOPOLOGIES)
+        whole = [size.isdecimal() and int(size) > 0 for size in self.size.split(",")]
+        require(whole == [True] * 4, "size", self.size, "D,F,E,K, four integers of at least 1")
+        _ = self.contracts  # raises ValueError for an unknown row
+
+    @property
+    def config(self) -> MoEConfig:
+        """The layer's contract."""
+        return jax_moe.presets.mixtral(*map(int, self.size.split(",")))
+
+    @property
+    def contracts(self) -> dict[str, MoEConfig]:
+        """{row: contract} of the rows to compile."""
+        found = contracts(self.config)
+        chosen = list(found) if self.only is None else self.only.split(";")
+        for name in chosen:
+            require(name in found, "only", name, f"one of {'; '.join(found)}")
+        return {name: found[name] for name in chosen}
+
+
 def contracts(config: MoEConfig) -> dict[str, MoEConfig]:
-    """Every dispatcher; the capacity ones at factor 1.0, the one-hot one in groups of several sizes."""
+    """{row: contract} of every dispatcher; einsum and gather at capacity factor 1.0, in groups of several sizes."""
     found = {"ragged, dropless": dataclasses.replace(config, dispatcher="ragged")}
     found["gather, one group"] = dataclasses.replace(config.with_capacity(1.0, group="batch"), dispatcher="gather")
     for size in GROUPS:
@@ -51,7 +92,7 @@ def contracts(config: MoEConfig) -> dict[str, MoEConfig]:
 
 
 def layer_program(config: MoEConfig) -> tuple[Callable, Any]:
-    """(a weighted sum of the answer with its gradients, the abstract parameters)."""
+    """(a function of the weighted sum of the answer and its gradients, the abstract parameters)."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: jax_moe.MoE(config, param_dtype=jnp.bfloat16)))
 
     def loss(params: Any, x: jax.Array, probe: jax.Array) -> jax.Array:
@@ -61,7 +102,7 @@ def layer_program(config: MoEConfig) -> tuple[Callable, Any]:
 
 
 def dense_program(config: MoEConfig) -> tuple[Callable, Any]:
-    """The limit: one expert."""
+    """The dense FFN: the same for one expert."""
     D, F = config.model_dim, config.expert_dim
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
 
@@ -69,11 +110,12 @@ def dense_program(config: MoEConfig) -> tuple[Callable, Any]:
         y = (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
         return (y * probe).astype(jnp.float32).sum()
 
-    return jax.value_and_grad(loss, argnums=(0, 1)), {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    return jax.value_and_grad(loss, argnums=(0, 1)), params
 
 
 def cost(program: Callable, params: Any, num_tokens: int, width: int, device: Any) -> dict[str, Any]:
-    """Cycles, bytes and memory of the program compiled for one chip."""
+    """Cycles, bytes and memory of the program compiled for one chip; or the compiler's error."""
     here = SingleDeviceSharding(device)
     params, x = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here),
@@ -88,14 +130,15 @@ def cost(program: Callable, params: Any, num_tokens: int, width: int, device: An
     assert text is not None
     analysis = compiled.cost_analysis()
     return {
-        "cycles": cycles(text), "bytes_accessed": analysis.get("bytes accessed"), "compile_s": time.perf_counter() - start,
+        "cycles": cycles(text), "bytes_accessed": analysis.get("bytes accessed"),
+        "compile_s": time.perf_counter() - start,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
         "custom_calls": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
     }
 
 
 def cycles(text: str) -> int:
-    """Estimated cycles of the entry computation, bodies of loops times their trip count."""
+    """Estimated cycles of the entry computation, the bodies of loops times their trip count."""
     own: dict[str, int] = {}
     loops: dict[str, list[tuple[str, int]]] = {}
     entry = name = ""
@@ -117,50 +160,48 @@ def cycles(text: str) -> int:
     return total(entry)
 
 
+def compile_rows(options: Options, chip: str) -> dict[str, dict[str, Any]]:
+    """{row: costs and their ratio to the dense FFN} for one chip; progress goes to stderr."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+    config = options.config
+    width, num_tokens = config.model_dim, options.tokens
+    dense = cost(*dense_program(config), num_tokens=config.top_k * num_tokens, width=width, device=device)
+    rows = {"dense FFN": dense}
+    for name, contract in options.contracts.items():
+        print(f"{chip}: {name}", file=sys.stderr)
+        rows[name] = cost(*layer_program(contract), num_tokens=num_tokens, width=width, device=device)
+    for row in rows.values():
+        row["ratio"] = row["cycles"] / dense["cycles"] if "cycles" in row else None
+    return rows
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+    """Prints the table of one chip."""
+    print(f"{'':24}{'cycles':>12}{'/ dense':>9}{'GB accessed':>13}{'GB temporary':>14}{'custom calls':>14}")
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name:24}  {row['error']}")
+            continue
+        print(f"{name:24}{row['cycles']:12,}{row['ratio']:9.2f}{row['bytes_accessed'] / 1e9:13.1f}"
+              f"{row['temporary_bytes'] / 1e9:14.2f}{row['custom_calls']:14}")
+
+
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_compile", description=__doc__.split("\n")[0])
-    parser.add_argument("--chips", default="v5e,v5p,v6e")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--size", default="4096,14336,8,2", help="D,F,E,K; Mixtral-8x7B by default")
-    parser.add_argument("--only", help="rows, by semicolons; the dense FFN always runs")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    D, F, E, K = map(int, arguments.size.split(","))
-    config = jax_moe.presets.mixtral(D, F, E, K)
-    chosen = contracts(config)
-    if arguments.only:
-        chosen = {name: chosen[name] for name in arguments.only.split(";")}
-    results: dict[str, Any] = {}
-    for chip in arguments.chips.split(","):
-        device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-        dense = cost(*dense_program(config), num_tokens=K * arguments.tokens, width=D, device=device)
-        rows = results[chip] = {"dense FFN": dense}
-        for name, contract in chosen.items():
-            print(f"{chip}: {name}", file=sys.stderr)
-            rows[name] = cost(*layer_program(contract), num_tokens=arguments.tokens, width=D, device=device)
-        for row in rows.values():
-            row["ratio"] = row["cycles"] / dense["cycles"] if "cycles" in row else None
-    about = {"tokens": arguments.tokens, "size": arguments.size, "machine": machine(), "libtpu": _libtpu(), "results": results}
-    if arguments.json:
+    options = read_options(Options, "benchmarks.tpu_compile", __doc__)
+    results = {chip: compile_rows(options, chip) for chip in options.chips.split(",")}
+    about = {
+        "tokens": options.tokens, "size": options.size, "machine": machine(),
+        "libtpu": importlib.metadata.version("libtpu"), "results": results,
+    }
+    if options.json:
         print(json.dumps(about, indent=1))
         return
     for chip, rows in results.items():
-        print(f"\n{chip}, T={arguments.tokens}, D,F,E,K={arguments.size}, bf16, forward and backward, estimated by the compiler")
-        print(f"{'':24}{'cycles':>12}{'/ dense':>9}{'GB accessed':>13}{'GB temporary':>14}{'custom calls':>14}")
-        for name, row in rows.items():
-            if "error" in row:
-                print(f"{name:24}  {row['error']}")
-                continue
-            print(f"{name:24}{row['cycles']:12,}{row['ratio']:9.2f}{row['bytes_accessed'] / 1e9:13.1f}"
-                  f"{row['temporary_bytes'] / 1e9:14.2f}{row['custom_calls']:14}")
+        sizes = f"T={options.tokens}, D,F,E,K={options.size}"
+        print(f"\n{chip}, {sizes}, bf16, forward and backward, estimated by the compiler")
+        show(rows)
     print(f"\n{about['machine']}, libtpu {about['libtpu']}")
-
-
-def _libtpu() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("libtpu")
 
 
 if __name__ == "__main__":

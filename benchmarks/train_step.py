@@ -2,37 +2,67 @@
 
     python -m benchmarks.train_step [--capacity-factor 1.0] [--rounds 30] [--unchosen] [--json]
 
-Batch 16, block 32, width 128, 8 layers, 8 experts, top-2, dropout 0.1, AdamW. Checks first that both give the same loss
-from the same weights (noise and dropout silent); then times whole steps in turn and prints medians and their ratio.
-`--unchosen` asks instead what it costs in JAX to leave experts without tokens alone (`unchosen="skip"` against "decay").
+Batch 16, block 32, width 128, 8 layers, 8 experts, top-2, dropout 0.1, AdamW. The command first checks that both give
+the same loss from the same weights (without noise and dropout), then times whole steps in turn and prints medians and
+their ratio. `--unchosen` measures another cost, in JAX alone: that of leaving experts without tokens unchanged
+(`unchosen="skip"` against "decay").
 """
 
-import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+import tyro
 from flax import nnx
 
 import jax_moe
 import torch_ref
-from benchmarks.timing import Parser, alternate, machine, median_ratio, positive
+from benchmarks.command import read_factor, read_options
+from benchmarks.timing import alternate, machine, median_ratio
+from jax_moe.config.checks import check_positive_ints
 from jax_moe.optimizers import Unchosen, adamw_as_torch
 
 BATCH_SIZE = 16
 SAME = 2e-5  # relative difference of the two losses; measured 1e-7
+Batches = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The contract, and how often."""
+
+    capacity_factor: Annotated[str, tyro.conf.arg(metavar="FLOAT|none")] = "1.0"
+    """Above 0; none is dropless."""
+    dispatcher: Literal["auto", "einsum", "gather", "grouped"] = "auto"
+    """How JAX moves tokens to experts."""
+    rounds: int = 30
+    """Timed steps of each contestant."""
+    unchosen: bool = False
+    """Time unchosen="skip" against "decay" in JAX, without PyTorch."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_positive_ints(rounds=self.rounds)
+        _ = self.factor  # raises ValueError if it cannot be read
+
+    @property
+    def factor(self) -> float | None:
+        """The capacity factor; None is dropless."""
+        return read_factor("capacity_factor", self.capacity_factor)
 
 
 def jax_step(
-    model: jax_moe.MakeMoE, batches: list[tuple[np.ndarray, np.ndarray]], unchosen: Unchosen = "decay"
+    model: jax_moe.MakeMoE, batches: Batches, unchosen: Unchosen = "decay"
 ) -> tuple[Callable, Callable]:
-    """(one training step, the deterministic loss of the first batch)."""
+    """(a function of one training step, a function of the first batch's loss without noise and dropout)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))
     optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen)
@@ -43,7 +73,8 @@ def jax_step(
 
     def step(params: dict, state: optax.OptState, x: jax.Array, y: jax.Array, key: jax.Array) -> tuple:
         (loss, chosen_LE), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, x, y, key)
-        updates, state = optimizer.update(gradient, state, params, chosen=chosen_LE)  # unused by "decay": not computed
+        # "decay" does not use chosen_LE, so that it is not computed
+        updates, state = optimizer.update(gradient, state, params, chosen=chosen_LE)
         return optax.apply_updates(params, updates), state, loss
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
@@ -60,8 +91,8 @@ def jax_step(
     return run, lambda: float(loss_of(params, *map(jnp.asarray, batches[0]), None)[0])
 
 
-def torch_step(model: torch_ref.MakeMoE, batches: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Callable, Callable]:
-    """(one training step, the deterministic loss of the first batch)."""
+def torch_step(model: torch_ref.MakeMoE, batches: Batches) -> tuple[Callable, Callable]:
+    """(a function of one training step, a function of the first batch's loss without noise and dropout)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tensors = [(torch.from_numpy(x).long(), torch.from_numpy(y).long()) for x, y in batches]
     held = {"count": 0}
@@ -91,35 +122,38 @@ def torch_step(model: torch_ref.MakeMoE, batches: list[tuple[np.ndarray, np.ndar
     return run, deterministic
 
 
-def measure(capacity_factor: float | None, rounds: int, dispatcher: str = "auto") -> dict:
-    """The medians in milliseconds, their ratio and the machine."""
-    config = jax_moe.MakeMoEConfig(capacity_factor=capacity_factor, dispatcher=dispatcher)  # type: ignore[arg-type]
-    rng = np.random.default_rng(0)
-    shape = (BATCH_SIZE, config.block_size)
-    batches = [tuple(rng.integers(0, config.vocab_size, shape, dtype=np.int32) for _ in range(2)) for _ in range(8)]
+def published(factor: float | None, dispatcher: str) -> tuple[jax_moe.MakeMoEConfig, Batches]:
+    """The published model with this capacity factor, and eight random batches."""
+    config = jax_moe.MakeMoEConfig(capacity_factor=factor, dispatcher=dispatcher)  # type: ignore[arg-type]
+    rng, shape = np.random.default_rng(0), (BATCH_SIZE, config.block_size)
+    x_and_y = [[rng.integers(0, config.vocab_size, shape, dtype=np.int32) for _ in range(2)] for _ in range(8)]
+    return config, [(x, y) for x, y in x_and_y]
+
+
+def measure(factor: float | None, rounds: int, dispatcher: str = "auto") -> dict:
+    """Median milliseconds of a step in JAX and in PyTorch, their ratio, and the machine. Exits if the losses differ."""
+    config, batches = published(factor, dispatcher)
     torch.manual_seed(0)
-    ref = torch_ref.MakeMoE(config)
-    model = jax_moe.from_torch(jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)), ref.state_dict())
+    reference = torch_ref.MakeMoE(config)
+    model = jax_moe.from_torch(jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)), reference.state_dict())
     run_jax, loss_jax = jax_step(model, batches)
-    run_torch, loss_torch = torch_step(ref, batches)
+    run_torch, loss_torch = torch_step(reference, batches)
     difference = abs(loss_jax() / loss_torch() - 1)
     if difference > SAME:
-        raise SystemExit(f"The contestants disagree: losses differ by {difference:.1e} (allowed {SAME:.0e}); nothing was timed.")
+        differ = f"losses differ by {difference:.1e} (allowed {SAME:.0e})"
+        raise SystemExit(f"The contestants disagree: {differ}; nothing was timed.")
     seconds = alternate({"jax": run_jax, "torch": run_torch}, rounds, warmup=3)
     return {
-        "question": "one training step of the published makeMoE run", "capacity_factor": capacity_factor,
+        "question": "one training step of the published makeMoE run", "capacity_factor": factor,
         "dispatcher": dispatcher, "rounds": rounds, "loss_difference": difference,
         "jax_ms": 1e3 * statistics.median(seconds["jax"]), "torch_ms": 1e3 * statistics.median(seconds["torch"]),
         "jax_over_torch": median_ratio(seconds, "jax", "torch"), **machine(),
     }
 
 
-def measure_unchosen(capacity_factor: float | None, rounds: int, dispatcher: str = "auto") -> dict:
-    """The medians in milliseconds of a step that skips experts without tokens and of one that decays them, and their ratio."""
-    config = jax_moe.MakeMoEConfig(capacity_factor=capacity_factor, dispatcher=dispatcher)  # type: ignore[arg-type]
-    rng = np.random.default_rng(0)
-    shape = (BATCH_SIZE, config.block_size)
-    batches = [tuple(rng.integers(0, config.vocab_size, shape, dtype=np.int32) for _ in range(2)) for _ in range(8)]
+def measure_unchosen(factor: float | None, rounds: int, dispatcher: str = "auto") -> dict:
+    """Median milliseconds of a step with unchosen="skip" and with "decay", and their ratio."""
+    config, batches = published(factor, dispatcher)
     kinds: tuple[Unchosen, ...] = ("skip", "decay")
     contestants = {kind: jax_step(jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)), batches, kind) for kind in kinds}
     losses = {kind: loss() for kind, (_, loss) in contestants.items()}
@@ -127,38 +161,19 @@ def measure_unchosen(capacity_factor: float | None, rounds: int, dispatcher: str
         raise SystemExit(f"The contestants disagree: losses are {losses}; nothing was timed.")
     seconds = alternate({kind: run for kind, (run, _) in contestants.items()}, rounds, warmup=3)
     return {
-        "question": "what leaving experts without tokens alone costs a training step", "capacity_factor": capacity_factor,
+        "question": "what leaving experts without tokens unchanged costs a training step", "capacity_factor": factor,
         "dispatcher": dispatcher, "rounds": rounds, "skip_ms": 1e3 * statistics.median(seconds["skip"]),
-        "decay_ms": 1e3 * statistics.median(seconds["decay"]), "skip_over_decay": median_ratio(seconds, "skip", "decay"),
-        **machine(),
+        "decay_ms": 1e3 * statistics.median(seconds["decay"]),
+        "skip_over_decay": median_ratio(seconds, "skip", "decay"), **machine(),
     }
-
-
-def factor(text: str) -> float | None:
-    """A capacity factor on the command line."""
-    if text.lower() == "none":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0, or none")
-    return value
 
 
 def main() -> None:
     """Prints one table, or JSON."""
-    parser = Parser("benchmarks.train_step", __doc__)
-    parser.add_argument("--capacity-factor", type=factor, default=1.0, help='above 0, or "none" for dropless (default 1.0)')
-    parser.add_argument("--dispatcher", default="auto", choices=["auto", "einsum", "gather", "grouped"])
-    parser.add_argument("--rounds", type=positive, default=30, help="timed steps of each contestant (default 30)")
-    parser.add_argument("--unchosen", action="store_true", help="time unchosen='skip' against 'decay' in JAX, without PyTorch")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
-    question = measure_unchosen if arguments.unchosen else measure
-    result = question(arguments.capacity_factor, arguments.rounds, arguments.dispatcher)
-    if arguments.json:
+    options = read_options(Options, "benchmarks.train_step", __doc__)
+    question = measure_unchosen if options.unchosen else measure
+    result = question(options.factor, options.rounds, options.dispatcher)
+    if options.json:
         print(json.dumps(result, indent=2))
         return
     for name, value in result.items():

@@ -1,14 +1,14 @@
-"""An expert that was not chosen gets no gradient in that step: can it still be trained?
+"""An expert that no token chose gets no gradient in that step: can it still be trained?
 
     python -m benchmarks.unchosen_experts [--data FILE] [--steps 1000] [--plot docs/unchosen_experts.png] [--json]
 
 Trains one small makeMoE model four times from the same weights on the same batches, with and without the learned router
 noise and the balance loss, and records for every step, layer and expert whether its gradient was zero. Batches are
-small, so that experts do go unchosen. Prints a table; `--plot` draws the runs.
+small, so that some experts get no token. Prints a table; `--plot` draws the runs.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,7 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 import jax_moe
-from train.data.text import batch, load_text
+from benchmarks.command import read_options
+from jax_moe.config.checks import check_positive_ints, require
+from train.data.text import Corpus, batch, load_text
 
 BATCH_SIZE, BLOCK_SIZE, BALANCE_WEIGHT, WINDOW = 4, 32, 0.01, 25
 SETTINGS = {
@@ -32,14 +34,34 @@ SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """The text, the length of a run, and what to write."""
+
+    data: str | None = None
+    """A UTF-8 text file; by default the plays that train.py uses."""
+    steps: int = 1000
+    """Steps of each run."""
+    plot: Path | None = None
+    """Draw the runs into this PNG."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_positive_ints(steps=self.steps)
+        require(self.plot is None or self.steps >= WINDOW, "steps", self.steps, f"at least {WINDOW}, to be drawn")
+
+
 def squared_norms(experts: dict) -> jax.Array:
     """Squared norm of each expert's gradient over all its parameters, [L, E]."""
     return sum((g**2).sum(axis=tuple(range(2, g.ndim))) for g in jax.tree.leaves(experts))  # type: ignore[return-value]
 
 
-def run(config: jax_moe.MakeMoEConfig, balance_weight: float, noise: bool, text: object, steps: int, title: str) -> dict:
-    """Per step: which experts had a gradient [steps, L, E], their load [steps, L, E], and the loss [steps]."""
-    model = jax_moe.MakeMoE(config, rngs=nnx.Rngs(0))  # the same weights in all four runs; silent noise = zeros
+def run(
+    config: jax_moe.MakeMoEConfig, balance_weight: float, noise: bool, text: Corpus, steps: int, title: str
+) -> dict[str, np.ndarray]:
+    """Of every step, the experts with a gradient [steps, L, E], their load [steps, L, E] and the loss [steps]."""
+    model = jax_moe.MakeMoE(config, rngs=nnx.Rngs(0))  # the same weights in all four runs
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params)
     optimizer = optax.adamw(1e-3, weight_decay=0.01)
@@ -56,11 +78,12 @@ def run(config: jax_moe.MakeMoEConfig, balance_weight: float, noise: bool, text:
     def step(params: dict, state: optax.OptState, tokens: jax.Array, key: jax.Array) -> tuple:
         (_, (loss, load)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, tokens, key)
         updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss, load, squared_norms(gradient["blocks"]["moe"]["experts"]) > 0
+        reached = squared_norms(gradient["blocks"]["moe"]["experts"]) > 0
+        return optax.apply_updates(params, updates), state, loss, load, reached
 
     state, records = optimizer.init(params), []
     for i in track(range(steps), description=title, console=Console(stderr=True)):
-        tokens = jnp.asarray(batch(text, 0, "train", i, BATCH_SIZE, BLOCK_SIZE))  # type: ignore[arg-type]
+        tokens = jnp.asarray(batch(text, 0, "train", i, BATCH_SIZE, BLOCK_SIZE))
         params, state, *record = step(params, state, tokens, jax.random.fold_in(jax.random.key(0), i))
         records.append(record)
     loss, load, reached = (np.stack(values) for values in zip(*jax.device_get(records), strict=True))
@@ -68,7 +91,7 @@ def run(config: jax_moe.MakeMoEConfig, balance_weight: float, noise: bool, text:
 
 
 def longest_wait(reached: np.ndarray) -> int:
-    """The most steps in a row that any expert of any layer went without a gradient."""
+    """The largest number of steps in a row in which some expert had no gradient."""
     wait = longest = np.zeros(reached.shape[1:], int)
     for row in reached:
         wait = np.where(row, 0, wait + 1)
@@ -77,7 +100,7 @@ def longest_wait(reached: np.ndarray) -> int:
 
 
 def summary(result: dict) -> dict:
-    """The figures of one run; the last tenth stands for its end."""
+    """The figures of one run; `at_end` is the mean of its last tenth."""
     end = slice(-max(len(result["loss"]) // 10, 1), None)
     num_experts = result["load"].shape[-1]
     return {
@@ -91,7 +114,7 @@ def summary(result: dict) -> dict:
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Share of experts without a gradient, and the busiest expert's load, over the run."""
+    """Draws the share of experts without a gradient and the busiest expert's load, over the run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,24 +140,19 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     """Runs the four settings and prints their figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a UTF-8 text file (default: the plays that train.py uses)")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--plot", type=Path, help="a PNG file to draw")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    text = load_text(arguments.data, BLOCK_SIZE)
+    options = read_options(Options, "benchmarks.unchosen_experts", __doc__)
+    text = load_text(options.data, BLOCK_SIZE)
     config = jax_moe.MakeMoEConfig(
-        vocab_size=len(text.vocabulary), block_size=BLOCK_SIZE, model_dim=64, num_heads=4, num_layers=4, num_experts=16,
+        vocab_size=text.vocab_size, block_size=BLOCK_SIZE, model_dim=64, num_heads=4, num_layers=4, num_experts=16,
         capacity_factor=None, dropout=0.0,
     )
     results = {
-        name: run(config, weight, noise, text, arguments.steps, name) for name, (noise, weight) in SETTINGS.items()
+        name: run(config, weight, noise, text, options.steps, name) for name, (noise, weight) in SETTINGS.items()
     }
     figures = {name: summary(result) for name, result in results.items()}
-    if arguments.plot:
-        plot(results, arguments.plot)
-    if arguments.json:
+    if options.plot:
+        plot(results, options.plot)
+    if options.json:
         print(json.dumps(figures, indent=2))
         return
     table = Table("run", *next(iter(figures.values())))

@@ -1,7 +1,7 @@
-"""Array arguments checked by name, before anything is computed: kind, shape and, where a value is there to be seen, range.
+"""Array arguments checked by name, before anything is computed: kind, shape and, for concrete values, range.
 
-Shapes cost nothing under jit, where they are checked while tracing. A traced value has no numbers yet: what is out of range
-then gives NaN, not another expert's answer.
+Under jit shapes are checked while tracing, at no cost. A traced value has no numbers yet: an index out of range then
+gives NaN, never another expert's answer.
 """
 
 from typing import Any
@@ -31,20 +31,21 @@ DTYPES: dict[str, Any] = {"bool": jnp.bool_, "integer": jnp.integer, "floating":
 
 
 def check_kind(name: str, value: Any) -> Array:
-    """The array; numpy's become jax's. Raises ValueError for what is no array, or holds something else than its name says."""
+    """The value as a JAX array. Raises ValueError for other types, and for a dtype that does not fit the name."""
     kind, dims = kind_of(name), role_and_dims(name)[1]
     if not isinstance(value, jax.Array | np.ndarray | np.generic) and not hasattr(value, "__jax_array__"):
         asked = f"an array of {kind}s [{', '.join(dims)}]" if dims else f"an array of one {kind}"
         cure = "np.asarray of lists of one length makes one" if isinstance(value, list | tuple) else "of jax or numpy"
         raise ValueError(f"{name} is a {type_name(value)}: must be {asked}; {cure}")
-    check_holds(name, value.dtype, next((one for one, dtype in DTYPES.items() if jnp.issubdtype(value.dtype, dtype)), ""))
+    holds = next((word for word, dtype in DTYPES.items() if jnp.issubdtype(value.dtype, dtype)), "")
+    check_holds(name, value.dtype, holds)
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def checked(sizes: Sizes, leading: str = "", **arrays: Any) -> dict[str, Any]:
-    """The arrays by name, each of its kind and shape, `leading` dims first. Those that are None are left out.
+    """The arrays that are not None, by name, each checked for kind and shape; `leading` dims come first in each shape.
 
-    Raises ValueError "mask_BT has shape (1, 5): must be (2, 5), the B and T of x_BTD", or for another kind.
+    Raises ValueError, such as "mask_BT has shape (1, 5): must be (2, 5), the B and T of x_BTD".
     """
     found = {name: check_kind(name, value) for name, value in arrays.items() if value is not None}
     for name, value in found.items():
@@ -53,7 +54,7 @@ def checked(sizes: Sizes, leading: str = "", **arrays: Any) -> dict[str, Any]:
 
 
 def checked_input(name: str, value: Any, model_dim: int | None = None) -> tuple[Array, dict[str, Dim]]:
-    """The array that others are held against, and its dims. Raises ValueError for another kind, rank or width."""
+    """The main input and its dims, which the other arrays share. Raises ValueError for another kind, rank or width."""
     value = check_kind(name, value)
     sizes = dims_of(name, value.shape)
     if model_dim is not None:
@@ -62,16 +63,16 @@ def checked_input(name: str, value: Any, model_dim: int | None = None) -> tuple[
 
 
 def visible(value: Any) -> np.ndarray | None:
-    """The numbers, where there are any on this process's devices; None of a traced value."""
+    """The numbers of a concrete array on this process's devices; None for a traced or remote array."""
     if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
         return None
     return np.asarray(value)
 
 
 def check_choices(name: str, expert: Any, num_experts: int, mask: Any = None, different: bool = True) -> None:
-    """Raises ValueError unless every token's K choices are experts of 0 to num_experts - 1, all different, where visible.
+    """Raises ValueError unless every token's K choices are different experts of 0 to num_experts - 1, where visible.
 
-    Padding may name anything. Shapes are checked elsewhere: a mask of another shape is passed over.
+    Choices of padding are not checked. Shapes are checked elsewhere: a mask of another shape is ignored here.
     """
     values, real = visible(expert), None if mask is None else visible(mask)
     if values is None or not values.size or (mask is not None and (real is None or real.dtype != bool)):
@@ -87,14 +88,14 @@ def check_choices(name: str, expert: Any, num_experts: int, mask: Any = None, di
 
 
 def check_vocabulary(tokens_BT: Any, vocab_size: int) -> None:
-    """Raises ValueError for a token that is not in the vocabulary, where tokens are visible."""
-    values = visible(tokens_BT)  # numpy: a constant inside somebody's jit is checked too
+    """Raises ValueError for a token outside the vocabulary, where tokens are visible."""
+    values = visible(tokens_BT)  # in numpy, so that a constant inside jit is checked too
     if values is not None and values.size:
         check_token_range(int(values.min()), int(values.max()), vocab_size)
 
 
 def moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> tuple[Array, dict[str, Any]]:
-    """A sparse layer's input and its arrays, all checked; None where one was not given."""
+    """The checked input of a sparse layer and its other arrays by name, None for those not given."""
     x_BTD, sizes = checked_input("x_BTD", x_BTD, config.model_dim)
     found = checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
     if "expert_BTK" in found:
@@ -103,7 +104,7 @@ def moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> tuple[Array, dic
 
 
 def check_limit(limit: Any, capacity: int) -> Array | None:
-    """`capacity_limit` as an array. Raises ValueError unless it is one integer of 0 to the capacity, where it is visible."""
+    """`capacity_limit` as an array. Raises ValueError unless it is an integer of 0 to the capacity, where visible."""
     if limit is None:
         return None
     limit = checked({}, capacity_limit=jnp.asarray(limit) if isinstance(limit, int) else limit)["capacity_limit"]

@@ -4,7 +4,9 @@ B sequences            T positions            U positions attended to   G routin
 S tokens in a group    E experts              K choices per token       C slots per expert per group
 D model width          F expert width         V vocabulary              L layers
 H query heads          J key/value heads      A head width              R rows sorted by expert
-N expert clusters      (G * S >= B * T: the last group may be padded)
+N expert clusters      W width of heads' norm
+I input width of a map O output width of a map  (where they have no letter of their own)
+(G * S >= B * T: the last group may be padded)
 
 A tensor is named role + dims (`weight_GSK`); einsum letters, types and suffixes agree. Lower case is this device's
 share. "Axis" is a mesh's, "dim" is a tensor's.

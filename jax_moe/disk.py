@@ -1,4 +1,4 @@
-"""State dicts on disk: `.safetensors` and `.pt`, written beside and renamed only after they read back bit for bit."""
+"""Files and folders written whole or not at all: beside the target, checked, synced, and then renamed to it."""
 
 import errno
 import os
@@ -14,11 +14,12 @@ import numpy as np
 from jax_moe.locks import alone
 
 READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-COMPARED = 1 << 19  # bytes at a time: they stay in the cache
+NOTE = "port.json"  # says, in the folder of a resumable port, what is being ported
+COMPARED = 1 << 19  # bytes compared at a time, so that they stay in the cache
 
 
 def verify(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray], path: Path) -> None:
-    """Raises ValueError, naming the tensors, unless both hold the same names, dtypes, shapes and bits."""
+    """Raises ValueError, naming the tensors, unless both have the same names, dtypes, shapes and bits."""
     both = written.keys() & read.keys()
     wrong = {*(written.keys() ^ read.keys()), *(name for name in both if not same_bits(written[name], read[name]))}
     if wrong:
@@ -29,7 +30,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal dtype, shape and bytes; a NaN equals itself. Contiguous arrays are not copied."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (np.ascontiguousarray(one).reshape(-1).view(np.uint8) for one in (a, b))
+    a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
     return all(np.array_equal(a[i : i + COMPARED], b[i : i + COMPARED]) for i in range(0, a.size, COMPARED))
 
 
@@ -37,7 +38,7 @@ def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool
     """Raises ValueError if `path` exists and may not be replaced, or cannot be written."""
     try:
         there = path.exists() or path.is_symlink()
-    except OSError as error:  # a name that the file system does not allow
+    except OSError as error:  # the file system does not allow the name
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     if there:
         if not overwrite:
@@ -49,7 +50,7 @@ def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool
 
 
 def put_in_place(part: Path, path: Path) -> Path | None:
-    """Renames `part` to `path`; a folder that was there is put back if that fails, else where it is now is returned."""
+    """Renames `part` to `path`. Returns where a folder that stood there is now; if renaming fails, it is put back."""
     old = part.with_name(f"{part.name}.old") if path.is_dir() else None
     if old is not None:
         os.replace(path, old)
@@ -59,7 +60,7 @@ def put_in_place(part: Path, path: Path) -> Path | None:
         if old is not None:
             os.replace(old, path)
         raise
-    with suppress(OSError):  # a folder that may be written and not read
+    with suppress(OSError):  # a folder may be writable and not readable
         sync(path.parent, deep=False)
     return old
 
@@ -68,8 +69,8 @@ def put_in_place(part: Path, path: Path) -> Path | None:
 def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = Path.is_file) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to `path` at the end, removed on any error.
 
-    Raises ValueError if `path` exists and may not be overwritten, if the folder cannot be written, or if another process
-    is writing it.
+    Raises ValueError if `path` exists and may not be overwritten, if the folder is not writable, or if another process
+    is writing `path`.
     """
     check_target(path, overwrite, replaceable)
     with alone(path) as lock:
@@ -79,7 +80,7 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
         part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
         try:
             yield part
-            check_target(path, overwrite, replaceable)  # others than us may write there too
+            check_target(path, overwrite, replaceable)  # a program that knows no lock may have written there
             sync(part)
             old = put_in_place(part, path)
             if old is not None:
@@ -92,18 +93,34 @@ def writing(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = P
 
 
 def clear_parts(path: Path) -> None:
-    """Removes what a killed process left beside `path`, whose lock is ours; a folder that it had moved away is put back."""
+    """Removes what killed processes left beside `path`, whose lock we hold; a folder that they moved is put back."""
     left = re.compile(re.escape(f".{path.stem}.") + "[0-9a-f]{8}" + re.escape(f".part{path.suffix}") + r"(\.old)?")
-    for one in list(path.parent.iterdir()):
-        found = left.fullmatch(one.name)
+    for entry in list(path.parent.iterdir()):
+        found = left.fullmatch(entry.name)
         if found and found[1] and not path.exists():
-            os.replace(one, path)
+            os.replace(entry, path)
         elif found:
-            _remove(one)
+            _remove(entry)
+    part = resumable_part(path)
+    if part.is_dir() and {entry.name for entry in part.iterdir()} <= {NOTE, path.name, f"{path.name}.old"}:
+        put_back(path)
+        _remove(part)
+
+
+def resumable_part(path: Path) -> Path:
+    """The folder in which a resumable port prepares `path`."""
+    return path.with_name(f".{path.name}.part")
+
+
+def put_back(path: Path) -> None:
+    """Puts a folder back at `path` if a resumable port moved it and was killed before it replaced it."""
+    old = resumable_part(path) / f"{path.name}.old"
+    if old.exists() and not path.exists():
+        os.replace(old, path)
 
 
 def _remove(part: Path) -> None:
-    """Away with it, as far as the system lets us: what is told to the user is why it is in the way, not this."""
+    """Removes a file or folder. Errors are ignored: the user hears of the error that made this necessary."""
     if part.is_dir() and not part.is_symlink():
         shutil.rmtree(part, ignore_errors=True)
     else:
@@ -112,10 +129,10 @@ def _remove(part: Path) -> None:
 
 
 def sync(path: Path, deep: bool = True) -> None:
-    """Returns when the file, or the folder with all that is in it, is on the disk and not only in its cache."""
-    for one in [*(path.rglob("*") if deep else ()), path]:
-        if one.is_file() or hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
-            descriptor = os.open(one, os.O_RDONLY)
+    """Flushes a file, or a folder with its contents, from the system's cache to the disk."""
+    for entry in [*(path.rglob("*") if deep else ()), path]:
+        if entry.is_file() or hasattr(os, "O_DIRECTORY"):  # without it a folder cannot be opened
+            descriptor = os.open(entry, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
@@ -123,7 +140,7 @@ def sync(path: Path, deep: bool = True) -> None:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raises ValueError if the disk that holds the folder of `path` has fewer bytes free."""
+    """Raises ValueError if the disk of `path` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         reason = os.strerror(errno.ENOSPC)

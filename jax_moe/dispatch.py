@@ -1,10 +1,11 @@
 """Routing -> expert buffers, and back: groups, queues, drops, and the dense one-hot reference.
 
-A dispatcher is a function (x_GSD, routing, slots, moves) -> y_GSD; the faster ones live in `kernels/` under the same
+A dispatcher is a function (x_GSD, routing, slots, moves) -> y_GSD. The faster dispatchers in `kernels/` have the same
 signature. All of them share `assign_slots`, so they drop the same tokens.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,32 +17,32 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shape
 from jax_moe.dropout import apply_keep, draw_keep, dropout
 from jax_moe.routing import Routing, safe_denominator
 
-LARGEST_KEY = 2**31 - 1  # of an int32: queue and turn are sorted as one number up to here
+LARGEST_KEY = 2**31 - 1  # int32: queue and turn are packed into a single sort key up to this value
 
 
 class Slots(NamedTuple):
-    """Where each choice stands in its expert's queue, after drops."""
+    """The position of each choice in its expert's queue, after drops."""
 
     slot_GSK: Int[Array, "G S K"]  # 0 .. C-1; exactly C for a choice that was dropped or belongs to padding
     weight_GSK: Float[Array, "G S K"]  # 0 for a dropped choice
 
 
 class Moves(NamedTuple):
-    """What a dispatcher needs besides the tokens."""
+    """What a dispatcher needs besides tokens, routing and slots."""
 
     config: MoEConfig
     capacity: int
-    apply: Callable  # (x_ECD, expert_E or None) -> y_ECD: the experts; expert_E names whose weights serve each E
-    weights: Mapping[str, Array]  # the same experts' parameters, for a dispatcher with a backward of its own
-    dropout_key: PRNGKeyArray | None = None  # draws fresh dropout
-    keep_GSKD: Bool[Array, "G S K D"] | None = None  # given dropout mask instead
+    apply: Callable  # the experts, (x_ECD, expert_E or None) -> y_ECD; expert_E picks the weights for each row of E
+    weights: Mapping[str, Array]  # the parameters of the same experts, for a dispatcher with a backward of its own
+    dropout_key: PRNGKeyArray | None = None  # draws the dropout mask
+    keep_GSKD: Bool[Array, "G S K D"] | None = None  # a given dropout mask
 
     def dropout(self, y: Float[Array, "*any"]) -> Float[Array, "*any"]:
-        """Answers with fresh dropout, in whatever shape the dispatcher holds them; as they are without a key."""
+        """Answers of any shape with a freshly drawn dropout mask; unchanged without a key."""
         return dropout(y, self.config.expert.dropout, self.dropout_key)
 
     def keep(self, shape: tuple[int, ...]) -> Bool[Array, "*any"] | None:
-        """The dropout mask of all choices, given or drawn; None without dropout."""
+        """The dropout mask of all choices, given or drawn; None if there is no dropout."""
         if self.keep_GSKD is not None:
             return self.keep_GSKD.reshape(shape)
         rate = self.config.expert.dropout
@@ -49,7 +50,7 @@ class Moves(NamedTuple):
 
 
 def split_groups(x_BT: Shaped[Array, "B T *rest"], group_size: int) -> Shaped[Array, "G S *rest"]:
-    """Tokens in flat order cut into groups of S, at least one; the last group is padded with zeros."""
+    """Tokens in flat order cut into groups of S, at least one group; the last group is padded with zeros."""
     B, T, *rest = x_BT.shape
     num_groups = max(-(-B * T // group_size), 1)
     flat = x_BT.reshape(B * T, *rest)
@@ -71,7 +72,7 @@ def queue_positions(
     priority: Priority,
     mask_GS: Bool[Array, "G S"] | None = None,
 ) -> Int[Array, "G S K"]:
-    """How many choices stand before this one in its expert's queue (int32: bf16 counts collide above 256)."""
+    """The number of choices before each choice in its expert's queue (int32: bf16 counts collide above 256)."""
     G, S, K = expert_GSK.shape
     R = S * K
     queue_GSK = expert_GSK if mask_GS is None else jnp.where(mask_GS[..., None], expert_GSK, num_experts)
@@ -80,7 +81,7 @@ def queue_positions(
 
 
 def _turns(weight_GSK: Float[Array, "G S K"], priority: Priority) -> Int[Array, "G S K"]:
-    """When each choice of a group takes its place, 0 first; never two at once."""
+    """The order in which the choices of a group take their places: a permutation of 0 .. S * K - 1."""
     G, S, K = weight_GSK.shape
     if priority == "token":
         return jnp.broadcast_to(jnp.arange(S * K, dtype=jnp.int32).reshape(S, K), (G, S, K))
@@ -93,12 +94,12 @@ def _turns(weight_GSK: Float[Array, "G S K"], priority: Priority) -> Int[Array, 
 
 
 def _descending(weight_GR: Float[Array, "G R"]) -> Int[Array, "G R"]:
-    """The rank of each weight in its group, the highest first; among equals the lower index."""
+    """The rank of each weight in its group, highest first; on equal weights the lower index first."""
     return jax.vmap(_inverse)(jnp.argsort(-weight_GR, axis=1, stable=True))
 
 
 def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int) -> Int[Array, " R"]:
-    """How many of its queue come before each, by turn (a permutation): one sort, where one-hot sums would cost R * E."""
+    """The rank of each choice in its queue, in the order of turns. One sort; one-hot sums would cost R * E."""
     R = queue_R.shape[0]
     if num_queues * R <= LARGEST_KEY:
         sorted_R = jax.lax.sort(queue_R * R + turn_R)
@@ -112,8 +113,9 @@ def _ranks(queue_R: Int[Array, " R"], turn_R: Int[Array, " R"], num_queues: int)
 
 
 def _inverse(order_R: Int[Array, " R"]) -> Int[Array, " R"]:
-    """Where each index stands in a permutation."""
-    return jnp.zeros(order_R.shape, jnp.int32).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
+    """The inverse of a permutation."""
+    place_R = jnp.arange(order_R.size, dtype=jnp.int32)
+    return jnp.zeros(order_R.shape, jnp.int32).at[order_R].set(place_R, unique_indices=True)
 
 
 def assign_slots(
@@ -123,7 +125,10 @@ def assign_slots(
     mask_GS: Bool[Array, "G S"] | None = None,
     capacity_limit: Int[Array, ""] | None = None,
 ) -> Slots:
-    """Drops what does not fit. `capacity_limit`, at most `capacity`, is a traced queue length for growing prompts."""
+    """Slots of the choices within the capacity; the others are dropped.
+
+    `capacity_limit`, at most `capacity`, is a traced queue length for growing prompts.
+    """
     priority = config.capacity.priority if config.capacity else "token"
     position_GSK = queue_positions(routing.expert_GSK, routing.weight_GSK, config.num_experts, priority, mask_GS)
     kept_GSK = position_GSK < (capacity if capacity_limit is None else capacity_limit)
@@ -137,13 +142,67 @@ def assign_slots(
 
 
 def round_weights(slots: Slots, config: MoEConfig, dtype: DTypeLike) -> Slots:
-    """Weights rounded to the input's dtype where the contract says so (Qwen), and kept wide where not (Mixtral)."""
+    """Weights rounded to the input's dtype where the contract says so (Qwen), else in fp32 or wider (Mixtral)."""
     if config.router.weight_dtype == "float32":
         return slots
     return slots._replace(weight_GSK=slots.weight_GSK.astype(dtype).astype(slots.weight_GSK.dtype))
 
 
+def einsum_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
+    """The reference: one-hot dispatch and combine tensors [G, S, E, C] contracted by einsum (GShard, arXiv 2006.16668).
+
+    They cost 2 * S * E * C * D besides the experts, so keep groups bounded. Without a capacity every expert sees every
+    token (E / K times the work), and the tensors are [G, S, E].
+    """
+    config, dtype = moves.config, x_GSD.dtype
+    kept_GSK1 = (slots.slot_GSK < moves.capacity)[..., None].astype(dtype)
+    choice_GSKE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=dtype) * kept_GSK1
+    weight_GSKE = slots.weight_GSK[..., None] * choice_GSKE.astype(slots.weight_GSK.dtype)
+    if config.capacity is None:
+        return _all_tokens(x_GSD, choice_GSKE, weight_GSKE, moves)
+    slot_GSKC = jax.nn.one_hot(slots.slot_GSK, moves.capacity, dtype=dtype)  # all zeros at slot C: dropped
+    return _tokens_in_slots(x_GSD, choice_GSKE, weight_GSKE, slot_GSKC, moves)
+
+
+def _all_tokens(x_GSD: Array, choice_GSKE: Array, weight_GSKE: Array, moves: Moves) -> Float[Array, "G S D"]:
+    """Every expert answers every token; the combine tensor picks and weights the chosen answers."""
+    G, S, D = x_GSD.shape
+    dtype, on_input = x_GSD.dtype, moves.config.expert.weight_on == "input"
+    dispatch_GSE, combine_GSE = choice_GSKE.sum(axis=2), weight_GSKE.sum(axis=2)
+    x_GESD = jnp.broadcast_to(x_GSD[:, None], (G, moves.config.num_experts, S, D))
+    if on_input:
+        x_GESD = (combine_GSE.swapaxes(1, 2)[..., None] * x_GESD).astype(dtype)
+    keep_GESD = None
+    if moves.keep_GSKD is not None:
+        keep_GESD = jnp.einsum("GSKE,GSKD->GESD", choice_GSKE, moves.keep_GSKD.astype(dtype))
+    y_GESD = _answers(x_GESD, keep_GESD, moves)
+    factor_GSE = dispatch_GSE.astype(wide(dtype)) if on_input else combine_GSE
+    return jnp.einsum("GSE,GESD->GSD", factor_GSE, y_GESD).astype(dtype)
+
+
+def _tokens_in_slots(
+    x_GSD: Array, choice_GSKE: Array, weight_GSKE: Array, slot_GSKC: Array, moves: Moves
+) -> Float[Array, "G S D"]:
+    """Every expert answers the tokens in its slots."""
+    dtype, on_input = x_GSD.dtype, moves.config.expert.weight_on == "input"
+    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", choice_GSKE, slot_GSKC)
+    combine_GSEC = jnp.einsum("GSKE,GSKC->GSEC", weight_GSKE, slot_GSKC.astype(weight_GSKE.dtype))
+    if on_input:
+        x_GECD = jnp.einsum("GSEC,GSD->GECD", combine_GSEC, x_GSD.astype(combine_GSEC.dtype)).astype(dtype)
+    else:
+        x_GECD = jnp.einsum("GSEC,GSD->GECD", dispatch_GSEC, x_GSD)
+    keep_GECD = None
+    if moves.keep_GSKD is not None:
+        keep_GECD = jnp.einsum("GSKE,GSKC,GSKD->GECD", choice_GSKE, slot_GSKC, moves.keep_GSKD.astype(dtype))
+    y_GECD = _answers(x_GECD, keep_GECD, moves)
+    factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
+    return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)
+
+
 def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Moves) -> Float[Array, "G E C D"]:
+    """The experts' answers, with dropout, in fp32 or wider."""
     G, E, C, D = x_GECD.shape
     y_ERD = moves.apply(x_GECD.swapaxes(0, 1).reshape(E, G * C, D), None)
     y_GECD = y_ERD.reshape(E, G, C, D).swapaxes(0, 1).astype(wide(x_GECD.dtype))
@@ -152,55 +211,23 @@ def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Mo
     return moves.dropout(y_GECD)
 
 
-def einsum_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
-    """The reference: one-hot dispatch and combine tensors [G, S, E, C] contracted by einsum (GShard, arXiv 2006.16668).
-
-    Costs S * E * C * D twice besides the experts, so keep groups bounded. Dropless needs no slots: every expert sees
-    every token (E / K times the work) and the combine tensor is [G, S, E].
-    """
-    config, dtype = moves.config, x_GSD.dtype
-    kept_GSK = slots.slot_GSK < moves.capacity
-    expert_GSKE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=dtype) * kept_GSK[..., None].astype(dtype)
-    weight_GSKE = slots.weight_GSK[..., None] * expert_GSKE.astype(slots.weight_GSK.dtype)
-    on_input = config.expert.weight_on == "input"
-    if config.capacity is None:
-        dispatch_GSE, combine_GSE = expert_GSKE.sum(axis=2), weight_GSKE.sum(axis=2)
-        x_GESD = jnp.broadcast_to(x_GSD[:, None], (x_GSD.shape[0], config.num_experts, *x_GSD.shape[1:]))
-        if on_input:
-            x_GESD = (combine_GSE.swapaxes(1, 2)[..., None] * x_GESD).astype(dtype)
-        keep = None if moves.keep_GSKD is None else jnp.einsum("GSKE,GSKD->GESD", expert_GSKE, moves.keep_GSKD.astype(dtype))
-        y_GESD = _answers(x_GESD, keep, moves)
-        factor_GSE = dispatch_GSE.astype(wide(dtype)) if on_input else combine_GSE
-        return jnp.einsum("GSE,GESD->GSD", factor_GSE, y_GESD).astype(dtype)
-    slot_GSKC = jax.nn.one_hot(slots.slot_GSK, moves.capacity, dtype=dtype)  # all zeros at slot C: dropped
-    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
-    combine_GSEC = jnp.einsum("GSKE,GSKC->GSEC", weight_GSKE, slot_GSKC.astype(weight_GSKE.dtype))
-    if on_input:
-        x_GECD = jnp.einsum("GSEC,GSD->GECD", combine_GSEC, x_GSD.astype(combine_GSEC.dtype)).astype(dtype)
-    else:
-        x_GECD = jnp.einsum("GSEC,GSD->GECD", dispatch_GSEC, x_GSD)
-    keep = None
-    if moves.keep_GSKD is not None:
-        keep = jnp.einsum("GSKE,GSKC,GSKD->GECD", expert_GSKE, slot_GSKC, moves.keep_GSKD.astype(dtype))
-    y_GECD = _answers(x_GECD, keep, moves)
-    factor_GSEC = dispatch_GSEC.astype(wide(dtype)) if on_input else combine_GSEC
-    return jnp.einsum("GSEC,GECD->GSD", factor_GSEC, y_GECD).astype(dtype)
-
-
 def single_answers(
     dispatch: Callable, x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
 ) -> Float[Array, "G S K D"]:
     """What each choice's expert answers before it is weighted, by the layer's own dispatcher; 0 where it was dropped.
 
-    The dispatcher runs once for every k, as if all other choices had been dropped.
+    The dispatcher runs once for every k, as if that were each token's only choice. Without dropout.
     """
-    kept_GSK, K = slots.slot_GSK < moves.capacity, slots.slot_GSK.shape[-1]
+    alone = moves._replace(config=replace(moves.config, top_k=1), dropout_key=None, keep_GSKD=None)
+    kept_GSK = slots.slot_GSK < moves.capacity
     on_input = moves.config.expert.weight_on == "input"
-    weight_GSK = slots.weight_GSK if on_input else jnp.ones_like(slots.weight_GSK)
+    weight_GSK = slots.weight_GSK if on_input else kept_GSK.astype(slots.weight_GSK.dtype)
 
-    def of_choice(k: Array) -> Array:
-        only_GSK = kept_GSK & (jnp.arange(K) == k)
-        alone = Slots(jnp.where(only_GSK, slots.slot_GSK, moves.capacity), jnp.where(only_GSK, weight_GSK, 0))
-        return dispatch(x_GSD, routing, alone, moves)
+    def of_choice(choice: tuple[Array, Array, Array]) -> Array:
+        expert_GS1, weight_GS1, kept_GS1 = (each[..., None] for each in choice)
+        place_GS1 = queue_positions(expert_GS1, weight_GS1, moves.config.num_experts, "token", choice[2])
+        only = Slots(jnp.where(kept_GS1, place_GS1, moves.capacity), weight_GS1)
+        return dispatch(x_GSD, Routing(expert_GS1, weight_GS1, routing.logits_GSE), only, alone)
 
-    return jnp.moveaxis(jax.lax.map(of_choice, jnp.arange(K)), 0, 2)
+    of_each_k = [jnp.moveaxis(each, -1, 0) for each in (routing.expert_GSK, weight_GSK, kept_GSK)]
+    return jnp.moveaxis(jax.lax.map(of_choice, tuple(of_each_k)), 0, 2)

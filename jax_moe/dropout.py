@@ -1,4 +1,4 @@
-"""Dropout by a given mask or by a drawn one."""
+"""Dropout by a given mask or by a drawn mask."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from jax_moe.dims import Array, Bool, Float, Int, PRNGKeyArray
 
 
 def fold(key: PRNGKeyArray | None, number: int | Int[Array, ""]) -> PRNGKeyArray | None:
-    """A key of its own for the numbered use; None stays None."""
+    """A separate key for each numbered use; None stays None."""
     return None if key is None else jax.random.fold_in(key, number)
 
 
 def draw_keep(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Array, "*any"]:
-    """True with probability 1 - rate, to 16 bits: 0.1 is drawn as 6554 / 65536.
+    """True with probability 1 - rate, to 16 bits: a rate of 0.1 is 6554 / 65536.
 
-    One threefry word serves two neighbours in the last dim: drawing masks is a large part of a small model's step.
+    A random 32-bit word serves two neighbours in the last dim: drawing masks is a large part of a small model's step.
     """
     *rest, last = shape
     words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)

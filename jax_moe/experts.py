@@ -8,9 +8,13 @@ from flax import nnx
 
 from jax_moe.activations import activate, clamp_above
 from jax_moe.config.moe import ExpertConfig, MoEConfig
+from jax_moe.config.roles import Role
 from jax_moe.dims import Array, DTypeLike, Float, Int
+from jax_moe.initializers import rounded, uniform
+from jax_moe.parameters import parameter
 
 Weights = Mapping[str, Array]
+DIMS = {"up": "D F", "gate": "D F", "down": "F D"}  # of one expert's matrices; a bias has the last
 
 
 def hidden_units(
@@ -28,7 +32,7 @@ def hidden_units(
 def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "E C D"]:
     """Every expert's answer. Weights: up, down, [gate], [up_bias, gate_bias, down_bias], each with leading E.
 
-    What goes into a product is computed once, before it: left to itself the TPU compiler recomputes the activation inside
+    Barriers keep each product's input computed once: the TPU compiler would otherwise recompute the activation inside
     every tile of the products around it (docs/performance.md).
     """
 
@@ -44,29 +48,34 @@ def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertCon
 
 
 def take_experts(weights: Weights, expert_E: Int[Array, " e"] | None) -> Weights:
-    """The weights of the named experts, in that order; all of them for None."""
+    """The weights of these experts, in this order; None: of all experts."""
     return weights if expert_E is None else {name: value[expert_E] for name, value in weights.items()}
 
 
 class Experts(nnx.Module):
-    """E feed-forward networks. Parameters `up`, `gate` [E, D, F], `down` [E, F, D] and, with biases, `*_bias`."""
+    """E feed-forward networks. Parameters `up`, `gate` [E, D, F], `down` [E, F, D] and, with biases, `*_bias`.
+
+    Under the role `shared` one network that no router chooses: its leading dim is 1, not E.
+    """
 
     def __init__(
         self, num_experts: int, model_dim: int, expert_dim: int, config: ExpertConfig, *, rngs: nnx.Rngs,
-        param_dtype: DTypeLike = jnp.float32, kernel_init: nnx.Initializer | None = None,
+        param_dtype: DTypeLike = jnp.float32, kernel_init: nnx.Initializer | None = None, role: Role = "expert",
     ):
+        leading = "E" if role == "expert" else "1"
         # batch_axis: without it the initializer would count E as part of each expert's fan-in
-        init = kernel_init or jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
+        fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
+        init = rounded(kernel_init or fan_in)
         shapes = {"up": (model_dim, expert_dim), "down": (expert_dim, model_dim)}
         if config.gated:
             shapes["gate"] = (model_dim, expert_dim)
         for name, (rows, columns) in sorted(shapes.items()):
-            setattr(self, name, nnx.Param(init(rngs.params(), (num_experts, rows, columns), param_dtype)))
+            kernel = init(rngs.params(), (num_experts, rows, columns), param_dtype)
+            setattr(self, name, parameter(kernel, f"{leading} {DIMS[name]}", role))
             if config.bias:
                 # torch.nn.Linear's own: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-                bound = rows**-0.5
-                bias = jax.random.uniform(rngs.params(), (num_experts, columns), param_dtype, -bound, bound)
-                setattr(self, f"{name}_bias", nnx.Param(bias))
+                bias = uniform(rows**-0.5)(rngs.params(), (num_experts, columns), param_dtype)
+                setattr(self, f"{name}_bias", parameter(bias, f"{leading} {DIMS[name][-1]}", role))
 
     def weights(self) -> Weights:
         """The parameters as plain arrays."""

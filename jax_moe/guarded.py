@@ -1,6 +1,7 @@
-"""What comes from outside is judged before it is believed: JSON text, NumPy files, sizes against memory, words in messages.
+"""Checks of input from outside: JSON text, NumPy files, sizes against the memory.
 
-Standard library and NumPy only. Every refusal is a ValueError of one line that says where, what and what is allowed.
+Standard library and NumPy only. Every refusal is a ValueError of one line with the place, the value and what is
+allowed.
 """
 
 import json
@@ -16,18 +17,18 @@ import numpy as np
 
 from jax_moe.config.checks import shorten
 
-MAX_JSON_BYTES = 64_000_000  # the index of the largest public checkpoint has 8 million
+MAX_JSON_BYTES = 64_000_000  # the largest public checkpoint's index has 8 million
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins that stands for a file not yet fetched
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of a file that Git LFS has not fetched yet
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 
 
 def parse_json(text: str | bytes, where: object, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Python's value of a JSON text. Raises ValueError "where: must be JSON (...)" for all that cannot be read.
+    """The value of a JSON text. Raises ValueError "where: must be JSON (...)" for a text that cannot be read.
 
-    Nesting that exceeds the parser's, whole numbers beyond the range of a double and bytes that are not UTF-8 are refused;
-    `pairs` makes an object of its names and values, and may refuse them.
+    Refused are also nesting beyond the parser's limit, integers beyond the range of a double and bytes that are not
+    UTF-8. `pairs` builds an object from its (name, value) pairs, and may refuse them.
     """
     try:
         if isinstance(text, bytes):
@@ -40,7 +41,7 @@ def parse_json(text: str | bytes, where: object, pairs: Callable[[list[tuple[str
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """`parse_json` of a file. Raises ValueError for a file that cannot be read or is too large; FileNotFoundError passes."""
+    """`parse_json` of a file. Raises ValueError for an unreadable or too large file; FileNotFoundError passes."""
     return parse_json(_json_bytes(path, max_bytes), path)
 
 
@@ -50,12 +51,17 @@ def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def read_text_and_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[str, dict[str, Any]]:
-    """`read_object`, with the text that it was made of."""
-    data = _json_bytes(path, max_bytes)
-    values = parse_json(data, path)
+    """The text of a file and the object of `read_object`."""
+    text, values = read_text_and_json(path, max_bytes)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must be a JSON object, is {shorten(json.dumps(values), 40)}")
-    return data.decode("utf-8"), values
+    return text, values
+
+
+def read_text_and_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[str, Any]:
+    """`read_json`, with the text that it was made of."""
+    data = _json_bytes(path, max_bytes)
+    return data.decode("utf-8", "replace"), parse_json(data, path)
 
 
 def _json_bytes(path: Path, max_bytes: int) -> bytes:
@@ -71,10 +77,11 @@ def _json_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
-    """The array of a .npy file; with `mapped` it stays on the disk and is read-only, so that it may be larger than memory.
+    """The array of a .npy file. With `mapped` it stays on disk and is read-only, so that it may be larger than the
+    memory.
 
-    Raises ValueError for what is no .npy file of numbers (an archive, a pickle, objects), for a header that says more bytes
-    than the file has, and for more bytes than memory has; FileNotFoundError passes.
+    Raises ValueError for a file that is not a .npy of numbers (an archive, a pickle, objects), for a header that
+    promises more bytes than the file has, and for an array larger than the memory; FileNotFoundError passes through.
     """
     size = _size(path)
     try:
@@ -82,7 +89,7 @@ def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
             head = file.read(256)
             refuse_pointer(path, head)
             if head.startswith(NPZ):
-                raise ValueError(f"{path}: must be one array, is an archive (.npz): np.save of the array writes a .npy file")
+                raise ValueError(f"{path}: must be a single array, is an archive (.npz): np.save writes a .npy file")
             if not head.startswith(NPY):
                 raise ValueError(f"{path}: must be a .npy file as np.save writes it, does not begin as one")
             shape, fortran, dtype = _npy_header(path, file)
@@ -103,7 +110,7 @@ def read_npy(path: Path, *, mapped: bool = False) -> np.ndarray:
 
 
 def _npy_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether columns come first, and dtype: all that stands before the numbers, none of it executed."""
+    """Shape, whether the order is Fortran's, and dtype, from the header; nothing in it is executed."""
     file.seek(0)
     try:
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
@@ -111,12 +118,13 @@ def _npy_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.d
         if version not in read:
             raise ValueError(f"version {version} of the format has names of fields")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of that parser, about the stranger's text
+            warnings.simplefilter("ignore")  # numpy's parser warns about the text of the header
             shape, fortran, dtype = read[version](file)
     except OSError:
         raise
-    except Exception as error:  # of Python's own parser, that reads the header: SyntaxError, RecursionError, MemoryError ...
-        raise ValueError(f"{path}: must be a .npy file as np.save writes it (its header: {shorten(error) or 'empty'})") from None
+    except Exception as error:  # Python's parser reads the header: SyntaxError, RecursionError, MemoryError ...
+        reason = shorten(error) or "empty"
+        raise ValueError(f"{path}: must be a .npy file as np.save writes it (its header: {reason})") from None
     if dtype.kind not in "biufc":
         raise ValueError(f"{path}: must hold numbers, holds {'Python objects' if dtype.hasobject else shorten(dtype)}")
     if any(n < 0 for n in shape) or len(shape) > 32 or max(shape, default=0) >= 2**63:
@@ -124,20 +132,30 @@ def _npy_header(path: Path, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.d
     return shape, fortran, dtype
 
 
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file; False for a name that the system refuses."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def refuse_pointer(path: Path, head: bytes) -> None:
-    """Raises ValueError if the bytes with which a file begins are those of a Git LFS pointer."""
+    """Raises ValueError if a file begins like a Git LFS pointer."""
     if head.startswith(LFS_POINTER):
-        raise ValueError(f"{path}: is a Git LFS pointer and not yet the file that it stands for: `git lfs pull` fetches it")
+        raise ValueError(f"{path}: is a Git LFS pointer, not the file itself: `git lfs pull` fetches the file")
 
 
 def refuse_pointer_file(path: Path) -> None:
-    """`refuse_pointer` of a file; whoever opens it next says what else is wrong with it."""
+    """`refuse_pointer` for a file; an unreadable file passes, for its reader to report."""
     with suppress(OSError), path.open("rb") as file:
         refuse_pointer(path, file.read(256))
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file. Raises ValueError for what is none (a pipe would be waited for); FileNotFoundError passes."""
+    """Size of a file in bytes. Raises ValueError for other than a regular file (reading a pipe would block);
+    FileNotFoundError passes through.
+    """
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -150,7 +168,7 @@ def _size(path: Path) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take; None where the system does not say."""
+    """Bytes of memory that this process may still allocate; None if the system does not say."""
     found = [value for value in (_free_of_machine(), _left_of_group()) if value is not None]
     return min(found) if found else None
 
@@ -159,7 +177,7 @@ def require_memory(needed: int, what: str) -> None:
     """Raises ValueError if `what` would need more bytes than are available."""
     have = available_memory()
     if have is not None and needed > have:
-        raise ValueError(f"{what} needs about {needed:,} bytes of memory: must be at most {have:,}, which are available")
+        raise ValueError(f"{what} needs about {needed:,} bytes of memory: must be at most {have:,}, which are free")
 
 
 def _whole(digits: str) -> int:
@@ -180,7 +198,7 @@ def _free_of_machine() -> int | None:
 
 
 def _left_of_group() -> int | None:
-    """Of a container: its limit less what it uses, its file cache not counted."""
+    """Free memory of a container: its limit minus its use, not counting its file cache."""
     try:
         limit = int((CGROUP / "memory.max").read_text())  # "max": no limit, a ValueError
         used = int((CGROUP / "memory.current").read_text())

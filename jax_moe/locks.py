@@ -1,8 +1,8 @@
-"""A lock on what is being written: held by one process at a time, and free as soon as that process is gone, however it ended.
+"""A lock on what is being written, held by one process at a time and released when that process ends in any way.
 
-The lock is the operating system's, on a small file: `flock` on Linux and macOS, `msvcrt.locking` on Windows. Over NFS it
-holds between machines where the server does locks (version 4 always does). On a file system that has no locks nothing
-is locked, and nothing that another process left is removed.
+It is a lock of the operating system on a small file: `flock` on Linux and macOS, `msvcrt.locking` on Windows. Over NFS
+it holds between machines if the server supports locks (version 4 always does). On a file system without locks nothing
+is locked, and nothing left by another process is removed.
 """
 
 import errno
@@ -19,7 +19,7 @@ class BusyError(Exception):
 
 
 class Lock:
-    """Takes the lock at once. Raises BusyError if it is held, OSError where its file cannot be made.
+    """Takes the lock at once. Raises BusyError if it is held, OSError if its file cannot be created.
 
     `works`: whether the file system has locks.
     """
@@ -35,14 +35,14 @@ class Lock:
             except BaseException:
                 os.close(self._descriptor)
                 raise
-            os.close(self._descriptor)  # the holder before us removed the file between our opening and our locking
+            os.close(self._descriptor)  # its last holder removed the file before we had the lock
 
     def lost(self) -> bool:
-        """Whether the file was removed or replaced, with its folder for example: then others see no lock."""
+        """Whether the file was removed or replaced, for example with its folder: then other processes see no lock."""
         return self._descriptor is None or not _is_at(self._descriptor, self.path)
 
     def release(self) -> None:
-        """Removes the file and lets go; a second time nothing."""
+        """Removes the file and releases the lock; a second call does nothing."""
         if self._descriptor is None:
             return
         with suppress(OSError):  # Windows removes no open file; the folder may be gone
@@ -54,11 +54,12 @@ class Lock:
 
 @contextmanager
 def alone(target: Path) -> Iterator[Lock]:
-    """While entered no other process writes `target`; the lock lies beside it. Raises ValueError if one does."""
+    """Holds the lock beside `target`. Raises ValueError if another process is writing `target`."""
     try:
         lock = Lock(lock_of(target))
     except BusyError:
-        raise ValueError(f"{target}: is being written by another process; wait for it, or choose another name") from None
+        said = "is being written by another process; wait for it, or choose another name"
+        raise ValueError(f"{target}: {said}") from None
     except OSError as error:
         raise ValueError(f"{target}: cannot be written ({error.strerror})") from None
     try:
@@ -68,7 +69,7 @@ def alone(target: Path) -> Iterator[Lock]:
 
 
 def lock_of(target: Path) -> Path:
-    """The lock's file, the same for every way to name the target's folder."""
+    """The path of the lock file, beside the target."""
     return target.with_name(f".{target.name}.lock")
 
 

@@ -1,4 +1,4 @@
-"""Losses and statistics of routing, all returned as values, in fp32 or wider, and all blind to padding.
+"""Losses and statistics of routing, returned as values in fp32 or wider; padding never counts.
 
 Every function raises ValueError, by name, for arrays of another kind or of shapes that do not fit each other.
 """
@@ -21,29 +21,29 @@ SOFTMAX = RouterConfig()
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, over its unpadded tokens; a stack of layers reports each field with a leading L."""
+    """Statistics of one layer over its unpadded tokens; for a stack of layers each field has a leading L."""
 
     load_balance_loss: Float[Array, "*L"]  # E * sum_e f_e P_e
     router_z_loss: Float[Array, "*L"]  # mean over tokens of logsumexp(logits)^2
-    dropped_fraction: Float[Array, "*L"]  # share of the tokens' K choices that found no slot
-    expert_load_E: Float[Array, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
-    router_entropy: Float[Array, "*L"]  # mean over tokens of the entropy of the scores over their sum, in nats
+    dropped_fraction: Float[Array, "*L"]  # share of choices that got no slot
+    expert_load_E: Float[Array, "*L E"]  # share of choices per expert, before drops; sums to 1
+    router_entropy: Float[Array, "*L"]  # mean entropy of each token's scores over their sum, in nats
     router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of the scores over their sum
-    importance_cv2: Float[Array, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
+    importance_cv2: Float[Array, "*L"]  # CV^2 of the weight given to each expert (a loss: it has a gradient)
     load_cv2: Float[Array, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
 
 def chosen_experts(stats: MoEStats) -> Bool[Array, "*L E"]:
-    """Which experts had a token after drops: in PyTorch only these get a gradient, and `unchosen="skip"` asks for them.
+    """Which experts had a token after drops. In PyTorch only these get a gradient; `unchosen="skip"` needs the mask.
 
-    Whatever the priority, the first of an expert's queue has a slot if there are slots: it goes without tokens only if
-    nobody named it, or with a capacity of 0, where everything is dropped.
+    With any priority the first choice in an expert's queue gets a slot, if there are slots. So an expert has no tokens
+    only if no token chose it, or if the capacity is 0 and everything is dropped.
     """
     return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1)[..., None]
 
 
 def _given(name: str, value: Array, mask_GS: Array | None = None, **others: Any) -> list[Any]:
-    """The array and those held against it, numbers in fp32 or wider; the mask last, None where there is none."""
+    """The checked arrays, floats in fp32 or wider; last the mask, or None. `value` sets the dims of the others."""
     value, sizes = checked_input(name, value)
     found = checked(sizes, **others)
     wider = [x.astype(wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in (value, *found.values())]
@@ -65,7 +65,7 @@ def masked_mean(x_GS: Float[Array, "G S *rest"], mask_GS: Bool[Array, "G S"] | N
 def expert_load(
     expert_GSK: Int[Array, "G S K"], num_experts: int, dtype: DTypeLike, mask_GS: Bool[Array, "G S"] | None = None
 ) -> Float[Array, " E"]:
-    """Share of all choices that named each expert, in `dtype`; sums to 1."""
+    """Share of all choices that went to each expert, in `dtype`; sums to 1."""
     expert_GSK, mask_GS = _choices(expert_GSK, num_experts, mask_GS)
     share_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=wide(dtype)).mean(axis=2)
     return masked_mean(share_GSE, mask_GS).astype(dtype)
@@ -77,7 +77,7 @@ def _choices(expert_GSK: Array, num_experts: int, mask_GS: Array | None) -> list
 
 
 def router_probs(logits_GSE: Float[Array, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Array, "G S E"]:
-    """Each token's scores over their sum, whatever the score: softmax(logits), or s / sum(s) of sigmoid and its like."""
+    """Each token's scores over their sum: softmax(logits), or s / sum(s) for sigmoid and sqrt_softplus scores."""
     logits_GSE, _ = _given("logits_GSE", logits_GSE)
     return jax.nn.softmax(log_scores(logits_GSE, config), axis=-1)
 
@@ -97,7 +97,7 @@ def load_balance_loss(
 def group_balance_loss(
     routing: Routing, config: MoEConfig, mask_GS: Bool[Array, "G S"] | None = None
 ) -> Float[Array, ""]:
-    """The mean over groups of each group's own loss (Mesh TensorFlow's switch gating); groups of padding do not count."""
+    """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count."""
     share_GSE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
     mask_GS = jnp.ones(share_GSE.shape[:2], bool) if mask_GS is None else mask_GS
     load_GE, prob_GE = (
@@ -109,12 +109,13 @@ def group_balance_loss(
 
 
 def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Array, ""]:
-    """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
+    """The balance loss of a stack: the mean of its layers' losses, or the loss of f and P averaged over the layers."""
     if config.balance.pooled == "per_layer":
         return stats.load_balance_loss.mean()
     load_E, prob_E = stats.expert_load_E, stats.router_prob_E
     num_experts = load_E.shape[-1]
-    require(num_experts == config.num_experts, "num_experts", config.num_experts, f"{num_experts}, as in the statistics")
+    same = num_experts == config.num_experts
+    require(same, "num_experts", config.num_experts, f"{num_experts}, as in the statistics")
     load_E, prob_E = (x.reshape(-1, x.shape[-1]).mean(axis=0) for x in (load_E, prob_E))
     return load_balance_loss(load_E, prob_E, config.top_k, config.balance)
 
@@ -144,7 +145,7 @@ def importance(
     expert_GSK: Int[Array, "G S K"], weight_GSK: Float[Array, "G S K"], num_experts: int,
     mask_GS: Bool[Array, "G S"] | None = None,
 ) -> Float[Array, " E"]:
-    """Weight each expert was given before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
+    """The weight given to each expert before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
     _choices(expert_GSK, num_experts, mask_GS)
     expert_GSK, weight_GSK, mask_GS = _given("expert_GSK", expert_GSK, mask_GS, weight_GSK=weight_GSK)
     given_GSE = (weight_GSK[..., None] * jax.nn.one_hot(expert_GSK, num_experts, dtype=weight_GSK.dtype)).sum(axis=2)
@@ -157,9 +158,9 @@ def smooth_load(
     clean_GSE: Float[Array, "G S E"], noisy_GSE: Float[Array, "G S E"], scale_GSE: Float[Array, "G S E"], top_k: int,
     mask_GS: Bool[Array, "G S"] | None = None,
 ) -> Float[Array, " E"]:
-    """Expected tokens of each expert if its noise were drawn again (Shazeer et al. 2017, eq. 8-10); has a gradient.
+    """Expected tokens of each expert if its noise were redrawn (Shazeer et al. 2017, eq. 8-10); has a gradient.
 
-    An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
+    An expert is chosen if its clean logit plus fresh noise exceeds the K-th best of the others; with K = E always.
     """
     clean_GSE, noisy_GSE, scale_GSE, mask_GS = _given(
         "clean_GSE", clean_GSE, mask_GS, noisy_GSE=noisy_GSE, scale_GSE=scale_GSE

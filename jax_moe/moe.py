@@ -14,9 +14,11 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, single_answers, split_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, Weights, expert_ffn, make_experts, take_experts
+from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.kernels.chosen import are_few, experts_in_place
 from jax_moe.losses import MoEStats, layer_stats
+from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
 from jax_moe.stored import Kept
 
@@ -32,17 +34,18 @@ class Router(nnx.Module):
         self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer | None = None,
     ):
-        init = kernel_init or jax.nn.initializers.lecun_normal()
+        init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
         learned = config.router.noise == "learned_gaussian"
         bound = config.model_dim**-0.5
         for prefix in ("", "noise_") if learned else ("",):
             kernel = init(rngs.params(), (config.model_dim, config.num_experts), param_dtype)
-            setattr(self, f"{prefix}kernel", nnx.Param(kernel))
+            setattr(self, f"{prefix}kernel", parameter(kernel, "D E", "router"))
             if config.router.bias:
-                bias = jax.random.uniform(rngs.params(), (config.num_experts,), param_dtype, -bound, bound)
-                setattr(self, f"{prefix}bias", nnx.Param(bias))
+                bias = uniform(bound)(rngs.params(), (config.num_experts,), param_dtype)
+                setattr(self, f"{prefix}bias", parameter(bias, "E", "router"))
         if config.router.correction_bias:
-            self.correction_bias = CorrectionBias(jnp.zeros((config.num_experts,), jnp.float32))
+            zeros = jnp.zeros((config.num_experts,), jnp.float32)
+            self.correction_bias = parameter(zeros, "E", "correction", CorrectionBias)
 
     def weight(self, name: str) -> Array | None:
         """A parameter as a plain array, or None where the contract has none."""
@@ -82,10 +85,11 @@ class MoE(nnx.Module):
         self.router = Router(config, **kwargs)
         self.experts = make_experts(config, **kwargs)
         if config.expert.shared_dim:
-            self.shared = Experts(1, config.model_dim, config.expert.shared_dim, _shared(config.expert), **kwargs)
+            shared = (1, config.model_dim, config.expert.shared_dim, _shared(config.expert))
+            self.shared = Experts(*shared, role="shared", **kwargs)
             if config.expert.shared_gate:
-                init = jax.nn.initializers.lecun_normal()
-                self.shared_gate = nnx.Param(init(rngs.params(), (config.model_dim, 1), param_dtype))
+                init = rounded(jax.nn.initializers.lecun_normal())
+                self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
 
     def __call__(
         self,

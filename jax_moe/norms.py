@@ -5,13 +5,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.dims import Array, DTypeLike, Float, wide
+from jax_moe.parameters import declare, parameter
 
 LAYER_NORM_EPS = 1e-5  # torch's default; flax's is 1e-6
 
 
-def layer_norm(width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS) -> nnx.LayerNorm:
-    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast one loses digits)."""
-    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
+def layer_norm(
+    width: int, rngs: nnx.Rngs, param_dtype: DTypeLike, eps: float = LAYER_NORM_EPS, dim: str = "D"
+) -> nnx.LayerNorm:
+    """flax's LayerNorm with torch's epsilon and the two-pass variance (the fast variance loses digits)."""
+    norm = nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
+    return declare(norm, "norm", scale=dim, bias=dim)
 
 
 def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*any D"]:
@@ -22,11 +26,11 @@ def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float)
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with its own scale."""
+    """`rms_norm` with a learned scale."""
 
-    def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32):
+    def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32, dim: str = "D"):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.scale = parameter(jnp.ones((width,), param_dtype), dim, "norm")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         """The normed input, in its dtype."""

@@ -1,15 +1,20 @@
-"""optax set up as torch.optim is: where the two differ by default, and what is done about it.
+"""optax set up to match torch.optim: where the defaults of the two differ, and how each difference is closed.
 
-Named here, and each tested: (1) AdamW's weight decay is 1e-2 in torch and 1e-4 in optax. (2) `clip_grad_norm_` divides by the
-norm plus 1e-6, `optax.clip_by_global_norm` by the norm: `clip_as_torch`. (3) optax computes schedules in float32 even where
-all else is float64: `in_full_precision`. (4) A parameter without a gradient is left alone by torch, its step count too; in JAX
-its gradient is zero, and decay and momentum move it. Experts without tokens are such parameters where each is a module of its
-own: `unchosen="skip"` leaves them alone (`jax_moe/unchosen.py`). (5) torch corrects Adam's bias in Python's float64, optax in
-float32: in float32 updates differ by up to 1e-5 of themselves until 0.999^t is small, which is most of the drift of a float32
-run; left as it is with `unchosen="decay"`, which is optax's own AdamW. (6) `optax.MultiSteps` adds gradients up in float32
-unless it is told another `accumulator_dtype`. The rest is the same in both: eps outside the root, decay times the learning
-rate, the schedule read at the number of steps before (the first at 0), Nesterov's form.
-SGD's weight decay is part of the gradient in torch: chain `optax.add_decayed_weights` before `optax.sgd`.
+Each of these has a test:
+1. AdamW's weight decay is 1e-2 in torch and 1e-4 in optax.
+2. `clip_grad_norm_` divides by the norm plus 1e-6, `optax.clip_by_global_norm` by the norm: `clip_as_torch`.
+3. optax computes schedules in float32 even where everything else is float64: `in_full_precision`.
+4. torch does not touch a parameter without a gradient, nor its step count. In JAX the gradient is zero, and decay and
+   momentum move the parameter. Experts without tokens are such parameters where each expert is its own module:
+   `unchosen="skip"` does not move them (`jax_moe/unchosen.py`).
+5. torch corrects Adam's bias in Python's float64, optax in float32. With float32 weights updates differ by up to 1e-5
+   relative until 0.999^t is small, which is most of the drift of a float32 run. `unchosen="decay"`, optax's own AdamW,
+   keeps this difference.
+6. `optax.MultiSteps` accumulates gradients in float32 unless it is given another `accumulator_dtype`.
+
+The rest is the same in both: eps outside the square root, decay times the learning rate, the schedule read at the
+number of completed steps (0 for the first step), the form of Nesterov momentum. In torch, SGD's weight decay is part of
+the gradient: chain `optax.add_decayed_weights` before `optax.sgd`.
 """
 
 from collections.abc import Callable
@@ -22,7 +27,7 @@ import optax
 from jax_moe.config.checks import require
 from jax_moe.unchosen import only_chosen, scale_by_skipping_adam
 
-CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
+CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 WEIGHT_DECAY = 1e-2  # torch.optim.AdamW's default
 Unchosen = Literal["skip", "decay"]
 
@@ -38,7 +43,7 @@ def clip_as_torch(max_norm: float) -> optax.GradientTransformation:
 
 
 def in_full_precision(schedule: optax.Schedule) -> Callable[[jax.Array | int], jax.Array]:
-    """The schedule at a count that is a float of jax's widest dtype, so that it is computed in that."""
+    """The schedule, called with a count in jax's widest float, so that it is computed in that dtype."""
     return lambda count: schedule(jnp.asarray(count, jnp.result_type(float)))
 
 
@@ -46,13 +51,13 @@ def adamw_as_torch(
     learning_rate: float | optax.Schedule, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = WEIGHT_DECAY, max_norm: float | None = None, mask: Any = None, unchosen: Unchosen = "decay",
 ) -> optax.GradientTransformationExtraArgs:
-    """torch.optim.AdamW under its own defaults, after `clip_grad_norm_` where there is a `max_norm`.
+    """torch.optim.AdamW with torch's defaults, after `clip_grad_norm_` if there is a `max_norm`.
 
-    `mask`, as in `optax.adamw`, says what decays: torch's groups with and without decay. `unchosen`: what becomes of an expert
-    in a step in which no token went to it. "decay": what a stacked array does by itself, its gradient is zero, and decay and
-    momentum go on. "skip": what PyTorch does where each expert is a module of its own, nothing, and a count of steps for every
-    expert; `update(gradients, state, params, chosen=chosen_experts(stats))` is then told which had tokens. Gradients
-    accumulated over calls need `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`.
+    `mask`, as in `optax.adamw`, says what decays, like torch's groups with and without decay. `unchosen` says what
+    happens to an expert in a step in which no token went to it. "decay": its gradient is zero, and decay and momentum
+    go on, as for any stacked array. "skip": nothing, as in PyTorch where each expert is its own module, and every
+    expert has a step count. Then call `update(gradients, state, params, chosen=chosen_experts(stats))`, and to
+    accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`.
     """
     require(unchosen in ("skip", "decay"), "unchosen", unchosen, "skip or decay")
     rate = in_full_precision(learning_rate) if callable(learning_rate) else learning_rate

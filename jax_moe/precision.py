@@ -5,6 +5,7 @@ Settings are standard library only; jax is imported where weights are cast.
 
 from typing import Any, TypeVar
 
+from jax_moe.config.precision import PRECISIONS as PRECISIONS
 from jax_moe.config.precision import Dtype, Precision
 
 Tree = TypeVar("Tree")

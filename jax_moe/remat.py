@@ -1,4 +1,4 @@
-"""Rematerialisation: what of a layer is kept for the backward pass, and what is computed a second time."""
+"""Rematerialisation: which values of a layer are kept for the backward pass, and which are computed again."""
 
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
@@ -12,10 +12,11 @@ Layer = TypeVar("Layer", bound=Callable)
 
 
 def rematerialised(layer: Layer, remat: Remat) -> Layer:
-    """The body of a scan over layers. "none" keeps all that the backward needs, "dots" the answers of matrix products
-    (attention's scores among them), "full" the layer's input alone. The numbers are the same.
+    """The body of a scan over layers, which keeps for the backward: with "none" every value that it needs, with "dots"
+    the results of matrix products (attention scores included), with "full" only the layer's input. The numbers are the
+    same.
 
-    A dispatcher with a backward of its own (`grouped`) is a whole: except under "none" its forward runs again.
+    A dispatcher with a backward of its own (`grouped`) is one unit: except with "none" its forward runs again.
     """
     require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
     if remat == "none":

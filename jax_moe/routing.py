@@ -1,4 +1,4 @@
-"""Logits -> Routing: which experts each token goes to, and how much of each answer it keeps."""
+"""Logits -> Routing: the experts that each token goes to, and the weights of their answers."""
 
 import math
 from typing import Literal, NamedTuple
@@ -12,11 +12,11 @@ from jax_moe.top_k import best_first
 
 
 class Routing(NamedTuple):
-    """What the router decided, before anything is dropped."""
+    """The router's decisions, before any drops."""
 
     expert_GSK: Int[Array, "G S K"]  # the k-th choice of each token
-    weight_GSK: Float[Array, "G S K"]  # how much of that expert's answer to keep; fp32 or wider
-    logits_GSE: Float[Array, "G S E"]  # what was chosen from, noise included; the losses read it
+    weight_GSK: Float[Array, "G S K"]  # the weight of that expert's answer; fp32 or wider
+    logits_GSE: Float[Array, "G S E"]  # the logits chosen from, noise included; the losses read them
 
 
 def router_logits(
@@ -33,7 +33,7 @@ def router_logits(
     )
     if bias_E is not None:
         logits_GSE += bias_E.astype(compute).astype(accumulate)
-    return logits_GSE.astype(compute).astype(accumulate)  # rounded once, as a fused linear map does
+    return logits_GSE.astype(compute).astype(accumulate)  # rounded once, as by a fused linear map
 
 
 def noise_scale(noise_logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
@@ -42,7 +42,7 @@ def noise_scale(noise_logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"
 
 
 def expert_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
-    """Scores of all experts; the logits themselves where the softmax comes after the choice."""
+    """Scores of all experts; the logits themselves where the softmax follows the choice."""
     if config.order == "select_then_softmax":
         return logits_GSE
     if config.score == "softmax":
@@ -50,14 +50,14 @@ def expert_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Fl
     if config.score == "sigmoid":
         return jax.nn.sigmoid(logits_GSE)
     score_GSE = jax.nn.softplus(logits_GSE)
-    # a score that underflowed to 0 has gradient 0, where sqrt's own would be 0 * inf
+    # a score that underflowed to 0 has gradient 0; that of sqrt would be 0 * inf
     return jnp.where(score_GSE > 0, jnp.sqrt(jnp.where(score_GSE > 0, score_GSE, 1)), 0)
 
 
 def log_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
-    """Logarithms of the scores, up to a constant of each token: softmax over E makes them sum to 1.
+    """Logarithms of the scores, up to a constant per token: their softmax over E is the scores over their sum.
 
-    What is below the smallest normal number, and so 0 or nearly for the choice, is taken as that number.
+    Scores below the smallest normal number, which the choice cannot tell from 0, are raised to that number.
     """
     tiny = float(jnp.finfo(logits_GSE.dtype).tiny)
     if config.score == "sigmoid":
@@ -68,14 +68,15 @@ def log_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float
 
 
 def limit_to_clusters(score_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
-    """Scores with every expert outside the token's best `top_clusters` clusters filled by -inf or 0."""
+    """Scores, replaced by -inf or 0 for every expert outside the token's best `top_clusters` clusters."""
     G, S, E = score_GSE.shape
     score_GSNe = score_GSE.reshape(G, S, config.num_clusters, E // config.num_clusters)
     if config.cluster_score == "max":
         cluster_GSN = score_GSNe.max(axis=-1)
     else:
         cluster_GSN = jax.lax.top_k(score_GSNe, 2)[0].sum(axis=-1)
-    keep_GSN = jax.nn.one_hot(best_first(cluster_GSN, config.top_clusters), config.num_clusters, dtype=jnp.bool_).any(axis=-2)
+    best_GSn = best_first(cluster_GSN, config.top_clusters)
+    keep_GSN = jax.nn.one_hot(best_GSn, config.num_clusters, dtype=jnp.bool_).any(axis=-2)
     fill = -jnp.inf if config.cluster_fill == "neg_inf" else 0.0
     return jnp.where(keep_GSN[..., None], score_GSNe, fill).reshape(G, S, E)
 
@@ -118,7 +119,7 @@ def route(
     correction_bias_E: Float[Array, " E"] | None = None,
     expert_GSK: Int[Array, "G S K"] | None = None,
 ) -> Routing:
-    """Choices and weights; `expert_GSK` given replays another run's choices and only the weights are computed."""
+    """Choices and weights. A given `expert_GSK` replays another run's choices, and only the weights are computed."""
     score_GSE = expert_scores(logits_GSE, config.router)
     if expert_GSK is None:
         expert_GSK = select_experts(score_GSE, config, correction_bias_E)

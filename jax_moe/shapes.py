@@ -1,42 +1,42 @@
-"""What an array argument must look like, said by name: `mask_BT` is of booleans and has the B and T of `x_BTD`.
+"""Kind and shape of array arguments, as their names say: `mask_BT` holds booleans and has the B and T of `x_BTD`.
 
-Names are role + dims, so a name says what is asked for. Standard library only, read by both frameworks.
+A name is role + dims. Standard library only, used by both frameworks.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["bool", "integer", "floating"]
-# By the last word of a role; all others are numbers with a fraction.
+# By the last word of the role; every other role is floating.
 KINDS: dict[str, Kind] = {
     "mask": "bool", "keep": "bool", "expert": "integer", "tokens": "integer", "position": "integer", "limit": "integer",
 }
 
 
 class Dim(NamedTuple):
-    """The size of a dim and what says it."""
+    """The size of a dim and where it comes from."""
 
     size: int
-    source: str  # an array, or a setting of the contract
-    letter: str = ""  # the array's; none for a setting
+    source: str  # name of an array, or of a field of the contract
+    letter: str = ""  # the dim's letter in the array's name; none for a field
 
 
 Sizes = Mapping[str, Dim]  # by letter
 
 
 def role_and_dims(name: str) -> tuple[str, str]:
-    """("mask", "BT") of "mask_BT"; no dims for a scalar's name."""
+    """("mask", "BT") for "mask_BT"; the name of a scalar has no dims."""
     role, _, dims = name.rpartition("_")
     return (role, dims) if role and dims.isupper() else (name, "")
 
 
 def kind_of(name: str) -> Kind:
-    """What the array of that name holds."""
+    """The kind of values in an array of this name."""
     return KINDS.get(role_and_dims(name)[0].rpartition("_")[2], "floating")
 
 
 def dims_of(name: str, shape: Sequence[int]) -> dict[str, Dim]:
-    """The dims of the array that others are held against. Raises ValueError for another number of dims than its name has."""
+    """{letter: dim} of an array. Raises ValueError if its rank is not that of its name."""
     dims = role_and_dims(name)[1]
     if len(shape) != len(dims):
         short = len(shape) == len(dims) - 1 and dims[0] == "B"
@@ -46,14 +46,14 @@ def dims_of(name: str, shape: Sequence[int]) -> dict[str, Dim]:
 
 
 def dims_of_settings(config: Any, **names: str) -> dict[str, Dim]:
-    """Dims that fields of a config say: E="num_experts"."""
+    """{letter: dim} from fields of a config, given as E="num_experts"."""
     return {letter: Dim(getattr(config, name), name) for letter, name in names.items()}
 
 
 def check_shape(name: str, shape: Sequence[int], sizes: Sizes, leading: str = "") -> None:
     """Raises ValueError "name has shape ...: must be ..., the B and T of x_BTD" unless every dim has its size.
 
-    `leading` are dims before those of the name: the layers of a stack.
+    `leading` are letters of dims before those of the name, such as L for a stack of layers.
     """
     dims = [sizes[letter] for letter in leading + role_and_dims(name)[1]]
     wanted = tuple(dim.size for dim in dims)
@@ -72,28 +72,31 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def check_width(name: str, width: int, model_dim: int) -> None:
-    """Raises ValueError unless an input is model_dim wide."""
+    """Raises ValueError unless the width of an input is model_dim."""
     if width != model_dim:
         raise ValueError(f"{name} has width {width}: must be model_dim={model_dim}")
 
 
 def check_holds(name: str, dtype: object, holds: str) -> None:
-    """Raises ValueError, with what may be meant, unless an array holds what its name says."""
+    """Raises ValueError, with advice, unless an array holds the kind of its name."""
     kind = kind_of(name)
     if holds == kind:
         return
-    cure = {"integer": "cast it to integers", "floating": "cast it to the dtype that is to be computed in"}.get(kind, "")
+    cure = {"integer": "cast it to integers", "floating": "cast it to the dtype to compute in"}.get(kind, "")
     if kind == "bool":
-        cure = f"{name} == 1 makes them of ones and zeros" + (f", {name} == 0 of an additive mask" if holds == "floating" else "")
+        cure = f"{name} == 1 converts ones and zeros"
+        cure += f", {name} == 0 an additive mask" if holds == "floating" else ""
     raise ValueError(f"{name} has dtype {str(dtype).removeprefix('torch.')}: must be {kind}; {cure}")
 
 
 def check_choice_values(name: str, outside: Any, twice: Any, num_experts: int, top_k: int) -> None:
-    """Raises ValueError if a token names an expert that is not there, or one expert twice."""
+    """Raises ValueError for a choice outside 0 to num_experts - 1, or for one expert chosen twice by a token."""
     if len(outside):
-        raise ValueError(f"{name} names expert {int(outside[0])}: must be 0 to {num_experts - 1} (num_experts={num_experts})")
+        allowed = f"0 to {num_experts - 1} (num_experts={num_experts})"
+        raise ValueError(f"{name} names expert {int(outside[0])}: must be {allowed}")
     if len(twice):
-        raise ValueError(f"{name} names expert {int(twice[0])} twice for one token: must be {top_k} different experts a token")
+        allowed = f"{top_k} different experts per token"
+        raise ValueError(f"{name} names expert {int(twice[0])} twice for one token: must be {allowed}")
 
 
 def check_token_range(low: int, high: int, vocab_size: int) -> None:

@@ -9,14 +9,16 @@ from flax import nnx
 from jax_moe.activations import activate
 from jax_moe.arrays import checked, checked_input
 from jax_moe.config.moe import SoftMoEConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.dims import Array, Bool, DTypeLike, Float, wide
+from jax_moe.initializers import rounded
 from jax_moe.norms import layer_norm
+from jax_moe.parameters import declare, parameter, stacked
 
-UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
+UNIT_EPS = 1e-6  # added to a squared length under the root, as in V-MoE's soft router: a zero vector stays zero
 
 
 def unit(x: Float[Array, "*any"], axis: int) -> Float[Array, "*any"]:
-    """Vectors along `axis` of length 1: x / sqrt(sum x^2 + 1e-6)."""
+    """Vectors along `axis` scaled to length 1: x / sqrt(sum x^2 + 1e-6)."""
     return x * jax.lax.rsqrt((x * x).sum(axis=axis, keepdims=True) + UNIT_EPS)
 
 
@@ -26,9 +28,10 @@ def soft_weights(
 ) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
     """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
 
-    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
-    finite: its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
-    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they came.
+    Logits at padding are the most negative finite number, not -inf, so that a sequence of only padding stays finite:
+    its slots read the plain mean of the tokens. C counts slots per expert. With a `scale`, tokens and columns of phi
+    are scaled to unit length for the logits, which are multiplied by it (section 2.3); the slots mix the unscaled
+    tokens.
     """
     compute = wide(x_BTD.dtype)
     router_BTD, phi_DEC = x_BTD.astype(compute), phi_DEC.astype(compute)
@@ -41,26 +44,27 @@ def soft_weights(
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
 
 
-def orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    """Orthogonal with gain 0.01, drawn in fp32 or wider (there is no QR in bf16)."""
-    return jax.nn.initializers.orthogonal(scale=0.01)(key, shape, wide(dtype)).astype(dtype)
+orthogonal = rounded(jax.nn.initializers.orthogonal(scale=0.01))
 
 
 class SoftExpert(nnx.Module):
-    """An MLP of any depth: linear, [layer norm], activation; with a residual where the two widths agree."""
+    """An MLP of any depth: linear, [layer norm], activation; with a residual where input and output widths agree."""
 
     def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32):
         self.config = config
         widths, init = config.widths, orthogonal
         linears = [
-            nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+            declare(
+                nnx.Linear(rows, columns, kernel_init=init, param_dtype=param_dtype, rngs=rngs),
+                "soft_expert", kernel="I O", bias="O",
+            )
             for rows, columns in pairwise(widths)
         ]
         self.fcs, self.last_fc = nnx.List(linears[:-1]), linears[-1]
         if config.layer_norm:
-            self.layer_norms = nnx.List([layer_norm(width, rngs, param_dtype) for width in widths[1:-1]])
+            self.layer_norms = nnx.List([layer_norm(width, rngs, param_dtype, dim="O") for width in widths[1:-1]])
         if config.output_layer_norm:
-            self.last_ln = layer_norm(widths[-1], rngs, param_dtype)
+            self.last_ln = layer_norm(widths[-1], rngs, param_dtype, dim="O")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         """The MLP's answer, in the input's dtype."""
@@ -82,24 +86,25 @@ class SoftMoE(nnx.Module):
     """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts`, stacked over E, and
     where the contract normalises `scale` [], 1 at first.
 
-    Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
+    The input is any sequence of vectors, not only images. It mixes positions: `BlockConfig` refuses it in a causal
+    block.
     """
 
     def __init__(self, config: SoftMoEConfig, *, rngs: nnx.Rngs | None = None, param_dtype: DTypeLike = jnp.float32):
         self.config = config
         rngs = rngs or nnx.Rngs(0)
         shape = (config.model_dim, config.num_experts, config.num_slots)
-        self.phi = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.phi = parameter(rounded(jax.random.normal)(rngs.params(), shape, param_dtype), "D E C", "router")
         if config.normalise:
-            self.scale = nnx.Param(jnp.ones((), param_dtype))
-        make = nnx.vmap(lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype))
-        self.experts = make(rngs.split(config.num_experts))
+            self.scale = parameter(jnp.ones((), param_dtype), "", "gate")
+        make = lambda rngs: SoftExpert(config, rngs=rngs, param_dtype=param_dtype)  # noqa: E731
+        self.experts = stacked(make, rngs, config.num_experts, "E")
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
-        mean of slots, to be ignored. Raises ValueError for an array of another kind or shape."""
+        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is the plain
+        mean of the slots and means nothing. Raises ValueError for an array of another kind or shape."""
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
         scale = self.scale[...] if self.config.normalise else None

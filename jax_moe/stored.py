@@ -9,12 +9,12 @@ class Kept(nnx.Variable):
     """A variable that is stored but never trained, and that no cast rounds: it keeps the dtype it has."""
 
 
-def stored_state(module: nnx.Module) -> Any:
+def stored_state(module: Any) -> Any:
     """All that a checkpoint of the module holds, an nnx.State: every variable but the state of random number generators."""
     return nnx.state(module, nnx.Not(nnx.RngState))
 
 
-def stored_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+def stored_variables(module: Any) -> dict[str, nnx.Variable]:
     """{our path: variable} of what is stored."""
     return {".".join(map(str, keys)): variable for keys, variable in nnx.to_flat_state(stored_state(module))}
 

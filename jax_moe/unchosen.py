@@ -1,8 +1,9 @@
-"""AdamW that leaves alone the experts to which no token went, as PyTorch's does where each expert is a module of its own.
+"""AdamW that does not move experts without tokens, as PyTorch's AdamW does where each expert is its own module.
 
-There the gradient of such an expert is None: no decay, no moments, no step in its own count. Here experts are stacked and
-the gradient is zero, so which of them had tokens is an argument of `update`, `chosen=chosen_experts(stats)`, and every
-expert's steps are counted. Experts are what the tree holds under `experts`: up, gate, down and their biases.
+In PyTorch the gradient of such an expert is None: it gets no decay, its moments stay, and its step count stands still.
+In JAX experts are stacked and the gradient is zero. So `update` takes the mask of experts with tokens,
+`chosen=chosen_experts(stats)`, and the state counts the steps of every expert. Expert weights are the leaves under
+`experts`: up, gate, down and their biases.
 """
 
 import inspect
@@ -16,41 +17,42 @@ import optax
 
 from jax_moe.config.checks import require
 
-_OWN_DIMS = {"up": 2, "gate": 2, "down": 2, "up_bias": 1, "gate_bias": 1, "down_bias": 1}  # last dims, of one expert
+# The number of last dims that belong to a single expert.
+_OWN_DIMS = {"up": 2, "gate": 2, "down": 2, "up_bias": 1, "gate_bias": 1, "down_bias": 1}
 NEEDS = "which experts had tokens: update(gradients, state, params, chosen=chosen_experts(stats))"
 
 
 class SkippingAdamState(NamedTuple):
-    """As optax's `ScaleByAdamState`, with every expert's own count of steps."""
+    """optax's `ScaleByAdamState` with a step count for every expert."""
 
-    count: Any  # steps taken by everything that is not an expert's
-    expert_counts: Any  # steps in which an expert had a token, int32 [*L, E], nested under the experts' path
+    count: Any  # steps of all other parameters
+    expert_counts: Any  # steps in which each expert had tokens, int32 [*L, E], nested under the path of the experts
     mu: Any
     nu: Any
 
 
 class AccumulatedState(NamedTuple):
-    """`optax.MultiSteps` with what was chosen so far in its step."""
+    """The state of `optax.MultiSteps` and the experts chosen so far in the current step."""
 
-    chosen: Any  # bool [*L, E], nested as `expert_counts`
+    chosen: Any  # bool [*L, E], nested like `expert_counts`
     steps: optax.MultiStepsState
 
 
 def path_of(keys: tuple) -> str:
-    """Our name of a leaf; the step from an nnx Variable to its value has none."""
+    """Our dotted name of a leaf; the attribute step from an nnx Variable to its value adds no part."""
     steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
 
 
 def experts_of(path: str) -> tuple[str, int] | None:
-    """Of an expert's weight by our path: the path of the experts, and how many last dims are one expert's. Else None."""
+    """For an expert weight: the path of its experts and how many last dims belong to a single expert. Else None."""
     parent, _, name = path.rpartition(".")
     is_expert = name in _OWN_DIMS and (parent == "experts" or parent.endswith(".experts"))
     return (parent, _OWN_DIMS[name]) if is_expert else None
 
 
 def flat_counts(nested: Any) -> dict[str, Any]:
-    """{path of the experts: [*L, E]} of what is nested under that path."""
+    """{path of the experts: leaf [*L, E]} of a tree nested under these paths."""
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(nested)[0]}
 
 
@@ -67,7 +69,7 @@ def nested_counts(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _zeros(params: optax.Params, dtype: Any) -> dict[str, Any]:
-    """Zeros [*L, E], nested under the path of the experts."""
+    """Zeros [*L, E] for each stack of experts, nested under its path."""
     shapes = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         found = experts_of(path_of(keys))
@@ -89,19 +91,19 @@ def _chosen(chosen: Any, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _for_leaf(keys: tuple, leaf: Any, at: Mapping[str, Any], default: Any) -> Any:
-    """What `at` holds for the experts of a leaf, with a last dim for each of the leaf's own; the default for all others."""
+    """For an expert weight the entry of `at`, shaped to broadcast against it; `default` for other leaves."""
     found = experts_of(path_of(keys))
     return default if found is None else at[found[0]].reshape(*leaf.shape[: -found[1]], *(1,) * found[1])
 
 
 def _correction(decay: float, count: Any) -> Any:
-    """1 - decay^count in jax's widest float, without the cancellation that costs float32 half its digits."""
-    count = jnp.maximum(count, 1).astype(jnp.result_type(float))  # an expert never chosen has 0, and its answer is not used
+    """1 - decay^count in jax's widest float, by expm1: plain subtraction costs float32 half its digits."""
+    count = jnp.maximum(count, 1).astype(jnp.result_type(float))  # the value for a count of 0 (never chosen) is unused
     return -jnp.expm1(count * (math.log(decay) if decay > 0 else -math.inf))
 
 
 def _parts(decay: float, mask: Any, dtype: Any) -> tuple[Any, Any]:
-    """What a moment keeps of itself and takes of the gradient: decay and 1 - decay, or 1 and 0 for an expert without tokens."""
+    """Factors of the old moment and the gradient: decay and 1 - decay; 1 and 0 for experts without tokens."""
     if mask is None:
         return decay, 1 - decay
     return jnp.where(mask, decay, 1).astype(dtype), jnp.where(mask, 1 - decay, 0).astype(dtype)
@@ -120,11 +122,12 @@ def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTr
     ) -> tuple[optax.Updates, SkippingAdamState]:
         before = flat_counts(state.expert_counts)
         masks = _chosen(chosen, before)
-        count, counts = state.count + 1, {path: value + masks[path].astype(value.dtype) for path, value in before.items()}
+        count = state.count + 1
+        counts = {path: value + masks[path].astype(value.dtype) for path, value in before.items()}
 
         def leaf(keys: tuple, gradient: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             steps, mask = _for_leaf(keys, gradient, counts, count), _for_leaf(keys, gradient, masks, None)
-            # moments of an expert without tokens times 1, its gradient times 0: cheaper than choosing number by number
+            # factors 1 and 0 keep the moments of experts without tokens: cheaper than `where` on all elements
             (old_mu, new_1), (old_nu, new_2) = (_parts(decay, mask, mu.dtype) for decay in (b1, b2))
             new_mu = new_1 * gradient + old_mu * mu
             new_nu = new_2 * gradient**2 + old_nu * nu
@@ -141,10 +144,11 @@ def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTr
 
 
 def only_chosen() -> optax.GradientTransformationExtraArgs:
-    """Zero for every expert without tokens: neither decay nor momentum moves it."""
+    """Sets the updates of experts without tokens to zero: neither decay nor momentum moves them."""
 
     def update(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, *, chosen: Any = None, **extra: Any
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, *, chosen: Any = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         masks = _chosen(chosen, flat_counts(jax.eval_shape(lambda: _zeros(updates, bool))))
 
@@ -158,11 +162,11 @@ def only_chosen() -> optax.GradientTransformationExtraArgs:
 
 
 def accumulated(optimizer: optax.GradientTransformation, parts: int) -> optax.GradientTransformationExtraArgs:
-    """`optax.MultiSteps` around an optimizer that is told `chosen`: an expert counts as chosen if any part chose it.
+    """`optax.MultiSteps` for an optimizer that takes `chosen`: an expert counts as chosen if any part chose it.
 
-    Gradients are added up in jax's widest float; `MultiSteps` does it in float32 unless told otherwise.
+    Gradients accumulate in jax's widest float; the default of `MultiSteps` is float32.
     """
-    known = inspect.signature(optax.MultiSteps).parameters  # an older optax adds up in the gradients' own dtype
+    known = inspect.signature(optax.MultiSteps).parameters  # an older optax accumulates in the gradients' dtype
     wide = {"accumulator_dtype": jnp.result_type(float)} if "accumulator_dtype" in known else {}
     steps = optax.MultiSteps(optimizer, parts, **wide)
 
@@ -170,7 +174,8 @@ def accumulated(optimizer: optax.GradientTransformation, parts: int) -> optax.Gr
         return AccumulatedState(_zeros(params, bool), steps.init(params))
 
     def update(
-        updates: optax.Updates, state: AccumulatedState, params: optax.Params | None = None, *, chosen: Any = None, **extra: Any
+        updates: optax.Updates, state: AccumulatedState, params: optax.Params | None = None, *, chosen: Any = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, AccumulatedState]:
         before = flat_counts(state.chosen)
         goes_on = state.steps.mini_step > 0

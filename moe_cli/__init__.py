@@ -1,1 +1,1 @@
-"""What each subcommand of `jax-moe` does, one file each; `cli.py` says what it takes."""
+"""The subcommands of `jax-moe`, a file for each; `arguments.py` defines their options."""

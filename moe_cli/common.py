@@ -1,4 +1,4 @@
-"""What several subcommands share."""
+"""Functions that several subcommands share."""
 
 import dataclasses
 import sys
@@ -12,46 +12,46 @@ from flax import nnx
 from jax_moe.config.checks import require
 from jax_moe.generation.text import read_text
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.formats.found import find
+from jax_moe.porting.formats.found import Found
 from jax_moe.stored import stored_state
 
 
 def say(line: str) -> None:
-    """A remark beside the answer, on stderr."""
+    """Prints a remark on stderr."""
     print(f"jax-moe: {line}", file=sys.stderr)
 
 
-def say_assumed(path: Path, checkpoint: Checkpoint) -> None:
-    """What the file does not say, and so was assumed."""
-    if checkpoint.assumed:
-        say(f"{path}: {assumed_in_words(checkpoint)}")
+def say_assumed(found: Found) -> None:
+    """Prints the settings that a file does not store and that were assumed."""
+    if found.assumed:
+        say(f"{found.path}: {assumed_in_words(found)}")
 
 
-def say_note(path: Path, checkpoint: Checkpoint) -> None:
-    """How it was read, where what is printed does not say it; which weights of a run is said elsewhere."""
-    if checkpoint.note is not None and find(path).run is None:
-        say(f"{path}: {checkpoint.note}")
+def say_note(found: Found) -> None:
+    """Prints how a checkpoint was read; for a run, `Run.in_words` is printed instead."""
+    if found.note is not None and found.run is None:
+        say(f"{found.path}: {found.note}")
 
 
-def assumed_in_words(checkpoint: Checkpoint) -> str:
-    """Each assumed setting with the option that says otherwise."""
-    settings = [f"{name}={value} ({option_of(name)})" for name, value in checkpoint.assumed.items()]
-    return f"assumed, for the file does not say it: {', '.join(settings)}"
+def assumed_in_words(found: Found) -> str:
+    """Each assumed setting, with the option that changes it."""
+    settings = [f"{name}={value} ({option_of(name)})" for name, value in found.assumed.items()]
+    return f"assumed, as the file does not store them: {', '.join(settings)}"
 
 
 def option_of(name: str) -> str:
-    """The option of a setting."""
+    """The command-line option of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
 def with_characters(checkpoint: Checkpoint, text: Path | None) -> Checkpoint:
-    """The checkpoint with the sorted characters of a text, as makeMoE makes its vocabulary."""
+    """The checkpoint with the sorted characters of a text, which are makeMoE's vocabulary."""
     if text is None:
         return checkpoint
-    require(checkpoint.family == "makemoe", "text", str(text), "left out: only a makeMoE language model has characters")
+    require(checkpoint.of_characters, "text", str(text), "left out: only a makeMoE language model has characters")
     characters = "".join(sorted(set(read_text(text, str(text)))))
     size = checkpoint.config.vocab_size
-    require(len(characters) == size, "text", str(text), f"of {size} different characters, has {len(characters)}")
+    require(len(characters) == size, "text", str(text), f"a text of {size} different characters, has {len(characters)}")
     return dataclasses.replace(checkpoint, characters=characters)
 
 
@@ -65,14 +65,15 @@ def summary(checkpoint: Checkpoint) -> str:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on stderr while it is a terminal, and nothing otherwise; call what is yielded with each part's bytes."""
+    """A progress bar of bytes on stderr, if it is a terminal. Yields a function to call with the bytes of each part."""
     if not sys.stderr.isatty():
         yield lambda size: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda size: bar.advance(task, size)

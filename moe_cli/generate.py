@@ -1,4 +1,4 @@
-"""`jax-moe generate`: text from a checkpoint."""
+"""`jax-moe generate`: generates text with a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,77 +12,85 @@ from jax_moe.generation.generate import generate as continue_text
 from jax_moe.generation.text import TextStream, encode, end_tokens, read_tokenizer
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
-from jax_moe.porting.checkpoint import Checkpoint, load
-from jax_moe.porting.formats.found import find
+from jax_moe.porting.checkpoint import Checkpoint, load_found
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.open import open_path
 from moe_cli.arguments import Generate
 from moe_cli.common import say, say_assumed, say_note, with_characters
 
 
 def generate(command: Generate) -> int:
-    """Prints the prompt and what the model makes of it."""
+    """Prints the prompt and the text that the model adds."""
     both = command.prompt is None or command.tokens is None
     require(both, "tokens", command.tokens, "left out where there is a prompt")
     _check_choices(command)
-    checkpoint = with_characters(load(command.path, command.choices), command.text)
-    if isinstance(checkpoint.module, Decoder):
+    found = open_path(command.path, command.choices)
+    checkpoint = with_characters(load_found(found), command.text)
+    if found.decoder:
         _with_tokens(command, checkpoint)
+        _say_which(found)
         return 0
-    require(checkpoint.family == "makemoe", "path", str(command.path), "a makeMoE language model or a Hugging Face folder")
-    _with_characters(command, checkpoint)
+    require(checkpoint.of_characters, "path", str(command.path), "a makeMoE language model or a Hugging Face folder")
+    answer = _with_characters(command, checkpoint)
+    _say_which(found)
+    print(answer)
     return 0
 
 
 def _check_choices(command: Generate) -> None:
-    """Raises ValueError for --top-k where it can only mean sampling: a folder says itself how many experts a token goes to."""
+    """Raises ValueError for --top-k with a folder, which sets the experts per token itself: sampling must be meant."""
     k = command.choices.top_k
     if k is not None and command.path.is_dir():
-        means = "the experts of a token, which a folder's config.json says"
-        raise ValueError(f"top_k={k}: means {means}: must be left out; --sample-top-k {k} samples from the {k} likeliest tokens")
+        means = "the experts of a token, which a folder's config.json sets"
+        instead = f"--sample-top-k {k} samples from the {k} most likely tokens"
+        raise ValueError(f"top_k={k}: means {means}: must be left out; {instead}")
 
 
 def _settings(command: Generate) -> dict[str, Any]:
-    require(0 <= command.seed < 2**32, "seed", command.seed, f"0 to {2**32 - 1}")  # beyond, jax wraps around
+    require(0 <= command.seed < 2**32, "seed", command.seed, f"0 to {2**32 - 1}")  # jax wraps around larger seeds
     return {
         "max_new_tokens": command.max_new_tokens, "temperature": command.temperature, "top_k": command.sample_top_k,
         "top_p": command.sample_top_p, "key": None if command.temperature == 0 else jax.random.key(command.seed),
     }
 
 
-def _with_characters(command: Generate, checkpoint: Checkpoint) -> None:
+def _with_characters(command: Generate, checkpoint: Checkpoint) -> str:
+    """The prompt and the text that the model adds."""
     require(command.tokens is None, "tokens", command.tokens, "left out: a makeMoE model reads characters")
     characters, prompt = checkpoint.characters, "\n" if command.prompt is None else command.prompt
     if characters is None:
-        raise ValueError(f"{command.path}: does not say which characters its tokens are; --text TRAINING_TEXT does")
+        instead = "give them by --text TRAINING_TEXT"
+        raise ValueError(f"{command.path}: does not store the characters of its tokens; {instead}")
     unknown = sorted(set(prompt) - set(characters))
-    require(not unknown, "prompt", prompt, f"of the model's characters; it has no {', '.join(map(repr, unknown))}")
+    allowed = f"of the model's characters; the model has no {', '.join(map(repr, unknown))}"
+    require(not unknown, "prompt", prompt, allowed)
     require(prompt != "", "prompt", "", "at least one character")
-    tokens = np.asarray([[characters.index(one) for one in prompt]], np.int32)
+    tokens = np.asarray([[characters.index(character) for character in prompt]], np.int32)
     assert isinstance(checkpoint.module, MakeMoE)
     answer = continue_text(checkpoint.module, tokens, **_settings(command))
-    _say_which(command, checkpoint)
-    print("".join(characters[token] for token in np.asarray(answer)[0]))
+    return "".join(characters[token] for token in np.asarray(answer)[0])
 
 
-def _say_which(command: Generate, checkpoint: Checkpoint) -> None:
-    """Of a run that is not at its end, which weights these are; of a file, what was assumed."""
-    run = find(command.path).run
-    if run is not None and run.unfinished:
-        say(run.in_words())
-    say_note(command.path, checkpoint)
-    say_assumed(command.path, checkpoint)
+def _say_which(found: Found) -> None:
+    """Prints which weights of an unfinished run these are, how a file was read, and what was assumed."""
+    if found.run is not None and found.run.unfinished:
+        say(found.run.in_words())
+    say_note(found)
+    say_assumed(found)
 
 
 def _with_tokens(command: Generate, checkpoint: Checkpoint) -> None:
-    """Prints the text token by token as it comes; numbers for a prompt in numbers."""
+    """Prints the text token by token; prints token numbers if the prompt is given as numbers."""
     model = checkpoint.module
     assert isinstance(model, Decoder) and model.origin is not None
-    folder = Path(model.origin.directory)  # of a run, where its tokenizer is
+    folder = Path(model.origin.directory)  # of a run: the folder that has the tokenizer
     stop_tokens = end_tokens(folder, model.origin.config_json)
     for token in stop_tokens:
-        allowed = f"0 to {model.config.vocab_size - 1}, the model's vocabulary; correct generation_config.json or config.json"
+        where = "generation_config.json or config.json"
+        allowed = f"0 to {model.config.vocab_size - 1}, the model's vocabulary; correct {where}"
         require(0 <= token < model.config.vocab_size, f"{command.path}: eos_token_id", token, allowed)
     if command.tokens is None:
-        require(command.prompt is not None, "prompt", None, "given, or --tokens in its place")
+        require(command.prompt is not None, "prompt", None, "given, or --tokens instead")
         assert command.prompt is not None
         tokenizer = read_tokenizer(folder)
         tokens = encode(tokenizer, command.prompt)
@@ -95,11 +103,12 @@ def _with_tokens(command: Generate, checkpoint: Checkpoint) -> None:
     show = _printer(begin, piece, stop_tokens)
     continue_text(model, np.asarray([tokens], np.int32), stop_tokens=stop_tokens, callback=show, **_settings(command))
     print(end(), flush=True)
-    _say_which(command, checkpoint)
 
 
-def _printer(begin: str, piece: Callable[[int], str], stop_tokens: tuple[int, ...]) -> Callable[[int, np.ndarray], None]:
-    """Prints the beginning with the first token: an error before it leaves nothing on the screen."""
+def _printer(
+    begin: str, piece: Callable[[int], str], stop_tokens: tuple[int, ...]
+) -> Callable[[int, np.ndarray], None]:
+    """Prints the prompt together with the first token, so that an error before it prints nothing."""
 
     def show(step: int, token_B: np.ndarray) -> None:
         token = int(token_B[0])
@@ -110,6 +119,6 @@ def _printer(begin: str, piece: Callable[[int], str], stop_tokens: tuple[int, ..
 
 def _numbers(tokens: str) -> list[int]:
     try:
-        return [int(one) for one in tokens.split(",")]
+        return [int(number) for number in tokens.split(",")]
     except ValueError:
-        raise ValueError(f"tokens={tokens!r}: must be whole numbers with commas between, like 1,2,3") from None
+        raise ValueError(f"tokens={tokens!r}: must be whole numbers separated by commas, like 1,2,3") from None

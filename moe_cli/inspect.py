@@ -1,4 +1,4 @@
-"""`jax-moe inspect`: what is in a checkpoint."""
+"""`jax-moe inspect`: prints what a checkpoint holds."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 from jax_moe.config.checks import require
-from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.describe import describe
-from jax_moe.porting.checkpoint import load
-from jax_moe.porting.decoder_folder import open_decoder
-from jax_moe.porting.formats.found import Found, find
-from jax_moe.porting.formats.hf_folder import open_folder, weight_files
+from jax_moe.porting.checkpoint import load_found
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.hf_folder import weight_files
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.state_file import read_state
 from moe_cli.arguments import Inspect
 from moe_cli.common import assumed_in_words, summary
@@ -24,32 +23,30 @@ DEVICES = (1, 2, 4, 8)
 
 
 def inspect(command: Inspect) -> int:
-    """Prints what is in a checkpoint; status 1 if it would not load. Of a file that is no known family, what it holds."""
+    """Prints what a checkpoint holds. Of a file of no known family, prints its tensors and raises ValueError."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
-    found = find(command.path)
-    if found.decoder:
-        if command.choices.given():
-            raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
-        _inspect_decoder(command, found)
-        return 0
-    with jax.enable_x64(True):
-        try:
-            checkpoint = load(command.path, command.choices, allow_nonfinite=True)
-        except ValueError:
-            if found.kind == "file":
-                _print_arrays(read_state(command.path), command.names)
-            raise
-        print("\n".join([summary(checkpoint), *describe(checkpoint.config)]))
-        if checkpoint.characters is not None:
-            print(f"characters: {checkpoint.characters!r}")
-        if checkpoint.assumed:
-            print(assumed_in_words(checkpoint))
-        _print_arrays(checkpoint.state() if found.kind == "file" else checkpoint.weights, command.names)
+    try:
+        found = open_path(command.path, command.choices)
+        if found.decoder:
+            _inspect_decoder(command, found)
+            return 0
+        with jax.enable_x64(True):
+            checkpoint = load_found(found, allow_nonfinite=True)
+            print("\n".join([summary(checkpoint), *describe(checkpoint.config)]))
+            if checkpoint.characters is not None:
+                print(f"characters: {checkpoint.characters!r}")
+            if checkpoint.assumed:
+                print(assumed_in_words(found))
+            _print_arrays(checkpoint.state() if found.kind == "file" else checkpoint.weights, command.names)
+    except ValueError:
+        if not command.path.is_dir():
+            _print_arrays(read_state(command.path), command.names)
+        raise
     return 0
 
 
 def _print_arrays(arrays: Mapping[str, np.ndarray], names: bool) -> None:
-    """How many they are and which are not finite; their names where asked for."""
+    """Prints the number of arrays, their sizes and those that are not finite; with `names` also their names."""
     held = ", ".join(f"{readable(size)} {dtype}" for dtype, size in bytes_by_dtype(arrays.values()).items())
     print(f"tensors: {len(arrays):,}, {held}" + ("" if names else "; --names lists them"))
     bad = [name for name, value in arrays.items() if value.dtype.kind not in "iub" and not np.isfinite(value).all()]
@@ -66,34 +63,31 @@ def _print_names(arrays: Mapping[str, Any]) -> None:
 
 
 def _inspect_decoder(command: Inspect, found: Found) -> None:
-    """A Hugging Face model, from headers alone."""
+    """Prints a Hugging Face model by its headers alone."""
     of_run = "" if found.run is None else f"{found.run.in_words()}; "
     if found.kind == "hf":
-        with open_folder(found.place) as folder:
-            files = weight_files(found.place)
-            tied = ", a tied head among them that was not compared with the embedding" if folder.head else ""
-            layout = f"layout {folder.plan.table.name}" + (f", {folder.note}" if folder.note else "")
-            where = f"{of_run}{_counted(files)}, {len(folder.stored):,} tensors ({layout}){tied}"
-            dtypes = {piece.ours: folder.headers[piece.theirs].dtype.itemsize for piece in folder.plan.pieces}
-            _print(folder.model_type, folder.config, folder.shapes, dtypes, folder.stored, where, command)
+        assert found.plan is not None
+        tied = ", among them a tied head that was not compared with the embedding" if found.head else ""
+        layout = f"layout {found.plan.table.name}" + (f", {found.note}" if found.note else "")
+        where = f"{of_run}{_counted(weight_files(found.place))}, {len(found.stored):,} tensors ({layout}){tied}"
+        dtypes = {piece.ours: found.tensors[piece.theirs].dtype.itemsize for piece in found.plan.pieces}
+        _print(found, found.plan.our_shapes, dtypes, where, command)
         return
-    origin, model, arrays = open_decoder(command.path)
-    shapes = {name: one.shape for name, one in arrays.items()}
-    dtypes = {name: one.dtype.itemsize for name, one in arrays.items()}
-    where = f"{of_run}an Orbax checkpoint, {len(arrays)} arrays"
-    _print(origin.model_type, model.config, shapes, dtypes, arrays, where, command)
+    shapes = {name: one.shape for name, one in found.tensors.items()}
+    dtypes = {name: one.dtype.itemsize for name, one in found.tensors.items()}
+    _print(found, shapes, dtypes, f"{of_run}an Orbax checkpoint, {len(shapes)} arrays", command)
 
 
 def _print(
-    model_type: str, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], itemsizes: Mapping[str, int],
-    tensors: Mapping[str, Any], where: str, command: Inspect,
+    found: Found, shapes: Mapping[str, tuple[int, ...]], itemsizes: Mapping[str, int], where: str, command: Inspect
 ) -> None:
+    config, tensors = found.config, found.stored
     counts = count_parameters(shapes, config)
     held = bytes_by_dtype(tensors.values())
-    print(f"{model_type}, {counts.total:,} parameters, {counts.active:,} of them active for a token")
+    print(f"{found.family.name}, {counts.total:,} parameters, {counts.active:,} of them active for a token")
     print(
-        f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts a layer that "
-        "the token is not sent to; embedding and head counted whole"
+        f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts in "
+        "each layer that a token is not sent to; embedding and head count in full"
     )
     print(f"files: {where}; " + ", ".join(f"{readable(size)} {dtype}" for dtype, size in held.items()))
     print("\n".join(describe(config)))
@@ -101,11 +95,11 @@ def _print(
     experts = sum(size for name, size in stored.items() if name.startswith("moe.experts."))
     devices = DEVICES if command.devices is None else (command.devices,)
     rows = memory_rows(counts, sum(stored.values()), experts, config, devices)
-    print(f"{'memory a device, of N =':30}" + "".join(f"{n:>12,}" for n in devices))
+    print(f"{'memory per device, for N =':30}" + "".join(f"{n:>12,}" for n in devices))
     for what, sizes in rows.items():
         print(f"  {what:28}" + "".join(f"{readable(size):>12}" for size in sizes))
-    print("  weights as stored; training in fp32 with AdamW, 16 bytes a parameter (weight, gradient, two moments);")
-    print("  split: every device has its share of each layer's experts and all else; activations and caches come on top")
+    print("  weights as stored; training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments);")
+    print("  split: each device has its share of every layer's experts, and all else; activations and caches are extra")
     if command.names:
         _print_names(tensors)
 

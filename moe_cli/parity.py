@@ -1,4 +1,4 @@
-"""`jax-moe parity`: a checkpoint in both frameworks."""
+"""`jax-moe parity`: compares a checkpoint in both frameworks."""
 
 import json
 import math
@@ -12,26 +12,25 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.disk import writing
-from jax_moe.porting.checkpoint import Checkpoint, load
+from jax_moe.porting.checkpoint import Checkpoint, load_found
 from jax_moe.porting.convert import port_decoder
-from jax_moe.porting.formats.found import find
-from jax_moe.porting.formats.hf_folder import HFFolder, open_folder
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.pretrained import MAX_SHARD_BYTES
-from jax_moe.porting.recognise import Choices
 from moe_cli.arguments import Parity
 from moe_cli.common import progress, say, say_assumed, say_note
 from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
 from moe_parity.memory import Work, check_memory
 from moe_parity.report import Report, print_table
 
-POSITIONS = 16  # of a random batch, where the model has no block
+POSITIONS = 16  # of a random batch, if the model has no block size
 
 
 def parity(command: Parity) -> int:
-    """Prints the report; 1 if anything is beyond tolerance."""
-    found = find(command.path)
-    _check(command, 2 if found.decoder else 1)  # the loss is of the next token
-    report = _against_transformers(command) if found.decoder else _against_torch_ref(command)
+    """Prints the report; returns 1 if anything is beyond tolerance."""
+    found = open_path(command.path, command.choices)
+    _check(command, 2 if found.decoder else 1)  # a decoder's loss needs a next token
+    report = _against_transformers(command, found) if found.decoder else _against_torch_ref(command, found)
     if found.run is not None:
         say(found.run.in_words())
     if command.html is not None:
@@ -41,17 +40,18 @@ def parity(command: Parity) -> int:
     else:
         print_table(report)
         if not report.passed and not command.explain:
-            print("--explain tries the known conventions on it: renormalisation, epsilons, gate and up exchanged and others")
+            print("--explain tries the known conventions: renormalisation, epsilons, gate and up exchanged, and others")
         if command.html is not None:
-            print(f"The page is {command.html}")
+            print(f"wrote {command.html}")
     return 0 if report.passed else 1
 
 
 def _check(command: Parity, least: int) -> None:
-    """What the command line alone tells, before anything is loaded; a batch has at least so many positions."""
+    """Checks the options before anything is loaded; a batch needs at least `least` positions."""
     require(command.batch_size >= 1, "batch_size", command.batch_size, "at least 1")
     require(command.plot is None, "plot", str(command.plot), "left out without --train: --html has the plots")
-    require(command.num_tokens is None or command.num_tokens >= least, "num_tokens", command.num_tokens, f"at least {least}")
+    fits = command.num_tokens is None or command.num_tokens >= least
+    require(fits, "num_tokens", command.num_tokens, f"at least {least}")
     if command.tokens is not None:
         require(command.num_tokens is None, "num_tokens", command.num_tokens, "left out with --tokens")
     if command.html is not None:
@@ -65,7 +65,7 @@ def _check_target(path: Path) -> None:
         raise ValueError(f"html={str(path)!r}: cannot be written ({error.strerror})") from None
     require(not folder, "html", str(path), "the name of a file, is a folder")
     require(not there or path.is_file(), "html", str(path), "the name of a file")
-    require(path.parent.is_dir(), "html", str(path), f"in a folder that exists, {path.parent} is none")
+    require(path.parent.is_dir(), "html", str(path), f"in a folder that exists, {path.parent} does not")
 
 
 def _write_page(path: Path, report: Report) -> None:
@@ -75,24 +75,25 @@ def _write_page(path: Path, report: Report) -> None:
         part.write_text(page([report]), encoding="utf-8")
 
 
-def _against_torch_ref(command: Parity) -> Report:
+def _against_torch_ref(command: Parity, found: Found) -> Report:
     from moe_parity.compare import compare_checkpoint
 
-    checkpoint = read_weights(command.path, command.choices)
-    sizes = [value.nbytes for value in checkpoint.weights.values()]
-    check_memory(sum(value.size for value in checkpoint.weights.values()), _itemsize(command), sum(sizes), _work(command))
+    checkpoint = read_weights(found)
+    weights = checkpoint.weights.values()
+    size, stored_bytes = sum(value.size for value in weights), sum(value.nbytes for value in weights)
+    check_memory(size, _itemsize(command), stored_bytes, _work(command))
     batch = _batch_of_checkpoint(command, checkpoint)
     report = compare_checkpoint(
         checkpoint, batch, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
     )
-    say_note(command.path, checkpoint)
-    say_assumed(command.path, checkpoint)
+    say_note(found)
+    say_assumed(found)
     return report
 
 
 def _batch_of_checkpoint(command: Parity, checkpoint: Checkpoint) -> np.ndarray:
     config = checkpoint.config
-    if checkpoint.family == "makemoe":
+    if checkpoint.of_characters:
         return _tokens(command, config.vocab_size, 1, config.block_size, config.block_size)
     if command.tokens is not None:
         return read_vectors(command.tokens, config.model_dim)
@@ -101,57 +102,50 @@ def _batch_of_checkpoint(command: Parity, checkpoint: Checkpoint) -> np.ndarray:
 
 def _tokens(command: Parity, vocab_size: int, least: int, most: int | None, usual: int) -> np.ndarray:
     if command.tokens is None:
-        tokens, where = random_tokens(vocab_size, command.batch_size, command.num_tokens or usual, command.seed), "num_tokens"
+        num_tokens, where = command.num_tokens or usual, "num_tokens"
+        tokens = random_tokens(vocab_size, command.batch_size, num_tokens, command.seed)
     else:
         tokens, where = read_tokens(command.tokens), str(command.tokens)
     check_tokens(tokens, vocab_size, least, most, where)
     return tokens
 
 
-def _against_transformers(command: Parity) -> Report:
+def _against_transformers(command: Parity, found: Found) -> Report:
     from moe_parity.compare import compare_folder
 
-    with open_decoder_folder(command, _itemsize(command), _work(command)) as folder:
+    with as_hf_folder(found, _itemsize(command), _work(command)) as folder:
         tokens = _tokens(command, folder.config.vocab_size, 2, None, POSITIONS)
         return compare_folder(
-            folder.path, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay, explain=command.explain
+            folder.place, tokens, dtype=command.dtype, grads=command.grads, replay=command.replay,
+            explain=command.explain,
         )
 
 
-def read_weights(path: Path, choices: Choices) -> Checkpoint:
-    """As `load`; of a training checkpoint its weights."""
+def read_weights(found: Found) -> Checkpoint:
+    """The checkpoint with its weights, without an optimizer's state."""
     with jax.enable_x64(True):
-        return load(path, choices)
+        return load_found(found)
 
 
 @contextmanager
-def open_decoder_folder(command: Parity, itemsize: int, work: Work) -> Iterator[HFFolder]:
-    """The model as transformers reads it; of an Orbax folder a Hugging Face folder is made, which is gone afterwards.
+def as_hf_folder(found: Found, itemsize: int, work: Work) -> Iterator[Found]:
+    """The model as a folder that transformers can read; any other form is ported to a temporary folder.
 
-    Raises ValueError for what is wrong with it, or too large for memory, before PyTorch is loaded.
+    Raises ValueError for a damaged model, and for a model too large for memory, before PyTorch is loaded.
     """
-    if command.choices.given():
-        raise ValueError(f"{', '.join(command.choices.given())}: must be left out for a folder, config.json has them")
     with TemporaryDirectory() as temporary:
-        found = find(command.path)
-        path = found.place
-        if found.kind != "hf" or _is_wrapped(path):
+        if found.kind != "hf" or found.unwrapped is not None:  # transformers would not find wrapped names
             path = Path(temporary) / "model"
             with jax.enable_x64(True):
                 port_decoder(
-                    command.path, path, "hf", dtype=None, max_shard_bytes=MAX_SHARD_BYTES, overwrite=False,
+                    found, path, "hf", dtype=None, max_shard_bytes=MAX_SHARD_BYTES, overwrite=False,
                     allow_nonfinite=False, progress=progress, say=say,
                 )
-        with open_folder(path) as folder:
-            parameters = sum(math.prod(shape) for shape in folder.shapes.values())
-            check_memory(parameters, itemsize, sum(one.nbytes for one in folder.stored.values()), work)
-            yield folder
-
-
-def _is_wrapped(path: Path) -> bool:
-    """Whether its names are not those that transformers would look for."""
-    with open_folder(path) as folder:
-        return folder.note is not None
+            found = open_path(path)
+        assert found.plan is not None
+        parameters = sum(math.prod(shape) for shape in found.plan.our_shapes.values())
+        check_memory(parameters, itemsize, sum(tensor.nbytes for tensor in found.stored.values()), work)
+        yield found
 
 
 def _work(command: Parity) -> Work:

@@ -1,4 +1,4 @@
-"""What a decoder weighs: parameters in all and for one token, bytes by dtype, memory on N devices. Pure numbers."""
+"""The size of a decoder: all parameters and those active for a token, bytes by dtype, memory on N devices."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts: all, those of routed experts, and those that one token meets."""
+    """The numbers of all parameters, of those of routed experts, and of those active for a token."""
 
     total: int
     experts: int
@@ -22,7 +22,7 @@ class Parameters:
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> Parameters:
-    """Active are all but the E - K unchosen experts of every mixture; embedding and head count in full."""
+    """Active are all parameters but the E - K unchosen experts of every mixture; embedding and head count in full."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = sum(sizes.values())
     experts = sum(size for name, size in sizes.items() if name.startswith(EXPERTS))
@@ -31,22 +31,23 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfi
 
 
 def bytes_by_dtype(tensors: Iterable[Any]) -> dict[str, int]:
-    """{dtype: bytes} of anything with shape and dtype, the most first."""
+    """{dtype: bytes} of tensors, the largest first."""
     found: dict[str, int] = {}
-    for one in tensors:
-        found[one.dtype.name] = found.get(one.dtype.name, 0) + math.prod(one.shape) * one.dtype.itemsize
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        found[tensor.dtype.name] = found.get(tensor.dtype.name, 0) + size
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def expert_share(num_experts: int, num_devices: int) -> float:
-    """The part of all experts that the fullest of N devices holds."""
+    """The share of all experts on the device that holds the most, of N devices."""
     return -(-num_experts // num_devices) / num_experts
 
 
 def memory_rows(
     parameters: Parameters, stored: int, stored_experts: int, config: DecoderConfig, devices: Iterable[int]
 ) -> dict[str, list[float]]:
-    """{what is held: bytes on each device, for each number of devices}. Activations and caches come on top."""
+    """{what is held: bytes on each device, for each number of devices}, without activations and caches."""
     shares = [expert_share(config.moe.num_experts, n) for n in devices]
     other, training = parameters.total - parameters.experts, ADAMW_BYTES
     return {
@@ -58,7 +59,7 @@ def memory_rows(
 
 
 def readable(size: int | float) -> str:
-    """Bytes for people."""
+    """A number of bytes, as "1.5 GiB"."""
     for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:,.1f} {unit}"

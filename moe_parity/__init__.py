@@ -1,34 +1,9 @@
-"""The parity microscope: one batch in two frameworks, compared stage by stage.
+"""The parity microscope: one batch in JAX and PyTorch, compared stage by stage.
 
-Beside `jax_moe` and `torch_ref`, for it runs both. No torch is imported before a run needs it.
-
-Your own modules: `compare_modules`; which convention differs: `explain`. Names and submodules load on first use.
+`compare_modules` compares a user's own modules; `explain` names the convention that differs. `__init__.pyi` lists the
+public names. They load on first use, PyTorch when a comparison runs.
 """
 
-import importlib
-import importlib.util
-from typing import Any
+import lazy_loader
 
-_HOMES = {
-    "Entry": "mapping", "permute": "mapping", "reshape": "mapping", "split": "mapping", "stacked": "mapping", "then": "mapping",
-    "transpose": "mapping",
-    "ModuleReport": "modules", "ModulesDifferError": "modules", "compare_modules": "modules",
-    "Answer": "explanation", "Explanation": "explanation", "explain": "explanation", "in_words": "explanation",
-}
-
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"moe_parity.{_HOMES[name]}"), name)
-    elif not name.startswith("_") and importlib.util.find_spec(f"moe_parity.{name}") is not None:
-        value = importlib.import_module(f"moe_parity.{name}")
-    else:
-        raise AttributeError(f"module 'moe_parity' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""The batch: from a file of tokens, or random numbers of a seed."""
+"""The batch of a comparison: read from a file, or drawn at random from a seed."""
 
 from pathlib import Path
 
@@ -9,29 +9,33 @@ from jax_moe.guarded import read_npy
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """[B, T] tokens from a .npy of integers, or from text with one sequence a line, numbers parted by spaces or commas.
+    """Tokens [B, T] from a .npy file of integers, or from text: a sequence per line, spaces or commas between numbers.
 
-    Raises ValueError for a file that cannot be read or is neither, and for sequences of different lengths.
+    Raises ValueError for an unreadable file, for any other content, and for sequences of different lengths.
     """
     if path.suffix == ".npy":
         tokens = _read_npy(path)
         if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim not in (1, 2) or not tokens.size:
-            raise ValueError(f"{path}: must hold integers [sequences, positions], holds {tokens.dtype} {list(tokens.shape)}")
+            found = f"{tokens.dtype} {list(tokens.shape)}"
+            raise ValueError(f"{path}: must hold integers [sequences, positions], holds {found}")
         return np.atleast_2d(tokens).astype(np.int64)
     rows = _read_lines(path)
     if len({len(row) for row in rows}) > 1:
         lengths = ", ".join(str(len(row)) for row in rows[:8])
-        raise ValueError(f"{path}: sequences must be of one length, have {lengths}{' ...' if len(rows) > 8 else ''}")
+        more = " ..." if len(rows) > 8 else ""
+        raise ValueError(f"{path}: sequences must have the same length, but have {lengths}{more}")
     return np.asarray(rows, np.int64)
 
 
 def read_vectors(path: Path, model_dim: int) -> np.ndarray:
-    """[B, T, D] floats from a .npy: what a layer is given."""
-    require(path.suffix == ".npy", "tokens", str(path), "a .npy of floats [sequences, positions, model_dim] for a layer")
+    """The inputs [B, T, D] of a layer, from a .npy file of floats."""
+    allowed = "a .npy of floats [sequences, positions, model_dim] for a layer"
+    require(path.suffix == ".npy", "tokens", str(path), allowed)
     x = _read_npy(path)
     fits = np.issubdtype(x.dtype, np.floating) and x.ndim == 3 and x.shape[-1] == model_dim and x.size
     if not fits:
-        raise ValueError(f"{path}: must hold floats [sequences, positions, {model_dim}], holds {x.dtype} {list(x.shape)}")
+        found = f"{x.dtype} {list(x.shape)}"
+        raise ValueError(f"{path}: must hold floats [sequences, positions, {model_dim}], holds {found}")
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: must be finite")
     return x
@@ -52,12 +56,12 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, least: int, most: int | No
 
 
 def random_tokens(vocab_size: int, batch_size: int, num_tokens: int, seed: int) -> np.ndarray:
-    """Uniform tokens."""
+    """Tokens [B, T], uniform over the vocabulary."""
     return np.random.default_rng(seed).integers(0, vocab_size, (batch_size, num_tokens))
 
 
 def random_vectors(model_dim: int, batch_size: int, num_tokens: int, seed: int) -> np.ndarray:
-    """Gaussian vectors."""
+    """Standard normal inputs [B, T, D] of a layer."""
     return np.random.default_rng(seed).standard_normal((batch_size, num_tokens, model_dim))
 
 
@@ -67,13 +71,13 @@ def _read_lines(path: Path) -> list[list[int]]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: must be text with one sequence of numbers a line, or a .npy") from None
+        raise ValueError(f"{path}: must be a .npy file, or text with a sequence of numbers per line") from None
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.replace(",", " ").split()
         bad = next((word for word in words if not word.lstrip("-").isdecimal() or len(word) > 18), None)
         if bad is not None:
-            raise ValueError(f"{path}: line {number}: {bad[:40]!r}: must be a number (one sequence a line)")
+            raise ValueError(f"{path}: line {number}: {bad[:40]!r}: must be a number (one sequence per line)")
         if words:
             rows.append([int(word) for word in words])
     if not rows:

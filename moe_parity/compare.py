@@ -1,6 +1,7 @@
-"""One checkpoint in both frameworks on one batch: their run, our tapped run on their choices, and the verdicts.
+"""One checkpoint in both frameworks on the same batch, compared stage by stage.
 
-The two sides run one after the other, so that memory holds one model at a time.
+The reference (`torch_ref` or `transformers`) runs first, then JAX, by default on the reference's choices of experts.
+Then every stage is judged. Memory holds one model at a time.
 """
 
 import gc
@@ -23,35 +24,35 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.families import tables_of
+from jax_moe.porting.families import reference_table
 from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from jax_moe.porting.torch_tensors import import_torch
 from jax_moe.soft_moe import SoftMoE
-from moe_parity.explain import search
+from moe_parity.choices import Verdict
+from moe_parity.explanation import search
 from moe_parity.report import Report
 from moe_parity.sides.jax_moe import ranked_scores, tap_model, tap_moe, tap_soft_moe
 from moe_parity.sides.torch_ref import trace_torch_ref
 from moe_parity.sides.transformers import import_transformers, trace_transformers
-from moe_parity.stages import Place, StageResult, Trace, first_divergence, judge, pair
-from moe_parity.tolerances import TOLERANCES
+from moe_parity.stages import TOLERANCES, Place, StageResult, Trace, first_divergence, judge, pair
 
-FUSED = 1  # the place among a family's tables of the names that transformers has in memory
 OWN, TAPPED = Place("own_call", None, "against our taps"), Place("tapped")
 
 
 def compare_folder(
-    path: Path, tokens_BT: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True, explain: bool = False
+    path: Path, tokens_BT: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True,
+    explain: bool = False,
 ) -> Report:
-    """A Hugging Face folder against `transformers`. Raises ValueError if PyTorch or transformers is absent."""
+    """Compares a Hugging Face folder with `transformers`. Raises ValueError if PyTorch or transformers is missing."""
     version = import_transformers().__version__
     check_batch("tokens_BT", tokens_BT)
     with settings(dtype):
         stored = load_pretrained(path)
         assert stored.origin is not None
         model_type = stored.origin.model_type
-        results = [folder_there_and_back(path, stored)]
+        results = [folder_round_trip(path, stored)]
         del stored
         theirs = trace_transformers(path, model_type, tokens_BT, dtype, grads)
         gc.collect()
@@ -65,36 +66,39 @@ def compare_checkpoint(
     checkpoint: Checkpoint, x: np.ndarray, *, dtype: str = "float32", grads: bool = False, replay: bool = True,
     explain: bool = False,
 ) -> Report:
-    """A makeMoE model or a layer against `torch_ref`, on tokens or vectors. Raises ValueError if PyTorch is absent."""
+    """Compares a makeMoE model on tokens, or a layer on vectors, with `torch_ref`.
+
+    Raises ValueError if PyTorch is missing.
+    """
     import_torch("parity")
-    family, config = checkpoint.family, checkpoint.config
-    check_batch("tokens_BT" if family == "makemoe" else "x_BTD", x, None if family == "makemoe" else config.model_dim)
-    results = [checkpoint_there_and_back(checkpoint)]
+    config, of_tokens = checkpoint.config, checkpoint.of_characters
+    check_batch("tokens_BT" if of_tokens else "x_BTD", x, None if of_tokens else config.model_dim)
+    results = [checkpoint_round_trip(checkpoint)]
     with settings(dtype):
-        x = x if family == "makemoe" else x.astype(dtype)
+        x = x if of_tokens else x.astype(dtype)
         weights = {name: np.asarray(value, dtype) for name, value in to_torch(checkpoint.module).items()}
-        theirs = trace_torch_ref(family, config, weights, x, None if family == "makemoe" else cotangent(x), grads)
-        module = from_torch(abstract_module(family, config, np.dtype(dtype)), weights, cast=True)
+        theirs = trace_torch_ref(config, weights, x, None if of_tokens else cotangent(x), grads)
+        module = from_torch(abstract_module(type(checkpoint.module), config, np.dtype(dtype)), weights, cast=True)
         results += compare_traces(module, x, theirs, dtype=dtype, grads=grads, replay=replay)
         words = explained(module, x, theirs, results) if explain else ""
-    return Report(family, "torch_ref", dtype, x.shape, replay, tuple(results), words)
+    return Report(checkpoint.name, "torch_ref", dtype, x.shape, replay, tuple(results), words)
 
 
 def check_batch(name: str, x: np.ndarray, model_dim: int | None = None) -> None:
-    """Raises ValueError for a batch of another kind, rank or width, and for an empty one: nothing agrees with nothing."""
+    """Raises ValueError for a batch of the wrong kind, rank or width, and for an empty batch, on which all agrees."""
     checked_input(name, x, model_dim)
     require(x.size > 0, f"{name}.shape", x.shape, "of at least one position")
 
 
 def explained(module: nnx.Module, x: np.ndarray, theirs: Trace, results: list[StageResult]) -> str:
-    """Which known convention makes our output theirs, where something is beyond tolerance. Within `settings`."""
+    """The convention that explains the difference, or an empty string if there is none. Call it inside `settings`."""
     if first_divergence(results) is None or isinstance(module, SoftMoE):
         return ""
     return search.explain_traces(module, x, theirs)
 
 
 def settings(dtype: str) -> AbstractContextManager:
-    """Both sides on the CPU in full precision, jax in fp64 where that is asked for."""
+    """A context in which JAX computes on the CPU, in full precision, and allows fp64 if `dtype` is float64."""
     stack = ExitStack()
     stack.enter_context(jax.enable_x64(dtype == "float64"))
     stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
@@ -105,13 +109,16 @@ def settings(dtype: str) -> AbstractContextManager:
 def compare_traces(
     module: nnx.Module, x: np.ndarray, theirs: Trace, *, dtype: str, grads: bool = False, replay: bool = True
 ) -> list[StageResult]:
-    """Our module on `x` against what another side computed; with `replay` it follows their choices. Within `settings`."""
+    """Judges our module on `x` against the reference's trace. Call it inside `settings`.
+
+    With `replay` our module follows the reference's choices of experts.
+    """
     ours = trace_ours(module, x, choices(theirs) if replay else None, grads=grads)
     return judge_traces(module, ours, theirs, dtype)
 
 
 def judge_traces(module: nnx.Module, ours: Trace, theirs: Trace, dtype: str) -> list[StageResult]:
-    """Every stage that both sides have, judged by the dtype's tolerances; and our taps against our own call."""
+    """Judges every stage that both sides have by the dtype's tolerances, and our traced stages against our own call."""
     scores = {}
     for place in theirs:
         logits = place._replace(kind="router_logits")
@@ -121,29 +128,29 @@ def judge_traces(module: nnx.Module, ours: Trace, theirs: Trace, dtype: str) -> 
 
 
 def choices(theirs: Trace) -> list[np.ndarray] | None:
-    """The experts that a side chose, mixture by mixture."""
+    """The experts that a side chose, for each mixture; None if the trace has none."""
     found = [value for place, value in theirs.items() if place.kind == "experts"]
     return found or None
 
 
 def ranked(module: nnx.Module, layer: int | None, logits: np.ndarray) -> np.ndarray:
-    """What experts are ranked by in a layer of the module."""
+    """The scores by which a layer of the module ranks its experts."""
     if isinstance(module, MoE):
         bias = module.router.weight("correction_bias")
         return ranked_scores(logits, module.config, None if bias is None else np.asarray(bias))
-    return logits  # the language models have neither a correction bias nor scores other than softmax
+    return logits  # language models have no correction bias, and their scores rank as the logits do
 
 
 def cotangent(x: Any) -> np.ndarray:
-    """What a layer's answer is multiplied with before it is summed: seeded numbers."""
+    """The random numbers, of a fixed seed, that a layer's output is multiplied by before it is summed into a loss."""
     return np.random.default_rng(x.size).standard_normal(x.shape).astype(x.dtype)
 
 
 def trace_ours(
     module: nnx.Module, x: np.ndarray, replay: list[np.ndarray] | None = None, *, grads: bool = False
 ) -> dict[Place, np.ndarray]:
-    """Our side: the taps, and from the model's own call the answer, the loss and, if asked for, every gradient."""
-    replayed = None if replay is None else jnp.stack([jnp.asarray(one, jnp.int32) for one in replay])
+    """The JAX side: every stage, and from the own call of the model the output, losses and, with `grads`, gradients."""
+    replayed = None if replay is None else jnp.stack([jnp.asarray(expert, jnp.int32) for expert in replay])
     if isinstance(module, Decoder | MakeMoE):
         taps = tap_model(module, x, replayed)
     elif isinstance(module, SoftMoE):
@@ -155,19 +162,14 @@ def trace_ours(
     last = Place("logits") if isinstance(module, Decoder | MakeMoE) else Place("combined")
     answer, values, gradients = own_call(module, x, replayed, grads)
     trace |= {TAPPED: trace[last], last: answer, **values, OWN: answer}
-    named = to_torch(module, gradients, layout=layout_of(module)) if grads else {}
+    named = to_torch(module, gradients, layout=reference_table(module).name) if grads else {}
     return trace | {Place("gradient", None, name): value for name, value in named.items()}
-
-
-def layout_of(module: nnx.Module) -> str | None:
-    """The names that the other side has in memory."""
-    return tables_of(module)[FUSED].name if isinstance(module, Decoder) else None
 
 
 def own_call(
     module: nnx.Module, x: np.ndarray, replay: jax.Array | None, grads: bool
 ) -> tuple[np.ndarray, dict[Place, np.ndarray], Any]:
-    """The module's answer, its losses and, with `grads`, the gradients of its objective, which is a tree of its parameters."""
+    """The model's output, its losses and, with `grads`, the gradients of its objective as a tree of its parameters."""
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     (answer, values), gradients = _compiled_call(graphdef, grads, params, rest, jnp.asarray(x), replay)
     return np.asarray(answer), {Place(kind): np.asarray(value) for kind, value in values.items()}, gradients
@@ -185,7 +187,7 @@ def _compiled_call(graphdef: Any, grads: bool, params: Any, rest: Any, x: jax.Ar
 
 
 def _objective(module: nnx.Module, x: jax.Array, replay: jax.Array | None) -> Any:
-    """What is differentiated, and (answer, {loss: value})."""
+    """The loss to differentiate, and (output, {name: loss})."""
     if isinstance(module, Decoder):
         output = module.run(x, expert_LBTK=replay)
         balance = pool_balance_loss(output.stats, module.config.moe)
@@ -211,24 +213,25 @@ def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
 
 
-def folder_there_and_back(path: Path, model: Decoder) -> StageResult:
-    """The loaded weights under the names of the files, against the files."""
-    with open_folder(path) as folder:
-        ours = to_torch(model, layout=folder.plan.table.name)
-        differ = [name for name, header in folder.headers.items() if not same_bits(ours[name], np.asarray(header.read()))]
+def folder_round_trip(path: Path, model: Decoder) -> StageResult:
+    """The loaded weights, written under the names of the files, against the files."""
+    found = open_folder(path)
+    assert found.plan is not None
+    ours = to_torch(model, layout=found.plan.table.name)
+    differ = [name for name, header in found.tensors.items() if not same_bits(ours[name], np.asarray(header.read()))]
     return _tensors_that_differ(differ, len(ours))
 
 
-def checkpoint_there_and_back(checkpoint: Checkpoint) -> StageResult:
-    """The weights under `torch_ref`'s names and back under ours, against themselves."""
+def checkpoint_round_trip(checkpoint: Checkpoint) -> StageResult:
+    """The weights converted to `torch_ref` and back, against themselves."""
     state = to_torch(checkpoint.module)
     dtype = np.dtype(next(iter(checkpoint.weights.values())).dtype)
-    copy = from_torch(abstract_module(checkpoint.family, checkpoint.config, dtype), state)
+    copy = from_torch(abstract_module(type(checkpoint.module), checkpoint.config, dtype), state)
     before, after = checkpoint.weights, Checkpoint(checkpoint.family, copy).weights
     return _tensors_that_differ([name for name in before if not same_bits(before[name], after[name])], len(before))
 
 
 def _tensors_that_differ(names: list[str], count: int) -> StageResult:
     where = f"{len(names)} of {count} tensors differ, first {names[0]}" if names else ""
-    verdict = "wrong number" if names else "same"
-    return StageResult("weights there and back", None, "checkpoint", float(len(names)), 0.0, verdict, where)
+    verdict: Verdict = "wrong number" if names else "same"
+    return StageResult("round trip of weights", None, "checkpoint", float(len(names)), 0.0, verdict, where)

@@ -1,7 +1,8 @@
-"""A user's own mapping table: where each tensor of a PyTorch module is in a JAX one, and what turns one into the other.
+"""A user's own mapping: where each tensor of a PyTorch module stands in a JAX module, and how it is converted.
 
-Numpy only. A table may say it as it likes: our path; (our path, transform); an `Entry`; a list of those where one of
-theirs becomes several of ours; None for a buffer that ours does not have.
+A mapping gives, for each PyTorch name: a JAX path; (path, transform); an `Entry`; a list of those if the tensor becomes
+several JAX arrays; or None for a buffer that JAX does not have. `ours` is the JAX side, `theirs` the PyTorch side; both
+are numpy arrays here.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,40 +16,40 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one of their tensors is in ours, and how it gets there."""
+    """Where a PyTorch tensor stands in the JAX module, and how it is converted."""
 
-    ours: str  # our path: "dense.kernel"
-    transform: Transform = np.asarray  # their array -> ours
-    place: int | None = None  # it is ours[place]: theirs are stacked in ours
+    ours: str  # the JAX path, such as "dense.kernel"
+    transform: Transform = np.asarray  # PyTorch array -> JAX array
+    place: int | None = None  # the index in the first dim of a JAX array that stacks several tensors
 
 
 def stacked(ours: str, place: int, transform: Transform = np.asarray) -> Entry:
-    """Theirs is number `place` of those that ours stacks along its first dim (layers, experts)."""
+    """The tensor is number `place` of those that the JAX array stacks along its first dim (layers, experts)."""
     return Entry(ours, transform, place)
 
 
 def transpose(array: np.ndarray) -> np.ndarray:
-    """The last two dims exchanged: torch.nn.Linear's [out, in] and a kernel [in, out]."""
+    """Exchanges the last two dims: torch.nn.Linear's [out, in] becomes a kernel [in, out]."""
     return np.swapaxes(array, -1, -2)
 
 
 def permute(*order: int) -> Transform:
-    """Dims in this order: `permute(2, 3, 1, 0)` is a torch convolution as flax has it."""
+    """Reorders the dims: `permute(2, 3, 1, 0)` makes a flax kernel of the weight of a torch convolution."""
     return lambda array: np.transpose(array, order)
 
 
 def reshape(*shape: int) -> Transform:
-    """As `array.reshape(shape)`."""
+    """Calls `array.reshape(shape)`."""
     return lambda array: array.reshape(shape)
 
 
 def split(index: int, count: int, axis: int = 0) -> Transform:
-    """The part number `index` of `count` equal ones: q, k and v out of a fused projection."""
+    """Part `index` of `count` equal parts: q, k or v of a fused projection."""
     return lambda array: np.split(array, count, axis)[index]
 
 
 def then(*transforms: Transform) -> Transform:
-    """One transform after the other."""
+    """Applies the transforms one after the other."""
 
     def run(array: np.ndarray) -> np.ndarray:
         for transform in transforms:
@@ -59,7 +60,7 @@ def then(*transforms: Transform) -> Transform:
 
 
 def entries_of(value: Any) -> list[Entry]:
-    """A table's right side in the one form."""
+    """The entries of a mapping's value, in whichever form it is given."""
     if value is None:
         return []
     if isinstance(value, Entry):
@@ -69,24 +70,28 @@ def entries_of(value: Any) -> list[Entry]:
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and callable(value[1]):
         return [Entry(value[0], value[1])]
     if isinstance(value, tuple | list):
-        return [entry for one in value for entry in entries_of(one)]
+        return [entry for part in value for entry in entries_of(part)]
     raise ValueError(f"mapping: {value!r} must be a path, (path, transform), an Entry, a list of those, or None")
 
 
 def check_names(table: Mapping[str, list[Entry]], theirs: set[str], trained: set[str], ours: set[str]) -> None:
-    """Raises ValueError with every name of either side that has no partner, and every name that does not exist."""
+    """Raises ValueError that lists every name without a partner on either side, and every name that does not exist."""
     reached = [(entry.ours, entry.place) for entries in table.values() for entry in entries]
     paths = {path for path, _ in reached}
-    places = {path: [place for one, place in reached if one == path] for path in sorted(paths)}
+    places = {path: [place for other, place in reached if other == path] for path in sorted(paths)}
     complaints = {
-        "theirs that are not mapped": sorted(theirs - table.keys()),
-        "theirs that do not exist": sorted(table.keys() - theirs),
-        "parameters of theirs that are mapped to None": sorted(name for name in trained & table.keys() if not table[name]),
-        "ours that nothing maps to": sorted(ours - paths),
-        "ours that do not exist": sorted(paths - ours),
-        "ours that are mapped more than once": [path for path, found in places.items() if None in found and len(found) > 1],
-        "ours whose places are not 0, 1, 2 ...": [
-            path for path, found in places.items() if None not in found and sorted(found) != list(range(len(found)))  # type: ignore[type-var]
+        "PyTorch tensors that are not mapped": sorted(theirs - table.keys()),
+        "PyTorch tensors that do not exist": sorted(table.keys() - theirs),
+        "PyTorch parameters that are mapped to None": sorted(
+            name for name in trained & table.keys() if not table[name]
+        ),
+        "JAX arrays that nothing maps to": sorted(ours - paths),
+        "JAX arrays that do not exist": sorted(paths - ours),
+        "JAX arrays that are mapped more than once": [
+            path for path, found in places.items() if None in found and len(found) > 1
+        ],
+        "JAX arrays whose places are not 0, 1, 2 ...": [
+            path for path, found in places.items() if None not in found and {*found} != {*range(len(found))}
         ],
     }
     said = [f"{what}: {', '.join(names)}" for what, names in complaints.items() if names]
@@ -95,17 +100,18 @@ def check_names(table: Mapping[str, list[Entry]], theirs: set[str], trained: set
 
 
 def moved(entry: Entry, array: np.ndarray, name: str) -> np.ndarray:
-    """One of their tensors as ours. Raises ValueError where its transform cannot take it."""
+    """A PyTorch tensor converted for JAX. Raises ValueError if the transform fails."""
     try:
         return np.ascontiguousarray(entry.transform(array))
     except (ValueError, IndexError, TypeError) as error:
-        raise ValueError(f"mapping: {name} of shape {array.shape} cannot be turned into {entry.ours}: {error}") from None
+        what = f"{name} of shape {array.shape}"
+        raise ValueError(f"mapping: {what} cannot be turned into {entry.ours}: {error}") from None
 
 
 def our_weights(
     table: Mapping[str, list[Entry]], state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Their tensors under our paths. Raises ValueError with every shape that does not fit."""
+    """The converted tensors by JAX path. Raises ValueError that lists every shape that does not fit."""
     pieces: dict[str, dict[int | None, np.ndarray]] = {}
     for name, array in state.items():
         for entry in table[name]:

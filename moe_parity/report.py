@@ -1,4 +1,4 @@
-"""What a run of the microscope found: a sentence, a table on the terminal, JSON."""
+"""The result of a comparison: as a sentence, as a table on the terminal, as JSON."""
 
 import math
 from collections.abc import Sequence
@@ -13,66 +13,72 @@ class Report:
     """All stages of one comparison, in the order of computation."""
 
     subject: str  # the family
-    reference: str  # what it was compared with
+    reference: str  # the PyTorch implementation it was compared with
     dtype: str
     shape: tuple[int, ...]  # of the batch
-    replay: bool  # whether our side followed their choices
+    replay: bool  # whether JAX followed the reference's choices of experts
     results: tuple[StageResult, ...]
-    explanation: str = ""  # which known convention makes the outputs the same
+    explanation: str = ""  # the known convention that explains the difference
 
     @property
     def passed(self) -> bool:
-        """Everything within tolerance."""
+        """Whether every stage is within tolerance."""
         return first_divergence(self.results) is None
 
     @property
     def flips(self) -> int:
-        """Choices that differ at a near tie."""
-        return sum(one.num_flips for one in self.results if one.passed)
+        """The number of choices that differ at a near tie."""
+        return sum(stage.num_flips for stage in self.results if stage.passed)
 
     def sentence(self) -> str:
-        """Where the frameworks part, if they do."""
-        first = first_divergence(self.results)
-        flips = [one for one in self.results if one.passed and one.num_flips]
-        said = ""
-        if flips:
-            widest = max(flip.margin for one in flips for flip in one.flips)
-            how = "replayed" if self.replay else "not replayed: what follows in these tokens differs"
-            many = "choices differ" if self.flips > 1 else "choice differs"
-            said = f"{self.flips} {many} at a near tie (margin at most {widest:.2g}; {how})"
+        """The first stage beyond tolerance, if there is one, and the flips at near ties."""
+        first, flips = first_divergence(self.results), self._flips_in_words()
         if first is None:
-            return f"All {len(self.results)} stages agree within tolerance in {self.dtype}{'; ' + said if said else ''}."
-        more = sum(not one.passed for one in self.results) - 1
-        after = f"; {more} later stage{'s are' if more != 1 else ' is'} beyond tolerance too" if more else "; nothing else is"
+            return f"All {len(self.results)} stages agree within tolerance in {self.dtype}{flips}."
+        more = sum(not stage.passed for stage in self.results) - 1
+        others = f"{more} later stage{'s are' if more != 1 else ' is'} beyond tolerance too" if more else "no other is"
+        where = f" ({first.where})" if first.where else ""
+        conventions = f" Conventions: {self.explanation}." if self.explanation else ""
         return (
-            f"First divergence: {first.name}, error {first.error:.2g} where {first.tolerance:.0e} is allowed, a wrong number"
-            f"{f' ({first.where})' if first.where else ''}{after}{'; ' + said if said else ''}."
-            f"{' Conventions: ' + self.explanation + '.' if self.explanation else ''}"
+            f"First divergence: {first.name}, error {first.error:.2g} where {first.tolerance:.0e} is allowed, "
+            f"a wrong number{where}; {others}{flips}.{conventions}"
         )
 
+    def _flips_in_words(self) -> str:
+        margins = [flip.margin for stage in self.results if stage.passed for flip in stage.flips]
+        if not margins:
+            return ""
+        what = f"{self.flips} {'choices differ' if self.flips > 1 else 'choice differs'} at a near tie"
+        how = "replayed" if self.replay else "not replayed, so later stages of these tokens differ"
+        return f"; {what} (margin at most {max(margins):.2g}; {how})"
+
     def to_json(self) -> dict[str, Any]:
-        """All of it, in plain values; an infinite error is null. `jax-moe parity --help` names the keys."""
+        """The report in plain values; an infinite error is null. `jax-moe parity --help` explains the keys."""
         first = first_divergence(self.results)
         return {
             "subject": self.subject, "reference": self.reference, "dtype": self.dtype, "batch_shape": list(self.shape),
             "replay": self.replay, "passed": self.passed, "sentence": self.sentence(),
             "explanation": self.explanation,
-            "first_divergence": None if first is None else first.name, "stages": [_stage(one) for one in self.results],
+            "first_divergence": None if first is None else first.name,
+            "stages": [_stage_to_json(stage) for stage in self.results],
         }
 
 
-def _stage(one: StageResult) -> dict[str, Any]:
+def _stage_to_json(stage: StageResult) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "name": one.name, "layer": one.layer, "kind": one.kind, "error": _finite(one.error), "tolerance": one.tolerance,
-        "passed": one.passed, "verdict": one.verdict, "where": one.where,
+        "name": stage.name, "layer": stage.layer, "kind": stage.kind, "error": _finite(stage.error),
+        "tolerance": stage.tolerance, "passed": stage.passed, "verdict": stage.verdict, "where": stage.where,
     }
-    if one.agreement is not None:
+    if stage.agreement is not None:
         values |= {
-            "agreement": one.agreement, "num_flips": one.num_flips, "closest": one.closest and _finite(one.closest),
-            "noise": one.noise,
+            "agreement": stage.agreement, "num_flips": stage.num_flips,
+            "closest": stage.closest and _finite(stage.closest), "noise": stage.noise,
             "flips": [
-                {"index": list(f.index), "ours": f.ours, "theirs": f.theirs, "margin": _finite(f.margin), "near_tie": f.near_tie}
-                for f in one.flips
+                {
+                    "index": list(flip.index), "ours": flip.ours, "theirs": flip.theirs,
+                    "margin": _finite(flip.margin), "near_tie": flip.near_tie,
+                }
+                for flip in stage.flips
             ],
         }
     return values
@@ -83,36 +89,30 @@ def _finite(value: float) -> float | None:
 
 
 def worst(results: Sequence[StageResult]) -> StageResult:
-    """The one that fails, or comes closest to failing."""
-    return max(results, key=lambda one: (not one.passed, strain(one)))
+    """The stage that fails, or comes closest to failing."""
+    return max(results, key=lambda stage: (not stage.passed, strain(stage)))
 
 
-def strain(one: StageResult) -> float:
-    """How much of its tolerance a stage uses: 1 is all of it."""
-    if one.error == 0:
+def strain(stage: StageResult) -> float:
+    """The error as a share of the tolerance."""
+    if stage.error == 0:
         return 0.0
-    return one.error / one.tolerance if one.tolerance > 0 else math.inf
+    return stage.error / stage.tolerance if stage.tolerance > 0 else math.inf
 
 
 def parts(results: Sequence[StageResult]) -> dict[str, list[StageResult]]:
-    """The stages as the table shows them: what lies before the layers, each layer, what lies after, gradients."""
+    """The stages by the rows of the table: weights, embedding, each layer, after the layers, gradients."""
     found: dict[str, list[StageResult]] = {}
-    seen_layer = any(one.layer is not None for one in results)
-    for one in results:
-        if one.layer is not None:
-            part = f"layer {one.layer}"
-        elif one.kind in ("checkpoint", "gradient"):
-            part = {"checkpoint": "weights", "gradient": "gradients"}[one.kind]
-        elif one.kind == "embedding":
-            part = "embedding"
-        else:
-            part = "after the layers" if seen_layer else "the layer"
-        found.setdefault(part, []).append(one)
+    rest = "after the layers" if any(stage.layer is not None for stage in results) else "the layer"
+    named = {"checkpoint": "weights", "gradient": "gradients", "embedding": "embedding"}
+    for stage in results:
+        part = f"layer {stage.layer}" if stage.layer is not None else named.get(stage.kind, rest)
+        found.setdefault(part, []).append(stage)
     return found
 
 
 def print_table(report: Report) -> None:
-    """The worst stage of every part, then the sentence; colours only on a terminal."""
+    """Prints the worst stage of every part, then the sentence; with colours only on a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -130,11 +130,12 @@ def print_table(report: Report) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for part, stages in parts(report.results).items():
-        one = worst(stages)
-        name = one.name.removeprefix(f"{part}: ")
-        flips = sum(each.num_flips for each in stages)
-        verdict = "FAILED" if not one.passed else f"ok, {flips} flipped at near ties" if flips else "ok"
-        style = "" if one.passed and not flips else "yellow" if one.passed else "red"
-        table.add_row(part, str(len(stages)), name, f"{one.error:.1e}", f"{one.tolerance:.0e}", Text(verdict, style=style))
+        shown = worst(stages)
+        name = shown.name.removeprefix(f"{part}: ")
+        flips = sum(stage.num_flips for stage in stages)
+        verdict = "FAILED" if not shown.passed else f"ok, {flips} flipped at near ties" if flips else "ok"
+        style = "" if shown.passed and not flips else "yellow" if shown.passed else "red"
+        numbers = f"{shown.error:.1e}", f"{shown.tolerance:.0e}"
+        table.add_row(part, str(len(stages)), name, *numbers, Text(verdict, style=style))
     console.print(table)
     console.print(Text(report.sentence(), style="" if report.passed else "red"), soft_wrap=True)

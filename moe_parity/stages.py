@@ -1,6 +1,6 @@
-"""A stage is one intermediate value of both sides; judged, it is within its tolerance or says where and why not.
+"""Stages: the intermediate values that two sides have in common, and the judgement whether they agree. Numpy only.
 
-Nothing here knows a framework or a model: numpy arrays in, results out. `Trace`s of two runs become stages by `pair`.
+`ours` is the JAX side, `theirs` the reference. `pair` makes stages of two `Trace`s, `judge` a `StageResult` of a stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,19 +9,49 @@ from typing import NamedTuple
 
 import numpy as np
 
-# In the order in which a layer computes them; a gradient comes after all of them.
+from moe_parity.choices import Choices, Flip, Verdict, compare_choices
+
+# In the order in which a layer computes them; gradients come last.
 KINDS = (
-    "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights", "slots",
-    "expert_outputs", "shared", "combined", "residual", "final_norm", "logits", "balance_loss", "loss", "gradient",
+    "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights",
+    "slots", "expert_outputs", "shared", "combined", "residual", "final_norm", "logits", "balance_loss", "loss",
+    "gradient",
 )
 WORDS = {"ffn_norm": "norm before the FFN", "attention_norm": "norm before attention", "experts": "chosen experts",
          "shared": "shared expert", "residual": "residual stream"}
-EXACT = ("checkpoint", "slots")  # not one value may differ
-WORST_FLIPS = 100  # as many are kept, the widest margins first
+EXACT = ("checkpoint", "slots")  # no value may differ
+SMALL = 1e-3  # a gradient's error is relative to at least this share of the largest gradient's norm
+
+# How far apart two correct frameworks may be, by dtype and kind of stage ("": any other kind), relative to the stage's
+# largest value, gradients by norm. Beside each limit stands the worst error measured over the models of
+# parity_tests/table/family_cases.py and the modules of parity_tests/microscope/test_microscope.py.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "float64": {
+        "": 2e-14,  # 2.2e-15, the answer of a mixture
+        "router_logits": 1e-14,  # 1.3e-15
+        "experts": 2e-14,  # twice router_logits: see choices.py
+        "loss": 1e-15,  # 1.1e-16
+        "balance_loss": 2e-15,  # 2.8e-16
+        "gradient": 2e-13,  # 2.7e-14
+    },
+    "float32": {
+        "": 1e-5,  # 2.0e-6, the answer of a mixture
+        "router_logits": 5e-6,  # 9.1e-7
+        "experts": 1e-5,  # twice router_logits: see choices.py
+        "loss": 2e-6,  # 2.4e-7
+        "balance_loss": 1e-6,  # 1.3e-7
+        "gradient": 5e-5,  # 1.5e-5
+    },
+}
+
+
+def kind_in_words(kind: str) -> str:
+    """`ffn_norm` is "norm before the FFN"."""
+    return WORDS.get(kind, kind.replace("_", " "))
 
 
 class Place(NamedTuple):
-    """Where in a model a value is: its kind (one of KINDS, or any word), the layer, and what tells it from its likes."""
+    """Where in a model a value is: its kind (usually one of KINDS), its layer, and a name where several share both."""
 
     kind: str
     layer: int | None = None
@@ -29,8 +59,8 @@ class Place(NamedTuple):
 
     @property
     def label(self) -> str:
-        """In words: `layer 1: expert outputs`, `gradient of lm_head.weight`."""
-        word = WORDS.get(self.kind, self.kind.replace("_", " "))
+        """As `layer 1: expert outputs`, `gradient of lm_head.weight`."""
+        word = kind_in_words(self.kind)
         if self.kind == "gradient":
             word = f"gradient of {self.name}"
         elif self.name:
@@ -38,18 +68,17 @@ class Place(NamedTuple):
         return word if self.layer is None else f"layer {self.layer}: {word}"
 
 
-Trace = Mapping[Place, np.ndarray]  # what one side computed, in the order in which it did
-Scores = Mapping[Place, tuple[np.ndarray, np.ndarray]]  # of a stage of choices: what our side and theirs ranked
-SMALL = 1e-3  # the share of the largest gradient's norm that a gradient's error is at least measured against
+Trace = Mapping[Place, np.ndarray]  # the values that one side computed, in the order of computation
+Scores = Mapping[Place, tuple[np.ndarray, np.ndarray]]  # for stages of choices: the scores that each side ranked
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One value of both sides and how far apart it may be.
+    """A value of both sides, and how far apart the sides may be.
 
-    The error is max |ours - theirs| / max |theirs|; a gradient's is by norm (see `floor`), that of EXACT kinds the share of
-    entries that differ. `scores` make a stage one of choices: what each side ranked [..., E], while `ours` and `theirs`
-    [..., K] name the ranked, best first. Its error is then the widest margin of a choice that differs.
+    The error is max |ours - theirs| / max |theirs|. The error of a gradient is by norm, that of EXACT kinds the share
+    of entries that differ. With `scores` [..., E] of each side, the stage is one of choices: `ours` and `theirs`
+    [..., K] are the experts chosen, best first, and the error is `Choices.error`.
     """
 
     name: str
@@ -58,58 +87,43 @@ class Stage:
     ours: np.ndarray
     theirs: np.ndarray
     tolerance: float
-    floor: float = 0.0  # the least scale that the difference is divided by
+    floor: float = 0.0  # the difference is divided by at least this
     scores: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
-class Flip:
-    """A choice that differs: where, who chose what, and how close the two competing scores are (the wider of both sides)."""
-
-    index: tuple[int, ...]
-    ours: int
-    theirs: int
-    margin: float
-    noise: float  # a margin of at most this is within rounding
-
-    @property
-    def near_tie(self) -> bool:
-        """Whether rounding explains it."""
-        return self.margin <= self.noise
-
-
-@dataclass(frozen=True)
 class StageResult:
-    """What became of a stage. `verdict` is "same", "flip at a near tie" (which passes) or "wrong number"."""
+    """The judgement of a stage. A "flip at a near tie" passes, a "wrong number" does not."""
 
     name: str
     layer: int | None
     kind: str
     error: float
     tolerance: float
-    verdict: str
-    where: str = ""  # the worst entry and both values, or what does not fit
+    verdict: Verdict
+    where: str = ""  # the worst entry with both values, or why the values cannot be compared
+    # Only for stages of choices, as in `Choices`.
     flips: tuple[Flip, ...] = ()
     num_flips: int = 0
-    agreement: float | None = None  # of choices: the share that is the same
-    closest: float | None = None  # of choices: the smallest margin at which one could change
-    noise: float | None = None  # of choices: what of a margin is rounding
+    agreement: float | None = None
+    closest: float | None = None
+    noise: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Within tolerance."""
+        """Whether the stage is within its tolerance."""
         return self.verdict != "wrong number"
 
 
 def first_divergence(results: Sequence[StageResult]) -> StageResult | None:
-    """The first stage beyond its tolerance; results stand in the order of computation."""
-    return next((one for one in results if not one.passed), None)
+    """The first stage beyond its tolerance, of results in the order of computation."""
+    return next((result for result in results if not result.passed), None)
 
 
 def pair(ours: Trace, theirs: Trace, tolerances: Mapping[str, float], scores: Scores | None = None) -> list[Stage]:
-    """The stages that both sides have, in our order; `tolerances` are by kind, "" any other.
+    """The stages that both sides have, in the order of `ours`; `tolerances` are by kind, "" for any other.
 
-    A gradient's scale is at least SMALL of the largest. Gradients of one side alone are stages with nothing on the other.
+    A gradient that only one side has is a stage too, with an empty array on the other side.
     """
     gradients = [place for place in {**ours, **theirs} if place.kind == "gradient"]
     common = [place for place in ours if place in theirs and place.kind != "gradient"]
@@ -126,25 +140,31 @@ def pair(ours: Trace, theirs: Trace, tolerances: Mapping[str, float], scores: Sc
 
 
 def judge(stage: Stage) -> StageResult:
-    """The comparison. Shapes that differ and values that are not finite are wrong numbers, infinitely far apart."""
+    """Compares both sides. The error is infinite where shapes differ or a value is not finite."""
     ours, theirs = np.asarray(stage.ours), np.asarray(stage.theirs)
-    if ours.shape != theirs.shape:
-        return _wrong(stage, f"ours is {ours.shape}, theirs {theirs.shape}" if ours.size and theirs.size else "on one side only")
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return _wrong(stage, "NaN or infinity")
+    problem = why_incomparable(ours, theirs)
+    if problem:
+        return _result(stage, float("inf"), problem)
     if stage.scores is not None:
-        return _judge_choices(stage, ours, theirs)
+        return _result_of_choices(stage, compare_choices(ours, theirs, *stage.scores, stage.tolerance))
     if stage.kind in EXACT or not np.issubdtype(theirs.dtype, np.inexact):
         differ = np.asarray(ours != theirs)
-        return _result(stage, float(differ.mean()) if differ.size else 0.0, _entry(ours, theirs, differ))
-    size = norm if stage.kind == "gradient" else largest
-    error = relative_error(ours, theirs, size, stage.floor)
+        return _result(stage, float(differ.mean()) if differ.size else 0.0, worst_entry(ours, theirs, differ))
+    error = relative_error(ours, theirs, norm if stage.kind == "gradient" else largest, stage.floor)
     difference = np.asarray(np.abs(ours.astype(theirs.dtype) - theirs))
-    return _result(stage, error, _entry(ours, theirs, difference))
+    return _result(stage, error, worst_entry(ours, theirs, difference))
+
+
+def why_incomparable(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Why two arrays cannot be compared, or an empty string."""
+    if ours.shape != theirs.shape:
+        one_side = not ours.size or not theirs.size
+        return "on one side only" if one_side else f"shape {ours.shape} in JAX, {theirs.shape} in the reference"
+    return "" if np.isfinite(ours).all() and np.isfinite(theirs).all() else "NaN or infinity"
 
 
 def largest(values: np.ndarray) -> float:
-    """The largest magnitude; 0 of nothing."""
+    """The largest magnitude; 0 if there is no entry."""
     return float(np.abs(values).max(initial=0))
 
 
@@ -156,7 +176,10 @@ def norm(values: np.ndarray) -> float:
 def relative_error(
     ours: np.ndarray, theirs: np.ndarray, size: Callable[[np.ndarray], float] = largest, floor: float = 0.0
 ) -> float:
-    """size(ours - theirs) / max(size(theirs), floor); infinite if theirs is all zero and ours is not, or one is not finite."""
+    """size(ours - theirs) / max(size(theirs), floor).
+
+    Infinite if a value is not finite, or if `theirs` is all zero and `ours` is not.
+    """
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return float("inf")
     difference, scale = size(np.asarray(ours.astype(theirs.dtype) - theirs)), max(size(theirs), floor)
@@ -165,63 +188,22 @@ def relative_error(
     return difference / scale if scale > 0 else float("inf")
 
 
-def _entry(ours: np.ndarray, theirs: np.ndarray, difference: np.ndarray) -> str:
-    """The worst entry in words."""
+def worst_entry(ours: np.ndarray, theirs: np.ndarray, difference: np.ndarray) -> str:
+    """The index of the largest difference and both values there; empty if there is none."""
     if not difference.any():
         return ""
     index = np.unravel_index(int(difference.argmax()), difference.shape)
     at = f"at {[int(i) for i in index]}: " if index else ""
-    return f"{at}{ours[index]:.9g} here, {theirs[index]:.9g} there"
+    return f"{at}{ours[index]:.9g} in JAX, {theirs[index]:.9g} in the reference"
 
 
 def _result(stage: Stage, error: float, where: str) -> StageResult:
-    verdict = "same" if error <= stage.tolerance else "wrong number"
+    verdict: Verdict = "same" if error <= stage.tolerance else "wrong number"
     return StageResult(stage.name, stage.layer, stage.kind, error, stage.tolerance, verdict, where)
 
 
-def _wrong(stage: Stage, where: str) -> StageResult:
-    return StageResult(stage.name, stage.layer, stage.kind, float("inf"), stage.tolerance, "wrong number", where)
-
-
-def _judge_choices(stage: Stage, ours: np.ndarray, theirs: np.ndarray) -> StageResult:
-    """Each differing choice by the margin of its two scores.
-
-    Scores that agree within tolerance t of their largest can change places only where they are at most 2 t apart: that is
-    the noise. A wider margin is another rule of choosing, or other scores.
-    """
-    assert stage.scores is not None
-    mine, other = (np.asarray(one, np.float64) for one in stage.scores)
-    noise = stage.tolerance * largest(np.where(np.isfinite(other), other, 0))
-    differ = ours != theirs
-    pairs = np.stack([_gap(scores, ours, theirs) for scores in (mine, other)]).max(axis=0) * differ
-    order = np.argwhere(differ)[np.argsort(-pairs[differ], kind="stable")][:WORST_FLIPS]
-    flips = tuple(
-        Flip(tuple(map(int, at)), int(ours[tuple(at)]), int(theirs[tuple(at)]), float(pairs[tuple(at)]), noise) for at in order
-    )
-    widest = flips[0].margin if flips else 0.0
-    ranked = -np.sort(-other, axis=-1)[..., : theirs.shape[-1] + 1]
-    gaps = ranked[..., :-1] - ranked[..., 1:]
-    verdict = "same" if not flips else "flip at a near tie" if widest <= noise else "wrong number"
-    scale = noise / stage.tolerance if stage.tolerance > 0 else 0.0
-    error = widest / scale if scale > 0 else (0.0 if widest == 0 else float("inf"))
-    count = int(differ.sum())
+def _result_of_choices(stage: Stage, choices: Choices) -> StageResult:
     return StageResult(
-        stage.name, stage.layer, stage.kind, error, stage.tolerance, verdict, _flips_in_words(flips, count, theirs.size),
-        flips, count, agreement=1 - count / max(differ.size, 1), closest=float(gaps.min()) if gaps.size else None, noise=noise,
-    )
-
-
-def _gap(scores: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        gap = np.abs(np.take_along_axis(scores, ours, -1) - np.take_along_axis(scores, theirs, -1))
-    return np.where(np.isnan(gap), np.inf, gap)
-
-
-def _flips_in_words(flips: tuple[Flip, ...], count: int, choices: int) -> str:
-    if not flips:
-        return ""
-    one = flips[0]
-    return (
-        f"{count} of {choices:,} differ; at {list(one.index)} expert {one.ours} here, {one.theirs} there, "
-        f"margin {one.margin:.2g} {'within' if one.near_tie else 'beyond'} the noise of {one.noise:.2g}"
+        stage.name, stage.layer, stage.kind, choices.error, stage.tolerance, choices.verdict, choices.in_words(),
+        choices.flips, choices.num_flips, choices.agreement, choices.closest, choices.noise,
     )

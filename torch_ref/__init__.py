@@ -1,13 +1,23 @@
-"""Mixture of Experts in PyTorch, plain: what `jax_moe` does in batches, by loops that one can read."""
+"""Mixture of Experts in plain PyTorch: readable loops that compute what `jax_moe` computes in batches."""
 
 from jax_moe import presets
-from jax_moe.config import AttentionConfig, BlockConfig, MakeMoEConfig, MoEConfig, SoftMoEConfig
-from torch_ref.attention.multihead import Attention
-from torch_ref.generation.generate import generate
-from torch_ref.losses import MoEStats, chosen_experts
-from torch_ref.models.block import Block, Randomness
-from torch_ref.models.makemoe import MakeMoE
-from torch_ref.models.mixtral_block import MixtralSparseMoeBlock
+from jax_moe.config import (
+    PRECISIONS,
+    AttentionConfig,
+    BalanceConfig,
+    BlockConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MakeMoEConfig,
+    MoEConfig,
+    Precision,
+    RouterConfig,
+    SoftMoEConfig,
+)
+from torch_ref.attention import Attention
+from torch_ref.generation import generate
+from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
+from torch_ref.models import Block, MakeMoE, MixtralSparseMoeBlock, Randomness
 from torch_ref.moe import MoE
 from torch_ref.precision import call_in, cast_to_compute
 from torch_ref.routing import Routing
@@ -15,17 +25,23 @@ from torch_ref.soft_moe import SoftMoE
 from torch_ref.unchosen import skip_unchosen
 
 __all__ = [
+    "PRECISIONS",
     "Attention",
     "AttentionConfig",
+    "BalanceConfig",
     "Block",
     "BlockConfig",
+    "CapacityConfig",
+    "ExpertConfig",
     "MakeMoE",
     "MakeMoEConfig",
     "MixtralSparseMoeBlock",
     "MoE",
     "MoEConfig",
     "MoEStats",
+    "Precision",
     "Randomness",
+    "RouterConfig",
     "Routing",
     "SoftMoE",
     "SoftMoEConfig",
@@ -33,6 +49,7 @@ __all__ = [
     "cast_to_compute",
     "chosen_experts",
     "generate",
+    "pool_balance_loss",
     "presets",
     "skip_unchosen",
 ]

@@ -34,7 +34,7 @@ def _holds(value: Tensor) -> str:
 
 
 def check_kind(name: str, value: Any) -> Tensor:
-    """The tensor. Raises ValueError for what is no tensor, or holds something else than its name says."""
+    """The tensor. Raises ValueError for other types, and for a dtype that does not fit the name."""
     kind, dims = kind_of(name), role_and_dims(name)[1]
     if not isinstance(value, Tensor):
         asked = f"a tensor of {kind}s [{', '.join(dims)}]"
@@ -44,24 +44,26 @@ def check_kind(name: str, value: Any) -> Tensor:
 
 
 def checked(sizes: Sizes, leading: str = "", **arrays: Any) -> None:
-    """Raises ValueError for a tensor of another kind or shape than its name says, `leading` dims first; None is none."""
+    """Raises ValueError for a tensor whose kind or shape does not fit its name, `leading` dims first; None passes."""
     for name, value in arrays.items():
         if value is not None:
             check_shape(name, check_kind(name, value).shape, sizes, leading)
 
 
 def checked_input(name: str, value: Any, model_dim: int | None = None) -> dict[str, Dim]:
-    """The dims of the tensor that others are held against. Raises ValueError for another kind, rank or width."""
+    """The dims of the main input, which the others share. Raises ValueError for another kind, rank or width."""
     sizes = dims_of(name, check_kind(name, value).shape)
     if model_dim is not None:
         check_width(name, value.shape[-1], model_dim)
     return sizes
 
 
-def check_choices(name: str, expert: Tensor, num_experts: int, mask: Tensor | None = None, different: bool = True) -> None:
-    """Raises ValueError unless every token's K choices are experts of 0 to num_experts - 1, all different.
+def check_choices(
+    name: str, expert: Tensor, num_experts: int, mask: Tensor | None = None, different: bool = True
+) -> None:
+    """Raises ValueError unless every token's K choices are different experts of 0 to num_experts - 1.
 
-    Padding may name anything. Kinds and shapes are checked before.
+    Choices of padding are not checked. Kinds and shapes are checked elsewhere.
     """
     rows = expert.long().flatten(0, -2) if mask is None else expert.long()[mask.expand(expert.shape[:-1])]
     outside = rows[(rows < 0) | (rows >= num_experts)]
@@ -71,7 +73,7 @@ def check_choices(name: str, expert: Tensor, num_experts: int, mask: Tensor | No
 
 
 def check_moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> None:
-    """Checks a sparse layer's input and its arrays."""
+    """Raises ValueError unless the input of a sparse layer and its other arrays fit."""
     sizes = checked_input("x_BTD", x_BTD, config.model_dim)
     checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
     if arrays.get("expert_BTK") is not None:

@@ -13,24 +13,24 @@ from torch_ref.routing import Routing, safe_denominator
 
 
 class Slots(NamedTuple):
-    """Where each choice stands in its expert's queue, after drops."""
+    """The position of each choice in its expert's queue, after drops."""
 
     slot_GSK: Int[Tensor, "G S K"]  # 0 .. C-1; exactly C for a choice that was dropped or belongs to padding
     weight_GSK: Float[Tensor, "G S K"]  # 0 for a dropped choice
 
 
 class Moves(NamedTuple):
-    """What a dispatcher needs besides the tokens."""
+    """What a dispatcher needs besides tokens, routing and slots."""
 
     config: MoEConfig
     capacity: int
     experts: Sequence[Callable]  # each x_RD -> y_RD
-    training: bool  # dropout is drawn
-    keep_GSKD: Bool[Tensor, "G S K D"] | None  # given dropout mask instead
+    training: bool  # draws the dropout mask
+    keep_GSKD: Bool[Tensor, "G S K D"] | None  # a given dropout mask
 
 
 def split_groups(x_BT: Shaped[Tensor, "B T *rest"], group_size: int) -> Shaped[Tensor, "G S *rest"]:
-    """Tokens in flat order cut into groups of S, at least one; the last group is padded with zeros."""
+    """Tokens in flat order cut into groups of S, at least one group; the last group is padded with zeros."""
     flat = x_BT.flatten(0, 1)
     short = -flat.shape[0] % group_size if flat.shape[0] else group_size
     if short:
@@ -47,7 +47,7 @@ def expert_queue(
     expert_SK: Int[Tensor, "S K"], weight_SK: Float[Tensor, "S K"], expert: int, priority: Priority,
     mask_S: Bool[Tensor, " S"] | None = None,
 ) -> Int[Tensor, " R"]:
-    """The choices (token * K + k) in one group that want this expert, in the order in which it takes them."""
+    """The choices (token * K + k) of this expert in a group, in the order in which it takes them."""
     wants_SK = expert_SK == expert
     if mask_S is not None:
         wants_SK = wants_SK & mask_S[:, None]
@@ -55,7 +55,7 @@ def expert_queue(
         order_S = torch.arange(expert_SK.shape[0], device=expert_SK.device)
         if priority == "batch":
             order_S = torch.sort(weight_SK.detach().amax(dim=1), descending=True, stable=True).indices
-        k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)  # walked row by row: all first choices, then all second
+        k_R, row_R = wants_SK[order_S].T.nonzero(as_tuple=True)  # row by row: first choices, then second choices
         return order_S[row_R] * expert_SK.shape[1] + k_R
     queue_R = wants_SK.flatten().nonzero().squeeze(1)
     if priority == "probability":
@@ -67,7 +67,7 @@ def expert_queue(
 def assign_slots(
     routing: Routing, config: MoEConfig, capacity: int, mask_GS: Bool[Tensor, "G S"] | None = None
 ) -> Slots:
-    """Lets every expert of every group take the first C of its queue; drops the others."""
+    """Slots of the first C choices in every expert's queue; the others are dropped."""
     priority = config.capacity.priority if config.capacity else "token"
     slot_GSK = torch.full_like(routing.expert_GSK, capacity)
     for g, slot_SK in enumerate(slot_GSK):
@@ -83,21 +83,23 @@ def assign_slots(
 
 
 def round_weights(slots: Slots, config: MoEConfig, dtype: torch.dtype) -> Slots:
-    """Weights rounded to the input's dtype where the contract says so (Qwen), and kept wide where not (Mixtral)."""
+    """Weights rounded to the input's dtype where the contract says so (Qwen), else in fp32 or wider (Mixtral)."""
     if config.router.weight_dtype == "float32":
         return slots
     return slots._replace(weight_GSK=slots.weight_GSK.to(dtype).to(slots.weight_GSK.dtype))
 
 
-def loop_dispatch(x_GSD: Float[Tensor, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Tensor, "G S D"]:
-    """One expert after the other: its rows are picked, answered, weighted and added back, as makeMoE does.
+def loop_dispatch(
+    x_GSD: Float[Tensor, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Tensor, "G S D"]:
+    """A loop over the experts: each expert's rows are gathered, answered, weighted and added back, as in makeMoE.
 
-    An expert without rows is called all the same: its gradient is then zeros and not None, which optimizers skip.
+    An expert without rows is called too, so that its gradient is zeros. Optimizers would skip a gradient of None.
     """
     config, dtype = moves.config, x_GSD.dtype
     num_choices = routing.expert_GSK.shape[-1]
     x_flat, weight_flat = x_GSD.flatten(0, 1), slots.weight_GSK.flatten()
-    # a dropped choice belongs to nobody
+    # a dropped choice belongs to no expert
     owner_flat = routing.expert_GSK.masked_fill(slots.slot_GSK == moves.capacity, -1).flatten()
     keep_flat = None if moves.keep_GSKD is None else moves.keep_GSKD.flatten(0, 2)
     sum_flat = torch.zeros(x_flat.shape, dtype=wide(dtype), device=x_flat.device)

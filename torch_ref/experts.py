@@ -17,7 +17,7 @@ def linear(x: Float[Tensor, "*any X"], layer: nn.Linear) -> Float[Tensor, "*any 
 def expert_ffn(
     x_RD: Float[Tensor, "*any D"], up: nn.Linear, down: nn.Linear, gate: nn.Linear | None, config: ExpertConfig
 ) -> Float[Tensor, "*any D"]:
-    """One expert's answer: act(x up) down, or (act(x gate) * (x up + offset)) down, both clamped first where asked."""
+    """The expert's answer: act(x up) down, or (act(x gate) * (x up + offset)) down, gate and up clamped where asked."""
     up_RF = linear(x_RD, up)
     if gate is None:
         return linear(activate(config.activation, up_RF), down)
@@ -45,4 +45,5 @@ class Expert(nn.Module):
 
 def make_experts(config: MoEConfig) -> nn.ModuleList:
     """The routed experts of a layer."""
-    return nn.ModuleList([Expert(config.model_dim, config.expert_dim, config.expert) for _ in range(config.num_experts)])
+    experts = (Expert(config.model_dim, config.expert_dim, config.expert) for _ in range(config.num_experts))
+    return nn.ModuleList(experts)

@@ -1,4 +1,4 @@
-"""Losses and statistics of routing, all returned as values, in fp32 or wider, and all blind to padding.
+"""Losses and statistics of routing, returned as values in fp32 or wider; padding never counts.
 
 Every function raises ValueError, by name, for tensors of another kind or of shapes that do not fit each other.
 """
@@ -17,29 +17,29 @@ SOFTMAX = RouterConfig()
 
 
 class MoEStats(NamedTuple):
-    """What one layer reports, over its unpadded tokens; a stack of layers reports each field with a leading L."""
+    """Statistics of one layer over its unpadded tokens; for a stack of layers each field has a leading L."""
 
     load_balance_loss: Float[Tensor, "*L"]  # E * sum_e f_e P_e
     router_z_loss: Float[Tensor, "*L"]  # mean over tokens of logsumexp(logits)^2
-    dropped_fraction: Float[Tensor, "*L"]  # share of the tokens' K choices that found no slot
-    expert_load_E: Float[Tensor, "*L E"]  # share of all choices that named each expert, before drops; sums to 1
-    router_entropy: Float[Tensor, "*L"]  # mean over tokens of the entropy of the scores over their sum, in nats
+    dropped_fraction: Float[Tensor, "*L"]  # share of choices that got no slot
+    expert_load_E: Float[Tensor, "*L E"]  # share of choices per expert, before drops; sums to 1
+    router_entropy: Float[Tensor, "*L"]  # mean entropy of each token's scores over their sum, in nats
     router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of the scores over their sum
-    importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight each expert was given (a loss: it has a gradient)
+    importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight given to each expert (a loss: it has a gradient)
     load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
 
 
 def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:
-    """Which experts had a token after drops: those whose gradient is None in a module that calls no expert without tokens.
+    """Which experts had a token after drops. A module that skips the others leaves their gradients None.
 
-    Whatever the priority, the first of an expert's queue has a slot if there are slots: it goes without tokens only if
-    nobody named it, or with a capacity of 0, where everything is dropped.
+    With any priority the first choice in an expert's queue gets a slot, if there are slots. So an expert has no tokens
+    only if no token chose it, or if the capacity is 0 and everything is dropped.
     """
     return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1).unsqueeze(-1)
 
 
 def real_tokens(x_GS: Shaped[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Shaped[Tensor, "R *rest"]:
-    """The unpadded tokens, one a row."""
+    """The unpadded tokens as rows."""
     return x_GS.flatten(0, 1) if mask_GS is None else x_GS[mask_GS]
 
 
@@ -49,7 +49,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _checked_choices(expert_GSK: Tensor, num_experts: int, mask_GS: Tensor | None) -> None:
-    """Raises ValueError for choices of another kind or shape, or of an expert that is not there."""
+    """Raises ValueError for choices of another kind or shape, or outside 0 to num_experts - 1."""
     checked(checked_input("expert_GSK", expert_GSK), mask_GS=mask_GS)
     check_choices("expert_GSK", expert_GSK, num_experts, mask_GS, different=False)
 
@@ -57,7 +57,8 @@ def _checked_choices(expert_GSK: Tensor, num_experts: int, mask_GS: Tensor | Non
 def masked_mean(x_GS: Float[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Float[Tensor, "*rest"]:
     """Mean over the unpadded tokens; 0 if there are none."""
     x_GS = _widened(check_kind("x_GS", x_GS))
-    checked({letter: Dim(size, "x_GS", letter) for letter, size in zip("GS", x_GS.shape, strict=False)}, mask_GS=mask_GS)
+    sizes = {letter: Dim(size, "x_GS", letter) for letter, size in zip("GS", x_GS.shape, strict=False)}
+    checked(sizes, mask_GS=mask_GS)
     rows = real_tokens(x_GS, mask_GS)
     return rows.sum(dim=0) / max(rows.shape[0], 1)
 
@@ -65,7 +66,7 @@ def masked_mean(x_GS: Float[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] |
 def expert_load(
     expert_GSK: Int[Tensor, "G S K"], num_experts: int, dtype: torch.dtype, mask_GS: Bool[Tensor, "G S"] | None = None
 ) -> Float[Tensor, " E"]:
-    """Share of all choices that named each expert, in `dtype`; sums to 1."""
+    """Share of all choices that went to each expert, in `dtype`; sums to 1."""
     _checked_choices(expert_GSK, num_experts, mask_GS)
     named = real_tokens(expert_GSK, mask_GS).flatten()
     share_E = torch.bincount(named, minlength=num_experts).to(wide(dtype)) / max(named.shape[0], 1)
@@ -73,7 +74,7 @@ def expert_load(
 
 
 def router_probs(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Tensor, "G S E"]:
-    """Each token's scores over their sum, whatever the score: softmax(logits), or s / sum(s) of sigmoid and its like."""
+    """Each token's scores over their sum: softmax(logits), or s / sum(s) for sigmoid and sqrt_softplus scores."""
     checked_input("logits_GSE", logits_GSE)
     return log_scores(_widened(logits_GSE), config).softmax(dim=-1)
 
@@ -93,7 +94,7 @@ def load_balance_loss(
 def group_balance_loss(
     routing: Routing, config: MoEConfig, mask_GS: Bool[Tensor, "G S"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean over groups of each group's own loss (Mesh TensorFlow's switch gating); groups of padding do not count."""
+    """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count."""
     dtype, losses = routing.logits_GSE.dtype, []
     for g in range(routing.logits_GSE.shape[0]):
         mask = None if mask_GS is None else mask_GS[g : g + 1]
@@ -105,7 +106,7 @@ def group_balance_loss(
 
 
 def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Tensor, ""]:
-    """The balance loss of a stack: the mean of its layers' losses, or one loss of f and P averaged over layers first."""
+    """The balance loss of a stack: the mean of its layers' losses, or the loss of f and P averaged over the layers."""
     if config.balance.pooled == "per_layer":
         return stats.load_balance_loss.mean()
     num_experts, found = config.num_experts, stats.expert_load_E.shape[-1]
@@ -141,7 +142,7 @@ def importance(
     expert_GSK: Int[Tensor, "G S K"], weight_GSK: Float[Tensor, "G S K"], num_experts: int,
     mask_GS: Bool[Tensor, "G S"] | None = None,
 ) -> Float[Tensor, " E"]:
-    """Weight each expert was given before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
+    """The weight given to each expert before drops, summed over tokens (Shazeer et al. 2017, eq. 6)."""
     _checked_choices(expert_GSK, num_experts, mask_GS)
     checked(checked_input("expert_GSK", expert_GSK), weight_GSK=weight_GSK)
     named = real_tokens(expert_GSK, mask_GS).flatten()
@@ -153,9 +154,9 @@ def smooth_load(
     clean_GSE: Float[Tensor, "G S E"], noisy_GSE: Float[Tensor, "G S E"], scale_GSE: Float[Tensor, "G S E"], top_k: int,
     mask_GS: Bool[Tensor, "G S"] | None = None,
 ) -> Float[Tensor, " E"]:
-    """Expected tokens of each expert if its noise were drawn again (Shazeer et al. 2017, eq. 8-10); has a gradient.
+    """Expected tokens of each expert if its noise were redrawn (Shazeer et al. 2017, eq. 8-10); has a gradient.
 
-    An expert is in if its clean logit plus fresh noise beats the K-th best of the others. With K = E it always is.
+    An expert is chosen if its clean logit plus fresh noise exceeds the K-th best of the others; with K = E always.
     """
     checked(checked_input("clean_GSE", clean_GSE), noisy_GSE=noisy_GSE, scale_GSE=scale_GSE, mask_GS=mask_GS)
     num_experts = clean_GSE.shape[-1]

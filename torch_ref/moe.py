@@ -1,7 +1,7 @@
-"""MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed.
+"""MoE: tokens -> routing -> dispatch -> experts -> combine.
 
-The work is in `moe_routing` and `moe_forward`, which take a layer's weights as `Parts`; the modules here and in `models/`
-differ only in the names they keep their weights under.
+The work is in `moe_routing` and `moe_forward`, which take a layer's weights as `Parts`. The modules here and in
+`models/` differ only in the names of their weights.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from torch_ref.routing import Routing, noise_scale, route, router_logits
 
 
 class Parts(NamedTuple):
-    """The weights of one layer, whatever names they are stored under."""
+    """The weights of a layer, whatever their names in the module."""
 
     config: MoEConfig
     router: nn.Linear
@@ -42,8 +42,10 @@ class MoEOutput(NamedTuple):
     capacity: int  # C: a choice at slot C was dropped
 
 
-def moe_logits(x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts) -> Float[Tensor, "B T E"]:
-    """The router's logits, with the noise on them: scaled by softplus(x W_noise) where it is learned, else as it is."""
+def moe_logits(
+    x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts
+) -> Float[Tensor, "B T E"]:
+    """The router's logits plus the noise, which is scaled by softplus(x W_noise) if the contract has learned noise."""
 
     def logits_of(layer: nn.Linear) -> Tensor:
         return router_logits(x_BTD, layer.weight.T, layer.bias, parts.config.router.dtype)
@@ -67,7 +69,7 @@ def moe_routing(
     jitter_BTD: Float[Tensor, "B T D"] | None = None,
     expert_BTK: Int[Tensor, "B T K"] | None = None,
 ) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
-    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are)."""
+    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are real)."""
     config, router = parts.config, parts.config.router
     check_moe_arrays(config, x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, expert_BTK=expert_BTK)
     B, T, _ = x_BTD.shape
@@ -84,9 +86,10 @@ def moe_routing(
     capacity = config.expert_capacity(S) if B * T else 1
     mask_GS = None
     if mask_BT is not None or B * T % S != 0 or B * T == 0:
-        mask_GS = split_groups(torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if mask_BT is None else mask_BT, S)
+        real_BT = torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if mask_BT is None else mask_BT
+        mask_GS = split_groups(real_BT, S)
     logits_GSE = split_groups(moe_logits(router_input_BTD, noise_BTE, parts), S)
-    if expert_BTK is not None and mask_BT is not None:  # padding may name anything
+    if expert_BTK is not None and mask_BT is not None:  # choices of padding may be out of range
         expert_BTK = expert_BTK.where(mask_BT[..., None], expert_BTK.clamp(0, config.num_experts - 1))
     replay = None if expert_BTK is None else split_groups(expert_BTK, S)
     routing = route(logits_GSE, config, parts.correction_bias_E, replay)
@@ -122,7 +125,7 @@ def moe_forward(
 
 
 class Router(nn.Module):
-    """The router's weights: `linear`, [`noise_linear`] and, never trained by gradient, the buffer [`correction_bias`]."""
+    """The router's weights: `linear`, [`noise_linear`] and the buffer [`correction_bias`], which no gradient trains."""
 
     correction_bias: Tensor | None
 
@@ -136,7 +139,7 @@ class Router(nn.Module):
         self.register_buffer("correction_bias", bias_E)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
-        """`.to(dtype)` and its like, but the correction bias stays fp32: bf16 would round which experts are chosen."""
+        """`.to(dtype)` and similar, except that the correction bias stays fp32: in bf16 it would change the choices."""
         before = self.correction_bias
         super()._apply(fn, recurse)
         if before is not None and self.correction_bias is not None and self.correction_bias.dtype != torch.float32:
@@ -145,10 +148,10 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """A sparse mixture-of-experts layer under one contract, from `jax_moe.presets`.
+    """A sparse mixture-of-experts layer under a contract, from `jax_moe.presets`.
 
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
-    [`shared.{gate,up,down}`], [`shared_gate`]. Initialised as torch initialises nn.Linear.
+    [`shared.{gate,up,down}`], [`shared_gate`]. Initialised as nn.Linear is.
     """
 
     def __init__(self, config: MoEConfig):
@@ -183,13 +186,13 @@ class MoE(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
         """The layer's answer in the input's dtype, and its statistics.
 
-        Noise and dropout follow `self.training` and the contract (noise that stays on at evaluation does). Arrays take
-        the place of draws: `noise_BTE` unit Gaussians (zeros silence the noise; added to the logits as they are where the
-        contract has no learned noise), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives.
-        `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
-        `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer and
-        statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that is not there,
-        and for a capacity below one slot.
+        Noise and dropout follow `self.training` and the contract (which may keep noise on at evaluation). Arrays
+        replace draws: `noise_BTE` unit Gaussians (zeros turn the noise off; without learned noise in the contract they
+        are added to the logits unscaled), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives
+        dropout. `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
+        `expert_BTK` replays choices: K different experts for every real token. Without any tokens the answer is empty
+        and statistics are 0. Raises ValueError, by name, for an array of another kind or shape or with an expert out of
+        range, and for a capacity below one slot.
         """
         output = self.run(
             x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK

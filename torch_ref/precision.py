@@ -1,4 +1,4 @@
-"""Mixed precision: weights cast for one call, the stored ones and their gradients in the dtype that they have."""
+"""Mixed precision: weights are cast for a single call; stored weights and their gradients keep their dtype."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.func import functional_call
 from jax_moe.config.precision import Precision
 from torch_ref.dims import Tensor
 
-# Names that parameters of experts have in torch_ref and in the original projects.
+# Names of expert parameters in torch_ref and in the original projects.
 EXPERT_WEIGHTS = frozenset(("up", "gate", "down", "net", "w1", "w2", "w3"))
 
 
@@ -21,10 +21,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
-    """The parameters as a call should see them, by name; gradients flow back to the stored ones, in their dtype.
+    """The parameters for a call, by name; gradients flow back to the stored parameters, in their dtype.
 
-    As they are: routers, Soft MoE's phi, and unless cast at once the experts, which cast where they meet the tokens. Norms
-    become `norms`, all else `compute`.
+    As they are: routers, Soft MoE's phi, and unless cast at once the experts, which cast where they meet the tokens.
+    Norms become `norms`, all else `compute`.
     """
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     cast = {}
@@ -36,7 +36,7 @@ def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]
 
 
 def dtype_of(path: str, precision: Precision) -> str | None:
-    """What the weight at a dotted path, of no norm, is cast to; None: it stays as it is."""
+    """The dtype to which the weight at a dotted path is cast, norms excluded; None: it stays as it is."""
     parts = path.split(".")
     inside_expert = bool({"experts", "shared"}.intersection(parts))
     if "router" in parts or "phi" in parts or ("gate" in parts and not inside_expert):  # Mixtral's router is named gate
@@ -47,7 +47,7 @@ def dtype_of(path: str, precision: Precision) -> str | None:
 
 
 class _Method(nn.Module):
-    """A module whose forward is a method of another, for `functional_call`."""
+    """A module whose forward is a method of another module, for `functional_call`."""
 
     def __init__(self, model: nn.Module, method: str):
         super().__init__()
@@ -58,6 +58,6 @@ class _Method(nn.Module):
 
 
 def call_in(precision: Precision, model: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
-    """`model.method(*args, **kwargs)` with the parameters of `cast_to_compute`; logits and inputs are the caller's to cast."""
+    """`model.method(*args, **kwargs)` with the weights of `cast_to_compute`; the caller casts inputs and logits."""
     weights = {f"model.{name}": value for name, value in cast_to_compute(model, precision).items()}
     return functional_call(_Method(model, method), weights, args, kwargs)

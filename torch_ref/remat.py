@@ -1,4 +1,4 @@
-"""Rematerialisation: what of a layer is kept for the backward pass, and what is computed a second time."""
+"""Rematerialisation: which values of a layer are kept for the backward pass, and which are computed again."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,17 +17,17 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.ate
 
 
 def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The answers of matrix products are kept, all else is computed again."""
+    """The policy that keeps the results of matrix products and computes everything else again."""
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def rematerialised(layer: nn.Module, remat: Remat) -> Callable:
-    """A layer that keeps for the backward all that it needs ("none"), the answers of matrix products ("dots"), or its input
-    alone ("full"). The numbers are the same: random draws are repeated."""
+    """A layer that keeps for the backward every value that it needs ("none"), the results of matrix products ("dots"),
+    or only its input ("full"). The numbers are the same: random draws are repeated."""
     require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
     if remat == "none":
         return layer
-    # those of now: under `call_in` the stored ones are back when it runs again
+    # the weights of this call: under `call_in` the stored weights are back by the time the layer runs again
     weights: dict[str, Tensor] = dict(layer.named_parameters())
 
     def answer(*args: Any, **kwargs: Any) -> Any:

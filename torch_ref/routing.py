@@ -1,4 +1,4 @@
-"""Logits -> Routing: which experts each token goes to, and how much of each answer it keeps."""
+"""Logits -> Routing: the experts that each token goes to, and the weights of their answers."""
 
 import math
 from typing import Literal, NamedTuple
@@ -12,11 +12,11 @@ from torch_ref.top_k import best_first
 
 
 class Routing(NamedTuple):
-    """What the router decided, before anything is dropped."""
+    """The router's decisions, before any drops."""
 
     expert_GSK: Int[Tensor, "G S K"]  # the k-th choice of each token
-    weight_GSK: Float[Tensor, "G S K"]  # how much of that expert's answer to keep; fp32 or wider
-    logits_GSE: Float[Tensor, "G S E"]  # what was chosen from, noise included; the losses read it
+    weight_GSK: Float[Tensor, "G S K"]  # the weight of that expert's answer; fp32 or wider
+    logits_GSE: Float[Tensor, "G S E"]  # the logits chosen from, noise included; the losses read them
 
 
 def router_logits(
@@ -32,7 +32,7 @@ def router_logits(
 
 
 def softplus(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """ln(1 + e^x), exact in fp64: torch's own threshold of 20 drops e^-20 = 2e-9, that of 40 drops less than rounding."""
+    """ln(1 + e^x), exact in fp64: torch's default threshold of 20 drops e^-20 = 2e-9; 40 drops less than rounding."""
     return F.softplus(x, threshold=40)
 
 
@@ -42,7 +42,7 @@ def noise_scale(noise_logits_GSE: Float[Tensor, "G S E"]) -> Float[Tensor, "G S 
 
 
 def expert_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
-    """Scores of all experts; the logits themselves where the softmax comes after the choice."""
+    """Scores of all experts; the logits themselves where the softmax follows the choice."""
     if config.order == "select_then_softmax":
         return logits_GSE
     if config.score == "softmax":
@@ -50,14 +50,14 @@ def expert_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> F
     if config.score == "sigmoid":
         return logits_GSE.sigmoid()
     score_GSE = softplus(logits_GSE)
-    vanished = score_GSE == 0  # the root's gradient there is 0 * inf
+    vanished = score_GSE == 0  # the gradient of sqrt there is 0 * inf
     return score_GSE.masked_fill(vanished, 1).sqrt().masked_fill(vanished, 0)
 
 
 def log_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
-    """Logarithms of the scores, up to a constant of each token: softmax over E makes them sum to 1.
+    """Logarithms of the scores, up to a constant per token: their softmax over E is the scores over their sum.
 
-    What is below the smallest normal number, and so 0 or nearly for the choice, is taken as that number.
+    Scores below the smallest normal number, which the choice cannot tell from 0, are raised to that number.
     """
     least = math.log(torch.finfo(logits_GSE.dtype).tiny)
     if config.score == "sigmoid":
@@ -68,7 +68,7 @@ def log_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Floa
 
 
 def limit_to_clusters(score_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
-    """Scores with every expert outside the token's best `top_clusters` clusters filled by -inf or 0."""
+    """Scores, replaced by -inf or 0 for every expert outside the token's best `top_clusters` clusters."""
     clusters = score_GSE.chunk(config.num_clusters, dim=-1)
     counted = 1 if config.cluster_score == "max" else 2
     cluster_GSN = torch.stack(
@@ -120,7 +120,7 @@ def route(
     correction_bias_E: Float[Tensor, " E"] | None = None,
     expert_GSK: Int[Tensor, "G S K"] | None = None,
 ) -> Routing:
-    """Choices and weights; `expert_GSK` given replays another run's choices and only the weights are computed."""
+    """Choices and weights. A given `expert_GSK` replays another run's choices, and only the weights are computed."""
     score_GSE = expert_scores(logits_GSE, config.router)
     if expert_GSK is None:
         expert_GSK = select_experts(score_GSE, config, correction_bias_E)

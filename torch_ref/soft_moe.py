@@ -10,11 +10,11 @@ from torch_ref.dims import Bool, Float, Tensor, wide
 from torch_ref.experts import linear
 from torch_ref.norms import normed
 
-UNIT_EPS = 1e-6  # under the root of a squared length, as in V-MoE's soft router: a zero vector stays zero
+UNIT_EPS = 1e-6  # added to a squared length under the root, as in V-MoE's soft router: a zero vector stays zero
 
 
 def unit(x: Float[Tensor, "*any"], axis: int) -> Float[Tensor, "*any"]:
-    """Vectors along `axis` of length 1: x / sqrt(sum x^2 + 1e-6)."""
+    """Vectors along `axis` scaled to length 1: x / sqrt(sum x^2 + 1e-6)."""
     return x / (x.square().sum(dim=axis, keepdim=True) + UNIT_EPS).sqrt()
 
 
@@ -24,21 +24,23 @@ def soft_weights(
 ) -> tuple[Float[Tensor, "B T E C"], Float[Tensor, "B T E C"]]:
     """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
 
-    Logits at padding are the most negative finite number, not -inf, so that a row of nothing but padding stays
-    finite: its slots read the plain mean of the tokens. C counts slots per expert. With a `scale` tokens and columns of phi
-    have unit length in the logits, which are multiplied by it (section 2.3); what the slots mix are the tokens as they came.
+    Logits at padding are the most negative finite number, not -inf, so that a sequence of only padding stays finite:
+    its slots read the plain mean of the tokens. C counts slots per expert. With a `scale`, tokens and columns of phi
+    are scaled to unit length for the logits, which are multiplied by it (section 2.3); the slots mix the unscaled
+    tokens.
     """
     compute = wide(x_BTD.dtype)
     x, phi = x_BTD.to(compute), phi_DEC.to(compute).flatten(1)
     logits = x @ phi if scale is None else unit(x, axis=-1) @ unit(phi, axis=0) * scale.to(compute)  # [B, T, E * C]
     if mask_BT is not None:
         logits = logits.masked_fill(~mask_BT[..., None], -torch.finfo(compute).max)
-    num_experts_and_slots = phi_DEC.shape[1:]
-    return logits.softmax(dim=1).unflatten(2, num_experts_and_slots), logits.softmax(dim=2).unflatten(2, num_experts_and_slots)
+    experts_and_slots = phi_DEC.shape[1:]
+    dispatch, combine = logits.softmax(dim=1), logits.softmax(dim=2)
+    return dispatch.unflatten(2, experts_and_slots), combine.unflatten(2, experts_and_slots)
 
 
 class SoftExpert(nn.Module):
-    """An MLP of any depth: linear, [layer norm], activation; with a residual where the two widths agree."""
+    """An MLP of any depth: linear, [layer norm], activation; with a residual where input and output widths agree."""
 
     def __init__(self, config: SoftMoEConfig):
         super().__init__()
@@ -72,7 +74,8 @@ class SoftMoE(nn.Module):
     """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts`, one after the other,
     and where the contract normalises `scale` [], 1 at first.
 
-    Any sequence of vectors, not tied to images. It mixes positions: `BlockConfig` refuses it in a causal block.
+    The input is any sequence of vectors, not only images. It mixes positions: `BlockConfig` refuses it in a causal
+    block.
     """
 
     def __init__(self, config: SoftMoEConfig):
@@ -85,8 +88,8 @@ class SoftMoE(nn.Module):
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], mask_BT: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is a plain
-        mean of slots, to be ignored. Raises ValueError for a tensor of another kind or shape."""
+        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is the plain
+        mean of the slots and means nothing. Raises ValueError for a tensor of another kind or shape."""
         checked(checked_input("x_BTD", x_BTD, self.config.model_dim), mask_BT=mask_BT)
         dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi, mask_BT, self.scale)
         sum_BTD = torch.zeros_like(x_BTD, dtype=dispatch_BTEC.dtype)

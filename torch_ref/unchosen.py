@@ -1,6 +1,7 @@
-"""What PyTorch's optimizers do to an expert without tokens: leave it alone, if its gradient is None.
+"""PyTorch's optimizers do not move a parameter whose gradient is None, such as that of an expert without tokens.
 
-The layers here call every expert, so that such a gradient is zeros, as in `jax_moe`: decay and momentum then move it.
+The layers here call every expert, so that such a gradient is zeros, as in `jax_moe`: decay and momentum then move the
+expert, unless `skip_unchosen` sets the gradient to None.
 """
 
 from torch import nn
@@ -9,16 +10,18 @@ from torch_ref.dims import Bool, Tensor
 
 
 def expert_lists(module: nn.Module) -> list[nn.ModuleList]:
-    """The experts of every mixture, in the order of the layers; those of a Soft MoE, which all see every token, are none."""
-    found = [getattr(layer, "experts", None) for layer in module.modules() if hasattr(layer, "router") or hasattr(layer, "gate")]
+    """The experts of every sparse mixture, in the order of the layers; in a Soft MoE every expert sees every token."""
+    mixtures = (layer for layer in module.modules() if hasattr(layer, "router") or hasattr(layer, "gate"))
+    found = [getattr(layer, "experts", None) for layer in mixtures]
     return [experts for experts in found if isinstance(experts, nn.ModuleList)]
 
 
 def skip_unchosen(module: nn.Module, chosen_LE: Bool[Tensor, "*L E"]) -> None:
-    """Sets to None the gradients of the experts that `chosen_experts(stats)` leaves out; call it after backward.
+    """Sets the gradients of experts without tokens to None; `chosen_LE` is `chosen_experts(stats)`. Call it after
+    backward.
 
-    With accumulated gradients an expert was chosen if any part chose it: give all parts' masks joined by `|`. Raises
-    ValueError for a mask that does not fit the module's mixtures.
+    With accumulated gradients an expert is chosen if any part chose it: join the masks of the parts by `|`. Raises
+    ValueError for a mask that does not fit the mixtures of the module.
     """
     lists = expert_lists(module)
     rows = chosen_LE.reshape(-1, chosen_LE.shape[-1])

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from jax_moe.output import any_encoding
 from train.run import metrics
+from train.run.whole import whole
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
@@ -25,10 +26,9 @@ def _axes_style(axes: object) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG beside, then renames it."""
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    """Writes a PNG file whole or not at all."""
+    with whole(path) as part:
+        figure.savefig(part, dpi=150, format="png")
 
 
 def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:

@@ -6,12 +6,13 @@ from pathlib import Path
 if __name__ == "__main__":
     # The script's own folder would hide the package `train` behind this file.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
     try:
+        import train.run.interrupt  # first: an interrupt during the next import needs it
         from train.loop import main
-        from train.run.interrupt import leave
 
         status = main()
-    except KeyboardInterrupt:  # while importing, or a second one while the first is answered
+    except KeyboardInterrupt:  # during an import, or a second Ctrl-C while the first is answered
         print("stopped at once, nothing more was saved", file=sys.stderr)
         status = 130
-    leave(status)
+    train.run.interrupt.leave(status)

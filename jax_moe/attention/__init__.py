@@ -2,18 +2,26 @@
 
 A kind is a module of one layer, made as `Kind(contract, rngs=, kernel_init=, param_dtype=)`, with
 - `shared(contract, positions, dtype)`: what all layers of one contract have in common in a call, computed once;
-- `__call__(x_BTD, positions, shared, key=None, memory=None)` -> (y_BTD, cache): with `memory`, the layers' common cache and this
-  layer's place in it, what these positions leave behind is written there and what stood there before is attended to;
+- `__call__(x_BTD, positions, shared, key=None, memory=None)` -> (y_BTD, cache): with `memory`, the layers' common cache
+  and this layer's place in it, the positions are written there and attend to what was there before;
 - `empty_cache(contract, num_layers, batch_size, num_slots, dtype)`: the cache of that many layers, with nothing in it.
 """
 
+from typing import Any
+
 from jax_moe.attention.grouped import GroupedAttention
+from jax_moe.attention.masks import visible_positions
+from jax_moe.attention.multihead import Attention
+from jax_moe.attention.positions import Positions
+from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention
 
-KINDS: dict[type[LayerAttention], type[GroupedAttention]] = {GroupedAttentionConfig: GroupedAttention}
+__all__ = ["KINDS", "Attention", "GroupedAttention", "Positions", "kind_of", "rotate", "rotations", "visible_positions"]
+
+KINDS: dict[type[LayerAttention], Any] = {GroupedAttentionConfig: GroupedAttention}
 
 
-def kind_of(contract: LayerAttention) -> type[GroupedAttention]:
+def kind_of(contract: LayerAttention) -> Any:
     """The module of a contract. Raises ValueError for a kind that is not in the list."""
     if type(contract) not in KINDS:
         known = ", ".join(one.__name__ for one in KINDS)

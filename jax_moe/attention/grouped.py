@@ -12,7 +12,9 @@ from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout
+from jax_moe.initializers import rounded
 from jax_moe.norms import RMSNorm
+from jax_moe.parameters import parameter
 
 Rotations = tuple[Array, Array]
 Heads = tuple[Array, Array, Array]
@@ -35,18 +37,19 @@ class GroupedAttention(nnx.Module):
         self, config: GroupedAttentionConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        self.config = config
+        self.config, kernel_init = config, rounded(kernel_init)
         D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        for name, heads in (("query", H), ("key", J), ("value", J)):
-            setattr(self, name, nnx.Param(kernel_init(rngs.params(), (D, heads, A), param_dtype)))
+        for name, heads, letter in (("query", H, "H"), ("key", J, "J"), ("value", J, "J")):
+            kernel = kernel_init(rngs.params(), (D, heads, A), param_dtype)
+            setattr(self, name, parameter(kernel, f"D {letter} A", "attention"))
             if config.qkv_bias:
-                setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((heads, A), param_dtype)))
-        self.out = nnx.Param(kernel_init(rngs.params(), (H, A, D), param_dtype))
+                setattr(self, f"{name}_bias", parameter(jnp.zeros((heads, A), param_dtype), f"{letter} A", "attention"))
+        self.out = parameter(kernel_init(rngs.params(), (H, A, D), param_dtype), "H A D", "attention")
         if config.output_bias:
-            self.out_bias = nnx.Param(jnp.zeros((D,), param_dtype))
+            self.out_bias = parameter(jnp.zeros((D,), param_dtype), "D", "attention")
         if config.qk_norm != "none":
             widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
-            self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype) for width in widths)
+            self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype, "W") for width in widths)
 
     @staticmethod
     def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Rotations:

@@ -8,6 +8,8 @@ from jax_moe.arrays import checked, checked_input, dims_of_settings
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout, fold
+from jax_moe.initializers import rounded, uniform
+from jax_moe.parameters import parameter
 
 
 def attention_weights(
@@ -33,18 +35,18 @@ class Attention(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
     ):
         self.config = config
-        init = kernel_init or jax.nn.initializers.lecun_normal()
+        init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
         D, H, A = config.model_dim, config.num_heads, config.head_dim
 
-        def kernel(*shape: int) -> nnx.Param:
-            return nnx.Param(init(rngs.params(), (D, D), param_dtype).reshape(shape))
+        def kernel(*shape: int) -> Array:
+            return init(rngs.params(), (D, D), param_dtype).reshape(shape)
 
         if config.projections == "per_head":
-            self.query, self.key, self.value = kernel(D, H, A), kernel(D, H, A), kernel(D, H, A)
+            self.query, self.key, self.value = (parameter(kernel(D, H, A), "D H A", "attention") for _ in range(3))
         else:
-            self.qkv = nnx.Param(jnp.stack([kernel(D, H, A)[...] for _ in range(3)], axis=1))
-        self.out = kernel(H, A, D)
-        self.out_bias = nnx.Param(jax.random.uniform(rngs.params(), (D,), param_dtype, -(D**-0.5), D**-0.5))
+            self.qkv = parameter(jnp.stack([kernel(D, H, A) for _ in range(3)], axis=1), "D 3 H A", "attention")
+        self.out = parameter(kernel(H, A, D), "H A D", "attention")
+        self.out_bias = parameter(uniform(D**-0.5)(rngs.params(), (D,), param_dtype), "D", "attention")
 
     def __call__(
         self,

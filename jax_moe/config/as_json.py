@@ -1,4 +1,4 @@
-"""Contracts as JSON: dataclasses to plain values and back, every unknown, missing or wrongly typed field named."""
+"""Contracts as JSON: dataclasses to plain values and back; errors name every unknown, missing or mistyped field."""
 
 import dataclasses
 import types
@@ -26,11 +26,11 @@ def _plain(value: Any) -> Any:
         return config_to_json(value)
     if isinstance(value, Fraction):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def config_from_json(kind: type, values: Any, where: str) -> Any:
-    """The dataclass. Raises ValueError that begins with `where` for anything that does not fit."""
+    """The dataclass. Raises ValueError, beginning with `where`, for values that do not fit."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}={shorten(repr(values))}: must be an object with the fields of {kind.__name__}")
     if kind is DecoderConfig and "layers" not in values:
@@ -68,7 +68,7 @@ def _attention(value: dict, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type that `hint` says. Literals and ranges are checked by the dataclass itself."""
+    """`value` converted to the type of `hint`. The dataclass itself checks ranges."""
     options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     nested = [option for option in options if dataclasses.is_dataclass(option)]
     if value is None and type(None) in options:

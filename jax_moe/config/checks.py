@@ -4,10 +4,8 @@ import dataclasses
 import math
 from typing import Literal, TypeGuard, get_args, get_origin
 
-LEAST, MOST = 1e-30, 1e30  # of a setting that must be above 0: fp32 holds it and its product with ordinary numbers
-
-
-MAX_WORDS = 120  # characters of a stranger's text in one of our messages
+LEAST, MOST = 1e-30, 1e30  # bounds of a setting above 0: fp32 holds it and its product with ordinary numbers
+MAX_WORDS = 120  # characters of foreign text in a message
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -17,11 +15,10 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
 
 
 def check_literals(config: object) -> None:
-    for one in dataclasses.fields(config):  # type: ignore[arg-type]
-        if get_origin(one.type) is Literal:
-            allowed = get_args(one.type)
-            value = getattr(config, one.name)
-            require(value in allowed, one.name, value, "one of " + ", ".join(map(repr, allowed)))
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if get_origin(field.type) is Literal:
+            allowed, value = get_args(field.type), getattr(config, field.name)
+            require(value in allowed, field.name, value, "one of " + ", ".join(map(repr, allowed)))
 
 
 def is_int(value: object) -> bool:
@@ -36,7 +33,7 @@ def check_positive_ints(**values: object) -> None:
 def is_number(value: object) -> TypeGuard[float]:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of a double
+    except OverflowError:  # an integer beyond the range of a double
         return False
 
 
@@ -63,6 +60,6 @@ def check_within(least: float, optional: bool = False, **values: object) -> None
 
 
 def shorten(value: object, most: int = MAX_WORDS) -> str:
-    """The text of a value on one line, its middle left out where it is longer than `most` characters."""
+    """The text of a value on one line, with "..." for the middle of a text longer than `most` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"

@@ -1,4 +1,4 @@
-"""A contract in words, one line a part."""
+"""A contract in words, a line for each part."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from jax_moe.config.moe import CapacityConfig, MoEConfig, SoftMoEConfig
 
 _PRIORITY = {
     "token": "in token order", "choice": "first choices first", "probability": "highest probability first",
-    "batch": "tokens with the highest weight first, their first choices before all second ones",
+    "batch": "tokens with the highest weight first, their first choices before all second choices",
 }
 _GROUP = {"batch": "the whole batch", "sequence": "one sequence"}
 
 
 def describe(config: MakeMoEConfig | MoEConfig | SoftMoEConfig | DecoderConfig) -> list[str]:
-    """What the layer or model does, for people."""
+    """Lines that say what the layer or model does."""
     if isinstance(config, DecoderConfig):
         return _decoder(config)
     if isinstance(config, SoftMoEConfig):
@@ -31,7 +31,9 @@ def describe(config: MakeMoEConfig | MoEConfig | SoftMoEConfig | DecoderConfig) 
 def _sparse(config: MoEConfig) -> list[str]:
     router, expert = config.router, config.expert
     top = f"the best {config.top_k} of {config.num_experts}"
-    order = f"{router.score} over all, then {top}" if router.order == "score_then_select" else f"{top}, then softmax over them"
+    order = f"{router.score} over all, then {top}"
+    if router.order == "select_then_softmax":
+        order = f"{top}, then softmax over them"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))
@@ -43,14 +45,16 @@ def _sparse(config: MoEConfig) -> list[str]:
         learned = router.noise == "learned_gaussian"
         kind = "learned softplus noise on the logits" if learned else f"input jitter {router.jitter_eps:g}"
         lines.append(f"noise: {kind}, {'also' if router.noise_at_evaluation else 'not'} at evaluation")
-    lines.append("capacity: " + ("none, nothing is dropped" if config.capacity is None else _capacity(config, config.capacity)))
+    capacity = "none, nothing is dropped" if config.capacity is None else _capacity(config, config.capacity)
+    lines.append(f"capacity: {capacity}")
     kind = f"gated {expert.activation}" if expert.gated else expert.activation
     lines.append(
         f"experts: {config.num_experts} of {config.model_dim} -> {config.expert_dim} -> {config.model_dim}, {kind}, "
         f"{'with' if expert.bias else 'no'} biases, dropout {expert.dropout:g}"
     )
     if expert.shared_dim:
-        lines.append(f"shared expert: width {expert.shared_dim}" + (", behind a sigmoid gate" if expert.shared_gate else ""))
+        gate = ", behind a sigmoid gate" if expert.shared_gate else ""
+        lines.append(f"shared expert: width {expert.shared_dim}{gate}")
     rule = config.capacity
     if config.balance.counted_in == "group" and rule is not None and rule.group != "batch":
         each = "sequence" if rule.group == "sequence" else f"{rule.group_size} tokens"
@@ -62,10 +66,11 @@ def _capacity(config: MoEConfig, rule: CapacityConfig) -> str:
     k = "K " if rule.counts_top_k else ""
     group = _GROUP.get(rule.group, f"groups of {rule.group_size} tokens")
     if rule.slots is not None:
-        return f"{rule.slots} slots an expert over {group}, however long, {_PRIORITY[rule.priority]}"
+        return f"{rule.slots} slots per expert over {group}, however long, {_PRIORITY[rule.priority]}"
     if rule.exact_factor * (config.top_k if rule.counts_top_k else 1) >= config.num_experts:
         return f"a slot for every token of {group}, nothing is dropped"
-    return f"{rule.rounding}(tokens {k}/ experts * {rule.factor}) slots an expert over {group}, {_PRIORITY[rule.priority]}"
+    slots = f"{rule.rounding}(tokens {k}/ experts * {rule.factor}) slots per expert"
+    return f"{slots} over {group}, {_PRIORITY[rule.priority]}"
 
 
 def _soft(config: SoftMoEConfig) -> list[str]:

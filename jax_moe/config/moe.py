@@ -1,8 +1,8 @@
 """The contract: every choice on which MoE implementations differ, named once and read by both frameworks.
 
-Standard library only, so that `torch_ref` can import it without jax. Each dataclass is frozen and checks
-itself when it is made; a bad value raises ValueError with the field, the value and what is allowed.
-Letters (B, T, S, E, K, C ...) are those of `dims.py`. Longer than most files: one place to read a whole contract.
+Standard library only, so that `torch_ref` can import it without jax. Each dataclass is frozen and checked when it is
+made: a bad value raises ValueError with the field, the value and what is allowed. Letters (B, T, S, E, K, C ...) are
+those of `dims.py`. The file is longer than most so that a whole contract can be read in one place.
 """
 
 import dataclasses
@@ -34,25 +34,25 @@ Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "chosen"]
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How logits become chosen experts and their weights."""
+    """How logits become choices of experts and their weights."""
 
     score: Score = "softmax"  # how a logit becomes a score (sigmoid: DeepSeek-V3; sqrt_softplus: DeepSeek-V4)
-    order: Order = "score_then_select"  # or top-k on raw logits, then softmax over the K chosen (makeMoE, gpt-oss)
-    renormalise: Renormalise = "none"  # chosen weights: as they are, / sum, or / (sum + eps)
-    renormalise_eps: float = 1e-20  # used by renormalise="eps" (DeepSeek-V3's value)
+    order: Order = "score_then_select"  # or top-k of the logits, then softmax over the K chosen (makeMoE, gpt-oss)
+    renormalise: Renormalise = "none"  # weights of the choices: as they are, / sum, or / (sum + eps)
+    renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to scores for selection only (DeepSeek-V3); never trained by gradient
-    num_clusters: int = 1  # cluster-limited top-k: experts in this many equal clusters (n_group) ...
-    top_clusters: int = 1  # ... of which only the best this many may be chosen from (topk_group)
-    cluster_score: ClusterScore = "top2_sum"  # a cluster's score: its best expert (V2) or its best two summed (V3)
-    cluster_fill: ClusterFill = "neg_inf"  # what the scores of the other clusters become (V3: -inf, V2: 0)
-    dtype: Literal["float32", "input"] = "float32"  # of the linear map; "float32" is fp32 or wider. Scores: fp32 or wider
-    weight_dtype: Literal["float32", "input"] = "float32"  # weights kept wide, or rounded to the input's dtype (Qwen)
+    num_clusters: int = 1  # cluster-limited top-k: number of equal clusters of experts (n_group)
+    top_clusters: int = 1  # number of clusters, the best, that experts may be chosen from (topk_group)
+    cluster_score: ClusterScore = "top2_sum"  # a cluster's score: its best expert (V2), or the sum of its best two (V3)
+    cluster_fill: ClusterFill = "neg_inf"  # what replaces the scores of the other clusters (V3: -inf, V2: 0)
+    dtype: Literal["float32", "input"] = "float32"  # of the linear map: fp32 or wider, or the input's; scores are wide
+    weight_dtype: Literal["float32", "input"] = "float32"  # weights stay wide, or are rounded to the input's (Qwen)
     noise: Noise = "none"  # learned softplus noise on the logits (makeMoE), or multiplicative jitter on the input
     noise_at_evaluation: bool = False  # makeMoE: True
     jitter_eps: float = 0.0  # input_jitter draws from U(1 - eps, 1 + eps)
-    jitter_scope: Literal["router", "block"] = "router"  # experts see the clean input (Switch) or the jittered (Mixtral)
+    jitter_scope: Literal["router", "block"] = "router"  # what sees the jitter: the router (Switch) or all (Mixtral)
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -63,7 +63,8 @@ class RouterConfig:
         check_above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale)
         check_rates(jitter_eps=self.jitter_eps)
         jitters = self.noise == "input_jitter"
-        require(jitters == (self.jitter_eps > 0), "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
+        fits = jitters == (self.jitter_eps > 0)
+        require(fits, "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
         if self.order == "select_then_softmax":
             require(self.score == "softmax", "score", self.score, "'softmax' when order='select_then_softmax'")
             require(not self.correction_bias, "correction_bias", True, "False when order='select_then_softmax'")
@@ -72,32 +73,32 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CapacityConfig:
-    """How many tokens an expert takes from one group, and who is dropped when more want it.
+    """The number of tokens that an expert takes from a group, and which choices are dropped when there are more.
 
-    The queue length is computed once, in exact rational arithmetic with the factor as the decimal written:
-    C = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))), or clamp(slots). Where an original computes
-    in floats the answer can differ by one: makeMoE's int(100 * 0.29) is 28, here floor(100 * 29/100) is 29.
+    The capacity is computed once, in exact rational arithmetic, with the factor read as the decimal that was written: C
+    = clamp(max(minimum, round_up_to(multiple, rounding(S * K / E * factor)))), or clamp(slots). An original that
+    computes it in floats can differ by one: makeMoE's int(100 * 0.29) is 28, while floor(100 * 29/100) is 29 here.
 
-    `priority` orders the choices of a group, and with them every expert's queue; ties go to the lower token index:
+    `priority` orders the choices of a group, and so every expert's queue; ties go to the lower token index:
     "token": token by token, each with its first choice before its second (makeMoE, Switch);
-    "choice": all first choices in token order, then all second ones (GShard; V-MoE's "vanilla" routing);
-    "probability": every choice by its own weight, the highest first;
+    "choice": all first choices in token order, then all second choices (GShard; V-MoE's "vanilla" routing);
+    "probability": choices by weight, the highest first;
     "batch": V-MoE's Batch Prioritized Routing (arXiv 2106.05974, algorithm 2): tokens by their best weight, all first
-    choices in that order, then all second ones. Weights are those before drops, renormalised if the router does so.
+    choices in that order, then all second choices. Weights are those before drops, renormalised if the router does so.
     """
 
     factor: float | str | Fraction = 1.0
     rounding: Literal["floor", "ceil"] = "floor"
     multiple: int = 1  # round up to a multiple of this (V-MoE: 4)
-    minimum: int = 0  # at least this many slots (flaxformer: 4)
-    clamp: bool = True  # at most S: a token meets an expert once
-    slots: int | None = None  # a constant C in place of the formula, whatever S (Hugging Face's Switch: expert_capacity)
-    counts_top_k: bool = True  # K in the formula (V-MoE, makeMoE) or not (Switch, GShard, flaxformer)
-    group: Literal["batch", "sequence", "fixed"] = "batch"  # whose tokens compete: all B*T, one sequence, or group_size in a row
-    group_size: int | None = None  # for group="fixed"; the last group may be short, its capacity is that of a full one
-    priority: Priority = "token"  # who comes first in an expert's queue, see above
-    renormalise_after_drop: bool = False  # survivors take over the weight of a token's dropped choices (GShard)
-    below_one: Literal["error", "drop_all"] = "error"  # C = 0: refuse, or drop every token as makeMoE does on short prompts
+    minimum: int = 0  # minimum number of slots (flaxformer: 4)
+    clamp: bool = True  # at most S slots: a token goes to an expert only once
+    slots: int | None = None  # a constant C in place of the formula (Hugging Face's Switch: expert_capacity)
+    counts_top_k: bool = True  # K is in the formula (V-MoE, makeMoE) or is not (Switch, GShard, flaxformer)
+    group: Literal["batch", "sequence", "fixed"] = "batch"  # which tokens compete: all, a sequence's, or group_size
+    group_size: int | None = None  # for group="fixed"; a short last group has the capacity of a full group
+    priority: Priority = "token"  # the order of an expert's queue, see above
+    renormalise_after_drop: bool = False  # a token's kept choices take over the weight of its dropped choices (GShard)
+    below_one: Literal["error", "drop_all"] = "error"  # if C = 0: raise, or drop every token (makeMoE on short prompts)
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -118,12 +119,12 @@ class CapacityConfig:
 
     @property
     def exact_factor(self) -> Fraction:
-        """The factor as the decimal that was written: 0.29 is 29/100, not the nearest double."""
+        """The factor as the decimal that was written: 0.29 is 29/100 and not the nearest double."""
         if isinstance(self.factor, Fraction):
             return self.factor
         text = str(self.factor)
         _, _, exponent = text.lower().partition("e")
-        if len(text) > 400 or len(exponent.lstrip("+-")) > 3:  # 1e999999999 as a fraction fills the memory
+        if len(text) > 400 or len(exponent.lstrip("+-")) > 3:  # as a fraction 1e999999999 would fill the memory
             raise ValueError("a factor of too many digits")
         return Fraction(text)
 
@@ -133,14 +134,14 @@ class ExpertConfig:
     """The feed-forward network of every expert: act(x up + b) down + b, or (act(x gate) * (x up)) down."""
 
     activation: Activation = "silu"
-    gated: bool = True  # SwiGLU and kin
+    gated: bool = True  # as SwiGLU
     bias: bool = False
-    clamp: float | None = None  # gate to at most this, up to within +- this, before the activation (gpt-oss: 7)
+    clamp: float | None = None  # bound of gate (above) and of up (above and below), before the activation (gpt-oss: 7)
     up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
-    weight_on: Literal["output", "input"] = "output"  # the routing weight multiplies the answer, or the input (Llama 4)
+    weight_on: Literal["output", "input"] = "output"  # what the routing weight multiplies (input: Llama 4)
     dropout: float = 0.0  # on an expert's answer (makeMoE)
-    shared_dim: int = 0  # width of the shared expert that every token meets; 0: none
-    shared_gate: bool = False  # its answer is multiplied by sigmoid(x . gate) (Qwen2-MoE)
+    shared_dim: int = 0  # width of the shared expert, which every token goes to; 0: none
+    shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -151,23 +152,25 @@ class ExpertConfig:
         require(is_number(self.up_offset), "up_offset", self.up_offset, "a number")
         require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
         require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
-        require(is_int(self.shared_dim) and self.shared_dim >= 0, "shared_dim", self.shared_dim, "an integer of at least 0")
-        require(not self.shared_gate or self.shared_dim > 0, "shared_gate", True, "False without a shared expert (shared_dim=0)")
+        width = self.shared_dim
+        require(is_int(width) and width >= 0, "shared_dim", width, "an integer of at least 0")
+        gated = not self.shared_gate or width > 0
+        require(gated, "shared_gate", True, "False without a shared expert (shared_dim=0)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
     """The load-balancing loss E * sum_e f_e P_e (Switch Transformers, eq. 4-6; Mixtral in Hugging Face).
 
-    f counts the choices that were made, correction bias included. P is the mean of each token's scores over their sum, of
-    whatever kind the router's scores are: softmax(logits), also where it selects on the logits (Hugging Face), and
-    s / sum(s) for sigmoid (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be told
-    from 0 count as equal, as they do for the choice: where all are, P is 1/E and the loss 1 (or K).
+    f counts the choices as made, with the correction bias. P is the mean over tokens of the scores over their sum:
+    softmax(logits), also if experts are selected by their logits (Hugging Face), and s / sum(s) for sigmoid
+    (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be told from 0 count as
+    equal, as they do for the choice: if all scores are that small, P is 1/E and the loss 1 (or K).
     """
 
-    f_sums_to: Literal["one", "k"] = "one"  # f = share of assignments (balanced loss 1), or of tokens (Hugging Face: K)
-    pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of the layers' losses, or f and P averaged first (HF)
-    counted_in: Literal["batch", "group"] = "batch"  # f and P over all tokens, or each capacity group's loss, then their mean
+    f_sums_to: Literal["one", "k"] = "one"  # f as a share of choices (balanced loss: 1), or of tokens (K; Hugging Face)
+    pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of losses, or loss of mean f and P (HF)
+    counted_in: Literal["batch", "group"] = "batch"  # f and P over all tokens, or the mean of the groups' losses
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -177,7 +180,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """One sparse MoE layer, whole. Made by `jax_moe.presets`; changed by `dataclasses.replace` and `with_capacity`."""
+    """The contract of a sparse MoE layer, from `jax_moe.presets`; `with_capacity` and `dataclasses.replace` change it."""
 
     model_dim: int
     expert_dim: int
@@ -187,16 +190,17 @@ class MoEConfig:
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    dispatcher: Dispatcher = "auto"  # how JAX moves tokens; never changes an answer
+    dispatcher: Dispatcher = "auto"  # how JAX moves tokens; the answer is the same
 
     def __post_init__(self) -> None:
         check_literals(self)
-        check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=self.num_experts, top_k=self.top_k)
-        require(self.top_k <= self.num_experts, "top_k", self.top_k, f"at most num_experts={self.num_experts}")
+        E, K = self.num_experts, self.top_k
+        check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
+        require(K <= E, "top_k", K, f"at most num_experts={E}")
         clusters, top = self.router.num_clusters, self.router.top_clusters
-        require(self.num_experts % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={self.num_experts}")
-        width = self.num_experts // clusters
-        require(self.top_k <= top * width, "top_k", self.top_k, f"at most {top * width}, the experts in top_clusters={top}")
+        require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")
+        width = E // clusters
+        require(top * width >= K, "top_k", K, f"at most {top * width}, the experts in top_clusters={top}")
         two = clusters == 1 or self.router.cluster_score != "top2_sum" or width >= 2
         require(two, "cluster_score", self.router.cluster_score, "'max' when a cluster holds one expert")
         when, others = ("with", ["gather"]) if self.capacity else ("without", ["grouped", "ragged", "chosen"])
@@ -205,7 +209,7 @@ class MoEConfig:
         require(self.dispatcher in allowed, "dispatcher", self.dispatcher, words)
 
     def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
-        """This contract with another capacity factor; `None` makes it dropless. `settings` are fields of CapacityConfig."""
+        """The contract with another capacity factor, `None` for dropless. `settings` are fields of CapacityConfig."""
         if factor is None:
             require(not settings, "capacity_factor", None, "a number when " + ", ".join(settings) + " is set")
             return dataclasses.replace(self, capacity=None)
@@ -214,7 +218,7 @@ class MoEConfig:
         return dataclasses.replace(self, capacity=capacity)
 
     def group_size(self, batch_size: int, num_positions: int) -> int:
-        """S, the tokens that compete for an expert's slots, for an input of B sequences and T positions; at least 1."""
+        """S, the number of tokens in a group, for an input of B sequences and T positions; at least 1."""
         if self.capacity is None or self.capacity.group == "batch":
             return max(batch_size * num_positions, 1)
         if self.capacity.group == "sequence":
@@ -223,9 +227,9 @@ class MoEConfig:
         return self.capacity.group_size
 
     def expert_capacity(self, group_size: int) -> int:
-        """C, an expert's slots in a group of S tokens; dropless: S. No tokens need none.
+        """C, the number of an expert's slots in a group of S tokens; S if dropless, 0 for a group without tokens.
 
-        Raises ValueError below one (see `below_one`).
+        Raises ValueError for a capacity below 1, unless `below_one` allows it.
         """
         if self.capacity is None or group_size == 0:
             return group_size
@@ -242,7 +246,7 @@ class MoEConfig:
         if slots < 1 and rule.below_one == "error":
             raise ValueError(
                 f"capacity factor={rule.factor}: must give at least one slot; {group_size} tokens, top_k={self.top_k}, "
-                f"num_experts={self.num_experts} give {float(share):.3g} slots an expert"
+                f"num_experts={self.num_experts} give {float(share):.3g} slots per expert"
             )
         return slots
 
@@ -253,8 +257,8 @@ def makemoe(
 ) -> MoEConfig:
     """makeMoE (AviSoori1x/makeMoE): top-k of noisy logits, softmax over the chosen, ReLU experts of 4x width.
 
-    Capacity floor(B*T*K/E * factor) over the whole batch, token order, weights kept after a drop. The noise stays on
-    at evaluation. `noise=False` is its plain top-k router.
+    Capacity floor(B*T*K/E * factor) over the whole batch, token order, no renormalisation after drops. The noise stays
+    on at evaluation. `noise=False` is makeMoE's plain top-k router.
     """
     router = RouterConfig(
         order="select_then_softmax", bias=True,
@@ -272,7 +276,7 @@ def makemoe(
 class SoftMoEConfig:
     """Soft MoE (Puigcerver et al. 2023, arXiv 2308.00951, eq. 1-3): every slot is a mix of all tokens.
 
-    Experts are MLPs model_dim -> hidden_dims -> model_dim. It mixes positions, so a causal model may not use it.
+    Experts are MLPs model_dim -> hidden_dims -> model_dim. Slots mix positions, so a causal model may not use it.
     """
 
     model_dim: int
@@ -283,8 +287,8 @@ class SoftMoEConfig:
     output_activation: Activation = "identity"
     layer_norm: bool = True  # after each hidden linear map, before its activation
     output_layer_norm: bool = False  # after the last linear map, before its activation
-    residual: bool = True  # around each layer of an expert whose two widths agree
-    normalise: bool = False  # logits of tokens and phi of unit length, times a learned scale (section 2.3)
+    residual: bool = True  # around each layer of an expert with equal input and output widths
+    normalise: bool = False  # logits from tokens and phi scaled to unit length, times a learned scale (section 2.3)
 
     def __post_init__(self) -> None:
         check_literals(self)

@@ -26,7 +26,7 @@ def empty_cache(model: Decoder, start_B: Int[Array, " B"], num_slots: int, dtype
     config = model.config
     contracts = {name: config.layers[layers[0]].attention for name, layers in config.stacks.items() if name.startswith("blocks")}
     kept = {
-        name: kind_of(one).empty_cache(one, len(config.stacks[name]), start_B.shape[0], num_slots, dtype)  # type: ignore[arg-type]
+        name: kind_of(one).empty_cache(one, len(config.stacks[name]), start_B.shape[0], num_slots, dtype)
         for name, one in contracts.items()
     }
     return Cache(kept, jnp.arange(num_slots) >= start_B[:, None])

@@ -59,6 +59,7 @@ def read_tokenizer(folder: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise ValueError(f"{file}: needs the package tokenizers: pip install 'jax-moe[text]'") from None
+    guarded.refuse_pointer_file(file)
     with _no_panic(f"{file}: must be a tokenizer of the tokenizers library"):
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.no_truncation()

@@ -1,4 +1,4 @@
-"""Faster dispatchers under the reference's signature, and the choice among them."""
+"""Faster dispatchers with the signature of `einsum_dispatch`, and the choice among them."""
 
 from collections.abc import Callable
 
@@ -19,20 +19,24 @@ DISPATCHERS: dict[str, Callable] = {
 }
 
 
-# A group of S tokens costs 4 * S * K * D operations a token in one-hot products, its experts 6 * K * D * F: at most a
-# fifteenth while 12 * S <= F, and for that a TPU multiplies sooner than it gathers (docs/performance.md).
+# For a group of S tokens, one-hot products cost 4 * S * K * D operations per token and the experts 6 * K * D * F. While
+# 12 * S <= F that is at most a fifteenth, and on a TPU faster than gathers (docs/performance.md).
 EXPERT_DIM_PER_TOKEN = 12
 
 
-def capacity_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+def capacity_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
     """`einsum` on TPU where groups are small beside the experts' width; else `gather`."""
     small = EXPERT_DIM_PER_TOKEN * x_GSD.shape[1] <= moves.config.expert_dim
     dispatch = einsum_dispatch if small and jax.default_backend() == "tpu" else gather_dispatch
     return dispatch(x_GSD, routing, slots, moves)
 
 
-def dropless_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
-    """`chosen` for few tokens; else `grouped` on CPU and `ragged` where the backend has a grouped product of its own."""
+def dropless_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
+    """`chosen` for few tokens; else `grouped` on CPU, and `ragged` on backends with a grouped product of their own."""
     if are_few(x_GSD.shape[0] * x_GSD.shape[1], moves.config):
         return chosen_dispatch(x_GSD, routing, slots, moves)
     grouped = grouped_dispatch if jax.default_backend() == "cpu" else ragged_dispatch
@@ -40,7 +44,7 @@ def dropless_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slo
 
 
 def choose_dispatcher(config: MoEConfig) -> Callable:
-    """The contract's dispatcher; "auto" is `capacity_dispatch` with a capacity and `dropless_dispatch` without."""
+    """The contract's dispatcher; "auto" is `capacity_dispatch` with a capacity, and `dropless_dispatch` without one."""
     if config.dispatcher != "auto":
         return DISPATCHERS[config.dispatcher]
     return capacity_dispatch if config.capacity is not None else dropless_dispatch

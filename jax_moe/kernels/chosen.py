@@ -1,7 +1,8 @@
-"""Few tokens: each choice meets its own expert's weights, and no other expert is touched.
+"""Few tokens: the weights of each choice's expert are gathered, and no other expert's weights are read.
 
-Work and memory traffic are those of K * S experts, whatever E is. Right where there are fewer choices than experts, as in
-generation; with more, `grouped` reads each expert's weights once for all its rows.
+Work and memory traffic grow with the S * K choices and not with E. This is the fastest dispatcher while there are fewer
+choices than experts, as in generation. With more choices `grouped` reads each expert's weights only once for all its
+rows.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from jax_moe.routing import Routing
 
 
 def are_few(num_tokens: int, config: MoEConfig) -> bool:
-    """Whether all choices together are at most as many as the experts."""
+    """Whether there are at most as many choices as experts."""
     return num_tokens * config.top_k <= config.num_experts
 
 
-def chosen_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
-    """Same answer as `einsum_dispatch` without a capacity; padding's choices keep weight 0."""
+def chosen_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
+    """Same answer as `einsum_dispatch` without a capacity; choices of padding have weight 0."""
     G, S, D = x_GSD.shape
     K = moves.config.top_k
     x_RD = x_GSD.reshape(G * S, D).repeat(K, axis=0)

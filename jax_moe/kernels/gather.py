@@ -1,4 +1,4 @@
-"""Capacity buffers filled and emptied by index: the same slots as the one-hot reference without its S * E * C * D."""
+"""Capacity buffers filled and read by index: the slots of the one-hot reference without its cost of S * E * C * D."""
 
 import jax.numpy as jnp
 
@@ -8,13 +8,15 @@ from jax_moe.kernels.moves import choice_of_place, combine_choices, places_to_ch
 from jax_moe.routing import Routing
 
 
-def gather_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+def gather_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
     """Same answer as `einsum_dispatch`: each slot reads its token, each choice reads its slot."""
     G, S, D = x_GSD.shape
     E, C = moves.config.num_experts, moves.capacity
-    if C == 0:  # a short prompt under `below_one="drop_all"`: there is no slot to read
+    if C == 0:  # a short prompt with `below_one="drop_all"`: there is no slot to read
         return jnp.zeros_like(x_GSD)
-    # places run over experts, then groups, then slots, so that an expert's rows lie together
+    # places run over experts, then groups, then slots, so that the rows of an expert are contiguous
     group_G11 = jnp.arange(G, dtype=jnp.int32)[:, None, None]
     place_GSK = jnp.where(slots.slot_GSK < C, (routing.expert_GSK * G + group_G11) * C + slots.slot_GSK, E * G * C)
     place_SK = place_GSK.reshape(G * S, -1)

@@ -1,4 +1,7 @@
-"""Dropless by sorting, with one grouped product over all rows: `jax.lax.ragged_dot`, or on TPU `tokamax` where installed."""
+"""Dropless by sorting, with one grouped product over all rows.
+
+The product is `jax.lax.ragged_dot`, or on TPU that of `tokamax` where it is installed.
+"""
 
 from importlib.util import find_spec
 
@@ -13,8 +16,10 @@ from jax_moe.kernels.moves import choice_of_place, combine_choices, places_to_ch
 from jax_moe.routing import Routing
 
 
-def ragged_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
-    """Same answer as `einsum_dispatch`; dropped choices take the rows behind all experts'."""
+def ragged_dispatch(
+    x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S D"]:
+    """Same answer as `einsum_dispatch`; dropped choices take the rows behind those of all experts."""
     G, S, D = x_GSD.shape
     K, E = moves.config.top_k, moves.config.num_experts
     place_R, count_E = sorted_places(routing, slots, moves.capacity, E)
@@ -26,8 +31,10 @@ def ragged_dispatch(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots
     return combine_choices(places_to_choices(y_RD, choice_P, place_SK).reshape(G, S, K, D), slots, moves)
 
 
-def sorted_places(routing: Routing, slots: Slots, capacity: int, num_experts: int) -> tuple[Int[Array, " R"], Int[Array, " E"]]:
-    """Each choice's row when rows are sorted by expert, dropped ones behind; and how many rows each expert has."""
+def sorted_places(
+    routing: Routing, slots: Slots, capacity: int, num_experts: int
+) -> tuple[Int[Array, " R"], Int[Array, " E"]]:
+    """The row of each choice when rows are sorted by expert, dropped choices last; and each expert's number of rows."""
     expert_R = routing.expert_GSK.reshape(-1)
     R = expert_R.shape[0]
     queue_R = jnp.where(slots.slot_GSK.reshape(-1) < capacity, expert_R, num_experts)
@@ -42,8 +49,8 @@ def grouped_product(
 ) -> Float[Array, "R F"]:
     """Each expert's rows times its weights; zeros behind the last expert's rows.
 
-    XLA makes the weights' gradient of `jax.lax.ragged_dot` as E masked dense products on TPU (docs/performance.md);
-    `tokamax.ragged_dot` has a kernel for it, and promises nothing of the rows behind.
+    On TPU, XLA computes the weights' gradient of `jax.lax.ragged_dot` as E masked dense products (docs/performance.md).
+    `tokamax.ragged_dot` has a kernel for it, but leaves the rows behind the last expert's undefined.
     """
     if jax.default_backend() != "tpu" or find_spec("tokamax") is None:
         return jax.lax.ragged_dot(x_RD, weight_EDF, count_E)
@@ -56,7 +63,7 @@ def grouped_product(
 def ragged_ffn(
     x_RD: Float[Array, "R D"], weights: Weights, count_E: Int[Array, " E"], config: ExpertConfig
 ) -> Float[Array, "R D"]:
-    """Every row's answer from its own expert; zeros (or that of a bias) behind the last expert's rows."""
+    """The answer of each row's expert; behind the last expert's rows zeros, or what the biases make of them."""
     R, E = x_RD.shape[0], count_E.shape[0]
     expert_R = jnp.minimum(jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(R), side="right"), E - 1)
 

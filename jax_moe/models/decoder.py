@@ -24,10 +24,12 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
+from jax_moe.initializers import rounded
 from jax_moe.losses import MoEStats
 from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm
+from jax_moe.parameters import parameter, stacked
 from jax_moe.remat import Remat
 from jax_moe.shapes import Dim, dims_of
 
@@ -38,7 +40,7 @@ class Attend(nnx.Module):
     def __init__(self, contract: LayerAttention, norm_eps: float, **kwargs: Any):
         norm = (contract.model_dim, norm_eps, kwargs["param_dtype"])
         self.attention_norm = RMSNorm(*norm)
-        self.attention = kind_of(contract)(contract, **kwargs)  # type: ignore[arg-type]
+        self.attention = kind_of(contract)(contract, **kwargs)
         self.ffn_norm = RMSNorm(*norm)
 
 
@@ -55,17 +57,17 @@ class Decoder(nnx.Module):
         kernel_init: nnx.Initializer | None = None, origin: Origin | None = None,
     ):
         self.config, self.origin = config, origin
-        init = kernel_init or jax.nn.initializers.normal(0.02)
+        init = rounded(kernel_init or jax.nn.initializers.normal(0.02))
         param_dtype = jnp.dtype(param_dtype)
-        kwargs = {"param_dtype": param_dtype, "kernel_init": init}
+        kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)
-        self.embedding = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.embedding = parameter(init(rngs.params(), shape, param_dtype), "V D", "embedding")
         for name, layers in config.stacks.items():
             make = partial(_part, config.layers[layers[0]], name, config.norm_eps, kwargs)
-            setattr(self, name, nnx.vmap(make)(rngs.split(len(layers))))
+            setattr(self, name, stacked(make, rngs, len(layers), "L"))
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps, param_dtype)
         if not config.tied_embeddings:
-            self.head = nnx.Param(init(rngs.params(), shape[::-1], param_dtype))
+            self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
 
     def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
         """Logits; arguments as in `run`."""
@@ -153,7 +155,7 @@ class Decoder(nnx.Module):
         step = _Step(
             model=self, graphs={name: graph for name, (graph, _, _) in parts.items()}, through=through, positions=positions,
             training=training, watch=watch, in_place=in_place, shared={
-                contract: kind_of(contract).shared(contract, positions, x_BTD.dtype)  # type: ignore[arg-type]
+                contract: kind_of(contract).shared(contract, positions, x_BTD.dtype)
                 for contract in dict.fromkeys(layer.attention for layer in config.layers)
             },
         )
@@ -178,7 +180,7 @@ def _part(layer: LayerConfig, stack: str, norm_eps: float, kwargs: dict[str, Any
     if stack.startswith("blocks"):
         return Attend(layer.attention, norm_eps, rngs=rngs, **kwargs)
     if isinstance(layer.ffn, DenseConfig):
-        return Experts(1, layer.ffn.model_dim, layer.ffn.dim, layer.ffn.expert, rngs=rngs, **kwargs)
+        return Experts(1, layer.ffn.model_dim, layer.ffn.dim, layer.ffn.expert, role="shared", rngs=rngs, **kwargs)
     return MoE(layer.ffn, rngs=rngs, **kwargs)
 
 

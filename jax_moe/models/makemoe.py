@@ -11,14 +11,17 @@ from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_inp
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import merge_groups
+from jax_moe.initializers import rounded, uniform
 from jax_moe.losses import MoEStats
 from jax_moe.models.block import Block, Randomness, checked_draws
 from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.norms import layer_norm
+from jax_moe.parameters import declare, stacked
 from jax_moe.remat import Remat
 from jax_moe.shapes import dims_of
 
 
+@rounded
 def kaiming_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """N(0, 2 / fan_in) with fan_in the second last dim, each expert on its own (torch's kaiming_normal_)."""
     return jax.random.normal(key, shape, dtype) * jnp.asarray((2 / shape[-2]) ** 0.5, dtype)
@@ -32,18 +35,18 @@ class MakeMoE(nnx.Module):
     ):
         self.config = config = MakeMoEConfig() if config is None else config
         rngs = rngs or nnx.Rngs(0)
-        normal = jax.nn.initializers.normal(1.0)
+        normal = rounded(jax.nn.initializers.normal(1.0))
         embed: dict[str, Any] = {"embedding_init": normal, "param_dtype": param_dtype, "rngs": rngs}
-        self.token_embedding = nnx.Embed(config.vocab_size, config.model_dim, **embed)
-        self.position_embedding = nnx.Embed(config.block_size, config.model_dim, **embed)
-        make = nnx.vmap(lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal))
-        self.blocks = make(rngs.split(config.num_layers))
+        D, V = config.model_dim, config.vocab_size
+        self.token_embedding = declare(nnx.Embed(V, D, **embed), "embedding", embedding="V D")
+        self.position_embedding = declare(nnx.Embed(config.block_size, D, **embed), "embedding", embedding="U D")
+        make = lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal)  # noqa: E731
+        self.blocks = stacked(make, rngs, config.num_layers, "L")
         self.final_norm = layer_norm(config.model_dim, rngs, param_dtype)
-        bound = config.model_dim**-0.5
-        self.head = nnx.Linear(
-            config.model_dim, config.vocab_size, kernel_init=kaiming_normal, param_dtype=param_dtype, rngs=rngs,
-            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        head = nnx.Linear(
+            D, V, kernel_init=kaiming_normal, bias_init=uniform(D**-0.5), param_dtype=param_dtype, rngs=rngs
         )
+        self.head = declare(head, "head", kernel="D V", bias="V")
 
     def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: object) -> Float[Array, "B T V"]:
         """Logits; arguments as in `run`."""

@@ -73,7 +73,8 @@ def walk(
     when they are needed, which copies nothing but has no fast gradient. `remat`: what each unit keeps for a gradient.
     """
     kinds = {plan: number for number, plan in enumerate(dict.fromkeys(plans))}
-    first, start, handed_out = 0, Counter[str](), {}
+    first, start = 0, Counter[str]()
+    handed_out: dict[str, list] = {}
     for unit, count in repeated_units([kinds[plan] for plan in plans]):
         layers = plans[first : first + len(unit)]
         body = _unit_step(step, layers, None if not in_place else stacks, Counter(start))
@@ -94,7 +95,8 @@ def _unit_step(step: Step, layers: Sequence[LayerPlan], whole: Mapping[str, Any]
 
     def run(carry: tuple[Array, Any], scanned: tuple[Array, Any]) -> tuple[tuple[Array, Any], dict[str, Any]]:
         (x, memory), (i, rows) = carry, scanned
-        before, handed_out = Counter[str](), {}
+        before = Counter[str]()
+        handed_out: dict[str, list] = {}
         for plan in layers:
             numbers = {name: start[name] + i * per_unit[name] + before[name] for name in plan.stacks}
             if whole is None:

@@ -1,6 +1,8 @@
-"""Weights both ways: an engine over numpy arrays, and one table of rows a family."""
+"""Weights both ways: an engine over numpy arrays, and one table of rows a family.
 
-from jax_moe.porting.errors import PortError
-from jax_moe.porting.state_dict import from_torch, from_torch_tree, to_torch
+`__init__.pyi` lists the public names, which load on first use: reading safetensors or Orbax costs nothing before.
+"""
 
-__all__ = ["PortError", "from_torch", "from_torch_tree", "to_torch"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,8 +1,8 @@
-"""A module with its contract, in memory and as a folder: `config.json` with `weights.safetensors` or an Orbax checkpoint."""
+"""A module with its contract, in memory and in any form on disk; a training checkpoint with its optimizer's state."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,26 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_moe.config.as_json import config_from_json
-from jax_moe.config.checks import shorten
-from jax_moe.config.models import MakeMoEConfig
 from jax_moe.disk import verify, writing
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.decoder_folder import open_decoder
-from jax_moe.porting.families.family import MODULES
-from jax_moe.porting.formats.found import Found, find
+from jax_moe.porting.families import FAMILIES, family_named
+from jax_moe.porting.families.choices import Choices
+from jax_moe.porting.families.family import Family
+from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import copy_others
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.orbax import verify_orbax, write_orbax
-from jax_moe.porting.formats.own_folder import Storage, about_folder, is_folder, stored_arrays, write_about
-from jax_moe.porting.formats.run_folder import checkpoint_arrays
+from jax_moe.porting.formats.own_folder import DECODER, Storage, about_folder, is_folder, write_about
 from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
-from jax_moe.porting.formats.state_file import PT_SUFFIXES, read_state
-from jax_moe.porting.formats.wrapped import own_names
+from jax_moe.porting.formats.state_file import write_state
+from jax_moe.porting.optimizer.own_file import FILE, Optimizer, write_optimizer
+from jax_moe.porting.optimizer.state import write_state_dict
+from jax_moe.porting.optimizer.torch_file import left_out, optimizer_of, verify_torch
 from jax_moe.porting.pretrained import read_pretrained
-from jax_moe.porting.recognise import Choices, assumed_choices, config_of, recognise
 from jax_moe.porting.state_dict import abstract_module, flatten, from_torch, kept_names, load_ours, to_torch
 from jax_moe.porting.tensors import DTYPES, all_finite
 from jax_moe.stored import kept_paths, stored_state
 
-LAYOUTS = {
-    "makemoe": "makemoe", "makemoe_layer": "makemoe", "mixtral": "mixtral", "moe": "torch_ref", "soft_moe": "soft_moe",
-    "switch": "switch",
-}
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
@@ -45,16 +40,39 @@ class Checkpoint:
     `assumed` are the settings that a file does not say and nobody gave; `note` says which of a run's weights these are.
     """
 
-    family: str
+    family: str  # a family's name, or "decoder" of a Hugging Face model
     module: nnx.Module
     characters: str | None = None
     assumed: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
+    optimizer: Optimizer | None = None  # of a training checkpoint
+    left_out: tuple[str, ...] = ()  # what else stood in its file and is not plain
 
     @property
     def config(self) -> Any:
         """The contract."""
         return self.module.config  # type: ignore[attr-defined]
+
+    @property
+    def record(self) -> Family:
+        """Its family."""
+        origin = self.module.origin if isinstance(self.module, Decoder) else None
+        return FAMILIES[self.family] if origin is None else family_named(origin.model_type)
+
+    @property
+    def name(self) -> str:
+        """The family's name, of a decoder Hugging Face's word for it."""
+        return self.record.name
+
+    @property
+    def layout(self) -> str | None:
+        """The family's names of such a module; None: those that a decoder is written under."""
+        return None if self.family == DECODER or self.record.state is None else self.record.state.table.name
+
+    @property
+    def of_characters(self) -> bool:
+        """Whether it is a language model of characters: makeMoE's."""
+        return self.family != DECODER and self.record.state is not None and self.record.state.takes == "characters"
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
@@ -63,96 +81,46 @@ class Checkpoint:
 
     def state(self) -> dict[str, np.ndarray]:
         """{their name: array}."""
-        return to_torch(self.module, layout=LAYOUTS.get(self.family))
-
-    @property
-    def name(self) -> str:
-        """The family, and of a decoder Hugging Face's word for it."""
-        return self.module.origin.model_type if isinstance(self.module, Decoder) and self.module.origin else self.family
+        return to_torch(self.module, layout=self.layout)
 
 
-def load(path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = False, dtype: str | None = None) -> Checkpoint:
+def load(
+    path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = False, dtype: str | None = None,
+    with_optimizer: bool = False,
+) -> Checkpoint:
     """A checkpoint in any form: a folder of ours or Hugging Face's, a run of train.py (its newest weights), or a file.
 
-    Files are `.pt` or `.safetensors` under a family's own names; of a training file its weights. `choices` say what a file's
-    weights do not tell; a folder knows. Raises ValueError for what is not a whole checkpoint, of no known family, or holds
-    NaN or infinity.
+    Files are `.pt` or `.safetensors` under a family's own names; of a training file its weights, and the optimizer's state if
+    asked for. `choices` say what a file's weights do not tell; a folder knows. Raises ValueError for what is not a whole
+    checkpoint, of no known family, or holds NaN or infinity.
     """
-    choices, found = choices or Choices(), find(path)
-    if found.kind == "file":
-        state, note = read_file(path)
-        return checkpoint_of(path, state, choices, allow_nonfinite=allow_nonfinite, dtype=dtype, note=note)
-    if choices.given():
-        raise ValueError(f"{', '.join(choices.given())}: must be left out for a folder, config.json has them")
-    if found.kind == "hf":
-        model, note = read_pretrained(found.place, dtype, None, allow_nonfinite)
-        return _noted(Checkpoint("decoder", model, note=note), found)
-    if found.decoder:
-        return _noted(_load_decoder(path, allow_nonfinite, dtype), found)
-    return _noted((_load_run if found.run else _load_folder)(found, allow_nonfinite, dtype), found)
+    return load_found(open_path(path, choices), allow_nonfinite, dtype, with_optimizer)
 
 
-def _noted(checkpoint: Checkpoint, found: Found) -> Checkpoint:
-    return checkpoint if found.run is None else replace(checkpoint, note=found.run.in_words())
-
-
-def read_file(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
-    """The state dict of a file; of a trainer's, the model's, and where it stood."""
-    if path.suffix in PT_SUFFIXES and path.is_file():
-        from jax_moe.porting.formats.torch_pickle import read_whole_pt
-
-        opened = read_whole_pt(path)
-        return opened.state, opened.note
-    return read_state(path), None
-
-
-def checkpoint_of(
-    path: Path, state: dict[str, np.ndarray], choices: Choices, *, allow_nonfinite: bool = False, dtype: str | None = None,
-    note: str | None = None,
+def load_found(
+    found: Found, allow_nonfinite: bool = False, dtype: str | None = None, with_optimizer: bool = False
 ) -> Checkpoint:
-    """As `load`, of a state dict that was read from a file."""
-    state, family, taken = _recognised(path, state)
-    if family is None:
-        has = ", ".join(shorten(name, 60) for name in list(state)[:8])
-        kinds = "makeMoE, Mixtral block, Switch layer or Soft MoE"
-        hint = "; a Hugging Face model is read from its folder, config.json included" if "model.layers." in has else ""
-        raise ValueError(f"{path}: must be a {kinds} checkpoint; its names begin with {has}{hint}")
-    _refuse_nonfinite(path, state, allow_nonfinite)
-    try:
-        config = config_of(family, {name: value.shape for name, value in state.items()}, choices)
-        abstract = _module_for(family, config, state, np.dtype(np.float32))
-        state = _converted(state, dtype, kept_names(abstract, state, LAYOUTS[family]))
-        module = _module_for(family, config, state)
-        assumed = assumed_choices(family, config, choices)
-        note = ", ".join(filter(None, (note, f"names without {' and '.join(taken)}" if taken else None))) or None
-        return Checkpoint(family, from_torch(module, state, layout=LAYOUTS[family]), assumed=assumed, note=note)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _recognised(path: Path, state: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str | None, list[str]]:
-    """The state dict without what wrappers add to its names, its family, and what was taken off."""
-    try:
-        own, taken = own_names(state, known)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    state = {own[name]: value for name, value in state.items()}
-    return state, recognise({name: value.shape for name, value in state.items()}), taken
-
-
-def known(names: Iterable[str]) -> bool:
-    """Whether they are a family's."""
-    return recognise(dict.fromkeys(names, ())) is not None
+    """As `load`, of what was found at a path."""
+    if found.decoder:
+        model = read_pretrained(found, dtype, None, allow_nonfinite) if found.kind == "hf" else None
+        module: nnx.Module = _load_decoder(found, allow_nonfinite, dtype) if model is None else model
+    else:
+        module = _load_module(found, allow_nonfinite, dtype)
+    family = DECODER if found.decoder else found.family.name
+    note = found.note if found.run is None else found.run.in_words()
+    if not with_optimizer or found.optimizer is None:
+        return Checkpoint(family, module, found.characters, found.assumed, note)
+    return Checkpoint(
+        family, module, found.characters, found.assumed, found.note_of_training, optimizer_of(found, module),
+        tuple(left_out(found)),
+    )
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:
-    """Writes the folder whole or not at all, once its weights read back bit for bit. A decoder's storage is Orbax."""
-    storage = "orbax" if checkpoint.family == "decoder" else storage
-    weights, origin = checkpoint.weights, checkpoint.module.origin if isinstance(checkpoint.module, Decoder) else None
-    about = about_folder(
-        checkpoint.family, checkpoint.config, storage, characters=checkpoint.characters,
-        origin=None if origin is None else (origin.model_type, origin.config_json),
-    )
+    """Writes the folder whole or not at all, once it reads back bit for bit. A decoder's storage is Orbax."""
+    origin = checkpoint.module.origin if isinstance(checkpoint.module, Decoder) else None
+    storage, weights = "orbax" if checkpoint.family == DECODER else storage, checkpoint.weights
+    about = about_folder(checkpoint.family, checkpoint.config, storage, characters=checkpoint.characters, origin=origin)
     with writing(path, overwrite, replaceable=is_folder) as part:
         if storage == "orbax":
             about["files"] = write_orbax(part, weights)
@@ -164,15 +132,46 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage
         write_about(part, about)
         if origin is not None:
             copy_others(Path(origin.directory), part)
+        if checkpoint.optimizer is not None:
+            assert checkpoint.layout is not None
+            write_optimizer(part / FILE, checkpoint.optimizer, checkpoint.module, checkpoint.layout)
 
 
-def _module_for(family: str, config: Any, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:
+def save_file(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None:
+    """Writes one file under the original names; with an optimizer's state the `.pt` of a trainer, as it was read."""
+    optimizer = checkpoint.optimizer
+    if optimizer is None:
+        write_state(path, checkpoint.state(), overwrite=overwrite)
+        return
+    from jax_moe.porting.formats.torch_pickle import read_training_pt, write_training_pt
+
+    assert checkpoint.layout is not None
+    state = _in_order(checkpoint.state(), optimizer.order)
+    whole = {"model": state, "optimizer": write_state_dict(optimizer.moments, optimizer.groups, optimizer.order)}
+    with writing(path, overwrite) as part:
+        write_training_pt(part, {**whole, **optimizer.others})
+        again = read_training_pt(part)
+        assert again is not None
+        verify(state, again["model"], path)
+        verify_torch(optimizer, again["optimizer"], checkpoint.module, checkpoint.layout, path)
+
+
+def _in_order(state: dict[str, np.ndarray], order: list[str]) -> dict[str, np.ndarray]:
+    """The state dict with its parameters in the optimizer's order: whoever reads the file takes that order from it."""
+    rest = iter(order)
+    wanted = set(order)
+    names = [next(rest) if name in wanted else name for name in state]
+    return {name: state[name] for name in names}
+
+
+def _module_for(found: Found, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:
     """The abstract module, in the weights' dtype unless another is given.
 
     Raises ValueError if the contract asks for far more numbers than the weights are, before anything of that size is made or
     named: a few missing tensors are named one by one later.
     """
-    module = abstract_module(family, config, dtype or _float_dtype(weights))
+    assert found.family.state is not None
+    module = abstract_module(found.family.state.module, found.config, dtype or _float_dtype(weights))
     asked = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module)))
     held = sum(value.size for value in weights.values())
     if asked > 100 * held + 10_000:
@@ -180,65 +179,34 @@ def _module_for(family: str, config: Any, weights: Mapping[str, np.ndarray], dty
     return module
 
 
-def _load_folder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
-    path, about = found.path, found.about
-    weights = _read_weights(path, about)
-    _refuse_nonfinite(path, weights, allow_nonfinite)
-    config = config_from_json(MODULES[about["family"]][1], about.get("config"), f"{path / 'config.json'}: config")
-    characters = about.get("characters")
-    if characters is not None and len(characters) != config.vocab_size:
-        raise ValueError(f"{path}: characters must be vocab_size={config.vocab_size} long, has {len(characters)}")
-    return Checkpoint(about["family"], _filled(path, about["family"], config, weights, dtype), characters)
-
-
-def _filled(path: Path, family: str, config: Any, weights: dict[str, np.ndarray], dtype: str | None) -> nnx.Module:
-    """The module with weights under our names, as `dtype` but for those that keep their own."""
+def _load_module(found: Found, allow_nonfinite: bool, dtype: str | None) -> nnx.Module:
+    """A module that is no Hugging Face model, as `dtype` but for the weights that keep their own."""
+    assert found.family.state is not None
+    weights, layout = {name: one.read() for name, one in found.tensors.items()}, found.family.state.table.name
+    _refuse_nonfinite(found.path, weights, allow_nonfinite)
     try:
-        kept = kept_paths(_module_for(family, config, weights, np.dtype(np.float32)))
+        abstract = _module_for(found, weights, np.dtype(np.float32))
+        kept = kept_paths(abstract) if found.ours else kept_names(abstract, weights, layout)
         weights = _converted(weights, dtype, kept)
         others = {name: value for name, value in weights.items() if name not in kept}
-        return load_ours(_module_for(family, config, weights, _float_dtype(others)), weights)
+        module = _module_for(found, weights, _float_dtype(others))
+        return load_ours(module, weights) if found.ours else from_torch(module, weights, layout=layout)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{found.place}: {error}") from None
 
 
-def _read_weights(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
-    if about.get("storage") == "orbax":
-        return {name: one.read() for name, one in stored_arrays(path, about).items()}
-    return read_state(path / "weights.safetensors")
-
-
-def _load_decoder(path: Path, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
-    _, model, arrays = open_decoder(path)
-    weights = _converted({name: one.read() for name, one in arrays.items()}, dtype, kept_paths(model))
-    _refuse_nonfinite(path, weights, allow_nonfinite)
-    typed = [  # each array keeps its own dtype
+def _load_decoder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Decoder:
+    """A Hugging Face model under our paths; each array keeps its own dtype, unless another is named."""
+    model = found.model
+    assert model is not None
+    weights = _converted({name: one.read() for name, one in found.tensors.items()}, dtype, kept_paths(model))
+    _refuse_nonfinite(found.path, weights, allow_nonfinite)
+    typed = [
         (keys, v.replace(jax.ShapeDtypeStruct(v.shape, weights[".".join(map(str, keys))].dtype)))
         for keys, v in nnx.to_flat_state(stored_state(model))
     ]
     nnx.update(model, nnx.from_flat_state(typed))
-    return Checkpoint("decoder", load_ours(model, weights))
-
-
-def _load_run(found: Found, allow_nonfinite: bool, dtype: str | None) -> Checkpoint:
-    """A makeMoE: from what it leaves at its end, or from a checkpoint of either framework."""
-    path, about, place = found.path, found.about, found.place
-    ours = place.is_dir()
-    weights = {name: one.read() for name, one in checkpoint_arrays(place).items()} if ours else read_file(place)[0]
-    _refuse_nonfinite(path, weights, allow_nonfinite)
-    config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
-    text = about.get("text")
-    characters = text.get("vocabulary") if isinstance(text, dict) else None
-    if characters is not None and not (isinstance(characters, str) and len(set(characters)) == config.vocab_size):
-        raise ValueError(f"{path / 'config.json'}: text.vocabulary: must be vocab_size={config.vocab_size} different characters")
-    if ours:
-        return Checkpoint("makemoe", _filled(place, "makemoe", config, weights, dtype), characters)
-    try:
-        weights = _converted(weights, dtype, frozenset())  # a makeMoE model: nothing keeps its dtype
-        module = from_torch(_module_for("makemoe", config, weights), weights)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    return Checkpoint("makemoe", module, characters)
+    return load_ours(model, weights)
 
 
 def _converted(state: Mapping[str, np.ndarray], dtype: str | None, kept: Collection[str]) -> dict[str, np.ndarray]:

@@ -10,20 +10,18 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_moe.config.moe import MoEConfig
 from jax_moe.models.decoder import Decoder
-from jax_moe.models.makemoe import MakeMoE
-from jax_moe.moe import MoE
 from jax_moe.porting import checkpoint
-from jax_moe.porting.checkpoint import LAYOUTS, Checkpoint
-from jax_moe.porting.formats.found import find
+from jax_moe.porting.checkpoint import Checkpoint
+from jax_moe.porting.families import families_of
+from jax_moe.porting.families.choices import Choices
+from jax_moe.porting.families.family import Family
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.own_folder import is_folder
 from jax_moe.porting.formats.state_file import SUFFIXES, write_state
-from jax_moe.porting.pretrained import load_pretrained, save_pretrained
-from jax_moe.porting.recognise import ASKED, Choices, config_of
-from jax_moe.porting.state_dict import to_torch
+from jax_moe.porting.pretrained import float_dtype, read_pretrained, save_pretrained
+from jax_moe.porting.state_dict import their_shapes
 from jax_moe.porting.targets import saving
-from jax_moe.soft_moe import SoftMoE
 
 
 def load(
@@ -37,13 +35,15 @@ def load(
     neither says is assumed as published, with a warning. `mesh` is for Hugging Face folders, as in `load_pretrained`.
     Raises ValueError for anything that is not a whole checkpoint.
     """
-    place, given = Path(path), _choices(choices)
-    found = find(place)
-    if found.kind == "hf" and not given.given():
-        return load_pretrained(found.place, dtype, mesh, allow_nonfinite=allow_nonfinite)
+    place = Path(path)
+    found = open_path(place, _choices(choices))
+    if found.kind == "hf":
+        if found.note is not None:
+            warnings.warn(f"{found.place}: {found.note}", stacklevel=2)
+        return read_pretrained(found, dtype, mesh, allow_nonfinite)
     if mesh is not None:
         raise ValueError("mesh: must be left out: only a Hugging Face folder is placed on one as it is read")
-    read = checkpoint.load(place, given, allow_nonfinite=allow_nonfinite, dtype=_name(dtype))
+    read = checkpoint.load_found(found, allow_nonfinite, None if dtype is None else float_dtype(dtype).name)
     if read.assumed:
         said = ", ".join(f"{name}={value!r}" for name, value in read.assumed.items())
         warnings.warn(f"{place}: does not say, and assumed was {said}; jax_moe.load(path, {said}) says it", stacklevel=2)
@@ -62,7 +62,9 @@ def save(
     cannot be written, or is a file that could not say what the layer is.
     """
     place = Path(path)
-    if characters is not None and not (isinstance(model, MakeMoE) and len(set(characters)) == model.config.vocab_size):
+    whole = None if isinstance(model, Decoder) else Checkpoint(_family(model).name, model, characters)
+    spells = whole is not None and whole.of_characters and len(set(characters or "")) == whole.config.vocab_size
+    if characters is not None and not spells:
         raise ValueError(f"characters={characters!r:.60}: must be a MakeMoE's vocab_size different characters, or left out")
     if isinstance(model, Decoder):
         if place.suffix in SUFFIXES:
@@ -71,9 +73,9 @@ def save(
         return
     if model_type is not None:
         raise ValueError(f"model_type={model_type!r}: must be left out: only a Decoder has one")
-    whole = Checkpoint(_family(model), model, characters)
+    assert whole is not None
     if place.suffix in SUFFIXES:
-        if whole.family == "moe":
+        if whole.record.state is not None and whole.record.state.read is None:
             raise ValueError(f"{place}: must be a folder: its contract is of no family whose file alone would tell it")
         with saving(place, overwrite, Path.is_file) as part:
             write_state(part, whole.state())
@@ -82,35 +84,24 @@ def save(
         checkpoint.save(whole, part)
 
 
-def _family(model: nnx.Module) -> str:
-    """Under whose names: of a sparse layer, the family whose file together with its choices says this very contract."""
-    if isinstance(model, MakeMoE):
-        return "makemoe"
-    if isinstance(model, SoftMoE):
-        return "soft_moe"
-    if not isinstance(model, MoE):
+def _family(model: nnx.Module) -> Family:
+    """Under whose names: the family whose file together with its choices says this very contract, or can hold every one."""
+    found = families_of(model)
+    if not found:
         raise ValueError(f"model={type(model).__name__}: must be a MakeMoE, MoE, SoftMoE or Decoder")
-    for family in ("mixtral", "makemoe_layer", "switch"):
-        try:
-            shapes = {name: value.shape for name, value in to_torch(model, layout=LAYOUTS[family]).items()}
-            told = config_of(family, shapes, _choices(_chosen(model, family)))
-            if isinstance(told, MoEConfig) and replace(told, dispatcher=model.config.dispatcher) == model.config:
-                return family  # how tokens are moved is no part of the contract
-        except ValueError:
-            continue
-    return "moe"
+    return next((one for one in found if len(found) > 1 and _says(one, model)), found[0])
 
 
-def _chosen(model: MoE, family: str) -> dict[str, Any]:
-    """The settings that a file of the family would leave open, as this layer has them."""
-    rule = model.config.capacity
-    slots = None if rule is None else rule.slots
-    factor = 0.0 if rule is None else rule.factor
-    values: Mapping[str, Any] = {
-        "top_k": model.config.top_k, "dropout": model.config.expert.dropout, "expert_capacity": slots,
-        "capacity_factor": None if slots is not None else factor,
-    }
-    return {name: values[name] for name in ASKED[family]}
+def _says(family: Family, model: Any) -> bool:
+    """Whether a file under the family's names tells the contract of the layer, together with what the user is asked."""
+    state = family.state
+    assert state is not None
+    try:
+        choices = _choices(state.answers(model.config))
+        told: Any = state.config(family.name, their_shapes(model, state.table.name), choices)
+    except ValueError:
+        return False
+    return replace(told, dispatcher=model.config.dispatcher) == model.config  # how tokens are moved is no part of the contract
 
 
 def _choices(choices: Mapping[str, Any]) -> Choices:
@@ -119,10 +110,3 @@ def _choices(choices: Mapping[str, Any]) -> Choices:
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: must be one of {', '.join(known)}")
     return Choices(**choices)
-
-
-def _name(dtype: Any) -> str | None:
-    """numpy's name of a float dtype. Raises ValueError for another."""
-    from jax_moe.porting.pretrained import float_dtype
-
-    return None if dtype is None else float_dtype(dtype).name

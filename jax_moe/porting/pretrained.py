@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jax_moe.disk import check_space
 from jax_moe.guarded import parse_json
 from jax_moe.models.decoder import Decoder
-from jax_moe.porting.families.hf import FAMILIES, decoder_tables, family_named
+from jax_moe.porting.families import decoder_names, family_named
+from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, open_folder
 from jax_moe.porting.formats.shards import DTYPES, write_weights
 from jax_moe.porting.table.arrays import place_all, theirs_from
@@ -35,24 +36,25 @@ def load_pretrained(
     memory; on a `mesh` (or the one that `jax.set_mesh` has set) experts are split over its expert axis, one device's part at
     a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
     """
-    model, note = read_pretrained(Path(directory), dtype, mesh, allow_nonfinite)
-    if note is not None:
-        warnings.warn(f"{directory}: {note}", stacklevel=2)
+    found = open_folder(Path(directory))
+    model = read_pretrained(found, dtype, mesh, allow_nonfinite)
+    if found.note is not None:
+        warnings.warn(f"{directory}: {found.note}", stacklevel=2)
     return model
 
 
-def read_pretrained(path: Path, dtype: Any, mesh: Mesh | None, allow_nonfinite: bool) -> tuple[Decoder, str | None]:
-    """As `load_pretrained`, with what was taken from a wrapper's names, if anything."""
+def read_pretrained(found: Found, dtype: Any, mesh: Mesh | None, allow_nonfinite: bool) -> Decoder:
+    """As `load_pretrained`, of a Hugging Face folder that was opened; its model is filled."""
     target = None if dtype is None else float_dtype(dtype)
-    with open_folder(path) as folder:
-        check_head(folder)
-        arrays = place_all(
-            folder.plan, folder.headers, target, mesh or mesh_in_use(), allow_nonfinite, str(path), kept_paths(folder.model)
-        )
-    flat = nnx.to_flat_state(stored_state(folder.model))
+    model, plan = found.model, found.plan
+    assert model is not None and plan is not None
+    check_head(found)
+    mesh, where = mesh or mesh_in_use(), str(found.place)
+    arrays = place_all(plan, found.tensors, target, mesh, allow_nonfinite, where, kept_paths(model))
+    flat = nnx.to_flat_state(stored_state(model))
     filled = [(keys, v.replace(arrays[".".join(map(str, keys))])) for keys, v in flat]
-    nnx.update(folder.model, nnx.from_flat_state(filled))
-    return folder.model, folder.note
+    nnx.update(model, nnx.from_flat_state(filled))
+    return model
 
 
 def save_pretrained(
@@ -68,12 +70,12 @@ def save_pretrained(
     path = Path(directory)
     origin = model.origin
     if model_type is None and origin is None:
-        raise ValueError(f"model_type=None: must be one of {', '.join(FAMILIES)} for a decoder that was not loaded")
+        raise ValueError(f"model_type=None: must be one of {', '.join(decoder_names())} for a decoder that was not loaded")
     family = family_named(model_type or origin.model_type)  # type: ignore[union-attr]
-    loaded = origin if origin is not None and origin.model_type == family.model_type else None
+    loaded = origin if origin is not None and origin.model_type == family.name else None
     values = family.values(model.config) if loaded is None else parse_json(loaded.config_json, "config.json")
     arrays = {path: v[...] for path, v in stored_variables(model).items()}
-    plan = make_plan(decoder_tables(model.config, family.model_type)[0], {name: a.shape for name, a in arrays.items()})
+    plan = make_plan(family.on_disk(model.config), {name: a.shape for name, a in arrays.items()})
     theirs = theirs_from(plan, arrays)
     text = config_text(None if loaded is None else loaded.config_json, values, np.dtype(arrays["embedding"].dtype))
     with saving(path, overwrite, lambda old: (old / "config.json").is_file()) as part:

@@ -12,9 +12,8 @@ from flax import nnx
 from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.errors import PortError
-from jax_moe.porting.families import tables_of
-from jax_moe.porting.families.family import MODULES
-from jax_moe.porting.table.plan import Plan, check, make_plan, their_names, to_ours, to_theirs
+from jax_moe.porting.families import default_table, tables_of
+from jax_moe.porting.table.plan import Plan, Shapes, check, make_plan, their_names, to_ours, to_theirs
 from jax_moe.stored import kept_paths, stored_state, stored_variables
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -82,7 +81,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
     tree's arrays under the same names, masks left out. Raises PortError if the tree does not fit.
     """
     variables = stored_variables(layer)
-    table_name = layout or tables_of(layer)[0].name
+    table_name = layout or default_table(layer).name
     if tree is None:
         shapes = {path: v.shape for path, v in variables.items()}
         plan = _choose_plan(layer, shapes, None, layout)
@@ -116,6 +115,11 @@ def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str 
             node = node.setdefault(key, {})
         node[keys[-1]] = _place(ours[_path(keys)], v, _path(keys))
     return tree
+
+
+def their_shapes(layer: nnx.Module, layout: str) -> Shapes:
+    """{their name: shape} of the layer's weights in that layout."""
+    return _choose_plan(layer, {path: v.shape for path, v in stored_variables(layer).items()}, None, layout).their_shapes
 
 
 def tree_plan(layer: nnx.Module, names: Iterable[str] | None = None, layout: str | None = None) -> Plan:
@@ -195,10 +199,9 @@ def _place(value: np.ndarray, like: nnx.Variable, path: str) -> jax.Array:
     return placed
 
 
-def abstract_module(family: str, config: Any, dtype: np.dtype) -> nnx.Module:
+def abstract_module(kind: type[Module], config: Any, dtype: np.dtype) -> Module:
     """The module with shapes and dtypes but no numbers yet; `from_torch` fills it."""
-    make = MODULES[family][0]
-    return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
+    return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
 
 
 def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:

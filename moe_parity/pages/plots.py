@@ -1,210 +1,236 @@
-"""The plots of the HTML page, as inline SVG: no script, no link; colours are the page's CSS classes.
+"""The plots: those of the HTML page as inline SVG, and the picture of a compared training run.
 
-Errors lie on a logarithmic axis; what is exactly 0 lies on the bottom line.
+Errors lie on a logarithmic axis; an error of exactly 0 lies on its lower end.
 """
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
 
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+from jax_moe.disk import writing
 from moe_parity.report import strain
-from moe_parity.stages import KINDS, WORDS, StageResult
+from moe_parity.stages import KINDS, StageResult, kind_in_words
+from moe_parity.training.runs import MOVED, Runs
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 64, 16, 14, 40
-DEEP = 1e-4  # the share of its tolerance at which a cell of the map is palest
-GRADIENTS = 24  # as many bars
+# By the names of the page's CSS variables, which replace them in the SVG: the plots follow light and dark mode.
+COLOURS = {
+    "soft": "#5c6670", "line": "#d9dee3", "same": "#2f7d6d", "flip": "#b7791f", "wrong": "#c53030",
+    "allowed": "#6b46c1",
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.sans-serif": ["DejaVu Sans"],
+    "text.color": COLOURS["soft"],
+    "xtick.color": COLOURS["soft"], "ytick.color": COLOURS["soft"], "axes.labelcolor": COLOURS["soft"],
+    "axes.edgecolor": COLOURS["line"], "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": COLOURS["line"],
+}
+WIDTH = 9.5  # inches, of 72 units each
+ROW = 0.25  # inches
+TIP = "tip: "  # begins the id of what shows the rest of it when pointed at
+PALEST = 1e-4  # the share of its tolerance at which a cell of the map is palest
+MOST_GRADIENTS = 24
+MOST_LABELS = 14  # on a horizontal axis
 
-
-@dataclass(frozen=True)
-class Axis:
-    """A logarithmic axis from the top of a plot to its bottom, in whole decades."""
-
-    low: int
-    high: int
-    height: int
-
-    def at(self, value: float) -> float:
-        """Pixels from above; 0 and less at the bottom, infinity at the top."""
-        if value <= 0:
-            return float(TOP + self.height)
-        place = self.high if math.isinf(value) else min(max(math.log10(value), self.low), self.high)
-        return TOP + self.height * (self.high - place) / (self.high - self.low)
-
-    def lines(self) -> list[str]:
-        """A grid line and its number for every decade, or every second or third."""
-        step = max(1, round((self.high - self.low) / 6))
-        parts = []
-        for power in range(self.high, self.low - 1, -step):
-            y = self.at(10.0**power)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
-        return parts
+Draw = Callable[[Figure, Sequence[StageResult]], None]
 
 
-def axis_for(values: Sequence[float], height: int) -> Axis:
-    """The decades that hold all values."""
-    logs = [math.log10(value) for value in values if value > 0 and math.isfinite(value)] or [0.0]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
-    return Axis(low - 1, max(high, low + 1) + (1 if any(map(math.isinf, values)) else 0), height)
+def svg(draw: Draw, stages: Sequence[StageResult], label: str) -> str:
+    """A drawing as an element of a page: no link, no script, no date, text as text, the same bytes every time."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):
+        figure, file = Figure(layout="constrained"), io.BytesIO()
+        draw(figure, stages)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue().decode()
+    inside = set(re.findall(r"#(\w+)", text))  # ids that the drawing itself refers to
+    root = ElementTree.fromstring(text)
+    for element in list(root.iter()):
+        for child in [one for one in element if one.tag.endswith(("}metadata", "}style"))]:
+            element.remove(child)
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        name = element.get("id", "")
+        if name not in inside:
+            element.attrib.pop("id", None)
+        if name.startswith(TIP):
+            ElementTree.SubElement(element, "title").text = name.removeprefix(TIP)
+    root.attrib |= {"role": "img", "aria-label": label}
+    text = ElementTree.tostring(root, encoding="unicode")
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
 
 
-def figure(height: int, parts: Sequence[str], label: str) -> str:
-    """The picture, as wide as its place."""
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def journey(results: Sequence[StageResult]) -> str:
-    """Every stage's error along the computation, under the line of what is allowed."""
-    stages = [one for one in results if one.kind != "gradient" and one.tolerance > 0]
-    axis = axis_for([one.error for one in stages] + [one.tolerance for one in stages], 260)
-    step = (WIDTH - LEFT - RIGHT) / len(stages)
-    x = [LEFT + step * (i + 0.5) for i in range(len(stages))]
-    parts = axis.lines() + _layer_marks(stages, step, axis.height)
-    allowed = " ".join(
-        f"{LEFT + step * (i + side):.1f},{axis.at(one.tolerance):.1f}" for i, one in enumerate(stages) for side in (0, 1)
-    )
-    way = " ".join(f"{x[i]:.1f},{axis.at(one.error):.1f}" for i, one in enumerate(stages))
-    parts += [f'<polyline class="allowed" points="{allowed}"/>', f'<polyline class="way" points="{way}"/>']
-    radius = min(4.0, max(1.5, step / 2.5))
+def errors(figure: Figure, stages: Sequence[StageResult]) -> None:
+    """Every stage's error in the order of computation, and the tolerance."""
+    axes = _axes(figure, 4.0)
+    place = _log_axis(axes, "y", [value for one in stages for value in (one.error, one.tolerance)])
+    edges = np.arange(len(stages) + 1) - 0.5
+    axes.stairs([one.tolerance for one in stages], edges, baseline=None, color=COLOURS["allowed"], linestyle="--")
+    axes.plot([place(one.error) for one in stages], color=COLOURS["soft"], linewidth=0.7)
     for i, one in enumerate(stages):
-        style = _style(one)
-        parts.append(
-            f'<circle class="{style}" cx="{x[i]:.1f}" cy="{axis.at(one.error):.1f}" r="{radius + 1.5 * (style != "same"):.1f}">'
-            f"<title>{escape(one.name)}: {one.error:.2g} of {one.tolerance:.0e} {escape(one.where)}</title></circle>"
-        )
-    return figure(TOP + axis.height + BOTTOM, parts, "error of every stage")
+        _dot(axes, i, place(one.error), verdict_class(one), f"{one.name}: {_error(one)}; {one.where}".rstrip("; "))
+    begins = [i for i, one in enumerate(stages) if i == 0 or one.layer != stages[i - 1].layer]
+    words = [("after" if i else "") if stages[i].layer is None else f"layer {stages[i].layer}" for i in begins]
+    _label(axes, begins, words)
+    axes.set_xlim(-0.5, len(stages) - 0.5)
 
 
-def stage_map(results: Sequence[StageResult]) -> str:
-    """One cell a layer and stage: the darker, the more of its tolerance it uses; red beyond it."""
-    layers = sorted({one.layer for one in results if one.layer is not None})
-    inside = [one for one in results if one.layer is not None and one.tolerance > 0]
-    kinds = sorted({one.kind for one in inside}, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
-    left, row = 170, 24
-    width = min(64.0, (WIDTH - left - RIGHT) / max(len(layers), 1))
-    parts = []
-    for i, kind in enumerate(kinds):
-        word = WORDS.get(kind, kind.replace("_", " "))
-        parts.append(f'<text class="tick" x="{left - 10}" y="{TOP + row * i + 16}" text-anchor="end">{escape(word)}</text>')
-    every = max(1, round(26 / width))
-    bottom = TOP + row * len(kinds) + 16
-    for j, layer in enumerate(layers):
-        if j % every == 0:
-            x = left + width * (j + 0.5)
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom}" text-anchor="middle">{layer}</text>')
-    for one in inside:
-        assert one.layer is not None
-        at = f'x="{left + width * layers.index(one.layer) + 1:.1f}" y="{TOP + row * kinds.index(one.kind) + 1}"'
-        size = f'width="{max(width - 2, 1):.1f}" height="{row - 2}"'
-        parts.append(
-            f'<rect class="cell {_style(one)}" {at} {size} rx="2" fill-opacity="{_depth(one):.2f}">'
-            f"<title>{escape(one.name)}: {one.error:.2g} of {one.tolerance:.0e}</title></rect>"
-        )
-    middle = left + width * len(layers) / 2
-    parts.append(f'<text class="tick" x="{middle:.0f}" y="{bottom + 18}" text-anchor="middle">layer</text>')
-    return figure(bottom + 26, parts, "error by layer and stage")
+def stage_map(figure: Figure, stages: Sequence[StageResult]) -> None:
+    """A cell for each layer and kind of stage: the fuller its colour, the more of its tolerance the stage uses."""
+    layers = sorted({one.layer for one in stages if one.layer is not None})
+    kinds = sorted({one.kind for one in stages}, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
+    axes = _axes(figure, ROW * len(kinds) + 0.6)
+    for one in stages:
+        x, y = layers.index(one.layer), kinds.index(one.kind)  # type: ignore[arg-type]
+        used = min(max(strain(one), PALEST), 1.0)
+        opacity = 0.12 + 0.88 * (1 - math.log(used) / math.log(PALEST))
+        tip, colour = f"{TIP}{one.name}: {_error(one)}", COLOURS[verdict_class(one)]
+        axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, color=colour, alpha=opacity, linewidth=0, gid=tip))
+    axes.set(xlim=(-0.5, max(len(layers), 12) - 0.5), ylim=(len(kinds) - 0.5, -0.5))
+    axes.set_xlabel("layer", loc="left")
+    axes.set_yticks(range(len(kinds)), [kind_in_words(kind) for kind in kinds])
+    _label(axes, range(len(layers)), layers)
+    axes.grid(False)
 
 
-def agreement(results: Sequence[StageResult]) -> str:
-    """The share of choices that are the same, a bar a mixture."""
-    mixtures = [one for one in results if one.agreement is not None]
-    height, step = 120, (WIDTH - LEFT - RIGHT) / max(len(mixtures), 1)
-    bar = min(48.0, step * 0.7)
-    parts = []
-    for share in (0.0, 0.5, 1.0):
-        y = TOP + height * (1 - share)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
-    for i, one in enumerate(mixtures):
+def agreement(figure: Figure, stages: Sequence[StageResult]) -> None:
+    """The share of equal choices, a bar for each mixture."""
+    axes = _axes(figure, 2.2)
+    for i, one in enumerate(stages):
         assert one.agreement is not None
-        x, tall = LEFT + step * (i + 0.5), height * one.agreement
-        parts.append(
-            f'<rect class="{_style(one)}" x="{x - bar / 2:.1f}" y="{TOP + height - tall:.1f}" width="{bar:.1f}" '
-            f'height="{tall:.1f}"><title>{escape(one.name)}: {one.agreement:.4%} the same, {one.num_flips} differ</title></rect>'
-        )
-    return figure(TOP + height + BOTTOM, parts + _mixture_marks(mixtures, step, height), "expert agreement by layer")
+        tip = f"{TIP}{one.name}: {one.agreement:.4%} of the choices are equal, {one.num_flips} differ"
+        axes.bar(i, one.agreement, width=0.6, color=COLOURS[verdict_class(one)], gid=tip)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _label_mixtures(axes, stages)
 
 
-def margins(results: Sequence[StageResult]) -> str:
-    """How close choices are: the closest of each mixture, those that flipped, and what of a margin is rounding."""
-    mixtures = [one for one in results if one.closest is not None]
-    every = [value for one in mixtures for value in (one.closest or 0, one.noise or 0, *(flip.margin for flip in one.flips))]
-    axis, step = axis_for(every, 200), (WIDTH - LEFT - RIGHT) / max(len(mixtures), 1)
-    parts = axis.lines()
-    for i, one in enumerate(mixtures):
+def margins(figure: Figure, stages: Sequence[StageResult]) -> None:
+    """The closest choice of each mixture, those that flipped, and the margin that rounding explains."""
+    axes = _axes(figure, 3.0)
+    values = [value for one in stages for value in (one.closest or 0, one.noise or 0, *(f.margin for f in one.flips))]
+    place = _log_axis(axes, "y", values)
+    for i, one in enumerate(stages):
         assert one.closest is not None and one.noise is not None
-        x = LEFT + step * (i + 0.5)
-        y = axis.at(one.noise)
-        parts.append(f'<line class="allowed" x1="{x - step / 2:.1f}" x2="{x + step / 2:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        words = f"<title>{escape(one.name)}: the closest choice has a margin of {one.closest:.2g}</title>"
-        parts.append(f'<circle class="closest" cx="{x:.1f}" cy="{axis.at(one.closest):.1f}" r="4">{words}</circle>')
+        axes.hlines(place(one.noise), i - 0.5, i + 0.5, color=COLOURS["allowed"], linestyle="--")
+        _dot(axes, i, place(one.closest), "same", f"{one.name}: the closest choice has a margin of {one.closest:.2g}")
         for flip in one.flips:
-            style = "flip" if flip.near_tie else "wrong"
-            words = f"<title>{list(flip.index)}: expert {flip.ours} here, {flip.theirs} there, margin {flip.margin:.2g}</title>"
-            parts.append(f'<circle class="{style}" cx="{x:.1f}" cy="{axis.at(flip.margin):.1f}" r="5">{words}</circle>')
-    return figure(TOP + axis.height + BOTTOM, parts + _mixture_marks(mixtures, step, axis.height), "margins of choices")
+            chosen = f"JAX chose expert {flip.ours}, the reference {flip.theirs}"
+            words = f"{list(flip.index)}: {chosen}, margin {flip.margin:.2g}"
+            _dot(axes, i, place(flip.margin), "flip" if flip.near_tie else "wrong", words)
+    _label_mixtures(axes, stages)
 
 
-def gradients(results: Sequence[StageResult]) -> str:
-    """The gradients with the largest errors, and what is allowed."""
-    found = [one for one in results if one.kind == "gradient"]
-    shown = sorted(found, key=lambda one: -one.error)[:GRADIENTS]
-    left, row = 380, 20
-    axis = axis_for([one.error for one in shown] + [shown[0].tolerance], WIDTH - left - RIGHT)
-
-    def across(value: float) -> float:
-        return left + axis.height - (axis.at(value) - TOP)
-
-    bottom = TOP + row * len(shown)
-    parts = []
-    for power in range(axis.low, axis.high + 1, max(1, round((axis.high - axis.low) / 5))):
-        x = across(10.0**power)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">1e{power}</text>')
+def gradients(figure: Figure, stages: Sequence[StageResult]) -> None:
+    """The gradients with the largest errors, and the tolerance."""
+    shown = sorted(stages, key=lambda one: -one.error)[:MOST_GRADIENTS]
+    axes = _axes(figure, ROW * len(shown) + 0.6)
+    place = _log_axis(axes, "x", [shown[0].tolerance, *(one.error for one in shown)])
     for i, one in enumerate(shown):
-        y, name = TOP + row * i, one.name.removeprefix("gradient of ")
-        name = name if len(name) <= 54 else f"...{name[-51:]}"
-        parts.append(f'<text class="tick" x="{left - 10}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        long = max(across(one.error) - left, 1)
-        words = f"<title>{escape(one.name)}: {one.error:.2g}</title>"
-        parts.append(f'<rect class="{_style(one)}" x="{left}" y="{y + 3}" width="{long:.1f}" height="{row - 6}">{words}</rect>')
-    x = across(shown[0].tolerance)
-    parts.append(f'<line class="allowed" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
-    return figure(bottom + 28, parts, "the largest gradient errors")
+        tip = f"{TIP}{one.name}: {_error(one)}"
+        axes.barh(i, place(one.error), height=0.6, color=COLOURS[verdict_class(one)], gid=tip)
+    axes.axvline(shown[0].tolerance, color=COLOURS["allowed"], linestyle="--")
+    names = [one.name.removeprefix("gradient of ") for one in shown]
+    axes.set_yticks(range(len(shown)), [name if len(name) <= 54 else f"...{name[-51:]}" for name in names])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
 
 
-def _style(one: StageResult) -> str:
+def verdict_class(one: StageResult) -> str:
+    """What a stage's verdict is called in the page's CSS."""
     return {"same": "same", "wrong number": "wrong"}.get(one.verdict, "flip")
 
 
-def _depth(one: StageResult) -> float:
-    """Opacity: pale at DEEP of the tolerance and less, full at all of it."""
-    used = strain(one)
-    if used <= DEEP:
-        return 0.12
-    return min(1.0, 0.12 + 0.88 * (1 - math.log10(min(used, 1.0)) / math.log10(DEEP)))
+def decades(values: Sequence[float]) -> tuple[float, float]:
+    """Whole decades that hold all values, with an empty decade below them, and above if a value is infinite."""
+    logs = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]
+    return 10.0 ** (math.floor(min(logs)) - 1), 10.0 ** (math.floor(max(logs)) + 1 + (math.inf in values))
 
 
-def _layer_marks(stages: Sequence[StageResult], step: float, height: int) -> list[str]:
-    """Where each layer begins, numbered as far as there is room."""
-    parts, last, numbered = [], None, -math.inf
-    for i, one in enumerate(stages):
-        if one.layer == last:
-            continue
-        last, x = one.layer, LEFT + step * i
-        word = "after" if one.layer is None else f"layer {one.layer}"
-        parts.append(f'<line class="layer" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + height}"/>')
-        if i and x - numbered > 62 and WIDTH - RIGHT - x > 40:
-            parts.append(f'<text class="tick" x="{x + 3:.1f}" y="{TOP + height + 18}">{word}</text>')
-            numbered = x
-    return parts
+def _axes(figure: Figure, height: float) -> Axes:
+    figure.set_size_inches(WIDTH, height)
+    return figure.add_subplot()
 
 
-def _mixture_marks(mixtures: Sequence[StageResult], step: float, height: int) -> list[str]:
-    every = max(1, round(30 / step)) if step else 1
-    return [
-        f'<text class="tick" x="{LEFT + step * (i + 0.5):.1f}" y="{TOP + height + 18}" text-anchor="middle">'
-        f"{'' if one.layer is None else f'layer {one.layer}' if step > 60 else one.layer}</text>"
-        for i, one in enumerate(mixtures) if i % every == 0
-    ]
+def _log_axis(axes: Axes, letter: Literal["x", "y"], values: Sequence[float]) -> Callable[[float], float]:
+    """Makes the axis logarithmic; returns where on it a value is drawn: 0 at its lower end, infinity at its upper."""
+    low, high = decades(values)
+    axes.set(**{f"{letter}scale": "log", f"{letter}lim": (low, high)})
+    axis = axes.xaxis if letter == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    return lambda value: min(max(value, low), high)
+
+
+def _dot(axes: Axes, x: int, y: float, style: str, tip: str) -> None:
+    size = 4 if style == "same" else 6
+    look: dict[str, Any] = {"marker": "o", "markersize": size, "color": COLOURS[style], "clip_on": False, "zorder": 3}
+    axes.add_line(Line2D([x], [y], gid=f"{TIP}{tip}", **look))
+
+
+def _label(axes: Axes, places: Sequence[int], words: Sequence[Any]) -> None:
+    """Labels on the horizontal axis, as many as there is room for."""
+    every = math.ceil(len(places) / MOST_LABELS)
+    axes.set_xticks(places[::every], [str(word) for word in words[::every]])
+
+
+def _label_mixtures(axes: Axes, stages: Sequence[StageResult]) -> None:
+    _label(axes, range(len(stages)), ["" if one.layer is None else f"layer {one.layer}" for one in stages])
+    axes.set_xlim(-0.5, max(len(stages), 8) - 0.5)
+    axes.grid(False, axis="x")
+
+
+def _error(one: StageResult) -> str:
+    return f"{one.error:.2g}, tolerance {one.tolerance:.0e}"
+
+
+RUN_COLOURS = {"float64": "#2b6cb0", "float32": "#c05621"}
+HALF_ROUNDING = {"float64": 2.0**-54, "float32": 2.0**-25}  # where equal losses are drawn
+
+
+def picture(runs: Sequence[Runs], title: str) -> Figure:
+    """Two panels over the steps: both losses in the first dtype, and their relative difference in every dtype."""
+    with matplotlib.rc_context(STYLE | {"font.size": 10, "text.color": "black", "axes.labelcolor": "black"}):
+        figure = Figure(figsize=(8, 7), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    one = runs[0]
+    above.plot(one.theirs.loss_S, color="#a0aec0", linewidth=4, label=f"PyTorch, {one.dtype}")
+    above.plot(one.ours.loss_S, color=RUN_COLOURS[one.dtype], linewidth=1.2, label=f"JAX, {one.dtype}")
+    above.set_ylabel("training loss, nats")
+    above.set_title(title, loc="left")
+    above.legend(frameon=False)
+    for each in runs:
+        _differences(below, each)
+    below.set(yscale="log", ylabel="relative difference of the losses", xlabel="step")
+    entries = below.get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def _differences(axes: Axes, runs: Runs) -> None:
+    colour, least = RUN_COLOURS[runs.dtype], HALF_ROUNDING[runs.dtype]
+    both = f"JAX against PyTorch, {runs.dtype}"
+    axes.plot(np.maximum(runs.drift_S, least), color=colour, linewidth=1.4, label=both)
+    control = f"control: JAX, weights perturbed by {MOVED} rounding errors, {runs.dtype}"
+    axes.plot(np.maximum(runs.control_S, least), ":", color=colour, linewidth=1.2, label=control)
+    if runs.first_flip is not None:
+        flip = f"first token that changes its expert, {runs.dtype}"
+        axes.axvline(runs.first_flip, color=colour, linestyle="--", linewidth=0.8, label=flip)
+
+
+def write_picture(path: Path, runs: Sequence[Runs], title: str) -> None:
+    """Writes a PNG whole or not at all."""
+    with writing(path, overwrite=True) as part:
+        picture(runs, title).savefig(part, dpi=150, format="png")

@@ -1,36 +1,35 @@
-"""Their side of makeMoE models and of single layers: `torch_ref` with every intermediate value kept.
+"""The reference for makeMoE models and single layers: `torch_ref`, with every intermediate value recorded.
 
-Noise and dropout are off on both sides. Imports torch and torch_ref when a run starts.
+Noise and dropout are off on both sides. torch and torch_ref are imported when a run starts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.config.moe import MoEConfig, SoftMoEConfig
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor
 from moe_parity.sides.hooks import Watch, watching
 from moe_parity.stages import Place
 
 
 def trace_torch_ref(
-    family: str, config: Any, weights: dict[str, np.ndarray], x: np.ndarray, cotangent: np.ndarray | None, grads: bool
+    config: Any, weights: dict[str, np.ndarray], x: np.ndarray, cotangent: np.ndarray | None, grads: bool
 ) -> dict[Place, np.ndarray]:
-    """One run of `torch_ref` with these weights, loaded with strict=True: every stage and, if asked for, every gradient.
+    """Runs `torch_ref` with these weights, loaded with strict=True: every stage and, with `grads`, every gradient.
 
-    `x` are tokens of a language model, whose loss is that of the next token; or a layer's vectors, whose gradients are those
-    of sum(answer * cotangent).
+    `x` holds the tokens of a language model, whose loss is that of the next token, or the inputs of a layer, whose loss
+    is sum(answer * cotangent).
     """
     torch = import_torch("parity")
-    module = make_module(family, config, weights)
+    name, watched = _KINDS[type(config)]
+    module = make_module(name, config, weights)
     inputs = torch.from_numpy(np.asarray(x))
     with watching() as watch:
         with torch.set_grad_enabled(grads):
-            if family == "makemoe":
-                objective = _watched_model(watch, module, inputs)
-            elif family == "soft_moe":
-                objective = _watched_soft_moe(watch, module, inputs, cotangent)
-            else:
-                objective = _watched_layer(watch, module, inputs, cotangent)
+            objective = watched(watch, module, inputs, cotangent)
         if grads and objective is not None:
             objective.backward()
             for name, value in module.named_parameters():
@@ -39,19 +38,18 @@ def trace_torch_ref(
     return watch.trace
 
 
-def make_module(family: str, config: Any, weights: dict[str, np.ndarray]) -> Any:
-    """The module in evaluation, in the weights' dtype."""
+def make_module(name: str, config: Any, weights: dict[str, np.ndarray]) -> Any:
+    """The `torch_ref` module of that name, in evaluation mode and in the weights' dtype."""
     import torch_ref
 
-    kind = {"makemoe": torch_ref.MakeMoE, "soft_moe": torch_ref.SoftMoE}.get(family, torch_ref.MoE)
-    tensors = {name: numpy_to_tensor(value) for name, value in weights.items()}
-    module = kind(config).to(next(iter(tensors.values())).dtype).eval()
+    tensors = {key: numpy_to_tensor(value) for key, value in weights.items()}
+    module = getattr(torch_ref, name)(config).to(next(iter(tensors.values())).dtype).eval()
     module.load_state_dict(tensors, strict=True)
     return module
 
 
-def _watched_model(watch: Watch, model: Any, tokens_BT: Any) -> Any:
-    """Runs a makeMoE model; its loss."""
+def _watched_model(watch: Watch, model: Any, tokens_BT: Any, _cotangent: Any) -> Any:
+    """Runs a makeMoE model and returns its loss."""
     import torch_ref
 
     torch = import_torch("parity")
@@ -73,7 +71,7 @@ def _watched_model(watch: Watch, model: Any, tokens_BT: Any) -> Any:
 
 
 def _watch_block(watch: Watch, block: Any, i: int) -> None:
-    """Norms are seen where their answer goes in: `torch_ref` calls them as functions."""
+    """Norms are recorded as inputs of the next module, for `torch_ref` calls them as functions."""
     watch.into(block.sa, lambda x: watch.put(Place("attention_norm", i), x))
     watch.out_of(block.sa, lambda y, *_: watch.put(Place("attention", i), y))
     watch.into(block.smoe, lambda x: watch.put(Place("ffn_norm", i), x))
@@ -83,7 +81,7 @@ def _watch_block(watch: Watch, block: Any, i: int) -> None:
 
 
 def watch_mixture(watch: Watch, mixture: Any, i: int | None) -> None:
-    """What the router decides, and every choice's answer: rows of each expert's own calls, put back where they belong."""
+    """Records the routing and the output of every choice: the rows of each expert's calls, in token order."""
     from torch_ref.dispatch import merge_groups, round_weights
     from torch_ref.moe import moe_routing
 
@@ -97,7 +95,10 @@ def watch_mixture(watch: Watch, mixture: Any, i: int | None) -> None:
         x_GSD, routing, slots, capacity, _ = moe_routing(x_BTD, parts_of(mixture), training=False, noise_BTE=noise)
         rounded = round_weights(slots._replace(weight_GSK=routing.weight_GSK), config, x_BTD.dtype).weight_GSK
         found.update(rows=[], choice=routing.expert_GSK, kept=slots.slot_GSK != capacity)
-        values = {"router_logits": routing.logits_GSE, "experts": routing.expert_GSK, "weights": rounded, "slots": slots.slot_GSK}
+        values = {
+            "router_logits": routing.logits_GSE, "experts": routing.expert_GSK, "weights": rounded,
+            "slots": slots.slot_GSK,
+        }
         for kind, value in values.items():
             watch.put(Place(kind, i), merge_groups(value, B, T))
         if mixture.config.expert.shared_dim:
@@ -121,7 +122,7 @@ def watch_mixture(watch: Watch, mixture: Any, i: int | None) -> None:
 
 
 def parts_of(mixture: Any) -> Any:
-    """A layer's weights as `torch_ref` takes them."""
+    """A layer's weights, as `torch_ref.moe.moe_routing` takes them."""
     from torch_ref.moe import Parts
 
     if hasattr(mixture, "parts"):
@@ -157,3 +158,9 @@ def _watched_soft_moe(watch: Watch, layer: Any, x_BTD: Any, cotangent: np.ndarra
     watch.put(Place("expert_outputs"), torch.stack(answers))
     watch.put(Place("combined"), y_BTD)
     return None if cotangent is None else (y_BTD * torch.from_numpy(cotangent)).sum()
+
+
+# By contract: the module of torch_ref, and how it is watched.
+_KINDS: dict[type, tuple[str, Callable[..., Any]]] = {
+    MakeMoEConfig: ("MakeMoE", _watched_model), SoftMoEConfig: ("SoftMoE", _watched_soft_moe), MoEConfig: ("MoE", _watched_layer),
+}

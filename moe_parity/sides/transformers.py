@@ -1,38 +1,69 @@
-"""Their side of a Hugging Face folder: `transformers` with every intermediate value kept, by hooks on its own modules.
+"""The reference for a Hugging Face folder: `transformers`, with every intermediate value recorded by hooks.
 
-Of the folder only config.json and the weights are used, no code.
+Only config.json and the weights of the folder are used, never its code.
 """
 
 import importlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_moe.porting.families.hf import family_named
+from jax_moe.porting.families import architecture_of
 from jax_moe.porting.torch_tensors import import_torch
 from moe_parity.sides.hooks import Watch, first, watching
-from moe_parity.sides.widened import widened
 from moe_parity.stages import Place
 
 
 def import_transformers() -> Any:
-    """transformers, or a ValueError that says how to get it."""
+    """The package transformers. Raises ValueError that says how to install it."""
     import_torch("parity")
     try:
         return importlib.import_module("transformers")
     except ImportError:
         hint = "pip install 'jax-moe[hf]'"
-        raise ValueError(f"parity of a Hugging Face folder needs transformers, which is not installed: {hint}") from None
+        needs = "parity of a Hugging Face folder needs transformers, which is not installed"
+        raise ValueError(f"{needs}: {hint}") from None
 
 
-def trace_transformers(path: Path, model_type: str, tokens_BT: np.ndarray, dtype: str, grads: bool) -> dict[Place, np.ndarray]:
-    """One run: every stage, the loss with the balance loss in it and, if asked for, every gradient under its own names."""
+@contextmanager
+def widened() -> Iterator[None]:
+    """transformers in fp64 throughout: inside, every float32 that its code names becomes float64.
+
+    transformers upcasts to float32 by name where we upcast to float32 or wider. The counts of its balance loss stay in
+    float32, which holds them exactly.
+    """
+    torch = import_torch("parity")
+    from torch.overrides import TorchFunctionMode
+
+    def wider(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    class Widened(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func is torch.Tensor.float:
+                return args[0].double()
+            return func(*map(wider, args), **{name: wider(value) for name, value in (kwargs or {}).items()})
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def trace_transformers(
+    path: Path, model_type: str, tokens_BT: np.ndarray, dtype: str, grads: bool
+) -> dict[Place, np.ndarray]:
+    """Runs the model: every stage, the loss (balance loss included) and, with `grads`, every gradient."""
     transformers, torch = import_transformers(), import_torch("parity")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, family_named(model_type).architecture)
+    kind = getattr(transformers, architecture_of(model_type))
     inputs = torch.from_numpy(np.asarray(tokens_BT, np.int64))
     with widened() if dtype == "float64" else nullcontext(), watching() as watch:
         reference = kind.from_pretrained(
@@ -54,7 +85,7 @@ def trace_transformers(path: Path, model_type: str, tokens_BT: np.ndarray, dtype
 
 
 def watch_decoder(watch: Watch, reference: Any, shape: tuple[int, ...]) -> None:
-    """Hooks on a causal language model's embedding, norms, attention, routers, experts and layers."""
+    """Sets hooks on a causal language model's embedding, norms, attention, routers, experts and layers."""
     decoder = reference.model
     watch.into(decoder.layers[0], lambda x: watch.put(Place("embedding"), x))
     for i, layer in enumerate(decoder.layers):
@@ -83,9 +114,9 @@ def _watch_mixture(watch: Watch, mixture: Any, i: int, shape: tuple[int, ...]) -
 
     def answered(answer: Any, x: Any, index: Any, weights: Any) -> None:
         torch = import_torch("parity")
-        with torch.no_grad():  # each choice alone, with weight 1, by the experts' own code
-            one = torch.ones_like(weights[:, :1])
-            alone = [mixture.experts.forward(x, index_R1, one) for index_R1 in index.split(1, dim=1)]
+        with torch.no_grad():  # the experts' own code, on each choice alone, with weight 1
+            unit = torch.ones_like(weights[:, :1])
+            alone = [mixture.experts.forward(x, index_R1, unit) for index_R1 in index.split(1, dim=1)]
         watch.put(Place("expert_outputs", i), torch.stack(alone, dim=1), (*shape, index.shape[1], -1))
 
     watch.out_of(mixture.gate if hasattr(mixture, "gate") else mixture.router, routed)

@@ -1,4 +1,4 @@
-"""What both sides of a compared training run are given: settings, batches, noise and dropout masks, all from numpy."""
+"""The inputs that both sides of a compared training run share: settings, batches, noise and dropout masks in numpy."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from jax_moe.config.models import MakeMoEConfig
 from jax_moe.optimizers import Unchosen
 
 Numbers = dict[str, np.ndarray]
-SUCCESSORS = 3  # a token is followed by one of so many: something can be learned
+SUCCESSORS = 3  # each token is followed by one of so few, so that a model can learn
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TrainSettings:
 
     steps: int = 200
     batch_size: int = 2
-    """Sequences in one of the parts that a step's gradient is accumulated over."""
+    """Sequences in each of the parts over which a step accumulates its gradient."""
     accumulation: int = 2
     num_tokens: int = 16
     seed: int = 0
@@ -29,9 +29,9 @@ class TrainSettings:
     clip_norm: float = 1.0
     weight_decay: float = 0.01
     unchosen: Unchosen = "decay"
-    """What becomes of an expert without tokens in a step, as in `adamw_as_torch`."""
+    """How an expert without tokens in a step is updated, as in `adamw_as_torch`."""
     balance_loss_weight: float = 0.01
-    """makeMoE; a Hugging Face model's contract has its own."""
+    """For makeMoE; the contract of a Hugging Face model has its own weight."""
     router_z_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class TrainSettings:
 
     @property
     def warmup_steps(self) -> int:
-        """A tenth of the run."""
+        """A tenth of the steps."""
         return self.steps // 10
 
     def rate(self, step: int) -> float:
@@ -54,7 +54,7 @@ class TrainSettings:
 
 
 def texts(vocab_size: int, settings: TrainSettings, step: int, length: int) -> np.ndarray:
-    """[accumulation, batch_size, length] tokens, each one of its predecessor's three successors."""
+    """Tokens [accumulation, batch_size, length]: each follows its predecessor in one of SUCCESSORS ways."""
     following = np.random.default_rng([settings.seed, 0]).integers(0, vocab_size, (vocab_size, SUCCESSORS))
     draw = np.random.default_rng([settings.seed, 1, step])
     tokens = np.empty((settings.accumulation, settings.batch_size, length), np.int32)
@@ -65,7 +65,7 @@ def texts(vocab_size: int, settings: TrainSettings, step: int, length: int) -> n
 
 
 def makemoe_numbers(config: MakeMoEConfig, settings: TrainSettings, step: int) -> Numbers:
-    """A step's texts (one token longer than the input), router noise and dropout masks, each with a leading part."""
+    """A step's texts (one token longer than the input), router noise and dropout masks, stacked by part."""
     T = settings.num_tokens
     given = {"tokens": texts(config.vocab_size, settings, step, T + 1)}
     draw = np.random.default_rng([settings.seed, 2, step])
@@ -82,5 +82,5 @@ def makemoe_numbers(config: MakeMoEConfig, settings: TrainSettings, step: int) -
 
 
 def decoder_numbers(config: Any, settings: TrainSettings, step: int) -> Numbers:
-    """A step's texts; a Hugging Face model is trained without dropout."""
+    """A step's texts; a Hugging Face model trains without noise or dropout."""
     return {"tokens": texts(config.vocab_size, settings, step, settings.num_tokens)}

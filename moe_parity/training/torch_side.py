@@ -1,4 +1,4 @@
-"""The PyTorch side of a compared training run, as anyone would write it: backward for every part, clip, step."""
+"""The PyTorch side of a compared training run: a plain loop of backward for each part, clipping, and a step."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config.models import MakeMoEConfig
-from jax_moe.porting.families.hf import family_named
+from jax_moe.porting.families import architecture_of
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
 from moe_parity.sides.transformers import import_transformers
 from moe_parity.training.jax_side import Curve
 from moe_parity.training.settings import Numbers, TrainSettings
 
-SMALL = 1 << 20  # parameters
+SMALL = 1 << 20  # a model with fewer parameters runs on one thread
 Loss = Callable[[Any, Mapping[str, Any], TrainSettings], tuple[Any, np.ndarray]]
 
 
@@ -29,7 +29,7 @@ def make_makemoe(config: MakeMoEConfig, weights: Mapping[str, np.ndarray]) -> An
 
 
 def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
-    """As its namesake on the JAX side."""
+    """The loss, and the experts [L, tokens, K], as `makemoe_loss` of the JAX side."""
     import torch_ref
     from torch_ref.losses import pool_balance_loss
 
@@ -45,7 +45,7 @@ def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) 
 
 @contextmanager
 def _choices_of(module: Any) -> Iterator[list[np.ndarray]]:
-    """The experts [tokens, K] of every layer that is called meanwhile, from what goes into it."""
+    """A list that fills with the experts [tokens, K] of each layer called, routed again from the layer's input."""
     from torch_ref.moe import Parts, moe_routing
 
     torch = import_torch("parity")
@@ -67,18 +67,18 @@ def _choices_of(module: Any) -> Iterator[list[np.ndarray]]:
 
 
 def transformers_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
-    """transformers' own training loss with its balance loss; and the experts [L, tokens, K] from its router logits."""
+    """The training loss of transformers, balance loss included, and the experts [L, tokens, K] by its router logits."""
     torch = import_torch("parity")
     tokens = part["tokens"]
     output = module(tokens, labels=tokens, use_cache=False, output_router_logits=True)
-    logits_LSE = torch.stack([one.detach() for one in output.router_logits])
+    logits_LSE = torch.stack([logits.detach() for logits in output.router_logits])
     order = torch.sort(logits_LSE, dim=-1, descending=True, stable=True)[1]
     return output.loss, order[..., : module.config.num_experts_per_tok].numpy()
 
 
 @contextmanager
 def _threads_for(module: Any) -> Iterator[None]:
-    """One thread for a small model: splitting its work costs ten times the work, on a busy machine."""
+    """Limits a small model to one thread: on a busy machine, splitting its work costs ten times the work."""
     torch = import_torch("parity")
     before = torch.get_num_threads()
     if sum(value.numel() for value in module.parameters()) < SMALL:
@@ -90,7 +90,7 @@ def _threads_for(module: Any) -> Iterator[None]:
 
 
 class TorchTrainer:
-    """A module, torch.optim.AdamW or the optimizer given, and the loop."""
+    """A module, its optimizer (torch.optim.AdamW unless given) and the training loop."""
 
     def __init__(self, module: Any, settings: TrainSettings, loss: Loss, optimizer: Any = None):
         torch = import_torch("parity")
@@ -100,7 +100,7 @@ class TorchTrainer:
         )
 
     def run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
-        """Trains on the numbers of these steps."""
+        """Trains on the inputs that `draw` gives for these steps."""
         with _threads_for(self.module):
             return self._run(draw, steps)
 
@@ -132,17 +132,17 @@ class TorchTrainer:
         return [name for name, _ in self.module.named_parameters()]
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The parameters as they are now."""
+        """The present parameters by name."""
         return {name: tensor_to_numpy(value) for name, value in self.module.named_parameters()}
 
 
 def load_reference(path: Path, model_type: str, dtype: str) -> Any:
-    """The model that transformers makes of a folder, eager and without dropout."""
+    """The transformers model of a folder, with eager attention and without dropout."""
     transformers, torch = import_transformers(), import_torch("parity")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, family_named(model_type).architecture)
+    kind = getattr(transformers, architecture_of(model_type))
     return kind.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager", local_files_only=True,
-        output_router_logits=True,
+        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
+        local_files_only=True, output_router_logits=True,
     ).eval()

@@ -85,9 +85,9 @@ def test_a_switch_layer_and_its_capacity(tmp_path: Path, capsys: pytest.CaptureF
     np.testing.assert_array_equal(up[3], state["experts.expert_3.wi.weight"].T)
     capsys.readouterr()
     for arguments, words in (
-        ([], "capacity: 64 slots an expert over one sequence, however long, in token order"),
-        (["--expert-capacity", "3"], "capacity: 3 slots an expert over one sequence"),
-        (["--capacity-factor", "1.25"], "capacity: ceil(tokens / experts * 1.25) slots an expert over one sequence"),
+        ([], "capacity: 64 slots per expert over one sequence, however long, in token order"),
+        (["--expert-capacity", "3"], "capacity: 3 slots per expert over one sequence"),
+        (["--capacity-factor", "1.25"], "capacity: ceil(tokens / experts * 1.25) slots per expert over one sequence"),
         (["--capacity-factor", "0"], "capacity: a slot for every token of one sequence, nothing is dropped"),
     ):
         assert main(["inspect", str(source), *arguments]) == 0
@@ -115,7 +115,7 @@ def test_generate_writes_text_and_needs_the_characters(tmp_path: Path, capsys: p
     assert main(sampled) == 0 and main(sampled) == 0
     again = capsys.readouterr().out.split()
     assert again[0] == again[1]
-    assert "it has no 'x', 'z'" in fails(capsys, "generate", tmp_path / "folder", "--prompt", "zax")
+    assert "the model has no 'x', 'z'" in fails(capsys, "generate", tmp_path / "folder", "--prompt", "zax")
     assert "top_p=2.0" in fails(capsys, "generate", tmp_path / "folder", "--prompt", "a", "--sample-top-p", "2")
     assert "11 different characters" in fails(capsys, *port[:2], tmp_path / "x", "--text", __file__)
 

@@ -11,8 +11,8 @@ import pytest
 
 import jax_moe
 from jax_moe.config.as_json import config_from_json, config_to_json
-from jax_moe.config.decoder import DecoderConfig
-from jax_moe.porting.families.hf import decoder_tables, family_named
+from jax_moe.config.models import DecoderConfig
+from jax_moe.porting.families import family_named
 from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
 from jax_moe.porting.table.plan import make_plan
 from parity_tests.cli.commands import command, fails, run
@@ -27,8 +27,9 @@ MIXTRAL_8X7B = {
 
 def holes(folder: Path, values: dict[str, Any], shards: int) -> Path:
     """A folder of those sizes in bf16 whose files are headers and then nothing: no disk, and no weight that could be read."""
-    config = family_named(values["model_type"]).config(values)
-    plan = make_plan(decoder_tables(config, values["model_type"])[0], decoder_shapes(abstract_decoder(config)))
+    family = family_named(values["model_type"])
+    config = family.config(values)
+    plan = make_plan(family.on_disk(config), decoder_shapes(abstract_decoder(config)))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
     where = {}

@@ -109,7 +109,7 @@ def test_places_that_do_not_fit(whole: Path, folder: Path, tmp_path: Path, capsy
     assert "must end in one of" in fails(capsys, "parity", file) and "must end in one of" in fails(capsys, "inspect", file)
     write_state(tmp_path / "a.safetensors", STATES["mixtral"]())
     line = fails(capsys, "port", tmp_path / "a.safetensors", tmp_path / "out", "--to", "hf")
-    assert "is no Hugging Face model: --to must be torch" in line
+    assert "is not a Hugging Face model: --to must be torch" in line
     assert names(tmp_path) == {"model", "file.txt", "mine", "a.safetensors"} and names(mine) == {"thesis.txt"}
     same_folders(folder, whole)
 

@@ -11,7 +11,7 @@ import pytest
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'text': tokenizers")
 
 import jax_moe  # noqa: E402
-from jax_moe import presets  # noqa: E402
+from jax_moe import guarded, presets  # noqa: E402
 from jax_moe.generation.text import TextStream, end_tokens, read_tokenizer  # noqa: E402
 from jax_moe.porting import checkpoint  # noqa: E402
 from moe_cli.main import main  # noqa: E402
@@ -125,11 +125,15 @@ def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
     vocab_size = read_tokenizer(folder).get_vocab_size()
     assert f"token 9999: must be 0 to {vocab_size - 1}" in line("--tokens", "1,9999")
-    assert "tokens='1,x': must be whole numbers with commas between" in line("--tokens", "1,x")
-    assert "prompt=None: must be given, or --tokens in its place" in line()
+    assert "tokens='1,x': must be whole numbers separated by commas" in line("--tokens", "1,x")
+    assert "prompt=None: must be given, or --tokens instead" in line()
     assert "tokens='1': must be left out where there is a prompt" in line("--tokens", "1", "--prompt", "a")
-    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    assert "eos_token_id='x': must be null, a token or a list of tokens" in line("--tokens", "1")
+    for wrong in ("x", 1.5, True, [1, None], [[1]]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        assert f"eos_token_id={wrong!r}: must be null, a token or a list of tokens" in line("--tokens", "1")
+    for outside in (vocab_size, -1):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, outside]}))
+        assert f"eos_token_id={outside}: must be 0 to {vocab_size - 1}, the model's vocabulary" in line("--tokens", "1")
     (folder / "generation_config.json").write_text("{")
     assert "generation_config.json: must be JSON" in line("--tokens", "1")
     (folder / "generation_config.json").unlink()
@@ -137,6 +141,8 @@ def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     bare = json.loads(text) | {"post_processor": None}
     (folder / "tokenizer.json").write_text(json.dumps(bare))
     assert "prompt='': must be a text of at least one token" in line("--prompt", "")
+    (folder / "tokenizer.json").write_bytes(guarded.LFS_POINTER + b"v1\noid sha256:0\nsize 9\n")
+    assert "tokenizer.json: is a Git LFS pointer" in line("--prompt", "a")
     (folder / "tokenizer.json").write_text("[]")
     assert "tokenizer.json: must be a tokenizer" in line("--prompt", "a")
     with monkeypatch.context() as patch:

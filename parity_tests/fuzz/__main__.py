@@ -8,6 +8,7 @@ replaced by values of another kind. `damaged(kind, generator)` is a pure functio
 
 import argparse
 import copy
+import hashlib
 import io
 import json
 import resource
@@ -16,13 +17,15 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+SAMPLES = Path(__file__).parents[1] / "samples" / "v0_1_0"
+SLOW = 0.02  # the share of a kind whose reader takes half a second
 LONGEST, MOST_BYTES = 5.0, 300e6  # seconds and bytes that one input may take
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0", "../x", [],
@@ -38,12 +41,12 @@ class Kind:
     valid: Callable[[], bytes]
     read: Callable[[Path], object]  # gets the folder
     others: Callable[[], dict[str, bytes]] = dict  # files beside it
+    share: float = 1.0  # of the inputs that a kind would get if all got the same
 
 
 def finding(kind: Kind, data: bytes, folder: Path) -> str | None:
     """What is wrong with the reader's answer to this file; None if nothing is."""
-    for name, content in {**kind.others(), kind.name: data}.items():
-        (folder / name).write_bytes(content)
+    write_files(folder, {**kind.others(), kind.name: data})
     begin, before, said = time.perf_counter(), _largest(), None
     try:
         kind.read(folder)
@@ -60,6 +63,13 @@ def finding(kind: Kind, data: bytes, folder: Path) -> str | None:
     if said is None and (seconds > LONGEST or peak > MOST_BYTES):
         said = f"took {seconds:.1f} s and {peak:,} bytes"
     return said
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files {path within the folder: content}."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _largest() -> int:
@@ -146,33 +156,50 @@ def kinds() -> dict[str, Kind]:
 
     files = _made()
 
-    def opened(folder: Path) -> None:
-        with open_folder(folder):
-            pass
-
+    config = {"config.json": files["hf/config.json"]}
     weights = {"model.safetensors": files["hf/model.safetensors"]}
     shard = {"model-00001-of-00001.safetensors": files["hf/model.safetensors"], "config.json": files["hf/config.json"]}
     ours = {"weights.safetensors": files["ours/weights.safetensors"]}
     index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(files["names"], next(iter(shard)))}).encode()
     found = {
-        "Hugging Face config.json": Kind("config.json", lambda: files["hf/config.json"], opened, lambda: weights),
-        "safetensors": Kind(
-            "model.safetensors", lambda: files["hf/model.safetensors"], opened, lambda: {"config.json": files["hf/config.json"]}
-        ),
-        "index": Kind("model.safetensors.index.json", lambda: index, opened, lambda: shard),
+        "Hugging Face config.json": Kind("config.json", lambda: files["hf/config.json"], open_folder, lambda: weights),
+        "safetensors": Kind("model.safetensors", lambda: files["hf/model.safetensors"], open_folder, lambda: config),
+        "index": Kind("model.safetensors.index.json", lambda: index, open_folder, lambda: shard),
         "our config.json": Kind("config.json", lambda: files["ours/config.json"], load, lambda: ours),
         "npy": Kind("x.npy", lambda: files["npy"], lambda folder: read_npy(folder / "x.npy")),
         "metrics": Kind("metrics.jsonl", lambda: files["metrics"], metrics.read),
         "optimizer.json": Kind("said.json", lambda: files["optimizer"], _read_optimizer),
         "run settings": Kind("config.json", lambda: files["run"], run_folder.read_config),
+        "weights of a run": _among(SAMPLES / "run_finished", "model.safetensors", load, without="checkpoints"),
+        "sums of a run": _among(SAMPLES / "run_stopped", "checkpoints/2.sha256", load, share=0.1),
+        "Orbax metadata": _among(SAMPLES / "soft_moe_orbax", "state/_METADATA", _load_orbax, share=SLOW),
+        "Orbax manifest": _among(SAMPLES / "soft_moe_orbax", "state/manifest.ocdbt", _load_orbax, share=SLOW),
     }
     if importlib.util.find_spec("torch"):
-        from jax_moe.porting.recognise import Choices
-        from jax_moe.porting.training_files import read_training
-
         found["pt"] = Kind("x.pt", lambda: files["pt"], lambda folder: load(folder / "x.pt"))
-        found["training pt"] = Kind("x.pt", lambda: files["training"], lambda f: read_training(f / "x.pt", Choices()))
+        found["training pt"] = Kind("x.pt", lambda: files["training"], lambda f: load(f / "x.pt", with_optimizer=True))
     return found
+
+
+def _among(
+    folder: Path, name: str, read: Callable[[Path], object], without: str | None = None, share: float = 1.0
+) -> Kind:
+    """A file of a folder, with the other files beside it but those under `without`."""
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    others = {other: data for other, data in files.items() if other != name and other.split("/")[0] != without}
+    return Kind(name, lambda: files[name], read, lambda: others, share)
+
+
+def _load_orbax(folder: Path) -> None:
+    """Loads a folder whose sums are those of its files, so that more than the sums is tested."""
+    from jax_moe.porting.checkpoint import load
+
+    about = json.loads((folder / "config.json").read_bytes())
+    for name in about["files"]:
+        data = (folder / name).read_bytes()
+        about["files"][name] = [len(data), hashlib.sha256(data).hexdigest()]
+    (folder / "config.json").write_text(json.dumps(about))
+    load(folder)
 
 
 def _read_optimizer(folder: Path) -> None:
@@ -239,7 +266,10 @@ def fuzz(count: int, seed: int, show: Callable[[str], None] = lambda line: None)
     found: list[str] = []
     chosen = list(kinds().items())
     for number in range(count):
-        name, kind = chosen[number % len(chosen)]
+        turn, place = divmod(number, len(chosen))
+        name, kind = chosen[place]
+        if int(turn * kind.share) == int((turn - 1) * kind.share):  # a slow kind gets its share of the turns
+            continue
         data = damaged(kind.valid(), np.random.default_rng([seed, number]))
         with tempfile.TemporaryDirectory() as folder:
             said = finding(kind, data, Path(folder))

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from parity_tests.fuzz.__main__ import Kind, damaged, finding, fuzz, kinds
+from parity_tests.fuzz.__main__ import Kind, damaged, finding, fuzz, kinds, write_files
 
 COUNT = int(os.environ.get("FUZZ", "10000"))
 
@@ -18,8 +18,7 @@ def test_every_valid_file_is_read(tmp_path: Path) -> None:
     for name, kind in kinds().items():
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()
-        for file, content in {**kind.others(), kind.name: kind.valid()}.items():
-            (folder / file).write_bytes(content)
+        write_files(folder, {**kind.others(), kind.name: kind.valid()})
         kind.read(folder)
 
 

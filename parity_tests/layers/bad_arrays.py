@@ -28,7 +28,7 @@ DUPLICATES[1, 3] = 2
 OUTSIDE[0, 1, 1] = 9
 BELOW[1, 4, 0] = -1
 OF_X = "the B and T of x_BTD"
-BOOL = "must be bool; {0} == 1 makes them of ones and zeros"
+BOOL = "must be bool; {0} == 1 converts ones and zeros"
 # {case: (who is called, its arguments, what the error says)}; "{array}" is numpy's kind of array in the framework
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of one row": ("moe", {"mask_BT": ones(1, T)}, f"mask_BT has shape (1, 5): must be (2, 5), {OF_X}"),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of three dims": ("moe", {"mask_BT": ones(B, T, 1)}, f"mask_BT has shape (2, 5, 1): must be (2, 5), {OF_X}"),
     "float mask": (
         "moe", {"mask_BT": np.zeros((B, T), np.float32)},
-        f"mask_BT has dtype float32: {BOOL.format('mask_BT')}, mask_BT == 0 of an additive mask",
+        f"mask_BT has dtype float32: {BOOL.format('mask_BT')}, mask_BT == 0 an additive mask",
     ),
     "mask of ones": ("moe", {"mask_BT": np.ones((B, T), np.int32)}, f"mask_BT has dtype int32: {BOOL.format('mask_BT')}"),
     "choices of other positions": (
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a negative expert": ("moe", {"expert_BTK": BELOW}, "expert_BTK names expert -1: must be 0 to 3 (num_experts=4)"),
     "an expert twice": (
-        "moe", {"expert_BTK": DUPLICATES}, "expert_BTK names expert 2 twice for one token: must be 2 different experts a token"
+        "moe", {"expert_BTK": DUPLICATES}, "expert_BTK names expert 2 twice for one token: must be 2 different experts per token"
     ),
     "an expert that is not there, capacity": (
         "capacity", {"expert_BTK": OUTSIDE}, "expert_BTK names expert 9: must be 0 to 3 (num_experts=4)"
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "keep_BTKD has shape (2, 5, 8): must be (2, 5, 2, 8), the B, T and D of x_BTD and top_k",
     ),
     "integer input": (
-        "moe", {"x": TOKENS}, "x_BTD has dtype int64: must be floating; cast it to the dtype that is to be computed in"
+        "moe", {"x": TOKENS}, "x_BTD has dtype int64: must be floating; cast it to the dtype to compute in"
     ),
     "vectors without a batch": (
         "moe", {"x": numbers(T, D)}, "x_BTD has shape (5, 8): must have 3 dims [B, T, D]; x_BTD[None] is a batch of one"

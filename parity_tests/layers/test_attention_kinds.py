@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 
 from jax_moe import Decoder, DecoderConfig, attention, generate, presets
+from jax_moe.attention.positions import whole_call
 from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.config.attention import LayerAttention
 from jax_moe.config.checks import check_positive_ints
 from jax_moe.config.decoder import LayerConfig
 from jax_moe.generation.cache import decode, prefill
+from jax_moe.parameters import parameter
 from parity_tests.shared.compare import check_close
 from parity_tests.shared.filled import filled
 
@@ -45,8 +47,8 @@ class MeanAttention(nnx.Module):
     def __init__(self, config: MeanConfig, *, rngs: nnx.Rngs, kernel_init: Any, param_dtype: Any = jnp.float32):
         self.config = config
         D, A = config.model_dim, config.width
-        for name, shape in (("value", (D, A)), ("gate", (D, A)), ("out", (A, D))):
-            setattr(self, name, nnx.Param(kernel_init(rngs.params(), shape, param_dtype)))
+        for name, dims, shape in (("value", "D A", (D, A)), ("gate", "D A", (D, A)), ("out", "A D", (A, D))):
+            setattr(self, name, parameter(kernel_init(rngs.params(), shape, param_dtype), dims, "attention"))
 
     @staticmethod
     def shared(config: MeanConfig, positions: Any, dtype: Any) -> Any:
@@ -81,7 +83,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention.KINDS, MeanConfig, MeanAttention)
 
 
-def mixed(num_layers: int = 6, **changes: Any) -> DecoderConfig:
+def mixed(num_layers: int = 6) -> DecoderConfig:
     """Grouped, mean, mean with another scale, and so on; the second of three has no mixture."""
     moe = presets.qwen2_moe(12, 6, 4, 2, shared_dim=4)
     base = DecoderConfig.grouped(
@@ -93,7 +95,7 @@ def mixed(num_layers: int = 6, **changes: Any) -> DecoderConfig:
         return (layer.attention, MEAN, dataclasses.replace(MEAN, scale=0.5))[i % 3]
 
     layers = tuple(dataclasses.replace(one, attention=attends(i, one)) for i, one in enumerate(base.layers))
-    return dataclasses.replace(base, layers=layers, **changes)
+    return dataclasses.replace(base, layers=layers)
 
 
 def model(config: DecoderConfig | None = None) -> Decoder:
@@ -121,8 +123,6 @@ def by_hand(made: Decoder) -> np.ndarray:
     """Logits, layer after layer in numpy's order: no scan, every row of a stack picked by hand."""
     config = made.config
     x_BTD = made.embed(jnp.asarray(TOKENS))
-    from jax_moe.attention.positions import whole_call
-
     position_BT = jnp.asarray(np.maximum(np.cumsum(MASK, axis=1) - 1, 0))
     positions = whole_call(9, position_BT, jnp.asarray(MASK))
     for i, layer in enumerate(config.layers):
@@ -134,7 +134,7 @@ def by_hand(made: Decoder) -> np.ndarray:
             parts.append(nnx.merge(graph, jax.tree.map(lambda w, row=row: w[row], state)))
         block, ffn = parts
         block.attention.config = layer.attention
-        shared = attention.kind_of(layer.attention).shared(layer.attention, positions, x_BTD.dtype)  # type: ignore[arg-type]
+        shared = attention.kind_of(layer.attention).shared(layer.attention, positions, x_BTD.dtype)
         x_BTD += block.attention(block.attention_norm(x_BTD), positions, shared)[0]
         normed = block.ffn_norm(x_BTD)
         if i in config.moe_layers:
@@ -178,7 +178,7 @@ def test_gradients_reach_every_row_and_depth_costs_nothing() -> None:
             assert (rows > 0).all(), f"{path}: a row without a gradient"
 
     def equations(num_layers: int) -> int:
-        config = mixed(num_layers, layers=(mixed(3).layers[1:] + mixed(3).layers[:1]) * (num_layers // 3))
+        config = dataclasses.replace(mixed(3), layers=mixed(3).layers * (num_layers // 3))
         shapes = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
         return str(jax.make_jaxpr(jax.grad(loss))(shapes)).count(" = ")
 

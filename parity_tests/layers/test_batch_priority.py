@@ -96,7 +96,7 @@ def test_the_preset_asks_for_it_and_words_say_it() -> None:
     assert plain.capacity is not None and plain.capacity.priority == "choice"
     assert asked.capacity == dataclasses.replace(plain.capacity, priority="batch")
     assert presets.vmoe(capacity_factor=None, batch_priority=True).capacity is None
-    words = "tokens with the highest weight first, their first choices before all second ones"
+    words = "tokens with the highest weight first, their first choices before all second choices"
     assert any(line.startswith("capacity:") and line.endswith(words) for line in describe(asked))
 
 

@@ -77,7 +77,7 @@ def test_dropless_has_room_for_everybody() -> None:
 
 def test_below_one_slot_is_an_error_that_says_why() -> None:
     want = (
-        r"capacity factor=0\.5: must give at least one slot; 7 tokens, top_k=1, num_experts=8 give 0\.438 slots an expert"
+        r"capacity factor=0\.5: must give at least one slot; 7 tokens, top_k=1, num_experts=8 give 0\.438 slots per expert"
     )
     with pytest.raises(ValueError, match=f"^{want}$"):
         slots(7, 8, 1, 0.5)

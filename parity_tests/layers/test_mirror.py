@@ -49,9 +49,6 @@ JAX_ONLY = {
         "CorrectionBias.*": "torch has buffers",
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },
-    "soft_moe.py": {
-        "orthogonal": "an initialiser that also works in bf16; torch has nn.init.orthogonal_",
-    },
     "attention/multihead.py": {"attention_weights": "all heads at once; torch has head_weights"},
     "activations.py": {"clamp_above": "torch.clamp has the wanted gradient at the bound"},
     "arrays.py": {

@@ -11,7 +11,7 @@ from flax import nnx
 import jax_moe
 from jax_moe.config.describe import describe
 from jax_moe.porting.checkpoint import checkpoint_of
-from jax_moe.porting.recognise import Choices
+from jax_moe.porting.families.choices import Choices
 from jax_moe.soft_moe import UNIT_EPS, soft_weights
 from parity_tests.porting.porting_cases import soft_state
 from parity_tests.shared.compare import MismatchError, check_close

@@ -15,8 +15,9 @@ from jax_moe import presets
 from jax_moe.config.precision import Precision
 from jax_moe.porting.checkpoint import Checkpoint, load, save
 from jax_moe.porting.convert import port_decoder
-from jax_moe.porting.families.family import Family, decoder_table, read_decoder, read_moe, write_decoder
-from jax_moe.porting.families.hf import FAMILIES
+from jax_moe.porting.families import FAMILIES
+from jax_moe.porting.families.family import Family, Mixture, Names, Whole, read_decoder, read_moe, write_decoder, write_moe
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.safetensors import read_safetensors
 from jax_moe.porting.table.rows import Row
 from jax_moe.precision import cast_to_compute
@@ -41,10 +42,14 @@ def with_bias(*sizes: int) -> jax_moe.MoEConfig:
     return replace(config, router=replace(config.router, score="sigmoid", correction_bias=True))
 
 
+NAMES = Names(ROWS, "hf_corrected_layer", "hf_corrected_moe")
 CORRECTED = Family(
-    "corrected_moe", "CorrectedMoeForCausalLM",
-    lambda settings: read_decoder(settings, read_moe(with_bias, settings, "moe_size")),
-    lambda config: write_decoder(config, "num_experts", "moe_size"), (decoder_table("hf_corrected_moe", ROWS, "mlp"),),
+    "corrected_moe",
+    Mixture(
+        lambda settings: read_moe(with_bias, settings, "moe_size"), lambda moe: write_moe(moe, "num_experts", "moe_size"),
+        NAMES, NAMES,
+    ),
+    Whole("CorrectedMoeForCausalLM", read_decoder, lambda config: write_decoder(config, "num_experts", "moe_size")),
 )
 CONFIG = jax_moe.DecoderConfig.grouped(
     vocab_size=11, model_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, moe=with_bias(8, 6, 4, 2),
@@ -84,7 +89,7 @@ def test_ports_between_both_forms_keep_it(model: jax_moe.Decoder, tmp_path: Path
     jax_moe.save_pretrained(model, tmp_path / "hf", model_type="corrected_moe")
     for source, target, to in (("hf", "orbax", "orbax"), ("hf", "narrow", "hf"), ("orbax", "back", "hf")):
         port_decoder(
-            tmp_path / source, tmp_path / target, to, dtype=BF16, max_shard_bytes=10**9, overwrite=False,  # type: ignore[arg-type]
+            open_path(tmp_path / source), tmp_path / target, to, dtype=BF16, max_shard_bytes=10**9, overwrite=False,  # type: ignore[arg-type]
             allow_nonfinite=False, progress=lambda what, total: nullcontext(lambda size: None), say=lambda _: None,
         )
         check_bias(load(tmp_path / target).module, model)

@@ -169,7 +169,7 @@ def test_state_there_and_back() -> None:
     broken = theirs.state_dict()
     number = next(i for i, name in enumerate(names) if name.endswith("up.weight") and i in broken["state"])
     broken = {**broken, "state": {**broken["state"], number: {**broken["state"][number], "step": torch.tensor(99.0)}}}
-    with pytest.raises(ValueError, match=r"step of experts.* is 99, must be \d as of its expert's others"):
+    with pytest.raises(ValueError, match=r"step of experts.* is 99, must be \d as of its expert's other parameters"):
         jax_moe.optimizer_from_torch(layer, broken, skipping().init(params), names=names)
 
 

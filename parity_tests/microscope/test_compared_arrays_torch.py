@@ -19,7 +19,7 @@ from moe_parity.compare import compare_checkpoint, next_token_loss  # noqa: E402
 MAPPING = {"weight": ("kernel", transpose), "bias": "bias"}
 BAD_INPUTS: list[tuple[Any, str]] = [
     ([1.0, 2.0, 3.0], r"inputs\[0\]='float': must be an array; np\.asarray\(\[\.\.\.\]\) of a list, and a tuple of arrays"),
-    (np.zeros((0, 3), np.float32), r"inputs\[0\]\.shape=\(0, 3\): must be of at least one number: nothing agrees with nothing"),
+    (np.zeros((0, 3), np.float32), r"inputs\[0\]\.shape=\(0, 3\): must be of at least one number: empty arrays always agree"),
     (np.asarray([["a", "b", "c"]]), r"inputs\[0\]\.dtype='<U1': must be of numbers or booleans"),
     ((), r"inputs=\(\): must be at least one array"),
 ]

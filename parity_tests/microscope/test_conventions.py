@@ -12,8 +12,8 @@ from flax import nnx
 import jax_moe
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
-from moe_parity.explain.conventions import changed, conventions_of
-from moe_parity.explain.search import Answer, distance, explain, explain_traces, in_words, our_answer
+from moe_parity.explanation.conventions import changed, conventions_of
+from moe_parity.explanation.search import Answer, distance, explain, explain_traces, in_words, our_answer
 from moe_parity.stages import Place
 from parity_tests.shared.filled import filled
 
@@ -94,7 +94,7 @@ def test_ties_are_told_from_each_other() -> None:
 
 def test_conventions_of_a_decoder_in_fp64() -> None:
     some = (
-        "attention scaled by model", "rope turns", "rope.kind='linear' with factor=4", "rope.theta=1e+06", "norm_eps=1e-05",
+        "attention scaled by model", "rope rotates", "rope.kind='linear' with factor=4", "rope.theta=1e+06", "norm_eps=1e-05",
         "norm_eps=1e-06", "router.renormalise='none'",
     )
     with jax.enable_x64(True):
@@ -156,7 +156,7 @@ def test_traces_of_the_microscope_are_read() -> None:
 
 
 def test_outputs_of_other_shapes_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"their output has shape \(2, 6\): must be \(2, 12, 6\)"):
+    with pytest.raises(ValueError, match=r"the output has shape \(2, 6\): must be \(2, 12, 6\)"):
         explain(moe(SMALL), np.zeros((2, 6)), X)
 
 

@@ -15,11 +15,14 @@ from jax_moe.porting.formats.state_file import write_state
 from moe_cli.main import main
 from moe_parity import memory
 from moe_parity.batch import read_tokens, read_vectors
-from moe_parity.explain import search
+from moe_parity.choices import Flip, Verdict
+from moe_parity.explanation import search
 from moe_parity.pages import plots
 from moe_parity.pages.html import page
 from moe_parity.report import Report, parts, worst
-from moe_parity.stages import Flip, StageResult
+from moe_parity.stages import StageResult
+from moe_parity.training.jax_side import Curve
+from moe_parity.training.runs import Runs
 from parity_tests.cli.commands import fails
 from parity_tests.porting.porting_cases import STATES
 
@@ -64,8 +67,11 @@ def check_page(text: str) -> Links:
     """One file that loads nothing and runs nothing."""
     found = Links()
     found.feed(text)
-    assert found.open == [] and found.links == [] and "script" not in found.tags
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", text)
+    assert found.open == [] and "script" not in found.tags and all(link.startswith("#") for link in found.links)
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|xmlns|#[0-9a-f]{6}\b.*</svg>", text)
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert {*found.links, *re.findall(r"url\((#\w+)\)", text)} == {f"#{name}" for name in ids}
+    assert len(ids) == len({*ids})
     return found
 
 
@@ -106,11 +112,11 @@ def test_a_fault_is_exit_status_1(model: Path, capsys: pytest.CaptureFixture[str
 
 
 def report(error: float = 1e-7, margin: float | None = None, layers: int = 2) -> Report:
-    results = [StageResult("weights there and back", None, "checkpoint", 0.0, 0.0, "same")]
+    results = [StageResult("round trip of weights", None, "checkpoint", 0.0, 0.0, "same")]
     for i in range(layers):
         flips = () if margin is None or i else (Flip((0, 1), 2, 3, margin, 1e-5),)
-        verdict = "same" if not flips else "flip at a near tie" if flips[0].near_tie else "wrong number"
-        fits = "same" if error <= 1e-5 else "wrong number"
+        verdict: Verdict = "same" if not flips else "flip at a near tie" if flips[0].near_tie else "wrong number"
+        fits: Verdict = "same" if error <= 1e-5 else "wrong number"
         results.append(StageResult(f"layer {i}: attention", i, "attention", error, 1e-5, fits))
         values: tuple[Any, ...] = (margin or 0.0, 1e-5, verdict, "", flips, len(flips), 0.5 if flips else 1.0, 1e-3, 1e-5)
         results.append(StageResult(f"layer {i}: chosen experts", i, "experts", *values))
@@ -138,26 +144,27 @@ def test_a_page_is_whole_whatever_is_in_it(one: Report) -> None:
     check_page(text)
     assert "<b>theirs" not in text and not re.search(r'(points|cx|cy|[xyr][12]?|width|height)="[^"]*(nan|inf)', text)
     assert ('class="verdict wrong"' in text) == (not one.passed) and json.dumps(one.to_json(), allow_nan=False)
+    tips = [f"<title>{stage.name}: {stage.error:.2g}, " for stage in one.results if stage.kind == "attention"]
+    assert all(text.count(tip) == 2 for tip in tips), "each in the plot by stage and in the plot by layer"
+    assert page([one]) == text
 
 
 def test_an_axis_holds_its_values() -> None:
-    axis = plots.axis_for([1e-9, 3e-5, 0.0, float("inf")], 100)
-    assert (axis.low, axis.high) == (-10, -3)
-    assert axis.at(0.0) == axis.at(1e-30) == 100 + plots.TOP and axis.at(float("inf")) == plots.TOP
-    assert axis.at(1e-9) > axis.at(3e-5)
+    assert plots.decades([1e-9, 3e-5, 0.0, float("inf")]) == pytest.approx((1e-10, 1e-3), rel=1e-12)
+    assert plots.decades([0.0]) == pytest.approx((0.1, 10.0), rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("1 2 3\n4 x\n", "line 2: 'x': must be a number"),
-        ("1 2 3\n4 5\n", "sequences must be of one length, have 3, 2"),
+        ("1 2 3\n4 5\n", "sequences must have the same length, but have 3, 2"),
         ("\n \n", "must hold at least one sequence"),
         ("1 2 3 11\n", "token 11 (sequence 1, position 4): must be 0 to 10 (vocab_size=11)"),
         ("1 2\n1 -2\n", "token -2 (sequence 2, position 2): must be 0 to 10"),
         ("1 2 3 4 5\n", "5 positions: must be 1 to 4"),
         ("9" * 30, "must be a number"),
-        ("\udcff", "must be text with one sequence of numbers a line"),
+        ("\udcff", "must be a .npy file, or text with a sequence of numbers per line"),
     ],
 )
 def test_bad_tokens_are_one_line(text: str, words: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +230,7 @@ def test_too_little_memory_is_said_first(
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     line = fails(capsys, "parity", model, "--grads", "--dtype", "float64")
     assert re.search(r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line)
-    assert line.rstrip().endswith("less would do with --dtype float32 and no --grads")
+    assert line.rstrip().endswith("less is needed with --dtype float32 and without --grads")
     monkeypatch.undo()
     assert guarded.available_memory() is None or guarded.available_memory() > 0  # type: ignore[operator]
 
@@ -249,3 +256,16 @@ def test_memory_of_a_container_is_what_its_group_leaves(tmp_path: Path, monkeypa
     (tmp_path / "memory.max").write_text("max\n")
     assert guarded.available_memory() == 8192
     assert memory.needed(10, 4, 30, "outputs") == 80 and memory.needed(10, 4, 900, "gradients") == 1800
+
+
+def test_the_picture_of_a_training_run_is_written(tmp_path: Path) -> None:
+    """Two dtypes; in the second a token changes its expert from the third step on."""
+    loss_S, expert_SNLTK = np.linspace(3.0, 2.0, 5), np.zeros((5, 1, 1, 4, 2), int)
+    flipped = expert_SNLTK.copy()
+    flipped[2:, :, :, 0] = 1
+    ours, theirs, control = Curve(loss_S, expert_SNLTK), Curve(loss_S * (1 + 1e-7), flipped), Curve(loss_S, flipped)
+    runs = [Runs("float64", ours, ours, ours, 0.0, "", {}), Runs("float32", ours, theirs, control, 0.0, "", {})]
+    plots.write_picture(tmp_path / "runs.png", runs, "a title")
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG") and len([*tmp_path.iterdir()]) == 1
+    labels = plots.picture(runs, "a title").axes[1].get_legend_handles_labels()[1]
+    assert len(labels) == 5 and labels[-1] == "first token that changes its expert, float32"

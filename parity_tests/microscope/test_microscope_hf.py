@@ -79,7 +79,7 @@ FAULTS: list[tuple[Callable[[Any], None], str]] = [
 
 
 def test_a_healthy_folder_passes(folder: Path, theirs: Trace) -> None:
-    """Measured over all 15 models of hf_cases: see moe_parity/tolerances.py."""
+    """Measured over all 15 models of hf_cases: see moe_parity/stages.py."""
     with settings("float64"):
         results = compare_traces(jax_moe.load_pretrained(folder, dtype="float64"), tokens(), theirs, dtype="float64", grads=True)
     assert first_divergence(results) is None

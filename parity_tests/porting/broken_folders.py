@@ -70,6 +70,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json: must be JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"must be a JSON object"),
     "unknown family": (lambda f: edit_config(f, model_type="llama"), r"model_type='llama': must be one of mixtral, qwen2_moe"),
+    "weights of another name": (
+        lambda f: edit_config(f, transformers_weights="x.safetensors"),
+        r"config.json: transformers_weights='x.safetensors': must be left out: weights are read from model.safetensors",
+    ),
     "no family": (lambda f: edit_config(f, model_type=None), r"model_type=None: must be one of"),
     "two faults": (
         lambda f: edit_config(f, hidden_size=None, num_hidden_layers="2"),

@@ -16,12 +16,12 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'hf':
 
 import jax_moe  # noqa: E402
 import torch_ref  # noqa: E402
-from jax_moe.porting.families.hf import decoder_tables, family_named  # noqa: E402
+from jax_moe.porting.families import family_named, reference_table  # noqa: E402
+from jax_moe.porting.formats.hf_folder import OPTIMIZER as TORCH_FILE  # noqa: E402
 from jax_moe.porting.optimizer.groups import NOT_DECAYED  # noqa: E402
 from jax_moe.porting.optimizer.own_file import FILE, load_optimizer  # noqa: E402
 from jax_moe.porting.optimizer.state import optimizer_to_torch  # noqa: E402
-from jax_moe.porting.optimizer.torch_file import TORCH_FILE, parameter_order  # noqa: E402
-from jax_moe.porting.state_dict import abstract_decoder  # noqa: E402
+from jax_moe.porting.state_dict import abstract_decoder, tree_plan  # noqa: E402
 from parity_tests.cli.commands import fails, names, run, same_folders  # noqa: E402
 from parity_tests.shared.compare import check_exact  # noqa: E402
 from parity_tests.table.family_cases import CASES, draw_weights, save_reference  # noqa: E402
@@ -85,7 +85,7 @@ def test_there_and_back_bit_for_bit(family: str, kind: str, tmp_path: Path, caps
     assert TORCH_FILE in names(back) and names(orbax) >= {FILE, "config.json"}
     with jax.enable_x64(True):
         model = jax_moe.load_pretrained(theirs)
-        layout = decoder_tables(model.config, model.origin.model_type)[-1].name  # type: ignore[union-attr]
+        layout = reference_table(model).name
         fresh = OPTAX[kind].init(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         state = load_optimizer(orbax, fresh)
         assert jax.tree.structure(state) == jax.tree.structure(fresh)
@@ -99,8 +99,10 @@ def test_order_and_groups_are_those_of_transformers(case: Any) -> None:
 
     reference = case.reference(case.config())
     values = reference.config.to_dict()
-    model = abstract_decoder(family_named(values["model_type"]).config(values))
-    assert parameter_order(model, values["model_type"]) == [name for name, _ in reference.named_parameters()]
+    family = family_named(values["model_type"])
+    config = family.config(values)
+    plan = tree_plan(abstract_decoder(config), layout=family.in_memory(config).name)
+    assert family.parameter_order(plan) == [name for name, _ in reference.named_parameters()]
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # Trainer.get_decay_parameter_names
     assert "|".join(patterns) == NOT_DECAYED
     trained = {name for name, _ in reference.named_parameters()}  # a tied head is not
@@ -167,7 +169,7 @@ def test_accumulated_gradients_are_carried_between_steps_and_refused_inside_one(
     to_torch = partial(jax_moe.optimizer_to_torch, layer, like=theirs.state_dict(), names=order)
     check_same_state(to_torch(state), theirs.state_dict())
     _, half = optimizer.update(params, state, params)
-    with pytest.raises(ValueError, match="mini_step=1: must be 0; gradients half accumulated are not carried"):
+    with pytest.raises(ValueError, match="mini_step=1: must be 0; half accumulated gradients are not carried"):
         to_torch(half)
     _, whole = optimizer.update(params, half, params)
     assert {float(entry["step"]) for entry in to_torch(whole)["state"].values()} == {2.0}

@@ -42,7 +42,7 @@ def resolved(*dotted: str) -> subprocess.CompletedProcess[str]:
 
 def test_names_of_the_documents_resolve() -> None:
     found = names()
-    assert "jax_moe.sharding.mesh.expert_mesh" in found
+    assert "jax_moe.sharding.expert_mesh" in found
     if importlib.util.find_spec("torch") is None:
         found = [name for name in found if not name.startswith("torch_ref.")]
     done = resolved(*found)
@@ -50,14 +50,14 @@ def test_names_of_the_documents_resolve() -> None:
 
 
 def test_a_wrong_name_is_caught() -> None:
-    done = resolved("jax_moe.sharding.mesh.expert_mash")
+    done = resolved("jax_moe.sharding.expert_mash")
     assert done.returncode != 0 and "expert_mash" in done.stderr
 
 
 @pytest.mark.parametrize("package", [jax_moe, moe_parity], ids=lambda package: package.__name__)
 def test_submodules_are_attributes(package: object) -> None:
     for module in pkgutil.iter_modules(package.__path__):  # type: ignore[attr-defined]
-        if not module.name.startswith("_") and module.name not in package._HOMES:  # type: ignore[attr-defined]
+        if not module.name.startswith("_") :  # type: ignore[attr-defined]
             assert getattr(package, module.name).__name__ == f"{package.__name__}.{module.name}"  # type: ignore[attr-defined]
-    with pytest.raises(AttributeError, match="no attribute 'shading'"):
+    with pytest.raises(AttributeError, match="attribute shading"):
         _ = package.shading  # type: ignore[attr-defined]

@@ -1,13 +1,19 @@
 """The readers of what comes from outside: small files that once passed a parser's own exception to the user."""
 
+import asyncio
+import gc
 import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jax_moe import guarded
+from jax_moe.porting.formats import orbax
+from jax_moe.porting.formats.orbax import read_orbax, write_orbax
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,36 @@ def test_a_request_beyond_the_machine_says_how_many_bytes(monkeypatch: pytest.Mo
     guarded.require_memory(1000, "x")
     with pytest.raises(ValueError, match="x needs about 12,000 bytes of memory: must be at most 1,000"):
         guarded.require_memory(12_000, "x")
+
+
+def test_an_array_of_orbax_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {"a.b": np.ones(300, np.float32), "c": np.ones(3, np.float32)}
+    headers = read_orbax(tmp_path / "x", write_orbax(tmp_path / "x", arrays))
+    monkeypatch.setattr(guarded, "available_memory", lambda: 1000)
+    assert headers["c"].read().tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"x: a\.b needs about 1,200 bytes"):
+        headers["a.b"].read()
+
+
+def test_what_nobody_awaited_is_collected_before_the_loggers_are_heard_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Orbax leaves such tasks behind after an error; asyncio reports them when they are collected."""
+
+    def fail() -> list[str]:
+        with pytest.raises(OSError), orbax.quiet():
+            future = asyncio.new_event_loop().create_future()
+            future.set_exception(OSError("late"))
+            cycle: list[Any] = [future]
+            cycle.append(cycle)
+            future.get_loop().close()
+            del future, cycle
+            raise OSError
+        gc.collect()
+        return [record.getMessage() for record in caplog.records]
+
+    assert fail() == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orbax, "gc", SimpleNamespace(collect=lambda: None))
+        assert fail() == ["Future exception was never retrieved\nfuture: <Future finished exception=OSError('late')>"]
 
 
 def npy(header: str, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:

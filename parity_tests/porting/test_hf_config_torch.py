@@ -27,7 +27,7 @@ from jax_moe import DecoderConfig  # noqa: E402
 from jax_moe.attention.rope import rotations  # noqa: E402
 from jax_moe.config.attention import RopeConfig  # noqa: E402
 from jax_moe.porting import PortError  # noqa: E402
-from jax_moe.porting.families.hf import FAMILIES  # noqa: E402
+from jax_moe.porting.families import FAMILIES  # noqa: E402
 from jax_moe.porting.formats.hf_folder import check_layers, check_sizes  # noqa: E402
 from jax_moe.porting.state_dict import abstract_decoder  # noqa: E402
 from jax_moe.porting.tensors import Header  # noqa: E402
@@ -107,7 +107,7 @@ def ours(config: DecoderConfig, state: dict[str, Any], family: str) -> dict[str,
     nnx.update(model, nnx.from_flat_state(zeros))
     if config.tied_embeddings:
         state = {name: value for name, value in state.items() if name != "lm_head.weight"}
-    memory = FAMILIES[family].tables[1].name
+    memory = FAMILIES[family].in_memory(config).name
     jax_moe.from_torch(model, state, layout=memory)
     graphdef, params = nnx.split(model)
     batch = {"tokens": jnp.asarray(TOKENS), "mask": None, "labels": jnp.asarray(TOKENS)}

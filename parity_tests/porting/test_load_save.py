@@ -149,7 +149,7 @@ def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "a.safetensors"
     write_state(file, makemoe_state())
     published = "top_k=2 (--top-k), capacity_factor=1.0 (--capacity-factor), dropout=0.1 (--dropout)"
-    said = f"assumed, for the file does not say it: {published}\n"
+    said = f"assumed, as the file does not store them: {published}\n"
     assert main(["inspect", str(file)]) == 0
     assert said in capsys.readouterr().out
     generate = ["generate", str(file), "--text", str(tmp_path / "text.txt"), "--prompt", "ab", "--max-new-tokens", "2"]
@@ -184,4 +184,4 @@ def test_version_and_near_misses(whole: Path, capsys: pytest.CaptureFixture[str]
     one, two = capsys.readouterr().out.split()
     assert one == two
     assert main([*tokens, "--top-k", "5"]) == 1
-    assert "--sample-top-k 5 samples from the 5 likeliest tokens" in capsys.readouterr().err
+    assert "--sample-top-k 5 samples from the 5 most likely tokens" in capsys.readouterr().err

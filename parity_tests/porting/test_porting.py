@@ -20,9 +20,9 @@ from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.disk import verify
 from jax_moe.porting import PortError, from_torch_tree
 from jax_moe.porting.checkpoint import Checkpoint, load, save
+from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.formats.safetensors import write_safetensors
 from jax_moe.porting.formats.state_file import read_state, write_state
-from jax_moe.porting.recognise import Choices
 from jax_moe.porting.table.plan import check, make_plan, to_ours, to_theirs
 from jax_moe.porting.table.rows import Row, Table
 from parity_tests.porting.porting_cases import MODULES, STATES, TINY, bits, make, makemoe_state, mixtral_state, soft_state

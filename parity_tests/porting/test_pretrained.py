@@ -1,11 +1,9 @@
 """Hugging Face folders without Hugging Face: names on disk, round trips, and every kind of broken folder."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +12,7 @@ import jax_moe
 from jax_moe import DecoderConfig
 from jax_moe.config.attention import RopeConfig
 from jax_moe.porting import PortError, pretrained
-from jax_moe.porting.families.hf import FAMILIES, mixtral
+from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
 from parity_tests.porting.broken_folders import BROKEN
 from parity_tests.porting.decoder_cases import CONFIGS, SIZES, decoder, weights
@@ -70,27 +68,6 @@ def test_older_rotary_settings() -> None:
     old = values | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 8}}
     assert FAMILIES["mixtral"].config(old).rope == RopeConfig(kind="linear", theta=5e5, factor=8.0, max_positions=2048)
     assert FAMILIES["mixtral"].config(values).rope.theta == 1e6
-
-
-def test_a_new_family_is_a_reader_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made up: Mixtral under other names, its logits divided."""
-
-    def write(config: DecoderConfig) -> dict[str, Any]:
-        return mixtral.write(config) | {"coolness": config.logits_divisor}
-
-    rows = tuple(replace(row, theirs=row.theirs.replace("w1", "up_hill")) for row in mixtral.MIXTRAL.tables[0].rows)
-    table = replace(mixtral.MIXTRAL.tables[0], name="made_up", rows=rows)
-    family = replace(
-        mixtral.MIXTRAL, model_type="made_up", write=write, tables=(table,),
-        read=lambda settings: replace(mixtral.read(settings), logits_divisor=settings.number("coolness", 1.0)),
-    )
-    monkeypatch.setitem(FAMILIES, "made_up", family)
-    model = decoder("mixtral", logits_divisor=4.0)
-    jax_moe.save_pretrained(model, tmp_path / "cool", model_type="made_up")
-    assert "model.layers.0.block_sparse_moe.experts.0.up_hill.weight" in weights(tmp_path / "cool")
-    loaded = jax_moe.load_pretrained(tmp_path / "cool")
-    tokens = jnp.arange(6).reshape(2, 3)
-    np.testing.assert_array_equal(np.asarray(loaded(tokens)), np.asarray(model(tokens)))
 
 
 @pytest.mark.parametrize("name", BROKEN)

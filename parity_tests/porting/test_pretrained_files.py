@@ -110,24 +110,24 @@ def test_a_lying_header_is_refused(name: str, tmp_path: Path) -> None:
     header, message = LIES[name]
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(text(header))) + text(header) + bytes(16))
-    with pytest.raises(ValueError, match=message) as caught, open_weights(tmp_path):
-        pass
+    with pytest.raises(ValueError, match=message) as caught:
+        open_weights(tmp_path)
     assert "\n" not in str(caught.value) and "model.safetensors must be a whole" in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [0, 3, 17, 10**8 + 1, 2**63, 2**64 - 1])
 def test_an_absurd_header_length_is_refused(size: int, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", size) + b"{}")
-    with pytest.raises(ValueError, match=r"must be a whole \.safetensors file"), open_weights(tmp_path):
-        pass
+    with pytest.raises(ValueError, match=r"must be a whole \.safetensors file"):
+        open_weights(tmp_path)
 
 
 def test_dtypes_that_are_not_supported_are_all_named(tmp_path: Path) -> None:
     last = {**ENTRY, "dtype": "I32", "data_offsets": [16, 24]}
     header = text({"a": {**ENTRY, "dtype": "F8_E4M3", "shape": [8]}, "b": SECOND, "c": last})
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
-    with pytest.raises(ValueError, match=r"must be one of F64, F32, F16, BF16: a is F8_E4M3, c is I32$"), open_weights(tmp_path):
-        pass
+    with pytest.raises(ValueError, match=r"must be one of F64, F32, F16, BF16: a is F8_E4M3, c is I32$"):
+        open_weights(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
 
 def tensors(folder: Path) -> dict[str, bytes]:
     """{name: dtype, shape, bytes}."""
-    with open_weights(folder) as found:
-        return {name: f"{h.dtype}{h.shape}".encode() + h.read().tobytes() for name, h in found.items()}
+    return {name: f"{h.dtype}{h.shape}".encode() + h.read().tobytes() for name, h in open_weights(folder).items()}
 
 
 def damage(raw: bytes, cut: int, flips: list[tuple[int, int]]) -> bytes:

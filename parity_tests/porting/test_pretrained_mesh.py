@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe.sharding import mesh as sharding
+from jax_moe import sharding
+from jax_moe.sharding import place
 from parity_tests.porting.decoder_cases import decoder
 
 ON_FOUR = """
@@ -27,9 +28,9 @@ def arrays(model):
     return {".".join(map(str, keys)): v[...] for keys, v in nnx.to_flat_state(nnx.state(model))}
 def saved(model, name):
     jax_moe.save_pretrained(model, folder.with_name(name), max_shard_bytes=2000)
-    with open_weights(folder) as one, open_weights(folder.with_name(name)) as two:
-        assert one.keys() == two.keys()
-        assert all(one[n].read().tobytes() == two[n].read().tobytes() for n in one)
+    one, two = open_weights(folder), open_weights(folder.with_name(name))
+    assert one.keys() == two.keys()
+    assert all(one[n].read().tobytes() == two[n].read().tobytes() for n in one)
 
 plain = jax_moe.load_pretrained(folder)
 one = arrays(plain)
@@ -79,7 +80,7 @@ def test_only_the_windows_of_the_devices_are_made() -> None:
         asked.append(window)
         return np.arange(24, dtype=np.float32).reshape(2, 4, 3)[window]
 
-    array = sharding.place(part, (2, 4, 3), sharding.expert_mesh(1), 1)
+    array = place.place(part, (2, 4, 3), sharding.expert_mesh(1), 1)
     assert asked == [(slice(0, 2), slice(0, 4), slice(0, 3))]
     np.testing.assert_array_equal(np.asarray(array), np.arange(24).reshape(2, 4, 3))
 
@@ -89,10 +90,10 @@ def test_fetch_takes_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
     array = jax.numpy.asarray(values)
     for index in ((1, 2, slice(None)), (slice(None), 3, slice(None)), (slice(None),) * 3):
-        np.testing.assert_array_equal(sharding.fetch(array, index), values[index])
-        np.testing.assert_array_equal(sharding._gathered(array, index), values[index])
-    monkeypatch.setattr(sharding, "_on_host", lambda array: False)
-    np.testing.assert_array_equal(sharding.fetch(array, (1, slice(None), slice(None))), values[1])
+        np.testing.assert_array_equal(place.fetch(array, index), values[index])
+        np.testing.assert_array_equal(place._gathered(array, index), values[index])
+    monkeypatch.setattr(place, "_on_host", lambda array: False)
+    np.testing.assert_array_equal(place.fetch(array, (1, slice(None), slice(None))), values[1])
 
 
 def test_meshes_that_are_refused() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +13,21 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.disk import verify
+from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.formats.state_file import read_state
+from jax_moe.stored import stored_variables
 from moe_cli.main import main
 from parity_tests.cli.commands import fails, names
+from parity_tests.layers.test_stored import BIAS, CONFIG, CORRECTED
 from parity_tests.porting.decoder_cases import decoder, weights
 from parity_tests.porting.test_load_save import numbers
-from parity_tests.shared.compare import check_exact
+from parity_tests.shared.compare import MismatchError, check_exact
+from parity_tests.shared.filled import filled
 from train import loop
+from train.configs.settings import flat
+from train.options import read_settings
+from train.run import checkpoint
+from train.run.folder import read_config
 
 pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
 TEXT = "abcdefghij" * 60
@@ -135,3 +144,36 @@ def test_a_run_in_pytorch(place: Path, tmp_path: Path, monkeypatch: pytest.Monke
     check_exact(numbers(jax_moe.load(last)), numbers(whole), "4.pt")
     assert main(["inspect", str(killed(tmp_path / "a", tmp_path / "killed"))]) == 0
     assert isinstance(whole, nnx.Module) and jax.tree.leaves(nnx.state(whole))
+
+
+def test_a_run_keeps_a_correction_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No optimizer sees it, but a checkpoint holds it; one without, as the version before wrote it, takes the model's."""
+    monkeypatch.setitem(FAMILIES, "corrected_moe", CORRECTED)
+    monkeypatch.chdir(tmp_path)
+    model = filled(lambda: jax_moe.Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    jax_moe.save_pretrained(model, Path("tiny"), model_type="corrected_moe")
+    np.save("tokens.npy", np.arange(600, dtype=np.uint16) % 11)
+
+    def prepared(words: str) -> Any:
+        """The learner of a run that is about to train."""
+        made = loop.prepare(*read_settings(words.split()))
+        made.lock.release()
+        assert not any("correction" in name for name in checkpoint.shapes(made.learner.state))
+        return made.learner
+
+    def found(module: nnx.Module) -> dict[str, np.ndarray]:
+        return {BIAS: np.asarray(stored_variables(module)[BIAS][...])}
+
+    run, bias = Path("run"), {BIAS: np.asarray(model.moe.router.correction_bias[...])}
+    learner = prepared(f"{TUNED} {SMALL} --out run".replace("prompt a", "prompt 1"))
+    settings = flat(read_config(run)["config"])
+    learner.save(run / "checkpoints", 1, settings)
+    check_exact(found(jax_moe.load(run)), bias, "read from the run's checkpoint")
+    model.moe.router.correction_bias[...] += 1
+    jax_moe.save_pretrained(model, Path("tiny"), model_type="corrected_moe", overwrite=True)
+    check_exact(found(prepared("--resume --out run").module()), bias, "resumed: the run's own")
+    checkpoint.save(run / "checkpoints", 1, learner.state, settings)
+    again = found(prepared("--resume --out run").module())
+    with pytest.raises(MismatchError):
+        check_exact(again, bias, "resumed without: that of the model")
+    check_exact(again, {BIAS: bias[BIAS] + 1}, "resumed without: that of the model")

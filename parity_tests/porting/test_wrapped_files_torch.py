@@ -169,7 +169,7 @@ def test_what_stands_beside_a_model_without_end_is_left_out(tmp_path: Path, caps
     whole["config"] = twice
     torch.save(whole, tmp_path / "a.pt")
     assert main(["port", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), *SETTINGS]) == 0
-    assert "left out, for it is not plain values: config" in capsys.readouterr().err
+    assert "left out, as they are not plain values: config" in capsys.readouterr().err
 
 
 def test_planted_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,9 @@ from flax import nnx
 import jax_moe
 import torch_ref
 from jax_moe import presets
-from jax_moe.porting.families import tables_of
-from moe_parity.compare import FUSED
+from jax_moe.porting.families.mixtral import MIXTRAL
 from moe_parity.sides.jax_moe import tap_model
-from moe_parity.sides.widened import widened
+from moe_parity.sides.transformers import widened
 from moe_parity.stages import Place
 from parity_tests.shared.filled import filled
 from parity_tests.table.sides import tensor
@@ -234,7 +233,7 @@ def family(folder: Path) -> Subject:
         given = jnp.asarray(own if replay is None else replay, jnp.int32)
         found = ours_differentiated(
             made, lambda made: made.run(jnp.asarray(tokens), expert_LBTK=given).logits_BTV,
-            partial(jax_moe.to_torch, made, layout=tables_of(made)[FUSED].name),
+            partial(jax_moe.to_torch, made, layout=MIXTRAL.in_memory(made.config).name),
         )
         return Answer(*found, own)
 

@@ -10,8 +10,6 @@ import jax
 import numpy as np
 
 from jax_moe.porting.checkpoint import load
-from jax_moe.porting.recognise import Choices
-from jax_moe.porting.training_files import read_training
 
 CHECKPOINTS = (
     "makemoe", "makemoe_layer_bf16", "mixtral_fp16", "moe", "soft_moe_orbax", "switch", "qwen2_moe", "qwen2_moe_orbax",
@@ -35,9 +33,10 @@ def checkpoint(path: Path) -> dict[str, str]:
 
 def training(path: Path) -> dict[str, str]:
     """Weights, moments and step."""
-    read = read_training(path, Choices())
+    read = load(path, with_optimizer=True)
+    assert read.optimizer is not None
     moments = {f"{word} {name}": a for word, arrays in read.optimizer.moments.arrays.items() for name, a in arrays.items()}
-    return _digests({**read.checkpoint.state(), **moments, "step": np.asarray(read.optimizer.moments.step)})
+    return _digests({**read.state(), **moments, "step": np.asarray(read.optimizer.moments.step)})
 
 
 def run(folder: Path) -> dict[str, str]:

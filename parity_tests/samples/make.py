@@ -31,7 +31,7 @@ RUN = (
 )
 SMALL = ("--data", "text.txt", "--sample-prompt", "T", "--model-dim", "8", "--num-heads", "2",
          "--num-layers", "2", "--num-experts", "4")
-STOP = "import os, signal, train.loop as loop\nsteps = loop.evaluate\n" + (
+STOP = "import os, signal, train.steps as loop\nsteps = loop.evaluate\n" + (
     "def evaluate(run, step, *rest):\n    row = steps(run, step, *rest)\n"
     "    os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None\n    return row\nloop.evaluate = evaluate\n"
 )

@@ -15,9 +15,9 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.losses import pool_balance_loss
-from jax_moe.porting.families import tables_of
+from jax_moe.porting.families import reference_table
 from jax_moe.porting.formats.safetensors import read_safetensors
-from moe_parity.sides.widened import widened
+from moe_parity.sides.transformers import widened
 from parity_tests.shared.compare import check_close, check_exact
 from parity_tests.shared.quick import QUICK
 from parity_tests.table.checks import Column, always
@@ -95,7 +95,7 @@ class FamilyRuns:
         draw_weights(self.reference, seed=1)
         self.folder = save_reference(self.reference, folder / "theirs")
         self.model = jax_moe.load_pretrained(self.folder)
-        self.layout = tables_of(self.model)[1].name
+        self.layout = reference_table(self.model).name
 
     @functools.cached_property
     def float32(self) -> Outcome:

@@ -242,7 +242,7 @@ def measure_runs() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """The picture of a case, in fp64 and fp32."""
-    from moe_parity.pages.train_plot import write_picture
+    from moe_parity.pages.plots import write_picture
 
     case = RUN_CASES[1]
     with tempfile.TemporaryDirectory() as folder:

@@ -148,11 +148,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     words = ["parity", str(tmp_path / "model"), "--train"]
     assert main([*words, "2", "--num-tokens", "4", "--plot", str(tmp_path / "runs.png")]) == 0
     said = capsys.readouterr().out
-    assert "float64: loss" in said and "float32: loss" in said and "every token went to the same experts" in said
+    assert "float64: loss" in said and "float32: loss" in said and "every token has the same experts" in said
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     for wrong, message in (
         (["0"], "train=0: must be at least 1"),
-        (["2", "--num-tokens", "9"], "num_tokens=9: must be at most the model's block, 8"),
+        (["2", "--num-tokens", "9"], "num_tokens=9: must be at most the model's block size, 8"),
         (["2", "--grads"], "grads=True: must be left out with --train"),
         (["2", "--plot", "runs.gif"], "must be the name of a .png"),
     ):

@@ -72,7 +72,7 @@ def test_a_port(to: str, tmp_path: Path) -> None:
     name = {"orbax": "target", "file": "target.safetensors"}[to]
     words = ["port", "from.safetensors", name, *(["--to", "orbax"] if to == "orbax" else [])]
     draw, target = np.random.default_rng(8), tmp_path / "work" / name
-    with Zygote(tmp_path / "work", "moe_cli.arguments:main", {}) as zygote:
+    with Zygote(tmp_path / "work", "moe_cli.main:main", {}) as zygote:
         moments = zygote.run(*words).moments
         for number in range(KILLS if to == "orbax" else KILLS // 2):
             again = ["--overwrite"] if target.exists() or number % 2 else []

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_moe.sharding import mesh as sharding
+from jax_moe import sharding
 from train import plots
 from train.configs.settings import (
     ModelSettings,

@@ -25,6 +25,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jax_moe
+from jax_moe.porting.formats.safetensors import read_safetensors
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.table.family_cases import draw_weights
 from train import loop
@@ -218,7 +219,7 @@ def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
     there, here = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tiny", "pretrained"))
     states = [{n: v.float().numpy() for n, v in one.state_dict().items()} for one in (here, there)]
     check_exact(states[0], states[1], "untrained")
-    files = [jax_moe.disk.read_safetensors(tmp_path / name / "model.safetensors") for name in ("pretrained", "tiny")]
+    files = [read_safetensors(tmp_path / name / "model.safetensors") for name in ("pretrained", "tiny")]
     check_exact(files[0], files[1], "tensors on the disk")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "pretrained").write_text("in the way")

@@ -1,0 +1,5 @@
+"""Attention, one kind in a file."""
+
+from torch_ref.attention.multihead import Attention
+
+__all__ = ["Attention"]

@@ -1,4 +1,4 @@
-"""Multi-head attention, causal or not, with one scale or the other; heads one after the other."""
+"""Multi-head attention, causal or not, in a loop over the heads."""
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ def head_weights(
     q_BTA: Float[Tensor, "B T A"], k_BUA: Float[Tensor, "B U A"], config: AttentionConfig,
     mask_BU: Bool[Tensor, "B U"] | None = None, tril_TU: Tensor | None = None,
 ) -> Float[Tensor, "B T U"]:
-    """One head's softmax(q k^T * scale) in fp32 or wider. Masked keys get the most negative finite number first.
+    """A head's softmax(q k^T * scale) in fp32 or wider. Masked keys get the most negative finite number before the
+    softmax.
 
-    `tril_TU` is the causal mask (0 where a key is hidden) if there is one stored, else it is made here.
+    `tril_TU` is the stored causal mask (0 where a key is hidden); without it the mask is made here.
     """
     scores_BTU = (q_BTA @ k_BUA.transpose(1, 2) * config.score_scale).to(wide(q_BTA.dtype))
     lowest = torch.finfo(scores_BTU.dtype).min
@@ -30,7 +31,7 @@ def head_weights(
 
 
 class Head(nn.Module):
-    """The projections of one head, without bias, and its causal mask (kept because makeMoE stores it)."""
+    """The projections of a head, without bias, and its causal mask, a buffer because makeMoE stores it."""
 
     tril: Tensor | None
 
@@ -46,8 +47,8 @@ class Head(nn.Module):
 class Attention(nn.Module):
     """Self-attention. Parameters `heads.{h}.{key,query,value}` [A, D] or one `qkv` [3 D, D]; `proj`.
 
-    Projections have no bias, the output has one, as in makeMoE. The rows of `qkv`: all heads' queries, keys, values.
-    With a `block_size` causal per-head attention stores makeMoE's `tril` buffers.
+    The output has a bias, the other projections have none, as in makeMoE. The rows of `qkv` are all heads' queries,
+    then their keys, then their values. With a `block_size` causal per-head attention stores makeMoE's `tril` buffers.
     """
 
     def __init__(self, config: AttentionConfig, *, block_size: int | None = None):
@@ -83,7 +84,8 @@ class Attention(nn.Module):
         attention_keep_BHTU: Bool[Tensor, "B H T U"] | None = None,
         output_keep_BTD: Bool[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The answer in the input's dtype; dropout when training or by masks (True where a value survives).
+        """The answer in the input's dtype. Dropout is drawn when training, or given by masks (True where a value
+        survives).
 
         Raises ValueError for a tensor of another kind or shape.
         """

@@ -1,4 +1,4 @@
-"""Text from a model: sampling with makeMoE's sliding window, one token after the other."""
+"""Text from a model: a loop that samples token by token, with makeMoE's sliding window."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ def generate(
     top_p: float | int | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "B new"]:
-    """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the best one (lower index on ties).
+    """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the best token (lower index on ties).
 
-    A context longer than block_size is cropped to its last block_size tokens, as makeMoE does. Runs the model in
-    evaluation mode and puts its mode back. Greedy, nothing is random; else tokens and the router's noise are drawn
-    from `generator`. No sequences give none.
-    Raises ValueError for settings out of range and for tokens of another kind or shape.
+    A context longer than block_size is cropped to its last block_size tokens, as in makeMoE. The model runs in
+    evaluation mode, and its mode is restored. At temperature 0 nothing is random; else tokens and the router's noise
+    are drawn from `generator`. A batch without sequences gives a batch without sequences. Raises ValueError for
+    settings out of range and for tokens of another kind or shape.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     checked_input("tokens_BT", tokens_BT)
@@ -52,7 +52,7 @@ def generate(
 def router_noise(
     model: MakeMoE, tokens_BT: Int[Tensor, "B T"], random: bool, generator: torch.Generator | None
 ) -> Randomness | None:
-    """Unit Gaussians for every router, in fp32 or wider, or zeros that silence it; None for a model without learned noise."""
+    """Unit Gaussians for every router, in fp32 or wider, or zeros for no noise; None if the model learns no noise."""
     config = model.config
     if not config.noise:
         return None

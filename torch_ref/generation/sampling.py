@@ -13,9 +13,10 @@ from torch_ref.top_k import best_first
 def filter_logits(
     logits_BV: Float[Tensor, "B V"], top_k: int | None = None, top_p: float | int | None = None
 ) -> Float[Tensor, "B V"]:
-    """Logits in fp32 or wider, -inf outside the top-k and the nucleus: the fewest best tokens that weigh top_p together.
+    """Logits in fp32 or wider, -inf outside the top-k and outside the nucleus, the fewest best tokens that sum to
+    top_p.
 
-    Ties at the k-th place all stay. The nucleus is taken after the top-k and always keeps the best token.
+    All ties at the k-th place stay. The nucleus is taken after the top-k and always keeps the best token.
     """
     filtered = []
     for logits_V in logits_BV.to(wide(logits_BV.dtype)):
@@ -36,19 +37,20 @@ def choose_tokens(
     logits_BV: Float[Tensor, "B V"], temperature: float | int, top_k: int | None, top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int[Tensor, "B 1"]:
-    """The best token, the lower index on ties, or one drawn from the filtered softmax, in fp32 or wider."""
+    """The best token (the lower index on ties) or a token drawn from the filtered softmax, in fp32 or wider."""
     if temperature == 0:
         return best_first(logits_BV, 1)
     logits_BV = logits_BV.to(wide(logits_BV.dtype))
-    # the best at 0: a small temperature must not make several infinite
+    # the best logit becomes 0: a small temperature must not make several logits infinite
     logits_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
     logits_BV = filter_logits(logits_BV / max(temperature, torch.finfo(logits_BV.dtype).tiny), top_k, top_p)
     return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1, generator=generator)
 
 
 def check_sampling(max_new_tokens: int, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
-    """Raises ValueError for settings that cannot be sampled with."""
-    require(isinstance(max_new_tokens, Integral) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    """Raises ValueError for settings out of range."""
+    enough = isinstance(max_new_tokens, Integral) and max_new_tokens >= 1
+    require(enough, "max_new_tokens", max_new_tokens, "at least 1")
     require(temperature >= 0, "temperature", temperature, "0 (greedy) or above")
     require(temperature < math.inf, "temperature", temperature, "finite")
     require(top_k is None or (isinstance(top_k, Integral) and top_k >= 1), "top_k", top_k, "None or at least 1")

@@ -1,4 +1,4 @@
-"""The transformer block: attention and a mixture of experts, each behind a norm and inside a residual."""
+"""The transformer block: attention and a mixture of experts, each after a norm and in a residual."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch_ref.soft_moe import SoftMoE
 
 
 class Randomness(NamedTuple):
-    """Draws given as arrays; a stack of blocks takes each with a leading L. None: drawn as training and contract say."""
+    """Draws given as arrays, each with a leading L for a stack of blocks. None: drawn as mode and contract say."""
 
     noise_BTE: Float[Tensor, "*L B T E"] | None = None  # unit Gaussians for the router
     attention_keep_BHTU: Bool[Tensor, "*L B H T U"] | None = None  # True where dropout lets a value through
@@ -24,7 +24,7 @@ class Randomness(NamedTuple):
 
 
 def checked_draws(draws: Randomness | None, config: BlockConfig, sizes: Sizes, leading: str = "") -> Randomness:
-    """The draws, each of its kind and shape, `leading` dims first. Raises ValueError for others, and for draws of no use."""
+    """The draws, checked for kind and shape, `leading` dims first. Raises ValueError also for draws that go unused."""
     draws = draws or Randomness()
     sizes = {**sizes, "U": sizes["T"], "D": Dim(config.attention.model_dim, "model_dim")}
     sizes |= dims_of_settings(config.attention, H="num_heads")
@@ -46,7 +46,7 @@ def block_forward(
     mask_BT: Bool[Tensor, "B T"] | None = None,
     randomness: Randomness | None = None,
 ) -> tuple[Float[Tensor, "B T D"], MoEStats | None]:
-    """x += attention(norm(x)); x += moe(norm(x)). Statistics are None for Soft MoE, which has none."""
+    """x += attention(norm(x)); x += moe(norm(x)). The statistics of Soft MoE are None."""
     draws = randomness or Randomness()
     x_BTD = x_BTD + attention(
         normed(x_BTD, attention_norm), mask_BT=mask_BT, attention_keep_BHTU=draws.attention_keep_BHTU,
@@ -61,7 +61,7 @@ def block_forward(
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += moe(norm(x)). `moe` is sparse or, where nothing is causal, soft."""
+    """x += attention(norm(x)); x += moe(norm(x)). `moe` is sparse or, if attention is not causal, soft."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -82,5 +82,6 @@ class Block(nn.Module):
 
         Raises ValueError for a tensor of another kind or shape.
         """
-        randomness = checked_draws(randomness, self.config, checked_input("x_BTD", x_BTD, self.config.attention.model_dim))
-        return block_forward(x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT, randomness)
+        sizes = checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
+        draws = checked_draws(randomness, self.config, sizes)
+        return block_forward(x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT, draws)

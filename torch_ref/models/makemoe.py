@@ -32,7 +32,7 @@ class NoisyTopkRouter(nn.Module):
 
 
 class MakeMoEExpert(nn.Module):
-    """`net.0` and `net.2` [4 D, D] and [D, 4 D]: what makeMoE keeps in an nn.Sequential around a ReLU."""
+    """`net.0` [4 D, D] and `net.2` [D, 4 D], which makeMoE stores in an nn.Sequential around a ReLU."""
 
     def __init__(self, model_dim: int, expert_dim: int, config: ExpertConfig):
         super().__init__()
@@ -130,9 +130,9 @@ class MakeMoE(nn.Module):
     ) -> tuple[Float[Tensor, "B T V"], MoEStats]:
         """Logits of the next character, and the statistics of every layer (leading L).
 
-        Noise and dropout follow `self.training` and the contract; `randomness` gives the draws instead, each with a
-        leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above block_size, a token outside
-        the vocabulary, or a tensor of another kind or shape.
+        Noise and dropout follow `self.training` and the contract, unless `randomness` gives the draws, each with a
+        leading L. `remat`: which values each layer keeps for the backward. Raises ValueError for T above block_size, a
+        token outside the vocabulary, or a tensor of another kind or shape.
         """
         self.check_tokens(tokens_BT)
         sizes = checked_input("tokens_BT", tokens_BT) | dims_of_settings(self.config, L="num_layers")
@@ -143,18 +143,21 @@ class MakeMoE(nn.Module):
         x_BTD = self.token_embedding_table(tokens_BT.long()) + self.position_embedding_table(positions_T)
         layers = []
         for i, block in enumerate(self.blocks):
-            draws = None if randomness is None else Randomness(*(None if draw is None else draw[i] for draw in randomness))
+            draws = None
+            if randomness is not None:
+                draws = Randomness(*(None if draw is None else draw[i] for draw in randomness))
             x_BTD, stats = rematerialised(block, remat)(x_BTD, mask_BT=mask_BT, randomness=draws)
             layers.append(stats)
         logits_BTV = self.lm_head(normed(x_BTD, self.ln_f))
         return logits_BTV, MoEStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
 
     def check_tokens(self, tokens_BT: Int[Tensor, "B T"]) -> None:
-        """Raises ValueError for what is no tensor of integers [B, T], a sequence that is too long or a token that is not in
-        the vocabulary."""
+        """Raises ValueError unless this is a tensor of integers [B, T] with at most block_size positions, all of them
+        in the vocabulary."""
         config = self.config
         checked_input("tokens_BT", tokens_BT)
         if not 1 <= tokens_BT.shape[1] <= config.block_size:
-            raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}")
+            allowed = f"1 to block_size={config.block_size}"
+            raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be {allowed}")
         if tokens_BT.numel():
             check_token_range(int(tokens_BT.min()), int(tokens_BT.max()), config.vocab_size)

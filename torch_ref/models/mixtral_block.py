@@ -9,7 +9,7 @@ from torch_ref.moe import Parts, moe_forward
 
 
 class MixtralBlockSparseTop2MLP(nn.Module):
-    """`w1` is the gate, `w3` goes up, `w2` comes down."""
+    """`w1` is the gate, `w3` the up and `w2` the down projection."""
 
     def __init__(self, model_dim: int, expert_dim: int, config: ExpertConfig):
         super().__init__()
@@ -34,7 +34,8 @@ class MixtralSparseMoeBlock(nn.Module):
         router, expert = config.router, config.expert
         extra = router.bias or router.correction_bias or router.noise == "learned_gaussian"
         if extra or expert.bias or not expert.gated or expert.shared_dim:
-            raise ValueError("config: must have gated experts and no bias, learned noise, correction bias or shared expert")
+            allowed = "gated experts and no bias, learned noise, correction bias or shared expert"
+            raise ValueError(f"config: must have {allowed}")
         self.config = config
         self.gate = nn.Linear(config.model_dim, config.num_experts, bias=False)
         self.experts = nn.ModuleList(

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.porting.checkpoint import load
-from jax_moe.porting.recognise import Choices
+from jax_moe.porting.families.choices import Choices
 from train.configs.adapt import Free, changed
 from train.configs.settings import TrainConfig
 
@@ -62,7 +62,7 @@ def read_initial(path: str) -> Initial:
         said = " ".join(str(error).split()).removeprefix(f"{place}: ")
         said = "must be a makeMoE language model" if said.startswith("top_k: must be a setting of") else said
         raise ValueError(f"init_from={path!r}: {said}") from None
-    if checkpoint.family != "makemoe":
+    if not checkpoint.of_characters:
         hint = "; --pretrained fine-tunes it" if checkpoint.family == "decoder" else ""
         raise ValueError(f"init_from={path!r}: must be a makeMoE language model, is {checkpoint.name}{hint}")
     return Initial(path, checkpoint.module, checkpoint.characters)

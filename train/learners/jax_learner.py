@@ -18,6 +18,7 @@ from jax_moe.precision import cast_to_compute
 from jax_moe.sharding.mesh import data_mesh, fitting_devices
 from jax_moe.sharding.place import put_batch
 from jax_moe.sharding.rules import replicated
+from jax_moe.stored import stored_state
 from train.configs import TrainConfig
 from train.configs.settings import OptimizerSettings
 from train.learners.models import Model
@@ -125,11 +126,23 @@ class JaxLearner:
         )
 
     def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
-        checkpoint.save(folder, step, self.state, settings)
+        checkpoint.save(folder, step, self._stored(), settings)
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
-        step, settings, self.state = checkpoint.restore(folder, self.state)
+        step, settings, stored = checkpoint.restore(folder, self._stored(), older=self.state)
+        module = self.module()
+        state = stored_state(module)
+        nnx.replace_by_pure_dict(state, stored["params"])
+        nnx.update(module, state)
+        _, params, rest = nnx.split(module, nnx.Param, ...)
+        # uncommitted arrays: they follow the parameters to whatever devices these are on
+        self.rest = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), rest)
+        self.state = {"params": nnx.to_pure_dict(params), "optimizer": stored["optimizer"]}
         return step, settings
+
+    def _stored(self) -> State:
+        """The content of a checkpoint: all that the model stores, such as a correction bias, and the optimizer's state."""
+        return {**self.state, "params": nnx.to_pure_dict(stored_state(self.module()))}
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         tokens_BT = jax_moe.generate(

@@ -72,10 +72,11 @@ class Pretrained:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        with open_folder(directory) as found:
-            self.config, self.model_type = found.config, found.model_type
-            self.num_parameters = sum(math.prod(found.headers[piece.theirs].shape) for piece in found.plan.pieces)
-            self.dtypes = {piece.ours: np.dtype(found.headers[piece.theirs].dtype) for piece in found.plan.pieces}
+        found = open_folder(directory)
+        assert found.plan is not None
+        self.config, self.model_type = found.config, found.family.name
+        self.num_parameters = sum(math.prod(found.tensors[piece.theirs].shape) for piece in found.plan.pieces)
+        self.dtypes = {piece.ours: np.dtype(found.tensors[piece.theirs].dtype) for piece in found.plan.pieces}
         self.moe, self.num_mixtures = self.config.moe, len(self.config.moe_layers)
         self.balance_loss_weight = self.config.balance_loss_weight
 

@@ -1,6 +1,5 @@
 """The PyTorch side: the reference model, plainly, from the weights and on the batches of the JAX side."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from train.learners.optimizer import learning_rate
 from train.run import checkpoint
 from train.run import folder as run_folder
 from train.run.metrics import Evaluation
+from train.run.whole import whole
 
 # Streams of the run's seed, one for each purpose.
 STEP, EVALUATE, SAMPLE = range(3)
@@ -115,13 +115,9 @@ class TorchLearner:
 
     def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
         folder.mkdir(exist_ok=True)
-        part = folder / f".{step}.pt"
-        whole = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "settings": settings}
-        try:
-            _write_whole(part, whole)
-            os.replace(part, folder / f"{step}.pt")
-        finally:
-            part.unlink(missing_ok=True)
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "settings": settings}
+        with whole(folder / f"{step}.pt") as part:
+            _write(part, content)
         for old in sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem))[: -checkpoint.KEEP]:
             old.unlink()
 
@@ -155,15 +151,15 @@ class TorchLearner:
         run_folder.write_weights(folder, self.weights())
 
 
-def _write_whole(path: Path, whole: dict[str, Any]) -> None:
-    """Raises OSError with one line unless every tensor reads back bit for bit."""
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file and reads it back. Raises OSError with one line unless every tensor is the same bit for bit."""
     try:
-        torch.save(whole, path)
+        torch.save(content, path)
         sync(path)
         again = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:  # torch has no other kind for a full disk
+    except RuntimeError as error:  # torch raises no other class for a full disk
         raise OSError(f"{path}: cannot be written ({' '.join(str(error).split())[:160]})") from None
-    if not _same(whole, again):
+    if not _same(content, again):
         raise OSError(f"{path}: must read back as written; it differs")
 
 

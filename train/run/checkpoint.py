@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jax_moe.disk import same_bits, sync
 from jax_moe.porting.formats.orbax import plain, quiet, save_tree
-from train.run.metrics import write_whole
+from train.run.whole import write_whole
 
 KEEP = 2  # should the newest be damaged, the one before is still there
 BATCH_BYTES = 1 << 28  # read back at a time
@@ -116,10 +116,11 @@ def check_whole(folder: Path, step: int) -> None:
         raise damaged(folder / str(step), f"{len(wrong)} files differ from {step}.sha256, first {wrong[:1]}")
 
 
-def restore(folder: Path, like: Any) -> tuple[int, dict[str, Any], Any]:
-    """Step, settings and state of the newest checkpoint; `like` gives shapes, dtypes and devices.
+def restore(folder: Path, like: Any, older: Any = None) -> tuple[int, dict[str, Any], Any]:
+    """Step, settings and state of the newest checkpoint; `like` gives names, shapes, dtypes and devices.
 
-    Raises ValueError if there is none, if it is damaged, or if it is of another model.
+    `older` is the state as versions before this one saved it, which is read as well. Raises ValueError if there is no
+    checkpoint, if it is damaged, or if it is of another model.
     """
     steps = saved_steps(folder)
     if not steps:
@@ -129,6 +130,8 @@ def restore(folder: Path, like: Any) -> tuple[int, dict[str, Any], Any]:
     with plain(path) as source:
         about = ocp.checkpointables_metadata(source)
         found, wanted = shapes(about.metadata["state"]), shapes(like)
+        if older is not None and found == shapes(older):
+            like, wanted = older, found
         if found != wanted:
             name = min(set(found.items()) ^ set(wanted.items()))[0]
             raise ValueError(f"{path}: must be of this model; {name} is {found.get(name)} there and {wanted.get(name)} here")

@@ -17,6 +17,7 @@ from jax_moe.locks import BusyError, Lock
 from train.configs.known import Known
 from train.configs.settings import FREE_ON_RESUME, Start, TrainConfig, flat, from_flat
 from train.run import metrics
+from train.run.whole import whole, write_whole
 
 RUNS = Path("runs")
 CONFIG, LOCK = "config.json", ".lock"
@@ -135,10 +136,9 @@ def _known(written: dict[str, Any]) -> Known:
 
 def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
     """model.safetensors, whole or not at all."""
-    part = folder / ".model.safetensors"
     contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
-    part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
-    part.replace(folder / "model.safetensors")
+    with whole(folder / "model.safetensors") as part:
+        part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
 
 
 def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> No
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     content = {"settings": flat(config), **about, "versions": versions}
-    metrics.write_whole(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+    write_whole(folder / CONFIG, json.dumps(content, indent=1) + "\n")
 
 
 def check_same(config: TrainConfig, saved: TrainConfig, where: Path) -> None:

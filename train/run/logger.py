@@ -1,5 +1,6 @@
 """An optional second home for settings and losses: a local MLflow store inside the run's folder."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from jax_moe.config.checks import shorten
 from train.configs.settings import TrainConfig, flat
 
 NEEDED = ("mlflow", "sqlalchemy", "alembic")
@@ -41,6 +43,7 @@ class MlflowLogger:
             warnings.simplefilter("ignore")
             from mlflow.tracking import MlflowClient
 
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well, and told in one line
             self.client = MlflowClient(tracking_uri=f"sqlite:///{(folder / 'mlflow.db').absolute()}")
             found = self.client.get_experiment_by_name("jax_moe")
         artifacts = (folder / "mlflow_artifacts").absolute().as_uri()
@@ -79,9 +82,11 @@ def open_logger(folder: Path, config: TrainConfig) -> Logger:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """MLflow and its database raise dozens of kinds, pages long."""
+    """OSError of one line for all that MLflow and its database raise: dozens of classes, with messages of pages."""
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OSError(f"logger='mlflow': cannot be written ({reason[:160]})") from None
+        first: BaseException = error
+        while first.__cause__ or first.__context__:
+            first = first.__cause__ or first.__context__  # type: ignore[assignment]
+        raise OSError(f"logger='mlflow': cannot be written ({shorten(first) or type(first).__name__})") from None

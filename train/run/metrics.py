@@ -7,6 +7,7 @@ from typing import Any
 
 from jax_moe.config.checks import require, shorten
 from jax_moe.guarded import parse_json
+from train.run.whole import write_whole
 
 FILE = "metrics.jsonl"
 Row = dict[str, Any]
@@ -98,10 +99,3 @@ def keep_until(folder: Path, step: int) -> list[Row]:
     rows = [row for row in read(folder) if row["step"] <= step] if (folder / FILE).exists() else []
     write_whole(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file beside, then renames it, so that it is never half there."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -1,33 +1,99 @@
-"""One file of rows a family; here, which tables a module has, the first being the one written by default."""
+"""Every family, each one record in one file; what a name, a state dict or a module is by them."""
+
+import re
+from collections.abc import Iterable
 
 from flax import nnx
 
-from jax_moe.attention.multihead import Attention
-from jax_moe.models.block import Block
 from jax_moe.models.decoder import Decoder
-from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
-from jax_moe.porting.families import attention, block, makemoe, mixtral, soft_moe, switch
-from jax_moe.porting.families import torch_ref as moe
-from jax_moe.porting.families.hf import decoder_tables, layer_tables
+from jax_moe.porting.families.family import Family
+from jax_moe.porting.families.granitemoe import GRANITEMOE
+from jax_moe.porting.families.makemoe import MAKEMOE, MAKEMOE_LAYER
+from jax_moe.porting.families.mixtral import MIXTRAL
+from jax_moe.porting.families.olmoe import OLMOE
+from jax_moe.porting.families.qwen2_moe import QWEN2_MOE
+from jax_moe.porting.families.qwen3_moe import QWEN3_MOE
+from jax_moe.porting.families.soft_moe import SOFT_MOE
+from jax_moe.porting.families.switch import SWITCH
+from jax_moe.porting.families.torch_ref import PARTS, TORCH_REF
 from jax_moe.porting.table.rows import Table
-from jax_moe.soft_moe import SoftMoE
 
-TABLES: dict[type[nnx.Module], tuple[Table, ...]] = {
-    MoE: (moe.TORCH_REF, mixtral.SPARSE_BLOCK, makemoe.SPARSE_MOE, switch.SPARSE_MLP, *layer_tables()),
-    SoftMoE: (soft_moe.SOFT_MOE,),
-    Attention: (attention.TORCH_REF,),
-    Block: (block.TORCH_REF, block.TORCH_REF_SOFT),
-    MakeMoE: (makemoe.LANGUAGE_MODEL,),
+# The first whose state dict is of a module is the one that any contract of the module is saved under.
+FAMILIES: dict[str, Family] = {
+    one.name: one for one in (
+        TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
+    )
 }
 
 
+def decoder_names() -> list[str]:
+    """The model types whose whole decoder is known."""
+    return [name for name, one in FAMILIES.items() if one.decoder is not None]
+
+
+def family_named(model_type: object) -> Family:
+    """The family of a whole decoder. Raises ValueError for one that is not here, or is known by its mixture alone."""
+    whole = decoder_names()
+    if not isinstance(model_type, str) or model_type not in whole:
+        known = isinstance(model_type, str) and model_type in FAMILIES and FAMILIES[model_type].mixture is not None
+        hint = "; of this type the mixture of a layer is known, not the whole decoder" if known else ""
+        raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(whole)}{hint}")
+    return FAMILIES[model_type]
+
+
+def architecture_of(model_type: str) -> str:
+    """What `transformers` calls the class of the whole decoder."""
+    decoder = family_named(model_type).decoder
+    assert decoder is not None
+    return decoder.architecture
+
+
+def recognise(names: Iterable[str]) -> Family | None:
+    """The family that a state dict's names tell, or None."""
+    names = list(names)
+    signed = (one for one in FAMILIES.values() if one.state is not None)
+    return next((one for one in signed if any(re.fullmatch(one.state.sign, name) for name in names)), None)  # type: ignore
+
+
+def families_of(module: nnx.Module) -> list[Family]:
+    """Those whose state dicts are of such a module, the one that can hold every contract of it first."""
+    return [one for one in FAMILIES.values() if one.state is not None and isinstance(module, one.state.module)]
+
+
 def tables_of(module: nnx.Module) -> tuple[Table, ...]:
-    """The module's tables. Raises ValueError for a module that has none."""
+    """The module's tables, the first being the one written by default. Raises ValueError for a module that has none."""
     if isinstance(module, Decoder):
-        return decoder_tables(module.config, None if module.origin is None else module.origin.model_type)
-    for kind in type(module).__mro__:
-        if kind in TABLES:
-            return TABLES[kind]
-    known = ", ".join([*(kind.__name__ for kind in TABLES), Decoder.__name__])
-    raise ValueError(f"{type(module).__name__} has no porting table: must be one of {known}")
+        types = decoder_names() if module.origin is None else [module.origin.model_type]
+        decoders = [family_named(one) for one in types]
+        return tuple(table for one in decoders for table in (one.on_disk(module.config), one.in_memory(module.config)))
+    if isinstance(module, tuple(PARTS)):
+        return next(tables for kind, tables in PARTS.items() if isinstance(module, kind))
+    found = [one.state.table for one in families_of(module) if one.state is not None]
+    if isinstance(module, MoE):
+        found += layer_tables()
+    if not found:
+        kinds: list[type] = [one.state.module for one in FAMILIES.values() if one.state is not None]
+        known = ", ".join(dict.fromkeys(kind.__name__ for kind in (*kinds, *PARTS, Decoder)))
+        raise ValueError(f"{type(module).__name__} has no porting table: must be one of {known}")
+    return tuple(found)
+
+
+def default_table(module: nnx.Module) -> Table:
+    """The names that the module is written under where nothing else is asked for."""
+    return tables_of(module)[0]
+
+
+def layer_tables() -> list[Table]:
+    """A mixture by itself, as the reference's blocks have it in memory and as files do; families share what is the same."""
+    mixtures = [one.mixture for one in FAMILIES.values() if one.mixture is not None]
+    names = [names for one in mixtures for names in (one.in_memory, one.on_disk)]
+    own = {one.state.table.name for one in FAMILIES.values() if one.state is not None}
+    return list({names.layer: names.table for names in names if names.layer not in own}.values())
+
+
+def reference_table(module: nnx.Module) -> Table:
+    """The names that the reference's module has in memory: transformers' of a decoder, torch_ref's of all else."""
+    if isinstance(module, Decoder) and module.origin is not None:
+        return family_named(module.origin.model_type).in_memory(module.config)
+    return default_table(module)

@@ -1,61 +1,25 @@
-"""What a Hugging Face family is, and what all of them share: rows of the decoder around the mixture, common settings."""
+"""What a family is, one record of all that is asked about it, and what many of Hugging Face's share: rows, common settings.
+
+A family may be known by its mixture alone, whatever stands around it; a whole decoder builds on the same rows.
+"""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from flax import nnx
+from typing import Any, TypeVar
 
 from jax_moe.config.decoder import DecoderConfig, differences
-from jax_moe.config.models import MakeMoEConfig
-from jax_moe.config.moe import MoEConfig, SoftMoEConfig
-from jax_moe.models.decoder import Decoder
-from jax_moe.models.makemoe import MakeMoE
-from jax_moe.moe import MoE
+from jax_moe.config.moe import MoEConfig
+from jax_moe.porting.families.choices import StateDict
 from jax_moe.porting.families.rope_settings import read_rope, write_rope
 from jax_moe.porting.families.settings import ACTIVATIONS, REFUSED, Settings
+from jax_moe.porting.table.plan import Plan
 from jax_moe.porting.table.rows import Row, Table, stacked
-from jax_moe.soft_moe import SoftMoE
+
+Config = TypeVar("Config")
 
 
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`: its contract from config.json, and back; its names, the first table being what it writes."""
-
-    model_type: str
-    architecture: str
-    read: Callable[[Settings], DecoderConfig]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    tables: tuple[Table, ...]
-
-    def config(self, values: Mapping[str, Any]) -> DecoderConfig:
-        """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""
-        settings = Settings(values)
-        settings.must_be("model_type", self.model_type, "the family")
-        settings.must_be("quantization_config", {}, "quantised weights are not supported")
-        settings.must_be("is_causal", True, "a decoder sees what stands before")
-        settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
-        config = None
-        try:
-            config = self.read(settings)
-        except ValueError as error:
-            settings.errors.append(str(error))
-        if settings.errors or config is None:
-            raise ValueError("; ".join(dict.fromkeys(settings.errors)))
-        return config
-
-    def values(self, config: DecoderConfig) -> dict[str, Any]:
-        """config.json of a contract. Raises ValueError if the family cannot say it."""
-        values = {"architectures": [self.architecture], "model_type": self.model_type, **self.write(config)}
-        again = self.config(values)
-        if config != again:
-            unsaid = ", ".join(differences(config, again))
-            raise ValueError(f"{self.model_type}: must be a contract of that family; it cannot say {unsaid}")
-        return values
-
-
-LAYER = "model.layers.{l}."
 _ATTENTION = (
     Row("input_layernorm.weight", "D", "attention_norm.scale", "D"),
     Row("post_attention_layernorm.weight", "D", "ffn_norm.scale", "D"),
@@ -93,10 +57,123 @@ def fused_experts(gate_up: str, down: str) -> tuple[Row, ...]:
     )
 
 
-def decoder_table(name: str, mixture: tuple[Row, ...], within: str) -> Table:
-    """The whole decoder; `mixture` are a layer's rows below `within`. `s` numbers layers with a mixture, `d` dense ones."""
-    dense = stacked(gated_ffn("", ""), "model.layers.{d}.mlp.", "dense.", "d")
-    return Table(name, (*OUTER, *stacked(mixture, f"model.layers.{{s}}.{within}.", "moe.", "s"), *dense))
+DENSE = stacked(gated_ffn("", ""), "model.layers.{d}.mlp.", "dense.", "d")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What one side calls a mixture's weights: rows of one layer, and the prefix that they stand below in a whole model."""
+
+    rows: tuple[Row, ...]
+    layer: str  # layout of a mixture by itself; families with the same rows share it
+    whole: str = ""  # layout of a whole decoder
+    within: str = "model.layers.{s}.mlp."  # `s` numbers the layers with a mixture
+
+    @property
+    def table(self) -> Table:
+        """Of a mixture by itself."""
+        return Table(self.layer, self.rows)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of one layer: its contract from config.json and back, its names in files and in the reference's memory."""
+
+    read: Callable[[Settings], MoEConfig]
+    write: Callable[[MoEConfig], dict[str, Any]]
+    on_disk: Names
+    in_memory: Names  # files may have these names too
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The decoder around a family's mixtures: its contract from config.json and back, its other rows, its optimizer's order."""
+
+    architecture: str
+    read: Callable[[Settings, MoEConfig], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    around: tuple[Row, ...] = OUTER  # embedding, norms, attention, head
+    dense: tuple[Row, ...] = DENSE  # FFNs of the layers without a mixture, which `d` numbers
+    # How the reference numbers a layer's parameters: by the first of these that a name begins with, then as the rows stand.
+    order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One record: a config.json's `model_type` with its mixture and decoder, or a state dict that its names tell, or both."""
+
+    name: str  # of a Hugging Face family its model_type
+    mixture: Mixture | None = None
+    decoder: Whole | None = None
+    state: StateDict | None = None
+
+    def mixture_config(self, values: Mapping[str, Any]) -> MoEConfig:
+        """The contract of a layer's mixture. Raises ValueError as `config`."""
+        assert self.mixture is not None
+        return self._contract(values, self.mixture.read)
+
+    def config(self, values: Mapping[str, Any]) -> DecoderConfig:
+        """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""
+        assert self.mixture is not None and self.decoder is not None
+        mixture, decoder = self.mixture, self.decoder
+        return self._contract(values, lambda settings: decoder.read(settings, mixture.read(settings)))
+
+    def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
+        settings = Settings(values)
+        settings.must_be("model_type", self.name, "the family")
+        settings.must_be("quantization_config", {}, "quantised weights are not supported")
+        settings.must_be("is_causal", True, "a decoder sees what stands before")
+        settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
+        config = None
+        try:
+            config = read(settings)
+        except ValueError as error:
+            settings.errors.append(str(error))
+        if settings.errors or config is None:
+            raise ValueError("; ".join(dict.fromkeys(settings.errors)))
+        return config
+
+    def values(self, config: DecoderConfig) -> dict[str, Any]:
+        """config.json of a contract. Raises ValueError if the family cannot say it."""
+        assert self.mixture is not None and self.decoder is not None
+        named = {"architectures": [self.decoder.architecture], "model_type": self.name}
+        values = named | self.decoder.write(config) | self.mixture.write(config.moe)
+        again = self.config(values)
+        if config != again:
+            unsaid = ", ".join(differences(config, again))
+            raise ValueError(f"{self.name}: must be a contract of that family; it cannot say {unsaid}")
+        return values
+
+    def on_disk(self, config: DecoderConfig) -> Table:
+        """A decoder's names as they are written."""
+        assert self.mixture is not None
+        return self._table(self.mixture.on_disk, config)
+
+    def in_memory(self, config: DecoderConfig) -> Table:
+        """A decoder's names as the reference has them in memory, and its optimizer."""
+        assert self.mixture is not None
+        return self._table(self.mixture.in_memory, config)
+
+    def _table(self, names: Names, config: DecoderConfig) -> Table:
+        assert self.decoder is not None
+        rows = (*self.decoder.around, *stacked(names.rows, names.within, "moe.", "s"), *self.decoder.dense)
+        return Table(names.whole, rows, numbers={"s": config.moe_layers, "d": config.dense_layers})
+
+    def parameter_order(self, plan: Plan) -> list[str]:
+        """The reference's `named_parameters()`: what stands before the layers, each layer, what stands after them."""
+        assert self.decoder is not None
+        order, names = self.decoder.order, list(plan.their_shapes)
+        layers = {name: found for name in names if (found := re.match(r".*?layers\.(\d+)\.", name))}
+        first = min((i for i, name in enumerate(names) if name in layers), default=0)
+
+        def rank(name: str) -> tuple[int, int, int]:
+            found = layers.get(name)
+            if found is None:
+                return (0 if names.index(name) < first else 2), 0, 0
+            rest = name[found.end() :]
+            return 1, int(found[1]), next(i for i, start in enumerate(order) if rest.startswith(start))
+
+        return sorted(names, key=rank)
 
 
 def read_decoder(
@@ -138,7 +215,17 @@ def read_moe(make: Callable[..., MoEConfig], settings: Settings, width: str, **o
     number, top_k = settings.size("num_local_experts", "num_experts"), settings.size("num_experts_per_tok")
     if top_k > number:
         settings.errors.append(f"num_experts_per_tok={top_k}: must be at most the number of experts, {number}")
-    return make(settings.size("hidden_size"), settings.size(width), number, min(top_k, number), **own)
+    moe = make(settings.size("hidden_size"), settings.size(width), number, min(top_k, number), **own)
+    return dataclasses.replace(moe, expert=dataclasses.replace(moe.expert, activation=settings.activation()))
+
+
+def write_moe(moe: MoEConfig, experts: str, width: str) -> dict[str, Any]:
+    """The reverse of `read_moe`; `experts` and `width` are the family's names of two sizes."""
+    words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    return {
+        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts, width: moe.expert_dim,
+        "num_experts_per_tok": moe.top_k,
+    }
 
 
 def write_decoder(config: DecoderConfig, experts: str, width: str) -> dict[str, Any]:
@@ -153,14 +240,3 @@ def write_decoder(config: DecoderConfig, experts: str, width: str) -> dict[str, 
         "hidden_act": words[config.moe.expert.activation], experts: config.moe.num_experts, width: config.moe.expert_dim,
         "num_experts_per_tok": config.moe.top_k,
     }
-
-
-MODULES: dict[str, tuple[type[nnx.Module], type]] = {
-    "decoder": (Decoder, DecoderConfig),  # a Hugging Face model, always stored by Orbax
-    "makemoe": (MakeMoE, MakeMoEConfig),
-    "makemoe_layer": (MoE, MoEConfig),
-    "mixtral": (MoE, MoEConfig),
-    "moe": (MoE, MoEConfig),
-    "soft_moe": (SoftMoE, SoftMoEConfig),
-    "switch": (MoE, MoEConfig),
-}

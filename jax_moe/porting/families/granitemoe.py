@@ -3,15 +3,35 @@
 from typing import Any
 
 from jax_moe import presets
-from jax_moe.config.decoder import DecoderConfig
-from jax_moe.porting.families.family import Family, decoder_table, fused_experts, read_decoder, read_moe, write_decoder
+from jax_moe.config.models import DecoderConfig
+from jax_moe.config.moe import MoEConfig
+from jax_moe.porting.families.family import (
+    Family,
+    Mixture,
+    Names,
+    Whole,
+    fused_experts,
+    read_decoder,
+    read_moe,
+    write_decoder,
+    write_moe,
+)
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row
 
 
-def read(settings: Settings) -> DecoderConfig:
+def read_mixture(settings: Settings) -> MoEConfig:
+    """The contract of a layer's mixture."""
+    return read_moe(presets.granite_moe, settings, "intermediate_size")
+
+
+def write_mixture(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    return write_moe(moe, "num_local_experts", "intermediate_size")
+
+
+def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
     """The contract."""
-    moe = read_moe(presets.granite_moe, settings, "intermediate_size")
     bias = settings.flag("attention_bias", False)
     return read_decoder(
         settings, moe, max_positions=2048, qkv_bias=bias, output_bias=bias,
@@ -39,10 +59,15 @@ IN_MEMORY = (
     Row("router.weight", "E D", "router.kernel", "D E"),
     *fused_experts("experts.gate_up_proj", "experts.down_proj"),
 )
+WITHIN = "model.layers.{s}.block_sparse_moe."
 GRANITEMOE = Family(
-    "granitemoe", "GraniteMoeForCausalLM", read, write,
-    (
-        decoder_table("hf_granitemoe", ON_DISK, "block_sparse_moe"),
-        decoder_table("hf_granitemoe_in_memory", IN_MEMORY, "block_sparse_moe"),
+    "granitemoe",
+    Mixture(
+        read_mixture, write_mixture, on_disk=Names(ON_DISK, "hf_granitemoe", "hf_granitemoe", WITHIN),
+        in_memory=Names(IN_MEMORY, "hf_granitemoe_in_memory", "hf_granitemoe_in_memory", WITHIN),
+    ),
+    Whole(
+        "GraniteMoeForCausalLM", read, write,
+        order=("self_attn.", "input_layernorm.", "post_attention_layernorm.", "block_sparse_moe."),
     ),
 )

@@ -3,15 +3,19 @@
 from typing import Any
 
 from jax_moe import presets
-from jax_moe.config.decoder import DecoderConfig
+from jax_moe.config.models import DecoderConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import (
     Family,
-    decoder_table,
+    Mixture,
+    Names,
+    Whole,
     fused_experts,
     gated_ffn,
     read_decoder,
     read_moe,
     write_decoder,
+    write_moe,
 )
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row
@@ -58,12 +62,23 @@ def sliding(settings: Settings) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_layers": slides}
 
 
-def read(settings: Settings) -> DecoderConfig:
-    """The contract."""
-    moe = read_moe(
+def read_mixture(settings: Settings) -> MoEConfig:
+    """The contract of a layer's mixture."""
+    return read_moe(
         presets.qwen2_moe, settings, "moe_intermediate_size",
         shared_dim=settings.size("shared_expert_intermediate_size"), renormalise=settings.flag("norm_topk_prob", False),
     )
+
+
+def write_mixture(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    return write_moe(moe, "num_experts", "moe_intermediate_size") | {
+        "shared_expert_intermediate_size": moe.expert.shared_dim, "norm_topk_prob": moe.router.renormalise == "sum",
+    }
+
+
+def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
+    """The contract."""
     bias = settings.flag("qkv_bias", True)
     return read_decoder(
         settings, moe, max_positions=32768, kv_heads=16, null_kv_heads=False, qkv_bias=bias, **dense_layers(settings),
@@ -76,13 +91,16 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     slides = config.sliding_layers
     kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(config.num_layers)]
     return write_decoder(config, "num_experts", "moe_intermediate_size") | write_dense(config) | {
-        "shared_expert_intermediate_size": config.moe.expert.shared_dim, "qkv_bias": config.qkv_bias,
-        "norm_topk_prob": config.moe.router.renormalise == "sum", "use_sliding_window": bool(slides),
-        "sliding_window": config.sliding_window, "layer_types": kinds,
+        "qkv_bias": config.qkv_bias, "use_sliding_window": bool(slides), "sliding_window": config.sliding_window,
+        "layer_types": kinds,
     }
 
 
 QWEN2_MOE = Family(
-    "qwen2_moe", "Qwen2MoeForCausalLM", read, write,
-    (decoder_table("hf_qwen2_moe", (*PER_EXPERT, *SHARED), "mlp"), decoder_table("hf_qwen2_moe_fused", (*FUSED, *SHARED), "mlp")),
+    "qwen2_moe",
+    Mixture(
+        read_mixture, write_mixture, on_disk=Names((*PER_EXPERT, *SHARED), "hf_experts_shared", "hf_qwen2_moe"),
+        in_memory=Names((*FUSED, *SHARED), "hf_fused_shared", "hf_qwen2_moe_fused"),
+    ),
+    Whole("Qwen2MoeForCausalLM", read, write),
 )

@@ -1,6 +1,19 @@
-"""`torch_ref.MoE`: every contract, one torch.nn.Linear a map."""
+"""`torch_ref`'s own names: MoE with every contract, one torch.nn.Linear a map; Attention and Block.
 
-from jax_moe.porting.table.rows import Row, Table, linear
+Attention has one Linear a head and projection as in makeMoE, or one fused `qkv` (rows q, k, v, by head); Block is norm,
+attention, norm, and a sparse or soft mixture.
+"""
+
+from flax import nnx
+
+from jax_moe.attention.multihead import Attention
+from jax_moe.config.moe import MoEConfig
+from jax_moe.models.block import Block
+from jax_moe.moe import MoE
+from jax_moe.porting.families import soft_moe
+from jax_moe.porting.families.choices import StateDict
+from jax_moe.porting.families.family import Family
+from jax_moe.porting.table.rows import Row, Table, layer_norm, linear, under
 
 ROUTER = (
     *linear("router.linear", "router."),
@@ -24,4 +37,26 @@ SHARED = tuple(
     )
 )
 ROWS = (*ROUTER, *EXPERTS, *SHARED, Row("shared_gate.weight", "O I", "shared_gate", "I O"))
-TORCH_REF = Table("torch_ref", ROWS)
+ATTENTION = (
+    Row("heads.{h}.key.weight", "A D", "key", "D h A"),
+    Row("heads.{h}.query.weight", "A D", "query", "D h A"),
+    Row("heads.{h}.value.weight", "A D", "value", "D h A"),
+    Row("qkv.weight", "(P H A) D", "qkv", "D P H A"),
+    Row("proj.weight", "D (H A)", "out", "H A D"),
+    Row("proj.bias", "D", "out_bias", "D"),
+)
+_AROUND = (
+    *layer_norm("attention_norm", "attention_norm"),
+    *under(ATTENTION, "attention.", "attention."),
+    *layer_norm("moe_norm", "moe_norm"),
+)
+
+TORCH_REF = Family("moe", state=StateDict(MoE, MoEConfig, Table("torch_ref", ROWS), r"router\.linear\.weight", None))
+# Parts of models, which no checkpoint is of.
+PARTS: dict[type[nnx.Module], tuple[Table, ...]] = {
+    Attention: (Table("torch_ref", ATTENTION),),
+    Block: (
+        Table("torch_ref", (*_AROUND, *under(ROWS, "moe.", "moe."))),
+        Table("torch_ref_soft", (*_AROUND, *under(soft_moe.ROWS, "moe.", "moe."))),
+    ),
+}

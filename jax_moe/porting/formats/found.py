@@ -1,55 +1,88 @@
-"""What is at a path, asked once: a Hugging Face folder, a folder of ours, a run of train/train.py, or a file."""
+"""What is at a path: the answer that every command works on, made once by `open_path`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jax_moe.porting.formats.hf_folder import is_hf
-from jax_moe.porting.formats.own_folder import RUN, instead, read_about
-from jax_moe.porting.formats.run_folder import CHECKPOINTS, RunWeights, is_finetune, newest_weights
+from jax_moe.config.models import Origin
+from jax_moe.models.decoder import Decoder
+from jax_moe.porting.families.family import Family
+from jax_moe.porting.formats.wrapped import Opened
+from jax_moe.porting.table.plan import Plan
+from jax_moe.porting.tensors import Header
 
 Kind = Literal["hf", "ours", "run", "file"]
 
 
 @dataclass(frozen=True)
+class RunWeights:
+    """Where a run's newest weights are."""
+
+    place: Path  # model.safetensors, pretrained/, checkpoints/STEP or checkpoints/STEP.pt
+    step: int | None  # None: only the final weights are left, and they do not say
+    steps: int | None  # of the whole run, as its settings say
+    final: bool  # what the run leaves at its end, or when it was stopped
+
+    def in_words(self) -> str:
+        """Which weights these are."""
+        of = "" if self.steps is None else f" of {self.steps:,}"
+        said = "the run's last weights" if self.step is None else f"step {self.step:,}{of} of the run"
+        return f"{said}, from {self.place.name if self.final else f'{self.place.parent.name}/{self.place.name}'}"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the run has steps to go."""
+        return self.step is not None and self.steps is not None and self.step < self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found:
-    """The answer: what to read, and how."""
+    """What is there. Contract and names are judged; tensors can be read as long as this is held."""
 
     path: Path  # as it was asked for
     kind: Kind
-    place: Path  # what is read: of a fine-tuned run that has ended, the Hugging Face folder in it
-    family: str | None  # None: a file, whose names tell it once they are read
-    about: dict[str, Any]  # config.json of a folder of ours or of a run
-    run: RunWeights | None  # of a run, which of its weights are read
+    place: Path  # what is read: `path` or, of a run, its newest weights
+    family: Family
+    config: Any  # the contract
+    tensors: dict[str, Header]  # still to be read
+    ours: bool  # whether they are named by our paths, or as the family names them
+    run: RunWeights | None = None  # of a run, which of its weights are read
+    assumed: dict[str, Any] = field(default_factory=dict)  # settings that a file does not say and nobody gave
+    unwrapped: str | None = None  # what was taken from a wrapper's names, in words
+    optimizer: Any = None  # an optimizer's state, if there is one: the file beside the weights or, of a file, torch's state dict
+    # Of a Hugging Face model, in whatever form
+    origin: Origin | None = None
+    model: Decoder | None = None  # shapes, no numbers
+    plan: Plan | None = None  # how names of theirs and our paths go together; None where the tensors have our paths
+    head: Header | None = None  # a tied head that is stored all the same, not among the tensors
+    # Of all else
+    characters: str | None = None  # a language model's, where it has them
+    dictionary: Opened | None = None  # what a trainer's file holds beside the state dict
 
     @property
     def decoder(self) -> bool:
         """Whether it is a Hugging Face model, in whatever form."""
-        return self.family == "decoder"
+        return self.model is not None
 
+    @property
+    def folder(self) -> Path:
+        """The folder that is carried: of a fine-tuned run that has ended, the Hugging Face folder in it."""
+        return self.place if self.kind == "hf" else self.path
 
-def find(path: Path) -> Found:
-    """What is there. Raises ValueError for a folder that is no checkpoint, and for a run that has no weights yet."""
-    if not path.is_dir():
-        return Found(path, "file", path, None, {}, None)
-    if is_hf(path):
-        return Found(path, "hf", path, "decoder", {}, None)
-    if not (path / "config.json").exists():
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}{_hint(path)}")
-    about = read_about(path)
-    if about["format"] != RUN:
-        return Found(path, "ours", path, about["family"], about, None)
-    weights = newest_weights(path, about)
-    if not is_finetune(about):
-        return Found(path, "run", weights.place, "makemoe", about, weights)
-    if weights.final:
-        return Found(path, "hf", weights.place, "decoder", about, weights)
-    return Found(path, "run", weights.place, "decoder", about, weights)
+    @property
+    def note(self) -> str | None:
+        """How a file or folder was read, where that is worth saying."""
+        within = None if self.dictionary is None else self.dictionary.note
+        return ", ".join(filter(None, (within, self.unwrapped))) or None
 
+    @property
+    def note_of_training(self) -> str | None:
+        """As `note`, where what stands beside the weights comes along."""
+        within = "" if self.dictionary is None else self.dictionary.within
+        said = f'from "{within}" of a dictionary' if within not in ("", "model") else None
+        return ", ".join(filter(None, (said, self.unwrapped))) or None
 
-def _hint(path: Path) -> str:
-    """Where a checkpoint of a run, or the folder of all of them, was named in place of the run."""
-    for run in (path.parent, path.parent.parent):
-        if CHECKPOINTS in (path.name, path.parent.name) and (run / "config.json").is_file():
-            return f"; {run} is the run that it belongs to"
-    return ""
+    @property
+    def stored(self) -> dict[str, Header]:
+        """All tensors, a tied head among them."""
+        return self.tensors if self.head is None else {**self.tensors, "lm_head.weight": self.head}

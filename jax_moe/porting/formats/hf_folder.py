@@ -5,26 +5,26 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jax_moe.config.checks import require
 from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.disk import same_bits
 from jax_moe.guarded import read_json, read_text_and_object
-from jax_moe.models.decoder import Decoder
 from jax_moe.porting.errors import PortError
-from jax_moe.porting.families.hf import decoder_tables, family_named
+from jax_moe.porting.families import family_named
+from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
-from jax_moe.porting.formats.shards import files_of, open_weights
+from jax_moe.porting.formats.shards import INDEX, SINGLE, files_of, open_weights
 from jax_moe.porting.formats.wrapped import own_names
 from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
-from jax_moe.porting.table.plan import Plan, check, make_plan
+from jax_moe.porting.table.plan import check, make_plan
 from jax_moe.porting.tensors import Header
 
-Shapes = Mapping[str, tuple[int, ...]]
+OPTIMIZER = "optimizer.pt"  # torch.optim's state_dict(), as transformers' Trainer leaves it beside the weights
 # Beside config.json and the weights: copied as they are. Code (.py) never is.
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -36,72 +36,50 @@ NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers ski
 TIED = "must be model.embed_tokens.weight, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
 
 
-@dataclass(frozen=True)
-class HFFolder:
-    """What a folder holds; `headers` can be read while it is open."""
-
-    path: Path
-    origin: Origin
-    model: Decoder  # shapes, no numbers
-    plan: Plan
-    headers: dict[str, Header]
-    head: Header | None  # a tied head that is stored all the same, not among the headers
-    note: str | None = None  # what wrappers had put into the names
-
-    @property
-    def model_type(self) -> str:
-        """Hugging Face's word for the family."""
-        return self.origin.model_type
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The contract."""
-        return self.model.config
-
-    @property
-    def shapes(self) -> Shapes:
-        """{our path: shape}."""
-        return self.plan.our_shapes
-
-    @property
-    def stored(self) -> dict[str, Header]:
-        """All tensors of the files."""
-        return self.headers if self.head is None else {**self.headers, "lm_head.weight": self.head}
-
-
 def is_hf(path: Path) -> bool:
     """Whether a folder's config.json is one of Hugging Face's."""
     try:
         values = read_json(path / "config.json")
     except (OSError, ValueError):
         return False
-    return isinstance(values, dict) and "format" not in values and ("model_type" in values or "architectures" in values)
+    return isinstance(values, dict) and is_hf_config(values)
 
 
-@contextmanager
-def open_folder(path: Path) -> Iterator[HFFolder]:
-    """The folder, once its names and shapes are those of its config.json.
+def is_hf_config(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of Hugging Face's."""
+    return "format" not in values and ("model_type" in values or "architectures" in values)
+
+
+def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> Found:
+    """The folder, once its names and shapes are those of its config.json: `read` is its text and values, if it was read.
 
     Raises ValueError (PortError for weights) with everything that is wrong, so far as headers tell.
     """
-    text, values = _read_config(path)
+    text, values = _read_config(path) if read is None else read
+    if instead(path):
+        raise ValueError(f"{path}: must be a model alone{instead(path)}")  # beside a model, transformers would add it
     with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
-    with open_weights(path) as found:
-        own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
-        headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
-        with _named(path / "config.json"):
-            check_layers(values, headers)
-            config = family.config(values)
-            check_sizes(config, headers)
-        origin = Origin(model_type=family.model_type, config_json=text, directory=str(path.absolute()))
-        model = abstract_decoder(config, origin)
-        plans = [make_plan(table, decoder_shapes(model)) for table in decoder_tables(config, family.model_type)]
-        plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
-        headers, head = _tied_head_apart(config, headers, path)
-        check(plan, headers, f"{path} (layout {plan.table.name})")
-        note = f"names without {' and '.join(taken)}" if taken else None
-        yield HFFolder(path, origin, model, plan, headers, head, note)
+    found = open_weights(path)
+    own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
+    headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
+    with _named(path / "config.json"):
+        check_weights_name(values)
+        check_layers(values, headers)
+        config = family.config(values)
+        check_sizes(config, headers)
+    origin = Origin(model_type=family.name, config_json=text, directory=str(path.absolute()))
+    model = abstract_decoder(config, origin)
+    plans = [make_plan(table, decoder_shapes(model)) for table in (family.on_disk(config), family.in_memory(config))]
+    plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
+    headers, head = _tied_head_apart(config, headers, path)
+    check(plan, headers, f"{path} (layout {plan.table.name})")
+    state = path / OPTIMIZER
+    return Found(
+        path=path, kind="hf", place=path, family=family, config=config, tensors=headers, ours=False, origin=origin, model=model,
+        plan=plan, head=head, optimizer=state if state.is_file() else None,
+        unwrapped=f"names without {' and '.join(taken)}" if taken else None,
+    )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -109,10 +87,17 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in files_of(path)[0]]
 
 
-def check_head(folder: HFFolder) -> None:
+def check_head(found: Found) -> None:
     """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
-    if folder.head is not None and not same_bits(folder.head.read(), folder.headers["model.embed_tokens.weight"].read()):
-        raise PortError(f"{folder.path} (layout {folder.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
+    if found.head is not None and not same_bits(found.head.read(), found.tensors["model.embed_tokens.weight"].read()):
+        assert found.plan is not None
+        raise PortError(f"{found.place} (layout {found.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
+
+
+def check_weights_name(values: Mapping[str, Any]) -> None:
+    """Refuses the entry by which transformers reads a file of another name: the weights would be another model's."""
+    named = values.get("transformers_weights")
+    require(named is None, "transformers_weights", named, f"left out: weights are read from {SINGLE} or {INDEX}")
 
 
 def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
@@ -155,8 +140,6 @@ def copy_others(source: Path, part: Path) -> None:
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
-    if instead(path):
-        raise ValueError(f"{path}: must be a model alone{instead(path)}")  # beside a model, transformers would add it
     try:
         return read_text_and_object(path / "config.json")
     except FileNotFoundError:

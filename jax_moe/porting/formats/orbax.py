@@ -1,11 +1,14 @@
-"""Orbax checkpoints of bare weights: {our path: array} as a nested dict, written whole, read one array at a time.
+"""Orbax checkpoints of weights alone: {our path: array} as a nested dict, written whole, read array by array.
 
-Size and sha256 of every file are kept, and tested before Orbax reads, whose own account of a damaged file is pages long.
+Size and sha256 of every file are stored, and checked before Orbax reads: its own message on a damaged file is pages
+long.
 """
 
 import errno
+import gc
 import hashlib
 import logging
+import math
 import os
 import re
 import sys
@@ -21,18 +24,19 @@ import jax
 import numpy as np
 
 from jax_moe.disk import same_bits
+from jax_moe.guarded import is_file, require_memory
 from jax_moe.porting.tensors import Header
 
-Sums = dict[str, tuple[int, str]]  # {file: size and sha256}
-SMALL = 1 << 20  # bytes of a file
+Sums = dict[str, tuple[int, str]]  # {file: (size, sha256)}
+SMALL = 1 << 20  # bytes up to which a file is checked at once, and not at the first reading
 ITEM = "state"  # what ocp.load(folder) reads
+LOGGERS = ("absl", "asyncio")  # those of Orbax and of what is below it
 
 
 def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
-    """Writes a new folder that `orbax.checkpoint.v1.load` reads. Raises OSError where it cannot be written."""
-
+    """Writes a new folder that `orbax.checkpoint.v1.load` reads. Raises OSError if it cannot be written."""
     path.mkdir()
-    inner = path / "new"  # Orbax works beside what it writes: there, too, nothing stays behind
+    inner = path / "new"  # Orbax leaves files beside its target: here they stay inside `path`
     save_tree(inner, _nested(arrays))
     for entry in list(inner.iterdir()):
         os.replace(entry, path / entry.name)
@@ -42,7 +46,7 @@ def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
 
 
 def save_tree(path: Path, tree: Any, metadata: dict[str, Any] | None = None) -> None:
-    """Writes nested dicts of arrays as a new folder by Orbax. Raises OSError with one line where it cannot be written."""
+    """Writes nested dicts of arrays as a new Orbax folder. Raises OSError with a message of one line."""
     from orbax.checkpoint import v1 as ocp
 
     with quiet(), plain(path) as target:
@@ -50,17 +54,18 @@ def save_tree(path: Path, tree: Any, metadata: dict[str, Any] | None = None) -> 
             ocp.save_checkpointables(target, {ITEM: tree}, custom_metadata=metadata)
         except OSError:
             raise
-        except Exception as error:  # of the library below Orbax, the system's number in its text
+        except Exception as error:  # from TensorStore, with the system's error number in its text
             number = re.search(r"os_error_code='(\d+)'", str(error))
             code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code) if number else " ".join(str(error).split())[:160]) from None
+            reason = os.strerror(code) if number else " ".join(str(error).split())[:160]
+            raise OSError(code, reason) from None
 
 
 @contextmanager
 def plain(path: Path) -> Iterator[Path]:
-    """The absolute path; through a link where it holds what Orbax takes for a pattern of `glob` or for its unfinished work.
+    """The absolute path, or a link to it if Orbax would take the path for a `glob` pattern or for unfinished work.
 
-    A folder still to be made has a plain name itself.
+    The name of a folder still to be made must itself be plain.
     """
     found, patterns = path.absolute(), {"*", "?", "[", "\\"} - {os.sep}
     if not patterns & set(str(found)) and ".orbax-checkpoint-tmp" not in str(found):
@@ -68,61 +73,72 @@ def plain(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         if patterns & set(folder):
-            raise OSError(errno.EINVAL, f"its path must hold none of {' '.join(sorted(patterns))}, or that of TMPDIR")
+            allowed = f"none of {' '.join(sorted(patterns))}, or that of TMPDIR"
+            raise OSError(errno.EINVAL, f"its path must hold {allowed}")
         link = Path(folder) / "link"
         link.symlink_to(found if found.is_dir() else found.parent, target_is_directory=True)
         yield link if found.is_dir() else link / found.name
 
 
 def sums_from_json(value: Any, where: str) -> Sums:
-    """Sums as they stand in config.json. Raises ValueError if they are none."""
-    fits = isinstance(value, dict) and value and all(
-        isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and isinstance(one[1], str) for one in value.values()
-    )
-    if not fits:
-        raise ValueError(f"{where}={value!r:.80}: must be an object of size and sha256 of every file of the checkpoint")
+    """Sums from their entry in config.json. Raises ValueError for other values."""
+
+    def fits(entry: Any) -> bool:
+        return isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+
+    if not isinstance(value, dict) or not value or not all(map(fits, value.values())):
+        raise ValueError(f"{where}={value!r:.80}: must be an object of size and sha256 of every file")
     return {name: (size, digest) for name, (size, digest) in value.items()}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax and what is below it print an error with pages of traceback before they raise it; the one line is ours.
+    """Silences Orbax and the libraries below it, which print pages of traceback before they raise an error.
 
-    After an error the threads started inside may still run, and stay silent; every other thread is heard again.
+    After an error the threads started inside may still run, and stay silent; other threads log again.
     """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    before = set(threading.enumerate())
+    before, hook = set(threading.enumerate()), sys.unraisablehook
 
-    def rest(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # what threads of the library below say that come too late
+    def without_late_threads(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # from TensorStore's threads that end too late
             hook(unraisable)
 
+    sys.unraisablehook = without_late_threads
+    with _muted():
+        try:
+            yield
+        except BaseException:
+            late = {thread.ident for thread in set(threading.enumerate()) - before}
+            for name in LOGGERS:
+                logging.getLogger(name).addFilter(lambda record: record.thread not in late)
+            gc.collect()  # asyncio logs tasks that nobody awaited when they are collected: now, while it is muted
+            raise
+    sys.unraisablehook = hook
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = rest
     try:
         yield
-        sys.unraisablehook = hook
-    except BaseException:
-        late = {thread.ident for thread in set(threading.enumerate()) - before}
-        for logger in loggers:
-            logger.addFilter(lambda record: record.thread not in late)
-        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, Header]:
-    """{our path: header}. Raises ValueError for what is no whole checkpoint.
+    """{our path: header}. Raises ValueError unless this is a whole checkpoint.
 
-    Small files, among which those that say where the arrays are, are tested here; the others at the first reading.
-    `within` names the branch that is read, such as the weights beside an optimizer's state.
+    Small files, such as those that say where the arrays are, are checked here, others at the first reading. `within`
+    names the branch to read, such as the weights beside an optimizer's state.
     """
     from orbax.checkpoint import v1 as ocp
 
-    wrong = [name for name, (size, _) in sums.items() if not (path / name).is_file() or (path / name).stat().st_size != size]
+    sizes = {name: (path / name).stat().st_size if is_file(path / name) else None for name in sums}
+    wrong = [name for name, (size, _) in sums.items() if sizes[name] != size]
     if wrong:
         raise damaged(path, f"missing or of another size: {', '.join(wrong[:20])}")
     _test(path, {name: digest for name, (size, digest) in sums.items() if size <= SMALL})
@@ -130,12 +146,15 @@ def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, H
         try:
             with plain(path) as source:
                 tree = ocp.checkpointables_metadata(source).metadata[ITEM]
+            if not isinstance(tree, Mapping):
+                raise ValueError("its metadata cannot be read")
             leaves = _flat(tree if within is None else tree[within])
             others = {} if within is None else {name: branch for name, branch in tree.items() if name != within}
             large = {name: digest for name, (size, digest) in sums.items() if size > SMALL}
             read = _Reader(path, large, leaves, others, within)
-            return {name: Header(tuple(one.shape), np.dtype(one.dtype), partial(read, name)) for name, one in leaves.items()}
-        except Exception as error:  # Orbax raises a dozen kinds
+            kinds = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+            return {name: Header(*kind, partial(read, name)) for name, kind in kinds.items()}
+        except Exception as error:  # Orbax raises a dozen kinds of errors
             raise damaged(path, str(error)) from None
 
 
@@ -152,15 +171,17 @@ def verify_orbax(path: Path, sums: Sums, arrays: Mapping[str, np.ndarray], advan
 
 
 def damaged(path: Path, reason: str) -> ValueError:
-    """One line for a checkpoint that cannot be read."""
-    return ValueError(f"{path}: must be a whole Orbax checkpoint, it is damaged or cut short ({' '.join(reason.split())[:160]})")
+    """The error, with a message of one line, for a checkpoint that cannot be read."""
+    short = " ".join(reason.split())[:160]
+    return ValueError(f"{path}: must be a whole Orbax checkpoint, it is damaged or cut short ({short})")
 
 
 class _Reader:
-    """Reads one array by its path, once the files are known to be whole."""
+    """Reads an array by its path, once the files are known to be whole."""
 
     def __init__(
-        self, path: Path, untested: dict[str, str], leaves: Mapping[str, Any], others: Mapping[str, Any], within: str | None
+        self, path: Path, untested: dict[str, str], leaves: Mapping[str, Any], others: Mapping[str, Any],
+        within: str | None,
     ):
         self.path, self.untested, self.leaves, self.others, self.within = path, untested, leaves, others, within
 
@@ -170,6 +191,7 @@ class _Reader:
         _test(self.path, self.untested)
         self.untested = {}
         leaf = self.leaves[wanted]
+        require_memory(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize, f"{self.path}: {wanted}")
         like: Any = _nested(dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)})
         if self.within is not None:
             like = {**jax.tree.map(lambda _: ocp.PLACEHOLDER, self.others), self.within: like}

@@ -1,33 +1,43 @@
-"""config.json of our own folders: what is in them. A run of train/train.py is one of them, by another config.json."""
+"""Folders of our own: config.json with `weights.safetensors` or an Orbax checkpoint, Hugging Face models among them.
+
+A run of train/train.py is told from them by its config.json.
+"""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jax_moe.config.as_json import config_to_json
+from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.config.checks import shorten
+from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.guarded import read_json
-from jax_moe.porting.families.family import MODULES
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.families import FAMILIES, family_named
+from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.orbax import read_orbax, sums_from_json
-from jax_moe.porting.tensors import Header
+from jax_moe.porting.formats.state_file import read_state
+from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
+from jax_moe.porting.tensors import DTYPES, Header, in_memory
 
 FORMAT, VERSION = "jax_moe", 1
 RUN = "run"  # a folder of train/train.py: the model's contract in config.json, its weights under makeMoE's names
+DECODER = "decoder"  # what config.json says in place of a family's name for a Hugging Face model, whose origin it keeps
+OPTIMIZER = "optimizer.safetensors"
 Storage = Literal["safetensors", "orbax"]
 
 
 def about_folder(
-    family: str, config: Any, storage: Storage, *, characters: str | None = None, origin: tuple[str, str] | None = None
+    family: str, config: Any, storage: Storage, *, characters: str | None = None, origin: Origin | None = None
 ) -> dict[str, Any]:
-    """config.json of a folder; `origin` are a decoder's model_type and the text of its config.json."""
+    """config.json of a folder; `origin` is a decoder's."""
     about = {"format": FORMAT, "version": VERSION, "family": family, "config": config_to_json(config)}
     if storage != "safetensors":
         about["storage"] = storage
     if characters is not None:
         about["characters"] = characters
     if origin is not None:
-        about["origin"] = {"model_type": origin[0], "config_json": origin[1]}
+        about["origin"] = {"model_type": origin.model_type, "config_json": origin.config_json}
     return about
 
 
@@ -39,24 +49,20 @@ def write_about(path: Path, about: dict[str, Any]) -> None:
 def is_folder(path: Path) -> bool:
     """Whether this is a folder that `save` wrote."""
     try:
-        return path.is_dir() and read_about(path)["format"] == FORMAT
-    except ValueError:
+        return path.is_dir() and checked_about(path, read_json(path / "config.json"))["format"] == FORMAT
+    except (OSError, ValueError):
         return False
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """config.json. Raises ValueError if it is not there, not JSON or not ours."""
-    file = path / "config.json"
-    try:
-        about = read_json(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}") from None
+def checked_about(file: Path, about: Any) -> dict[str, Any]:
+    """What config.json says, once it is one of ours or of a run. Raises ValueError if it is not."""
     if isinstance(about, dict) and "format" not in about and "settings" in about and "model" in about:
         return {**about, "format": RUN}
     if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
         raise ValueError(f'{file}: must say "format": "{FORMAT}" and "version": {VERSION}')
-    if not _among(about.get("family"), MODULES):
-        raise ValueError(f"{file}: family={shorten(repr(about.get('family')))}: must be one of {', '.join(MODULES)}")
+    families = [DECODER, *sorted(name for name, one in FAMILIES.items() if one.state is not None)]
+    if not _among(about.get("family"), families):
+        raise ValueError(f"{file}: family={shorten(repr(about.get('family')))}: must be one of {', '.join(families)}")
     if not _among(about.get("storage", "safetensors"), get_args(Storage)):
         raise ValueError(f"{file}: storage={shorten(repr(about['storage']))}: must be one of {', '.join(get_args(Storage))}")
     characters = about.get("characters")
@@ -75,6 +81,61 @@ def _among(value: Any, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
 
-def stored_arrays(path: Path, about: dict[str, Any]) -> dict[str, Header]:
+def open_own(path: Path, about: dict[str, Any]) -> Found:
+    """The folder that `about` is the config.json of. Raises ValueError with everything in which it does not fit its contract."""
+    if about["family"] == DECODER:
+        return _open_decoder(path, about)
+    family = FAMILIES[about["family"]]
+    assert family.state is not None
+    config = config_from_json(family.state.contract, about.get("config"), f"{path / 'config.json'}: config")
+    characters = about.get("characters")
+    if characters is not None and len(characters) != config.vocab_size:
+        raise ValueError(f"{path}: characters must be vocab_size={config.vocab_size} long, has {len(characters)}")
+    orbax = about.get("storage") == "orbax"
+    tensors = _stored_arrays(path, about) if orbax else in_memory(read_state(path / "weights.safetensors"))
+    return Found(
+        path=path, kind="ours", place=path, family=family, config=config, tensors=tensors, ours=True, characters=characters,
+        optimizer=optimizer_in(path),
+    )
+
+
+def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
+    """A Hugging Face model stored by Orbax, the text of whose config.json is kept."""
+    where = path / "config.json"
+    config = config_from_json(DecoderConfig, about.get("config"), f"{where}: config")
+    said = about.get("origin")
+    if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("model_type", "config_json")):
+        raise ValueError(f"{where}: origin={said!r}: must be an object with model_type and config_json")
+    origin = Origin(model_type=said["model_type"], config_json=said["config_json"], directory=str(path.absolute()))
+    arrays, model = _stored_arrays(path, about), abstract_decoder(config, origin)
+    check_arrays(path, arrays, decoder_shapes(model))
+    return Found(
+        path=path, kind="ours", place=path, family=family_named(origin.model_type), config=config, tensors=arrays, ours=True,
+        origin=origin, model=model, optimizer=optimizer_in(path),
+    )
+
+
+def optimizer_in(path: Path) -> Path | None:
+    """The optimizer's state in a folder of ours."""
+    return path / OPTIMIZER if (path / OPTIMIZER).is_file() else None
+
+
+def check_arrays(path: Path, arrays: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises PortError with everything in which arrays under our paths are not those of a decoder."""
+    error = PortError(
+        str(path),
+        missing=[name for name in shapes if name not in arrays],
+        unexpected=[name for name in arrays if name not in shapes],
+        misshapen=[
+            f"{name} is {arrays[name].shape}, must be {shape}"
+            for name, shape in shapes.items() if name in arrays and arrays[name].shape != shape
+        ],
+        mistyped=[f"{name} is {one.dtype}, must be a float" for name, one in arrays.items() if one.dtype not in DTYPES.values()],
+    )
+    if error:
+        raise error
+
+
+def _stored_arrays(path: Path, about: dict[str, Any]) -> dict[str, Header]:
     """The arrays of a folder stored by Orbax, still to be read."""
     return read_orbax(path, sums_from_json(about.get("files"), f"{path / 'config.json'}: files"))

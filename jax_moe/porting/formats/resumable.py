@@ -1,7 +1,7 @@
-"""Tensors streamed into shards of safetensors: one in memory at a time, each shard read back before it counts as there.
+"""Tensors streamed into safetensors shards: a single tensor in memory at a time, each shard read back before it counts.
 
-The shards are made in a hidden folder beside the target, with a note of what they are made from. Interrupted, the
-folder stays and the same port goes on from it; after an error, or once the target is whole, it is removed.
+The shards are written in a hidden folder beside the target, with a note of their source. After an interrupt the folder
+stays, and the same port continues from it. After an error, or once the target is complete, it is removed.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.disk import check_space, check_target, put_in_place, sync
+from jax_moe.disk import NOTE, check_space, check_target, put_back, put_in_place, resumable_part, sync
 from jax_moe.guarded import read_json
 from jax_moe.locks import alone
 from jax_moe.porting.errors import PortError
@@ -24,11 +24,10 @@ from jax_moe.porting.formats.shards import write_index
 from jax_moe.porting.tensors import Header, all_finite
 
 Advance = Callable[[int], None]
-NOTE = "port.json"
 
 
 def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header]:
-    """The same tensors, every reading reported."""
+    """The same tensors; each reading calls `advance` with its bytes."""
 
     def reader(header: Header) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -42,7 +41,7 @@ def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header
 
 
 def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]], advance: Advance) -> int:
-    """Writes every shard that is not there yet, compares all with their source, writes the index; how many were there."""
+    """Writes the missing shards and the index, and compares each shard with its source. Returns how many were there."""
     kept = 0
     for file, names in shards.items():
         part = {name: headers[name] for name in names}
@@ -59,7 +58,7 @@ def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[st
 
 
 def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
-    """Whether a file holds these tensors and no other, bit for bit; both sides are read, some megabytes at a time."""
+    """Whether a file holds exactly these tensors, bit for bit; both sides are read, some megabytes at a time."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -77,17 +76,18 @@ def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
 
 @dataclass(frozen=True)
 class Readings:
-    """Tensors read, converted, and refused if they hold NaN or infinity, with the names of all that do."""
+    """Tensors that are converted when read, and refused if they hold NaN or infinity, with the names of all that do."""
 
     headers: Mapping[str, Header]
     dtype: np.dtype | None
     allow_nonfinite: bool
     where: str
-    kept: Collection[str] = ()  # names of those that keep their dtype
+    kept: Collection[str] = ()  # names of tensors that keep their dtype
 
     def converted(self) -> dict[str, Header]:
-        """The same tensors with the dtype they will have."""
-        return {name: Header(one.shape, self._dtype(name), self._reader(name)) for name, one in self.headers.items()}
+        """The same tensors with their new dtype."""
+        shapes = {name: header.shape for name, header in self.headers.items()}
+        return {name: Header(shape, self._dtype(name), self._reader(name)) for name, shape in shapes.items()}
 
     def _dtype(self, name: str) -> np.dtype:
         if self.dtype is None or name in self.kept:
@@ -98,7 +98,7 @@ class Readings:
         def read() -> np.ndarray:
             value, bad = self._read(name)
             if bad:
-                raise PortError(self.where, wrong=list(filter(None, (self._read(one)[1] for one in self.headers))))
+                raise PortError(self.where, wrong=list(filter(None, (self._read(other)[1] for other in self.headers))))
             return value
 
         return read
@@ -106,7 +106,7 @@ class Readings:
     def _read(self, name: str) -> tuple[np.ndarray, str]:
         """The tensor, and what is wrong with it."""
         before = self.headers[name].read()
-        with np.errstate(over="ignore"):  # looked at below
+        with np.errstate(over="ignore"):  # checked below
             value = before.astype(self._dtype(name), copy=False)
         if self.allow_nonfinite or all_finite(value):
             return value, ""
@@ -115,7 +115,7 @@ class Readings:
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """The source as a port knows it again: every file's size and time of change."""
+    """What identifies a source: its path, and the size and modification time of every file."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     seen = {file.relative_to(path).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"path": str(path.absolute()), "files": seen}
@@ -125,46 +125,63 @@ def identity(path: Path) -> dict[str, Any]:
 def resumable(
     path: Path, overwrite: bool, replaceable: Callable[[Path], bool], note: dict[str, Any], say: Callable[[str], None]
 ) -> Iterator[Path]:
-    """A folder to fill, put in the place of `path` at the end. One that an interrupted port with this note left is used again.
+    """A folder to fill, put in the place of `path` at the end. A folder that an interrupted port with this note left is
+    reused.
 
     Raises ValueError as `check_target`, for a full disk, or if another process is filling the folder.
     """
     check_target(path, overwrite, replaceable)
-    outer = path.with_name(f".{path.name}.part")
-    with alone(path):
+    outer = resumable_part(path)
+    with alone(path), _cleaned_up(outer, path):
         check_target(path, overwrite, replaceable)
-        try:
-            outer.mkdir(exist_ok=True)
-            if (outer / f"{path.name}.old").exists() and not path.exists():  # killed between moving it away and replacing it
-                os.replace(outer / f"{path.name}.old", path)
-            if _note(outer) != note:
-                if _note(outer) is not None:
-                    say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
-                shutil.rmtree(outer / path.name, ignore_errors=True)
-                (outer / path.name).mkdir()
-                (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
-            yield outer / path.name
-            sync(outer / path.name)
-            check_target(path, overwrite, replaceable)  # others than us may write there too
-            put_in_place(outer / path.name, path)
-        except KeyboardInterrupt:
-            done = len(list((outer / path.name).glob("*.safetensors")))
-            if done == 0:
-                shutil.rmtree(outer, ignore_errors=True)
-                raise
-            raise KeyboardInterrupt(f"{done} finished shards wait in {outer}: the same command goes on from there") from None
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(outer, ignore_errors=True)
-            raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-        except BaseException:
+        outer.mkdir(exist_ok=True)
+        put_back(path)
+        _begin(outer, path.name, note, say)
+        yield outer / path.name
+        sync(outer / path.name)
+        check_target(path, overwrite, replaceable)  # another program, which knows no lock, may have written there
+        put_in_place(outer / path.name, path)
+
+
+@contextmanager
+def _cleaned_up(outer: Path, path: Path) -> Iterator[None]:
+    """Removes `outer` at the end and on every error, unless an interrupt leaves finished shards to go on from.
+
+    What the system refuses becomes a ValueError of one line.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(list((outer / path.name).glob("*.safetensors")))
+        if done == 0:
             shutil.rmtree(outer, ignore_errors=True)
             raise
-        shutil.rmtree(outer)
+        said = f"{done} finished shards wait in {outer}: the same command goes on from there"
+        raise KeyboardInterrupt(said) from None
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(outer, ignore_errors=True)
+        raise ValueError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    except BaseException:
+        shutil.rmtree(outer, ignore_errors=True)
+        raise
+    shutil.rmtree(outer)
+
+
+def _begin(outer: Path, name: str, note: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Keeps the folder `name` in `outer` if it was made from what the note says; else starts an empty folder."""
+    found = _note(outer)
+    if found == note:
+        return
+    if found is not None:
+        say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
+    shutil.rmtree(outer / name, ignore_errors=True)
+    (outer / name).mkdir()
+    (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")
 
 
 def room_for(path: Path, needed: int) -> None:
-    """Raises ValueError as `check_space`; what an interrupted port left beside `path` counts as there."""
-    left = path.with_name(f".{path.name}.part")
+    """Raises ValueError as `check_space`. What an interrupted port left is counted as free: it is reused or removed."""
+    left = resumable_part(path)
     try:
         there = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
     except OSError as error:  # a name that is too long with its ending

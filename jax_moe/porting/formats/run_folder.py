@@ -1,40 +1,85 @@
-"""The folder of a run of train/train.py: where its newest weights are, and the weights of a checkpoint.
+"""The folder of a run of train/train.py: its newest weights, finished or not.
 
 config.json holds settings, model and text. checkpoints/STEP is an Orbax checkpoint of {"params", "optimizer"}, whole once
 checkpoints/STEP.sha256 has the sums of its files; checkpoints/STEP.pt is PyTorch's. A run that has ended leaves
 model.safetensors under makeMoE's names or, fine-tuned, the Hugging Face folder pretrained/.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jax_moe.config.as_json import config_from_json
+from jax_moe.config.checks import shorten
+from jax_moe.config.models import MakeMoEConfig
+from jax_moe.guarded import is_file
+from jax_moe.porting.families.makemoe import MAKEMOE
+from jax_moe.porting.formats.found import Found, RunWeights
+from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.formats.orbax import Sums, damaged, read_orbax
-from jax_moe.porting.tensors import Header
+from jax_moe.porting.formats.own_folder import check_arrays
+from jax_moe.porting.formats.state_file import read_whole
+from jax_moe.porting.state_dict import decoder_shapes
+from jax_moe.porting.tensors import Header, in_memory
 
 CHECKPOINTS, MODEL, PRETRAINED = "checkpoints", "model.safetensors", "pretrained"
 
 
-@dataclass(frozen=True)
-class RunWeights:
-    """Where a run's newest weights are."""
+def open_run(path: Path, about: Mapping[str, Any]) -> Found:
+    """The run that `about` is the config.json of. Raises ValueError if it has no weights yet, or they do not fit."""
+    weights = newest_weights(path, about)
+    if not is_finetune(about):
+        return _open_makemoe(path, about, weights)
+    if weights.final:
+        return replace(open_folder(weights.place), path=path, run=weights)
+    return _open_finetune(path, about, weights)
 
-    place: Path  # model.safetensors, pretrained/, checkpoints/STEP or checkpoints/STEP.pt
-    step: int | None  # None: only the final weights are left, and they do not say
-    steps: int | None  # of the whole run, as its settings say
-    final: bool  # what the run leaves at its end, or when it was stopped
 
-    def in_words(self) -> str:
-        """Which weights these are."""
-        of = "" if self.steps is None else f" of {self.steps:,}"
-        said = "the run's last weights" if self.step is None else f"step {self.step:,}{of} of the run"
-        return f"{said}, from {self.place.name if self.final else f'{CHECKPOINTS}/{self.place.name}'}"
+def _open_makemoe(path: Path, about: Mapping[str, Any], run: RunWeights) -> Found:
+    """A makeMoE: from what the run leaves at its end, or from a checkpoint of either framework."""
+    config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
+    text = about.get("text")
+    characters = text.get("vocabulary") if isinstance(text, dict) else None
+    if characters is not None and not (isinstance(characters, str) and len(set(characters)) == config.vocab_size):
+        raise ValueError(f"{path / 'config.json'}: text.vocabulary: must be vocab_size={config.vocab_size} different characters")
+    ours = run.place.is_dir()
+    return Found(
+        path=path, kind="run", place=run.place, family=MAKEMOE, config=config, ours=ours, run=run, characters=characters,
+        tensors=checkpoint_arrays(run.place) if ours else in_memory(read_whole(run.place).state),
+    )
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether the run has steps to go."""
-        return self.step is not None and self.steps is not None and self.step < self.steps
+
+def _open_finetune(path: Path, about: Mapping[str, Any], run: RunWeights) -> Found:
+    """A checkpoint's weights in the dtypes of the folder that the run began with, as the run itself writes them."""
+    began = open_folder(_beginning(path, about))
+    assert began.plan is not None and began.model is not None
+    dtypes = {piece.ours: np.dtype(began.tensors[piece.theirs].dtype) for piece in began.plan.pieces}
+    arrays = checkpoint_arrays(run.place)
+    check_arrays(run.place, arrays, decoder_shapes(began.model))
+    tensors = {name: _as(one, dtypes[name]) for name, one in arrays.items()}
+    return Found(
+        path=path, kind="run", place=run.place, family=began.family, config=began.config, tensors=tensors, ours=True, run=run,
+        origin=began.origin, model=began.model,
+    )
+
+
+def _beginning(path: Path, about: Mapping[str, Any]) -> Path:
+    """The folder with the run's config.json and tokenizer: what the run has written, or what it began with."""
+    began = Path(str(about["model"]["pretrained"]))
+    for place in (path / PRETRAINED, began):
+        if (place / "config.json").is_file():
+            return place
+    raise ValueError(f"{path}: began with the model in {began}, which is not there any more and says what the weights are")
+
+
+def _as(header: Header, dtype: np.dtype) -> Header:
+    def reader(read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        return lambda: read().astype(dtype)
+
+    return header if header.dtype == dtype else replace(header, dtype=dtype, read=reader(header.read))
 
 
 def is_finetune(about: Mapping[str, Any]) -> bool:
@@ -88,9 +133,9 @@ def _sums(place: Path) -> Sums:
     except (OSError, ValueError) as error:
         raise damaged(place, f"{file.name}: {error}") from None
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    wrong = [name for name in digests if not name.startswith(f"{place.name}/") or not (place.parent / name).is_file()]
+    wrong = [name for name in digests if not name.startswith(f"{place.name}/") or not is_file(place.parent / name)]
     if wrong or not digests:
-        raise damaged(place, f"missing: {', '.join(wrong[:5]) or 'the sums of its files'}")
+        raise damaged(place, f"missing: {', '.join(map(shorten, wrong[:5])) or 'the sums of its files'}")
     return {
         name.removeprefix(f"{place.name}/"): ((place.parent / name).stat().st_size, digest) for name, digest in digests.items()
     }

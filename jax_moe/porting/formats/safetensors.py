@@ -1,6 +1,6 @@
-"""One `.safetensors` file: read as views of the mapped file, written one tensor at a time, read back by the library.
+"""A `.safetensors` file: read as views of the mapped file, written tensor by tensor, read back by the library.
 
-The library checks every header; the data never pass through it twice, so that a file may be larger than memory.
+The library checks every header. A file may be larger than the memory: no more than a part of it is ever read at a time.
 """
 
 import json
@@ -17,16 +17,17 @@ from jax_moe.disk import READABLE, same_bits
 from jax_moe.guarded import parse_json, refuse_pointer_file
 from jax_moe.porting.tensors import DTYPES, Header
 
+NOT_WHOLE = "must be a whole .safetensors file, it is not one or is cut short"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SORTED = ("F64", "F32", "BF16", "F16")  # the order in which the library writes dtypes
-CHECKED_BYTES = 1 << 20  # read back at a time
-BATCH_BYTES = 1 << 26  # between two openings
+CHECKED_BYTES = 1 << 20  # bytes read back at a time
+BATCH_BYTES = 1 << 26  # bytes read before the file is opened anew
 
 
 def map_tensors(path: Path) -> dict[str, Header]:
-    """{name: header}; `read` gives a read-only view of the file, valid for as long as it is held.
+    """{name: header}; `read` returns a read-only view of the file, valid for as long as it is held.
 
-    Raises ValueError if the file is not whole, its header lies about sizes or offsets, or a name stands in it twice.
+    Raises ValueError for a file that is not whole, a header with wrong sizes or offsets, or a name that it has twice.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -40,7 +41,7 @@ def map_tensors(path: Path) -> dict[str, Header]:
             mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ValueError(f"{path.name} must be a whole .safetensors file, it is not one or is cut short ({reason})") from None
+        raise ValueError(f"{path.name} {NOT_WHOLE} ({reason})") from None
     except ValueError as error:
         raise ValueError(f"{path.name} must be a whole .safetensors file ({error})") from None
     listed.pop("__metadata__", None)
@@ -50,7 +51,7 @@ def map_tensors(path: Path) -> dict[str, Header]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys all differ: which of two would count is the reader's whim."""
+    """An object without repeated keys: readers disagree on which of two would count."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -65,7 +66,7 @@ def _mapped(mapped: mmap.mmap, data: int, about: dict[str, Any]) -> Header:
         return Header(shape, code, lambda: np.empty(0))
 
     def read() -> np.ndarray:
-        if hasattr(mmap, "MADV_DONTNEED"):  # what was read before leaves this process's memory, not the page cache
+        if hasattr(mmap, "MADV_DONTNEED"):  # frees pages read before; the page cache keeps them
             mapped.madvise(mmap.MADV_DONTNEED)
         return np.ndarray(shape, DTYPES[code], mapped, offset)
 
@@ -73,9 +74,10 @@ def _mapped(mapped: mmap.mmap, data: int, about: dict[str, Any]) -> Header:
 
 
 def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
-    """The file that the library's `save_file` would write, byte for byte, with one tensor in memory at a time.
+    """Writes the file that the library's `save_file` would write, byte for byte, with a single tensor in memory at a
+    time.
 
-    Raises ValueError unless the library reads every tensor back as it was given, bit for bit.
+    Raises ValueError unless the library reads every tensor back bit for bit.
     """
     from safetensors import safe_open
 
@@ -84,7 +86,7 @@ def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
     wrong: list[str] = []
     with path.open("wb") as file:
         file.write(text)
-        file.truncate(len(text) + end)  # at its full length it can be opened, and each tensor read back once it is written
+        file.truncate(len(text) + end)  # at full length it can be opened, and each tensor read back
         for some in in_batches(names, headers):
             with safe_open(path, framework="np") as written:
                 for name in some:
@@ -97,19 +99,20 @@ def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
 
 
 def _header(names: list[str], headers: Mapping[str, Header]) -> tuple[bytes, int]:
-    """What stands before the data, as the library writes it, and the bytes of the data."""
+    """The bytes before the data, as the library writes them, and the size of the data in bytes."""
     about: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         start, end = end, end + headers[name].nbytes
-        about[name] = {"dtype": CODES[headers[name].dtype], "shape": list(headers[name].shape), "data_offsets": [start, end]}
+        dtype, shape = CODES[headers[name].dtype], list(headers[name].shape)
+        about[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, end
 
 
 def in_batches(names: Iterable[str], headers: Mapping[str, Header]) -> Iterator[list[str]]:
-    """Names of some megabytes each: what the library has read stays in this process until it closes the file."""
+    """Names in batches of some megabytes: the library keeps what it has read in memory until it closes the file."""
     batch: list[str] = []
     held = 0
     for name in names:
@@ -123,19 +126,19 @@ def in_batches(names: Iterable[str], headers: Mapping[str, Header]) -> Iterator[
 
 
 def reads_as(file: Any, name: str, value: np.ndarray) -> bool:
-    """Whether the library's opened file has the tensor, bit for bit; of a large one some rows at a time."""
+    """Whether the library's opened file has this tensor, bit for bit; a large tensor is read some rows at a time."""
     stored = file.get_slice(name)
     if tuple(stored.get_shape()) != value.shape:
         return False
     if value.ndim == 0 or value.nbytes <= CHECKED_BYTES:
         return same_bits(file.get_tensor(name), value)
     rows = max(1, CHECKED_BYTES // (value.nbytes // len(value)))
-    spans = (slice(i, min(i + rows, len(value))) for i in range(0, len(value), rows))  # the library does not clip
+    spans = (slice(i, min(i + rows, len(value))) for i in range(0, len(value), rows))  # the library clips no span
     return all(same_bits(stored[span], value[span]) for span in spans)
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """One tensor after the other, so that the file is never held twice."""
+    """{name: array}, read tensor by tensor, so that the file is never in memory twice."""
     from safetensors import SafetensorError, safe_open
 
     refuse_pointer_file(path)
@@ -148,11 +151,12 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in dtypes}
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ValueError(f"{path}: must be a whole .safetensors file, it is not one or is cut short ({reason})") from None
+        raise ValueError(f"{path}: {NOT_WHOLE} ({reason})") from None
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Every array is made contiguous first: of a transposed view the library would write other numbers, silently."""
+    """Makes every array contiguous first: of a transposed view the library would silently write other numbers."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}, path, metadata)
+    arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}
+    save_file(arrays, path, metadata)

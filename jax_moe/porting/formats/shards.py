@@ -1,8 +1,7 @@
-"""A folder of weights: one or many `.safetensors` (read one tensor at a time) or PyTorch `.bin` files, with their index."""
+"""A folder of weights: `.safetensors` files, read tensor by tensor, or PyTorch `.bin` files, with their index."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-@contextmanager
-def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
-    """{name: header} of all tensors of the folder. Raises ValueError naming every missing, broken or contradictory file."""
+def open_weights(directory: Path) -> dict[str, Header]:
+    """{name: header} of the folder's tensors. Raises ValueError naming every missing, broken or contradictory file."""
     files, listed = files_of(directory)
     errors: list[str] = []
     headers: dict[str, Header] = {}
@@ -28,9 +26,7 @@ def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
             errors.append(str(error))
             continue
         if listed is not None:
-            said = {name for name, where in listed.items() if where == file}
-            errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in sorted(said - found.keys())]
-            errors += [f"{file} holds {shorten(name)}, which the index does not say" for name in sorted(found.keys() - said)]
+            errors += _against_index(file, found, listed)
         headers |= found
     wrong = [f"{shorten(name)} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
     if wrong:
@@ -39,13 +35,23 @@ def open_weights(directory: Path) -> Iterator[dict[str, Header]]:
     if errors:
         more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
-    yield headers
+    return headers
+
+
+def _against_index(file: str, found: Mapping[str, Header], listed: Mapping[str, str]) -> list[str]:
+    """Messages for the tensors of a file that are not those which the index lists for it."""
+    said = {name for name, where in listed.items() if where == file}
+    lacking = [f"{file} lacks {shorten(name)}, which the index says it holds" for name in sorted(said - found.keys())]
+    return lacking + [
+        f"{file} holds {shorten(name)}, which the index does not say" for name in sorted(found.keys() - said)
+    ]
 
 
 def files_of(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """The files that hold the weights and, for a set of shards, {tensor: file}.
 
-    Where a folder was saved twice and holds both a single file and an index, the single file counts, as in transformers.
+    In a folder that was saved twice and holds both a single file and an index, the single file counts, as in
+    transformers.
     """
     for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
         if (directory / single).exists():
@@ -58,7 +64,7 @@ def files_of(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _read_index(path: Path) -> dict[str, str]:
     listed = read_object(path).get("weight_map")
-    # a plain file name: an index must not make us read elsewhere
+    # plain file names: an index must not lead outside the folder
     fits = isinstance(listed, dict) and listed and all(_plain_name(file) for file in listed.values())
     if not fits or not isinstance(listed, dict):
         raise ValueError(f"{path}: weight_map must say, for every tensor, the name of a file in this folder")
@@ -84,7 +90,7 @@ def _open(path: Path) -> dict[str, Header]:
 
 
 def plan_shards(headers: Mapping[str, Header], max_shard_bytes: int) -> dict[str, list[str]]:
-    """{file: names}, in order; a tensor larger than a shard has one to itself."""
+    """{file: names}, in order; a tensor larger than a shard gets a shard of its own."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, header in headers.items():
@@ -99,7 +105,7 @@ def plan_shards(headers: Mapping[str, Header], max_shard_bytes: int) -> dict[str
 
 
 def write_index(directory: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]]) -> None:
-    """The index of several shards; one needs none."""
+    """Writes the index; a single file needs none."""
     if len(shards) > 1:
         where = {name: file for file, names in shards.items() for name in names}
         total = sum(headers[name].nbytes for name in where)
@@ -108,7 +114,7 @@ def write_index(directory: Path, headers: Mapping[str, Header], shards: Mapping[
 
 
 def write_weights(directory: Path, headers: Mapping[str, Header], max_shard_bytes: int) -> None:
-    """Writes what the headers read: one file, or shards with their index, each read back. One tensor is in memory at a time."""
+    """Writes the tensors, one in memory at a time, as a single file or as shards with an index, each read back."""
     shards = plan_shards(headers, max_shard_bytes)
     for file, names in shards.items():
         write_tensors(directory / file, {name: headers[name] for name in names})

@@ -7,6 +7,7 @@ import numpy as np
 
 from jax_moe.disk import verify, writing
 from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
+from jax_moe.porting.formats.wrapped import Opened
 
 PT_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PT_SUFFIXES)
@@ -30,6 +31,15 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+
+
+def read_whole(path: Path) -> Opened:
+    """The state dict of a file; of a trainer's `.pt`, the model's, with what stood around it."""
+    if path.suffix in PT_SUFFIXES and path.is_file():
+        from jax_moe.porting.formats.torch_pickle import read_whole_pt
+
+        return read_whole_pt(path)
+    return Opened(read_state(path), None, {}, "")
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The only file of `jax_moe` that imports torch: `.pt` files and tensors, to and from numpy."""
+"""`.pt` files of PyTorch to and from numpy."""
 
 import re
 import warnings
@@ -16,36 +16,38 @@ from jax_moe.porting.formats.judged import check_file, check_optimizer
 from jax_moe.porting.formats.wrapped import Opened, open_dictionary, unwrapped
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
 
-EXPANDED = 1 << 20  # bytes: a small tensor may be expanded, as a mask often is
+EXPANDED = 1 << 20  # bytes up to which a tensor may be expanded, as masks often are
 
 
 def judge(tensor: Any) -> int:
-    """Bytes of the tensor. Raises ValueError for one without numbers, or that says more of them than its file holds."""
+    """Bytes of the tensor. Raises ValueError for a tensor without numbers, or with more of them than are stored."""
     torch = import_torch("a tensor")
     if tensor.device.type == "meta":
         raise ValueError("is a meta tensor, which has no numbers")
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"is {tensor.layout if tensor.layout != torch.strided else tensor.dtype}, must be a plain tensor")
+        what = tensor.layout if tensor.layout != torch.strided else tensor.dtype
+        raise ValueError(f"is {what}, must be a plain tensor")
     if tensor.is_nested or tensor.is_complex() or tensor.is_neg():
         what = "nested" if tensor.is_nested else tensor.dtype if tensor.is_complex() else "stored as its negative"
         raise ValueError(f"is {what}, must be a plain tensor")
     needed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if needed > max(stored, EXPANDED):
         shape = shorten(list(tensor.shape))
-        raise ValueError(f"says {needed:,} bytes ({shape}) where {stored:,} are stored: must be saved after .contiguous()")
+        said = f"says {needed:,} bytes ({shape}) where {stored:,} are stored"
+        raise ValueError(f"{said}: must be saved after .contiguous()")
     return needed
 
 
 def read_pt(path: Path) -> dict[str, np.ndarray]:
-    """The state dict in a `.pt` file, read with weights_only=True: nothing in it is executed.
+    """The state dict of a `.pt` file, read with weights_only=True: nothing in it is executed.
 
-    Raises ValueError for a file that is cut short, holds code or anything but named tensors.
+    Raises ValueError for a file that is cut short, or holds code or anything other than named tensors.
     """
     return _arrays(path, _load_pt(path, mapped=False))
 
 
 def _arrays(path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """As numpy, each a copy. Raises ValueError for a dtype that numpy lacks."""
+    """Copies as numpy arrays. Raises ValueError for a dtype that numpy lacks."""
     odd = [f"{shorten(name)} is {_dtype(value)}" for name, value in state.items() if isinstance(_dtype(value), str)]
     if odd:
         raise ValueError(f"{path}: must hold tensors that numpy has; {', '.join(odd[:20])}")
@@ -53,22 +55,23 @@ def _arrays(path: Path, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def map_pt(path: Path) -> dict[str, tuple[tuple[int, ...], Any, Callable[[], np.ndarray]]]:
-    """{name: (shape, dtype, reader)} of a `.bin` file, as strict as `read_pt`; a dtype that numpy lacks is its name.
+    """{name: (shape, dtype, reader)} of a `.bin` file, as strict as `read_pt`; the dtype is a name if numpy lacks it.
 
-    The file is mapped, so that a tensor is read when its reader is called, unless it is older than PyTorch 1.6's format.
+    The file is mapped, and a tensor is read when its reader is called, except in formats older than PyTorch 1.6's.
     """
-    return {name: (tuple(value.shape), _dtype(value), _reader(value)) for name, value in _load_pt(path, mapped=True).items()}
+    state = _load_pt(path, mapped=True)
+    return {name: (tuple(value.shape), _dtype(value), _reader(value)) for name, value in state.items()}
 
 
 def is_training_pt(path: Path) -> bool:
-    """Whether the `.pt` file holds the state dicts of a model and of its optimizer, under their usual words."""
+    """Whether the `.pt` file holds the state dicts of a model and of its optimizer, under their usual keys."""
     return open_dictionary(_load_any(path, mapped=True)).optimizer is not None
 
 
 def read_whole_pt(path: Path) -> Opened:
-    """The state dict of a `.pt` file as numpy, out of a trainer's dictionary, and what stood beside it.
+    """The state dict of a `.pt` file as numpy, taken out of a trainer's dictionary, and the other entries.
 
-    As strict as `read_pt`; an optimizer's state dict is well formed, its tensors are still torch's.
+    As strict as `read_pt`. An optimizer's state dict is checked; its tensors stay torch's.
     """
     opened = open_dictionary(_load_any(path, mapped=False))
     if opened.optimizer is not None:
@@ -77,20 +80,20 @@ def read_whole_pt(path: Path) -> Opened:
 
 
 def read_training_pt(path: Path) -> dict[str, Any] | None:
-    """All that is in a training checkpoint, the weights as numpy; None if the file is not one."""
+    """Everything in a training checkpoint, the weights as numpy; None if the file is none."""
     opened = read_whole_pt(path)
     return None if opened.optimizer is None else {**opened.others, "model": opened.state, "optimizer": opened.optimizer}
 
 
 def read_optimizer_pt(path: Path) -> Any:
-    """An optimizer's state dict in a `.pt` file, well formed; its tensors are torch's."""
+    """The checked state dict of an optimizer in a `.pt` file; its tensors are torch's."""
     whole = _load_any(path, mapped=False)
     _check_optimizer(whole, path)
     return whole
 
 
 def _check_optimizer(state_dict: Any, path: Path) -> None:
-    """`check_optimizer`, and its tensors as those of a state dict."""
+    """`check_optimizer`, and `judge` for each of its tensors."""
     check_optimizer(state_dict, path)
     for i, entry in state_dict["state"].items():
         for key, value in entry.items():
@@ -102,7 +105,7 @@ def _check_optimizer(state_dict: Any, path: Path) -> None:
 
 
 def write_plain_pt(path: Path, whole: Any) -> None:
-    """The reverse."""
+    """Writes plain values and tensors as they are."""
     import_torch(f"{path}: writing it").save(whole, path)
 
 
@@ -120,15 +123,16 @@ def _load_any(path: Path, mapped: bool) -> Any:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols
+            warnings.simplefilter("ignore")  # torch warns about old pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and archive)
-    except Exception as error:  # torch raises a dozen kinds for a file that is not its own
+    except Exception as error:  # torch raises a dozen kinds of errors for a foreign file
         if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "TorchScript")):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = "code or objects other than tensors" + (f" ({shorten(named[1], 60)})" if named else "")
-            cure = "where it was made, `torch.save(model.state_dict(), FILE)` saves what can be read"
+            cure = "where it was made, `torch.save(model.state_dict(), FILE)` saves a readable file"
             raise ValueError(f"{path}: refused, its pickle holds {what}; {cure}") from None
-        raise ValueError(f"{path}: must be a whole PyTorch checkpoint of tensors, it is not one or is cut short") from None
+        allowed = "a whole PyTorch checkpoint of tensors, it is not one or is cut short"
+        raise ValueError(f"{path}: must be {allowed}") from None
 
 
 def _load_pt(path: Path, mapped: bool) -> dict[str, Any]:
@@ -139,13 +143,14 @@ def _tensors(path: Path, state: Any, mapped: bool = False) -> dict[str, Any]:
     torch = import_torch(f"{path}: reading it")
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: must hold a state dict (names and tensors), holds a {type(state).__name__}")
-    odd = [shorten(name) for name, value in state.items() if not isinstance(value, torch.Tensor) or not isinstance(name, str)]
+    named = {name for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    odd = [shorten(name) for name in state if name not in named]
     if odd:
         raise ValueError(f"{path}: must hold a state dict (names and tensors); not tensors: {', '.join(odd[:20])}")
     needed, wrong = 0, []
     for name, value in state.items():
         if isinstance(_dtype(value), str):
-            continue  # named with its dtype by whoever reads the file
+            continue  # the caller reports it with its dtype
         try:
             needed += judge(value)
         except ValueError as error:
@@ -158,7 +163,7 @@ def _tensors(path: Path, state: Any, mapped: bool = False) -> dict[str, Any]:
 
 
 def _dtype(tensor: Any) -> Any:
-    """numpy's dtype, or the name of one that numpy lacks."""
+    """numpy's dtype, or the name of a dtype that numpy lacks."""
     torch = import_torch("a tensor")
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"{tensor.layout if tensor.layout != torch.strided else tensor.dtype}".removeprefix("torch.")
@@ -174,7 +179,9 @@ def _reader(tensor: Any) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         torch = import_torch("a tensor")
         value = tensor.detach().contiguous()
-        return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
+        if value.dtype == torch.bfloat16:
+            return value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
 
     return read
 

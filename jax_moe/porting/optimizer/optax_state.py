@@ -1,11 +1,10 @@
-"""Moments and step counts in the tree of an optax state: found wherever they sit, filled, and read again.
+"""Moments and step counts in the tree of an optax state, read and filled.
 
-Behind clipping or beside a schedule, in a chain, under masks (`optax.masked`, `optax.partition`, `adamw(mask=...)`), with
-injected hyperparameters, and in `optax.MultiSteps` between two steps.
+They are found behind clipping or beside a schedule, in a chain, under masks (`optax.masked`, `optax.partition`,
+`adamw(mask=...)`), with injected hyperparameters, and in `optax.MultiSteps` between two steps.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +17,79 @@ from jax_moe.porting.optimizer.step_counts import HINT, unequal
 from jax_moe.porting.state_dict import flatten
 from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, nested_counts, path_of
 
-ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's word: optax's
+ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's word: optax's field
 SGD = {"momentum_buffer": "trace"}
 ADAM_STATES = (optax.ScaleByAdamState, SkippingAdamState)
+MOMENTS = (*ADAM_STATES, optax.TraceState)
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-Counts = Mapping[str, np.ndarray]  # {path of experts: their steps}
+Trees = Mapping[str, Mapping[str, np.ndarray]]  # {torch's word: {our path: moment}}
+Counts = Mapping[str, np.ndarray]  # {path of the experts: their steps}
 
 
 def moments_of(state: optax.OptState) -> tuple[dict[str, dict[str, np.ndarray]], int | None, dict[str, np.ndarray]]:
-    """Moments by our paths under torch's words, AdamW's count, and the experts' own. ValueError for what torch lacks."""
+    """Moments by torch's word and our path, AdamW's count, and the experts' own counts.
+
+    Raises ValueError for what torch's state cannot say.
+    """
+    nodes = _nodes_of(state)
+    holders = [node for node in nodes if isinstance(node, MOMENTS)]
+    if len({tuple(_words(node)) for node in holders}) > 1 or _held_twice(holders):
+        raise ValueError(f"optax state has {_type_names(holders)}: must have one of them")
+    steps = sorted({_count_of(node) for node in nodes if not isinstance(node, optax.TraceState)})
+    if len(steps) > 1:
+        raise ValueError(f"optax state counts {' and '.join(map(str, steps))} steps: must be the same throughout")
+    trees: dict[str, dict[str, np.ndarray]] = {}
+    for node in holders:
+        for word, field in _words(node).items():
+            trees.setdefault(word, {}).update(flatten(getattr(node, field)))
+    counts = {
+        path: np.asarray(value) for node in holders if isinstance(node, SkippingAdamState)
+        for path, value in flat_counts(node.expert_counts).items()
+    }
+    is_adam = any(isinstance(node, ADAM_STATES) for node in holders)
+    return trees, steps[0] if is_adam else None, counts
+
+
+def fill(
+    state: optax.OptState, trees: Trees, count: int | None, counts: Counts | None = None
+) -> optax.OptState:
+    """The state with every moment and count in its place; without moments, no step taken, only counts are set.
+
+    Raises ValueError for moments of torch that the state has no place for, and for places that get none.
+    """
+    holders = [node for node in _nodes_of(state) if isinstance(node, MOMENTS)]
+    if trees:
+        _check_kind(holders, trees)
+
+    def visit(node: Any) -> Any:
+        if not isinstance(node, MOMENTS):
+            return _recount(node, count)
+        return _with_moments(node, trees, count, counts or {}) if trees else node
+
+    filled = walk(state, visit)
+    placed = set(_held_paths(holders))
+    left = [f"{word} of {path}" for word, arrays in trees.items() for path in arrays if path not in placed]
+    if left:
+        raise PortError("optimizer state", unexpected=left)
+    return filled
+
+
+def _check_kind(holders: Sequence[Any], trees: Trees) -> None:
+    """Raises ValueError unless the states hold moments of torch's kind, each parameter's once."""
+    kind = ADAM if "exp_avg" in trees else SGD
+    if not holders or any(_words(node) is not kind for node in holders) or _held_twice(holders):
+        has = _type_names(holders) or "neither ScaleByAdamState nor TraceState"
+        raise ValueError(f"optimizer state of torch is {' and '.join(kind)}: must fit optax's, which has {has}")
+
+
+def _with_moments(node: Any, trees: Trees, count: int | None, counts: Counts) -> Any:
+    filled = {field: _like(getattr(node, field), trees[word], word) for word, field in _words(node).items()}
+    node = node._replace(**filled)
+    return node if isinstance(node, optax.TraceState) else _with_counts(node, count, counts)
+
+
+def _nodes_of(state: optax.OptState) -> list[Any]:
+    """Every state within that counts or holds moments."""
     found: list[Any] = []
 
     def see(node: Any) -> Any:
@@ -34,56 +97,21 @@ def moments_of(state: optax.OptState) -> tuple[dict[str, dict[str, np.ndarray]],
         return node
 
     walk(state, see)
-    held = [node for node in found if isinstance(node, (*ADAM_STATES, optax.TraceState))]
-    kinds = {_words(node) is ADAM for node in held}
-    trees: dict[str, dict[str, np.ndarray]] = {}
-    names: Counter[str] = Counter()
-    for node in held:
-        parts = {theirs: flatten(getattr(node, ours)) for theirs, ours in _words(node).items()}
-        for word, arrays in parts.items():
-            trees.setdefault(word, {}).update(arrays)
-        names.update(list(next(iter(parts.values()))))
-    if len(kinds) > 1 or any(count > 1 for count in names.values()):
-        raise ValueError(f"optax state has {' and '.join(type(node).__name__ for node in held)}: must have one of them")
-    steps = sorted({_count_of(node) for node in found if not isinstance(node, optax.TraceState)})
-    if len(steps) > 1:
-        raise ValueError(f"optax state counts {' and '.join(map(str, steps))} steps: must be the same throughout")
-    counts = {
-        path: np.asarray(value) for node in held if isinstance(node, SkippingAdamState)
-        for path, value in flat_counts(node.expert_counts).items()
-    }
-    return trees, steps[0] if kinds == {True} else None, counts
+    return found
 
 
-def fill(
-    state: optax.OptState, trees: Mapping[str, Mapping[str, np.ndarray]], count: int | None, counts: Counts | None = None
-) -> optax.OptState:
-    """The state with every moment and count in its place; nothing of torch's may be left over."""
-    kind, used = (ADAM if "exp_avg" in trees else SGD), []
-    placed: Counter[str] = Counter()
+def _held_paths(holders: Sequence[Any]) -> list[str]:
+    """Our paths of the parameters whose moments these states hold."""
+    return [path for node in holders for path in _named(getattr(node, next(iter(_words(node).values()))))]
 
-    def put(node: Any) -> Any:
-        if not isinstance(node, (*ADAM_STATES, optax.TraceState)):
-            return _recount(node, count)
-        used.append(type(node).__name__)
-        own = _words(node)
-        if not trees:  # no step taken: as `init` made it
-            return node
-        if own is not kind:
-            raise ValueError(f"optimizer state of torch is {' and '.join(kind)}: must fit optax's, which has {used[-1]}")
-        filled = {ours: _like(getattr(node, ours), trees[theirs], theirs) for theirs, ours in own.items()}
-        placed.update(_named(getattr(node, next(iter(own.values())))).keys())
-        node = node._replace(**filled)
-        return node if own is SGD else _with_counts(node, count, counts or {})
 
-    filled = walk(state, put)
-    if trees and (not used or max(placed.values(), default=0) > 1):
-        has = " and ".join(used) or "neither ScaleByAdamState nor TraceState"
-        raise ValueError(f"optimizer state of torch is {' and '.join(kind)}: must fit optax's, which has {has}")
-    error = PortError("optimizer state", unexpected=[f"{w} of {n}" for w, one in trees.items() for n in one if n not in placed])
-    if error:
-        raise error
-    return filled
+def _held_twice(holders: Sequence[Any]) -> bool:
+    paths = _held_paths(holders)
+    return len(set(paths)) < len(paths)
+
+
+def _type_names(nodes: Sequence[Any]) -> str:
+    return " and ".join(type(node).__name__ for node in nodes)
 
 
 def holds(state: optax.OptState, kind: type | tuple[type, ...]) -> bool:
@@ -93,29 +121,34 @@ def holds(state: optax.OptState, kind: type | tuple[type, ...]) -> bool:
 
 
 def walk(node: Any, visit: Callable[[Any], Any]) -> Any:
-    """The state with what `visit` makes of every state that counts or holds moments. ValueError for one it does not know."""
-    if isinstance(node, (*ADAM_STATES, optax.TraceState)) or _only_counts(node):
+    """The state with `visit(node)` in place of every node that counts or holds moments.
+
+    Raises ValueError for a node of an unknown kind.
+    """
+    if isinstance(node, MOMENTS) or _only_counts(node):
         return visit(node)
     if isinstance(node, AccumulatedState):
         empty = jax.tree.map(jnp.zeros_like, node.chosen)
         return node._replace(chosen=empty, steps=_multi_steps(node.steps, visit))
     if isinstance(node, optax.MultiStepsState):
         if holds(node.inner_opt_state, SkippingAdamState):
-            raise ValueError("optax state MultiStepsState: must be jax_moe.unchosen.accumulated's around unchosen='skip'")
+            allowed = "jax_moe.unchosen.accumulated's around unchosen='skip'"
+            raise ValueError(f"optax state MultiStepsState: must be {allowed}")
         return _multi_steps(node, visit)
     if isinstance(node, INJECTED):
-        scheduled = {name: walk(one, visit) for name, one in getattr(node, "hyperparams_states", {}).items()}
+        scheduled = {name: walk(inner, visit) for name, inner in getattr(node, "hyperparams_states", {}).items()}
         replaced = {"hyperparams_states": scheduled} if scheduled else {}
         return visit(node)._replace(inner_state=walk(node.inner_state, visit), **replaced)
     if isinstance(node, optax.MaskedState):
         return node._replace(inner_state=walk(node.inner_state, visit))
     if isinstance(node, optax.MultiTransformState):  # of optax.partition
-        return node._replace(inner_states={label: walk(one, visit) for label, one in node.inner_states.items()})
+        return node._replace(inner_states={label: walk(inner, visit) for label, inner in node.inner_states.items()})
     if isinstance(node, optax.EmptyState) or not jax.tree.leaves(node):
         return node
     if type(node) is tuple:  # a chain
-        return tuple(walk(one, visit) for one in node)
-    raise ValueError(f"optax state {type(node).__name__}: must be of adamw, sgd, or chains of these with clipping and schedules")
+        return tuple(walk(link, visit) for link in node)
+    allowed = "of adamw, sgd, or chains of these with clipping and schedules"
+    raise ValueError(f"optax state {type(node).__name__}: must be {allowed}")
 
 
 def _multi_steps(node: optax.MultiStepsState, visit: Callable[[Any], Any]) -> optax.MultiStepsState:
@@ -128,22 +161,23 @@ def _words(node: Any) -> dict[str, str]:
 
 
 def _only_counts(node: Any) -> bool:
-    """The states of schedules, optax's own and those inside injected hyperparameters."""
+    """Whether a node is the state of a schedule, optax's own or that of an injected hyperparameter."""
     return getattr(node, "_fields", None) == ("count",)
 
 
 def _count_of(node: Any) -> int:
-    """The steps that a node has counted. Raises ValueError in the middle of one."""
+    """The steps that a node has counted. Raises ValueError in the middle of an accumulated step."""
     if not isinstance(node, optax.MultiStepsState):
         return int(node.count)
     half = int(node.mini_step)
     if half:
-        raise ValueError(f"optax state MultiSteps, mini_step={half}: must be 0; gradients half accumulated are not carried")
+        why = "half accumulated gradients are not carried"
+        raise ValueError(f"optax state MultiSteps, mini_step={half}: must be 0; {why}")
     return int(node.gradient_step)
 
 
 def _recount(node: Any, count: int | None) -> Any:
-    """A schedule's, accumulation's or injection's state at that count."""
+    """The state of a schedule, of accumulation or of injected hyperparameters, at that count."""
     if count is None:
         raise ValueError("step=None: must say how many steps the schedule has made, SGD does not count them")
     _count_of(node)
@@ -152,7 +186,7 @@ def _recount(node: Any, count: int | None) -> Any:
 
 
 def _with_counts(node: Any, count: int | None, counts: Counts) -> Any:
-    """Adam's state at that count. Raises ValueError where experts have counts of their own and it has no place for them."""
+    """Adam's state at that count. Raises ValueError where experts have counts of their own that it has no place for."""
     node = node._replace(count=jnp.asarray(count, node.count.dtype))
     if not isinstance(node, SkippingAdamState):
         wrong = unequal(counts, count)
@@ -170,13 +204,14 @@ def _with_counts(node: Any, count: int | None, counts: Counts) -> Any:
 
 
 def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:
-    """The arrays in the tree's structure, dtypes and places; a masked tree takes those it has a place for."""
+    """The arrays in the tree's structure, dtypes and shardings; a masked tree takes the arrays of its own leaves."""
     named = _named(tree)
+    pairs = [(name, arrays[name], leaf) for name, leaf in named.items() if name in arrays]
     error = PortError(
         f"optimizer state ({word})",
         missing=[name for name in named if name not in arrays],
-        misshapen=[f"{n} is {arrays[n].shape}, must be {v.shape}" for n, v in named.items() if _differ(arrays, n, v, "shape")],
-        mistyped=[f"{n} is {arrays[n].dtype}, must be {v.dtype}" for n, v in named.items() if _differ(arrays, n, v, "dtype")],
+        misshapen=[f"{name} is {x.shape}, must be {like.shape}" for name, x, like in pairs if x.shape != like.shape],
+        mistyped=[f"{name} is {x.dtype}, must be {like.dtype}" for name, x, like in pairs if x.dtype != like.dtype],
     )
     if error:
         raise error
@@ -186,10 +221,6 @@ def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:
 def _named(tree: Any) -> dict[str, Any]:
     """{our path: leaf}."""
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _differ(arrays: Mapping[str, np.ndarray], name: str, like: Any, what: str) -> bool:
-    return name in arrays and getattr(arrays[name], what) != getattr(like, what)
 
 
 def _place(value: np.ndarray, like: Any) -> jax.Array:

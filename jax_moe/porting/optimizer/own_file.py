@@ -1,7 +1,8 @@
-"""`optimizer.safetensors` beside weights in our layout: moments under our paths behind torch's word for them.
+"""`optimizer.safetensors` beside weights in our layout: moments named by torch's word and our path.
 
-`exp_avg.blocks.moe.experts.up`; hyperparameters, step count and the order of the parameters stand in its metadata. Where
-experts have counts of their own, for no token went to them in some steps, these are `step.blocks.moe.experts` [*L, E].
+An example is `exp_avg.blocks.moe.experts.up`. The metadata hold hyperparameters, step count and the order of the
+parameters. If experts have step counts of their own, because in some steps they had no tokens, these are
+`step.blocks.moe.experts` [*L, E].
 """
 
 import json
@@ -19,6 +20,7 @@ from jax_moe.config.checks import shorten
 from jax_moe.disk import verify
 from jax_moe.guarded import parse_json
 from jax_moe.porting.formats.judged import check_optimizer
+from jax_moe.porting.formats.own_folder import OPTIMIZER as FILE
 from jax_moe.porting.formats.safetensors import read_safetensors, write_safetensors
 from jax_moe.porting.optimizer.groups import check_groups
 from jax_moe.porting.optimizer.optax_state import fill
@@ -26,23 +28,22 @@ from jax_moe.porting.optimizer.state import Moments
 from jax_moe.porting.optimizer.step_counts import counts_of, own_steps_of
 from jax_moe.porting.state_dict import flatten, from_torch_tree, to_torch, tree_plan
 
-FILE = "optimizer.safetensors"
-MOST_PLAIN = 1_000_000  # values that a plain one may hold
-KEY = "optimizer"  # of its metadata
-COUNTS = "step."  # before the path of experts that have counts of their own
+MOST_PLAIN = 1_000_000  # values within a plain value
+KEY = "optimizer"  # in the metadata
+COUNTS = "step."  # prefix of the path of experts with step counts of their own
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer's state by torch's names, and what else torch keeps of it."""
+    """An optimizer's state by torch's names, and the rest of torch's file."""
 
     moments: Moments
     groups: list[dict[str, Any]]  # torch's param_groups
-    order: list[str]  # the parameters' names, as the groups count them
-    others: dict[str, Any]  # what else stood in the file, as far as it is plain
+    order: list[str]  # the parameters' names, in the order in which the groups number them
+    others: dict[str, Any]  # other entries of the file that JSON can hold
 
     def in_words(self) -> str:
-        """What of it moves."""
+        """A description of what is ported."""
         after = "" if self.moments.step is None else f" after {self.moments.step:,} steps"
         own = self.moments.own_steps.values()
         fewer = f" ({min(own):,} to {max(own):,} where experts had no tokens)" if own and after else ""
@@ -52,10 +53,10 @@ class Optimizer:
 def load_optimizer(
     directory: str | os.PathLike[str], state: optax.OptState, *, step: int | None = None
 ) -> optax.OptState:
-    """`state`, as the optax optimizer's `init` makes it, with the moments and step counts that `jax-moe port` put in a folder.
+    """`state`, as the optax optimizer's `init` makes it, filled with what `jax-moe port` wrote into a folder.
 
-    `step` counts for schedules beside SGD, which does not count itself; groups and experts' own counts as in
-    `optimizer_from_torch`. Raises ValueError with all that does not fit.
+    `step`, groups and step counts of experts as in `optimizer_from_torch`. Raises ValueError with everything that does
+    not fit.
     """
     file = Path(directory) / FILE
     arrays, about = _read(file)
@@ -68,7 +69,7 @@ def load_optimizer(
 
 
 def write_optimizer(file: Path, optimizer: Optimizer, module: nnx.Module, layout: str) -> None:
-    """Writes it; raises ValueError unless it reads back bit for bit."""
+    """Writes the file. Raises ValueError unless it reads back bit for bit."""
     moments = optimizer.moments
     arrays = {
         f"{word}.{name}": value for word, named in moments.arrays.items()
@@ -85,7 +86,7 @@ def write_optimizer(file: Path, optimizer: Optimizer, module: nnx.Module, layout
 
 
 def read_optimizer(file: Path, module: nnx.Module, layout: str) -> Optimizer:
-    """The reverse. Raises ValueError with all in which it does not fit the module."""
+    """The reverse of `write_optimizer`. Raises ValueError with everything that does not fit the module."""
     arrays, about = _read(file)
     names = parameters(module, layout)
     try:
@@ -103,12 +104,12 @@ def read_optimizer(file: Path, module: nnx.Module, layout: str) -> Optimizer:
 
 
 def _most(step: int | None) -> int:
-    """SGD does not count: of its experts is kept whether they have momentum, 1 or 0."""
+    """The step count; 1 for SGD, which has no count: its experts have 1 with momentum and 0 without."""
     return 1 if step is None else step
 
 
 def parameters(module: nnx.Module, layout: str) -> set[str]:
-    """Torch's names of what is trained: no masks, no buffers."""
+    """Torch's names of the trained parameters, without masks and buffers."""
     shapes = {".".join(map(str, keys)): np.broadcast_to(np.int8(0), v.shape) for keys, v in _params(module)}
     return set(to_torch(module, shapes, layout=layout))
 
@@ -118,21 +119,22 @@ def _params(module: nnx.Module) -> list[tuple[Any, Any]]:
 
 
 def plain_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """torch's param_groups as they are. Raises ValueError for what JSON cannot hold."""
-    odd = [f"{key}={value!r:.40}" for group in groups for key, value in group.items() if key != "betas" and not plain(value)]
+    """torch's param_groups, unchanged. Raises ValueError for values that JSON cannot hold."""
+    entries = [entry for group in groups for entry in group.items()]
+    odd = [f"{key}={value!r:.40}" for key, value in entries if key != "betas" and not plain(value)]
     if odd:
         raise ValueError(f"param_groups: {', '.join(odd)}: must be plain numbers, strings and lists")
     return groups
 
 
 def plain(value: Any) -> bool:
-    """Whether JSON gives it back as it is."""
+    """Whether JSON returns the value unchanged."""
     waiting, looked_at = [value], 0
-    while waiting:  # what holds itself, or one list many times, would grow without end
-        one, looked_at = waiting.pop(), looked_at + 1
+    while waiting:  # a list that holds itself, or another list many times, would grow without end
+        item, looked_at = waiting.pop(), looked_at + 1
         if looked_at > MOST_PLAIN:
             return False
-        waiting += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list | tuple) else ()
+        waiting += [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError, RuntimeError):

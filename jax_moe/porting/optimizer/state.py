@@ -1,9 +1,11 @@
-"""Optimizer state both ways: torch.optim's `state_dict()` and optax's state tree, moments by name, as strict as weights.
+"""Optimizer state in both directions: torch.optim's `state_dict()` and optax's state tree, by name, as strict as
+weights.
 
-AdamW's (and Adam's) `exp_avg`, `exp_avg_sq`, `step` are optax's `ScaleByAdamState(mu, nu, count)`; the `momentum_buffer` of
-SGD is its `TraceState(trace)`. Wherever they sit in a chain, behind clipping or beside a schedule, they are found there;
-in `optax.MultiSteps` too, between two steps: gradients that are half accumulated have no place in torch's state.
-Experts without tokens take no step in PyTorch: their own counts fit the state of `adamw_as_torch(..., unchosen="skip")`.
+`exp_avg`, `exp_avg_sq` and `step` of AdamW and Adam are optax's `ScaleByAdamState(mu, nu, count)`; the
+`momentum_buffer` of SGD is `TraceState(trace)`. They are found anywhere in a chain, behind clipping or beside a
+schedule, and in `optax.MultiSteps` between two steps (torch's state has no place for half accumulated gradients).
+Experts without tokens take no step in PyTorch: their step counts fit the state of `adamw_as_torch(...,
+unchosen="skip")`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,26 +29,27 @@ KINDS = "AdamW or Adam (step, exp_avg, exp_avg_sq) or SGD (momentum_buffer)"
 
 @dataclass(frozen=True)
 class Moments:
-    """An optimizer's state by torch's names: {"exp_avg": {name: array}, ...}; empty where no step has been taken."""
+    """An optimizer's state by torch's names: {"exp_avg": {name: array}, ...}; empty before the first step."""
 
     arrays: dict[str, dict[str, np.ndarray]]
     step: int | None  # None: SGD does not count
     step_dtype: str = "float32"  # of torch's counter
-    own_steps: dict[str, int] = field(default_factory=dict)  # of experts' parameters with another count than `step`; SGD's: 0
+    # Steps of expert parameters whose count is not `step`; 0 for SGD's without momentum.
+    own_steps: dict[str, int] = field(default_factory=dict)
 
 
 def optimizer_from_torch(
     layer: nnx.Module, state_dict: Mapping[str, Any], state: optax.OptState, *, names: Sequence[str] | None = None,
     step: int | None = None, layout: str | None = None,
 ) -> optax.OptState:
-    """`state`, as the optax optimizer's `init` makes it, with torch's moments and step counts in their places.
+    """`state`, as the optax optimizer's `init` makes it, filled with torch's moments and step counts.
 
-    `names` are the parameters' names in the order in which the torch optimizer was given them, [name for name, _ in
-    module.named_parameters()]; not needed where it was given the pairs. `step` counts for schedules beside SGD, which
-    does not count itself; AdamW's own count serves AdamW's. Groups that differ in weight decay go into the state of
-    `optax.adamw(mask=...)`; hyperparameters, injected ones too, stay those that optax was made with. An expert without
-    tokens has taken fewer steps than the rest, or has no entry: the state is then one of
-    `adamw_as_torch(..., unchosen="skip")`. Raises PortError with all that is missing, unexpected, misshapen or of another kind.
+    `names` are the parameters' names in the order in which the torch optimizer got them, [name for name, _ in
+    module.named_parameters()]; leave them out if it got (name, parameter) pairs. `step` is the count for schedules
+    beside SGD, which has no count; AdamW has its own. Groups that differ in weight decay need a state of
+    `optax.adamw(mask=...)`. Hyperparameters, also injected hyperparameters, stay those that the optax optimizer was
+    made with. Experts without tokens, with fewer steps than the rest or no entry, need a state of `adamw_as_torch(...,
+    unchosen="skip")`. Raises PortError with everything that is missing, unexpected, misshapen or of another kind.
     """
     plan = tree_plan(layer, _order(state_dict, names), layout)
     read = read_state_dict(state_dict, names, expert_tensors(plan))
@@ -70,11 +73,12 @@ def optimizer_to_torch(
     layer: nnx.Module, state: optax.OptState, like: Mapping[str, Any], *, names: Sequence[str] | None = None,
     layout: str | None = None,
 ) -> dict[str, Any]:
-    """A `state_dict` for the torch optimizer whose own is `like`: its hyperparameters and order, optax's moments and counts.
+    """A torch `state_dict` with optax's moments and counts, and with the hyperparameters and order of the state dict
+    `like`.
 
-    `names` and `layout` as in `optimizer_from_torch`: without a layout the one nearest to the names. A schedule's place stays
-    with torch's scheduler, whose `last_epoch` is the count. What has taken no step has no entry, as in torch.
-    Raises PortError if the two optimizers or their parameters differ.
+    `names` and `layout` as in `optimizer_from_torch`; without a layout the layout nearest to the names is used. A
+    schedule's count is not part of it: torch's scheduler keeps it as `last_epoch`. A parameter without steps has no
+    entry, as in torch. Raises PortError if the two optimizers or their parameters differ.
     """
     order = _order(like, names)
     plan = tree_plan(layer, order, layout)
@@ -94,58 +98,81 @@ def optimizer_to_torch(
 
 
 def read_state_dict(
-    state_dict: Mapping[str, Any], names: Sequence[str] | None = None, experts: Mapping[str, tuple[int, ...]] | None = None
+    state_dict: Mapping[str, Any], names: Sequence[str] | None = None,
+    experts: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Moments:
-    """Moments by name. Raises ValueError with everything that is wrong: other kinds, missing moments, steps that differ.
+    """Moments by name. Raises ValueError with everything that is wrong: another kind, missing moments, unequal steps.
 
-    `experts` {name: shape} may have taken fewer steps than the others; those with no entry have taken none, and their moments
-    are zero: SGD goes on from a momentum of zero as it does from none.
+    `experts` {name: shape} may have taken fewer steps than the others. An expert without an entry has taken none, and
+    its moments are zero: SGD goes on from a momentum of zero as it does from none.
     """
     order = _order(state_dict, names)
     entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))
-    held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
-    if not held:
+    kind = _kind_of(entries)
+    if kind is None:
         return Moments({}, 0 if "betas" in state_dict["param_groups"][0] else None)
-    kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
-    if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
-        raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
-    own = {} if experts is None else {name: experts[name] for name in order if name in experts}
+    own = {name: experts[name] for name in order if name in experts} if experts else {}
     untouched = {name: shape for name, shape in own.items() if not entries[name]}
     entries |= _untouched(untouched, entries, kind)
     steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
-    words = [*kind, "step"] if kind is ADAM else list(kind)
     most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
-    wrong = {name: step for name, step in steps.items() if step != most and name not in own}
-    error = PortError(
-        "optimizer state",
-        missing=[f"{word} of {name}" for word in words for name, entry in entries.items() if entry.get(word) is None],
-        wrong=[f"step of {name} is {step}, must be {most} as of the others" for name, step in wrong.items()],
-    )
-    if error:
-        raise error
+    _check_entries(entries, kind, {name: step for name, step in steps.items() if name not in own}, most)
     arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
     if kind is SGD:
         return Moments(arrays, None, own_steps=dict.fromkeys(untouched, 0))
-    counter = _numpy(next(entry["step"] for name, entry in entries.items() if steps[name] == max(steps.values()))).dtype
     own_steps = {name: steps[name] for name in own if steps[name] != most}
-    return Moments(arrays, most, counter.name if counter.kind == "f" else "float32", own_steps)
+    return Moments(arrays, most, _counter_dtype(entries[max(steps, key=lambda name: steps[name])]), own_steps)
+
+
+def _kind_of(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str] | None:
+    """ADAM or SGD, by what the entries hold; None if they are empty. Raises ValueError for other optimizers."""
+    held = {key for entry in entries.values() for key, value in entry.items() if value is not None}
+    if not held:
+        return None
+    kind = next((kind for kind in (ADAM, SGD) if kind.keys() & held), None)
+    if kind is None or held - kind.keys() - ({"step"} if kind is ADAM else set()):
+        raise ValueError(f"optimizer state holds {', '.join(sorted(map(str, held)))}: must be that of {KINDS}")
+    return kind
+
+
+def _check_entries(
+    entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str], steps: Mapping[str, int], most: int
+) -> None:
+    """Raises PortError for moments that an entry lacks, and for those of `steps` that are not `most`."""
+    words = [*kind, "step"] if kind is ADAM else list(kind)
+    error = PortError(
+        "optimizer state",
+        missing=[f"{word} of {name}" for word in words for name, entry in entries.items() if entry.get(word) is None],
+        wrong=[
+            f"step of {name} is {step}, must be {most} as of the others" for name, step in steps.items() if step != most
+        ],
+    )
+    if error:
+        raise error
+
+
+def _counter_dtype(entry: Mapping[str, Any]) -> str:
+    """The dtype of the entry's step counter; for a plain integer float32, which is torch's default."""
+    dtype = _numpy(entry["step"]).dtype
+    return dtype.name if dtype.kind == "f" else "float32"
 
 
 def _untouched(
     shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Entries of parameters that have taken no step: zeros, in the dtype of those that have."""
+    """Entries of parameters without steps: zeros in the dtype of another parameter's moments, best of the same role."""
     found: dict[str, dict[str, Any]] = {}
+    touched = [name for name in entries if entries[name]]
     for name, shape in shapes.items():
-        ending = name.rsplit(".", 2)[-2:]
-        like = sorted((one for one in entries if entries[one]), key=lambda one: one.rsplit(".", 2)[-2:] != ending)
-        dtypes = {word: _numpy(entries[like[0]][word]).dtype for word in kind if entries[like[0]].get(word) is not None}
-        found[name] = ({"step": 0} if kind is ADAM else {}) | {**{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
+        role = name.rsplit(".", 2)[-2:]
+        like = entries[min(touched, key=lambda other: other.rsplit(".", 2)[-2:] != role)]
+        zeros = {word: np.zeros(shape, _numpy(like[word]).dtype) for word in kind if like.get(word) is not None}
+        found[name] = {"step": 0, **zeros} if kind is ADAM else zeros
     return found
 
 
 def write_state_dict(moments: Moments, groups: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
-    """The reverse of `read_state_dict`, with tensors, as `optimizer.load_state_dict` takes it; no step taken, no entry."""
+    """The reverse of `read_state_dict`, with tensors, for `optimizer.load_state_dict`; no entry for no step."""
     from jax_moe.porting.torch_tensors import numpy_to_tensor
 
     for most in () if moments.step is None else {moments.step, *moments.own_steps.values()}:
@@ -172,15 +199,16 @@ def _numpy(value: Any) -> np.ndarray:
 
 
 def _order(state_dict: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
-    """The parameters' names by the optimizer's numbers. Raises ValueError if they do not fit, or nobody says them."""
-    fits = isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping) and state_dict.get("param_groups")
-    if not fits:
-        raise ValueError("optimizer state: must be what torch.optim's state_dict() returns, with state and param_groups")
+    """The parameters' names in the optimizer's order. Raises ValueError if they do not fit or are unknown."""
+    whole = isinstance(state_dict, Mapping) and isinstance(state_dict.get("state"), Mapping)
+    if not whole or not state_dict.get("param_groups"):
+        allowed = "what torch.optim's state_dict() returns, with state and param_groups"
+        raise ValueError(f"optimizer state: must be {allowed}")
     indices = _indices(state_dict)
     stored = [name for group in state_dict["param_groups"] for name in group.get("param_names", ())]
     names = list(names) if names is not None else stored
     if not names:
-        raise ValueError("names=None: must be the parameters' names in the optimizer's order, which it was not given itself")
+        raise ValueError("names=None: must be the parameters' names in the optimizer's order; the state has none")
     odd = [i for i in state_dict["state"] if i not in set(indices)]
     if len(names) != len(indices) or len(set(names)) != len(names) or odd or (stored and stored != names):
         raise ValueError(
@@ -203,17 +231,17 @@ def _same_kind(group: Mapping[str, Any], words: list[str]) -> None:
 
 
 def _together(where: str, errors: Mapping[str, PortError]) -> PortError:
-    """One error of several, every name with its moment's."""
+    """A single error from several, with each name after the word for its moments."""
 
     def named(kind: str) -> Iterable[str]:
-        return [f"{word} of {one}" for word, error in errors.items() for one in getattr(error, kind)]
+        return [f"{word} of {name}" for word, error in errors.items() for name in getattr(error, kind)]
 
     kinds = ("missing", "unexpected", "misshapen", "mistyped", "wrong")
     return PortError(where, **{kind: named(kind) for kind in kinds})
 
 
 def verify_moments(written: Moments, read: Moments, path: Path) -> None:
-    """Raises ValueError, naming them, unless both are the same bit for bit."""
+    """Raises ValueError, naming the differences, unless both are the same bit for bit."""
     wrong = [
         f"{word} of {name}" for word, arrays in written.arrays.items() for name, value in arrays.items()
         if not same_bits(value, read.arrays[word][name])

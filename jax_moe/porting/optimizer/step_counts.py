@@ -1,4 +1,4 @@
-"""How often each expert was trained: torch counts by parameter, we by expert, [*L, E] under the path of the experts."""
+"""Step counts of experts: torch counts per parameter, we per expert, as [*L, E] under the path of the experts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,32 +13,35 @@ HINT = "an expert without tokens takes no step in PyTorch; adamw_as_torch(..., u
 
 
 def expert_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """{their name: shape} of the tensors that hold nothing but experts' weights: they may have counts of their own."""
+    """{torch's name: shape} of the tensors that hold only expert weights: these may have step counts of their own."""
     others = {piece.theirs for piece in plan.pieces if experts_of(piece.ours) is None}
     return {name: shape for name, shape in plan.their_shapes.items() if name not in others}
 
 
 def counts_of(plan: Plan, own_steps: Mapping[str, int], step: int) -> dict[str, np.ndarray]:
-    """{path of the experts: steps of each}, from torch's steps by name where they are not `step`; nothing if all are.
+    """{path of the experts: steps of each}, from torch's steps by name where they are not `step`; empty if all are.
 
-    Raises PortError if the parameters of one expert differ.
+    Raises PortError if the parameters of an expert have different steps.
     """
     if not own_steps:
         return {}
     counts = {path: np.full(shape, step, np.int64) for path, shape in _shapes(plan).items()}
     for name, path, index in _places(plan):
         counts[path][index] = own_steps.get(name, step)
-    wrong = {
-        f"step of {name} is {own_steps.get(name, step)}, must be {np.max(counts[path][index])} as of its expert's others"
-        for name, path, index in _places(plan) if (counts[path][index] != own_steps.get(name, step)).any()
-    }
+    wrong = set()
+    for name, path, index in _places(plan):
+        found, expert = own_steps.get(name, step), counts[path][index]
+        if (expert != found).any():
+            wrong.add(f"step of {name} is {found}, must be {np.max(expert)} as of its expert's other parameters")
     if wrong:
         raise PortError("optimizer state", wrong=sorted(wrong))
     return counts
 
 
 def own_steps_of(plan: Plan, counts: Mapping[str, np.ndarray], step: int) -> dict[str, int]:
-    """The reverse. Raises PortError if a tensor of theirs holds experts whose steps differ, or counts do not fit the plan."""
+    """The reverse of `counts_of`. Raises PortError if a torch tensor holds experts with different steps, or counts that
+    do not fit the plan.
+    """
     if not counts:
         return {}
     shapes, found = _shapes(plan), {path: value.shape for path, value in counts.items()}
@@ -49,14 +52,14 @@ def own_steps_of(plan: Plan, counts: Mapping[str, np.ndarray], step: int) -> dic
     for name, path, index in _places(plan):
         held = sorted(set(counts[path][index].ravel().tolist()))
         if len(held) > 1 or steps.setdefault(name, held[0]) != held[0]:
-            wrong.append(f"experts in {name} have taken {held[0]} to {held[-1]} steps, must all be one: it holds several")
+            wrong.append(f"steps of the experts in {name} are {held[0]} to {held[-1]}, must be equal")
     if wrong:
         raise PortError(f"optimizer state (layout {plan.table.name})", wrong=wrong)
     return {name: own for name, own in steps.items() if own != step}
 
 
 def unequal(counts: Mapping[str, np.ndarray], step: int | None) -> list[str]:
-    """The experts whose count is not that of the others, in words."""
+    """Messages for the experts whose step count is not `step`."""
     return [
         f"step of {path}[{', '.join(map(str, index))}] is {counts[path][tuple(index)]}, must be {step} as of the others"
         for path in counts for index in np.argwhere(counts[path] != step).tolist()
@@ -64,7 +67,7 @@ def unequal(counts: Mapping[str, np.ndarray], step: int | None) -> list[str]:
 
 
 def _places(plan: Plan) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """(their name, path of our experts, which of these it holds)."""
+    """(torch's name, path of the experts, index of those in the tensor)."""
     for piece in plan.pieces:
         found = experts_of(piece.ours)
         if found is not None:

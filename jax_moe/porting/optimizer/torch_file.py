@@ -1,96 +1,102 @@
-"""A Hugging Face model's optimizer state: `optimizer.pt` beside its weights, or `optimizer.safetensors` in an Orbax folder.
+"""torch.optim's state beside weights: in a trainer's file, as `optimizer.pt` of a Hugging Face folder, or in our own folder.
 
-`optimizer.pt` is torch.optim's state_dict(), as transformers' Trainer leaves it in a checkpoint. It numbers the parameters:
-their names are those that the optimizer was given (`param_names`), or follow from the order of transformers' modules.
+`optimizer.pt` is torch.optim's state_dict(), as transformers' Trainer writes it into a checkpoint. It numbers the
+parameters: their names are those that the optimizer got (`param_names`), or follow from the order of transformers'
+modules.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from jax_moe.models.decoder import Decoder
-from jax_moe.porting.decoder_folder import open_decoder
-from jax_moe.porting.families.hf import decoder_tables
-from jax_moe.porting.formats.hf_folder import is_hf, open_folder
-from jax_moe.porting.formats.own_folder import is_folder
+from flax import nnx
+
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.hf_folder import OPTIMIZER as TORCH_FILE
 from jax_moe.porting.optimizer.groups import names_in_groups
-from jax_moe.porting.optimizer.own_file import FILE, Optimizer, plain_groups, read_optimizer, write_optimizer
+from jax_moe.porting.optimizer.own_file import FILE, Optimizer, plain, plain_groups, read_optimizer, write_optimizer
 from jax_moe.porting.optimizer.state import read_state_dict, verify_moments, write_state_dict
 from jax_moe.porting.optimizer.step_counts import expert_tensors
-from jax_moe.porting.state_dict import decoder_shapes, from_torch_tree, tree_plan
-from jax_moe.porting.table.plan import make_plan
-
-TORCH_FILE = "optimizer.pt"
-ENDS = ("model.embed_tokens.weight", "model.layers", "model.norm.weight", "lm_head.weight")
-LAYER = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.", "block_sparse_moe.")
+from jax_moe.porting.state_dict import from_torch_tree, tree_plan
 
 
-def optimizer_beside(path: Path) -> Path | None:
-    """The file of a Hugging Face folder, or of an Orbax folder of one, that holds the optimizer's state."""
-    file = path / (TORCH_FILE if is_hf(path) else FILE)
-    return file if file.is_file() and (is_hf(path) or is_folder(path)) else None
+def optimizer_of(found: Found, module: nnx.Module) -> Optimizer:
+    """The optimizer's state that was found beside the weights of `module`.
 
-
-def read_decoder_optimizer(path: Path) -> tuple[Optimizer, Callable[[Path, str], None]]:
-    """The optimizer's state, and what writes it into a folder of either form ("hf" or "orbax").
-
-    Raises ValueError with everything in which it does not fit the weights.
+    Raises ValueError with everything that does not fit the weights.
     """
-    file = optimizer_beside(path)
-    assert file is not None
-    if is_hf(path):
-        with open_folder(path) as folder:
-            model, model_type = folder.model, folder.model_type
-    else:
-        origin, model, _ = open_decoder(path)
-        model_type = origin.model_type
-    layout = decoder_tables(model.config, model_type)[-1].name
+    layout = layout_of(found)
+    if found.dictionary is not None:
+        return _of_file(found, module, layout)
     try:
-        optimizer = _read_torch(file, model, model_type) if is_hf(path) else read_optimizer(file, model, layout)
+        if found.kind != "hf":
+            return read_optimizer(found.optimizer, module, layout)
+        from jax_moe.porting.formats.torch_pickle import read_optimizer_pt
+
+        order = found.family.parameter_order(tree_plan(module, layout=layout))
+        return from_state_dict(read_optimizer_pt(found.optimizer), module, layout, order)
     except ValueError as error:
-        said = str(error).removeprefix(f"{file}: ")
-        raise ValueError(f"{file}: {said} (move it away to carry the weights alone)") from None
-
-    def write(part: Path, to: str) -> None:
-        if to == "orbax":
-            write_optimizer(part / FILE, optimizer, model, layout)
-        else:
-            _write_torch(part / TORCH_FILE, optimizer, model, layout)
-
-    return optimizer, write
+        if not found.decoder:
+            raise
+        said = str(error).removeprefix(f"{found.optimizer}: ")
+        raise ValueError(f"{found.optimizer}: {said} (move it away to carry the weights alone)") from None
 
 
-def parameter_order(model: Decoder, model_type: str) -> list[str]:
-    """The names of transformers' `named_parameters()`, in its order."""
-
-    def rank(name: str) -> tuple[int, ...]:
-        inside = re.match(r"model\.layers\.(\d+)\.", name)
-        if inside is None:
-            return (ENDS.index(name),)
-        rest = name[inside.end() :]
-        module = next(i for i, start in enumerate(LAYER) if rest.startswith(start))
-        after = model_type == "qwen3_moe" and rest == "mlp.gate.weight"  # its experts come first
-        return ENDS.index("model.layers"), int(inside[1]), module, int(after)
-
-    plan = make_plan(decoder_tables(model.config, model_type)[-1], decoder_shapes(model))
-    return sorted(plan.their_shapes, key=rank)  # within a module in the order of the table's rows
+def layout_of(found: Found) -> str:
+    """The names under which a torch optimizer has the parameters: those of the reference in memory."""
+    if found.decoder:
+        return found.family.in_memory(found.config).name
+    assert found.family.state is not None
+    return found.family.state.table.name
 
 
-def _read_torch(file: Path, model: Decoder, model_type: str) -> Optimizer:
-    from jax_moe.porting.formats.torch_pickle import read_optimizer_pt
-
-    state_dict, layout = read_optimizer_pt(file), decoder_tables(model.config, model_type)[-1].name
-    plan = tree_plan(model, layout=layout)
-    order = names_in_groups(state_dict, parameter_order(model, model_type), plan.their_shapes)
-    moments = read_state_dict(state_dict, order, expert_tensors(plan))
+def from_state_dict(
+    state_dict: Mapping[str, Any], module: nnx.Module, layout: str, order: list[str], others: dict[str, Any] | None = None
+) -> Optimizer:
+    """The state in torch.optim's own form; `order` are the model's parameters as the reference numbers them."""
+    plan = tree_plan(module, layout=layout)
+    names = names_in_groups(state_dict, order, plan.their_shapes)
+    moments = read_state_dict(state_dict, names, expert_tensors(plan))
     for arrays in moments.arrays.values():
-        from_torch_tree(model, arrays, layout=layout)
-    return Optimizer(moments, plain_groups(state_dict["param_groups"]), order, {})
+        from_torch_tree(module, arrays, layout=layout)
+    return Optimizer(moments, plain_groups(state_dict["param_groups"]), names, others or {})
 
 
-def _write_torch(file: Path, optimizer: Optimizer, model: Decoder, layout: str) -> None:
+def _of_file(found: Found, module: nnx.Module, layout: str) -> Optimizer:
+    """In a trainer's file, whose state dict has the parameters in the optimizer's order."""
+    assert found.dictionary is not None
+    shapes = tree_plan(module, layout=layout).their_shapes
+    order = [name for name in found.tensors if name in shapes]
+    others = {name: value for name, value in _beside(found).items() if isinstance(name, str) and plain(value)}
+    try:
+        return from_state_dict(found.optimizer, module, layout, order, others)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from None
+
+
+def left_out(found: Found) -> list[str]:
+    """What else stands in a trainer's file and is not plain."""
+    return sorted(str(name) for name, value in _beside(found).items() if not (isinstance(name, str) and plain(value)))
+
+
+def _beside(found: Found) -> dict[Any, Any]:
+    others = {} if found.dictionary is None else found.dictionary.others
+    return {name: value for name, value in others.items() if name not in ("model", "optimizer")}
+
+
+def write_beside(part: Path, to: str, optimizer: Optimizer, module: nnx.Module, layout: str) -> None:
+    """Writes it into a folder of either form, "hf" or "orbax"; raises ValueError unless it reads back bit for bit."""
+    if to == "orbax":
+        write_optimizer(part / FILE, optimizer, module, layout)
+        return
     from jax_moe.porting.formats.torch_pickle import read_optimizer_pt, write_plain_pt
 
+    file = part / TORCH_FILE
     write_plain_pt(file, write_state_dict(optimizer.moments, optimizer.groups, optimizer.order))
-    experts = expert_tensors(tree_plan(model, layout=layout))
-    verify_moments(optimizer.moments, read_state_dict(read_optimizer_pt(file), optimizer.order, experts), file)
+    verify_torch(optimizer, read_optimizer_pt(file), module, layout, file)
+
+
+def verify_torch(optimizer: Optimizer, again: Mapping[str, Any], module: nnx.Module, layout: str, where: Path) -> None:
+    """Raises ValueError unless torch's state dict as read again holds the same, bit for bit."""
+    experts = expert_tensors(tree_plan(module, layout=layout))
+    verify_moments(optimizer.moments, read_state_dict(again, optimizer.order, experts), where)

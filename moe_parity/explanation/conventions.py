@@ -1,6 +1,6 @@
-"""The conventions on which implementations differ, each made in a module of ours under the name a user would look for.
+"""The conventions on which implementations differ, each as a change of our module.
 
-A convention is a change of the contract or a rearrangement of the weights.
+A convention changes the contract or rearranges the weights. Its name is what a user would look for.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ ROPE_FACTORS = (2.0, 4.0, 8.0)
 
 @dataclass(frozen=True)
 class Convention:
-    """One change: `apply` makes it in place; `group` holds those of which only one can be made at a time."""
+    """A change that `apply` makes in place. Of the conventions of a `group`, only one can be applied at a time."""
 
     name: str
     group: str
@@ -55,7 +55,7 @@ class Convention:
 
 
 def changed(module: nnx.Module, *conventions: Convention) -> nnx.Module:
-    """A copy under other conventions."""
+    """A copy of the module under other conventions."""
     copy = nnx.clone(module)
     for convention in conventions:
         convention.apply(copy)
@@ -63,7 +63,7 @@ def changed(module: nnx.Module, *conventions: Convention) -> nnx.Module:
 
 
 def conventions_of(module: nnx.Module) -> list[Convention]:
-    """Those that the module's contract allows."""
+    """The conventions that the module's contract allows."""
     kinds = {type(part) for _, part in nnx.iter_modules(module)}
     candidates: list[Convention] = []
     if MoE in kinds:
@@ -74,19 +74,19 @@ def conventions_of(module: nnx.Module) -> list[Convention]:
         candidates += [*rotary(), *_scores(_multiplier)]
     if Attention in kinds:
         candidates += [*_scores(_scale)]
-    return [one for one in candidates if _allowed(module, one)]
+    return [convention for convention in candidates if _allowed(module, convention)]
 
 
 def _allowed(module: nnx.Module, convention: Convention) -> bool:
     try:
         changed(module, convention)
-    except (ValueError, AttributeError):  # the contract refuses the value, or has no such part
+    except (ValueError, AttributeError):  # the contract does not allow the value, or has no such part
         return False
     return True
 
 
 def moe_fields(module: nnx.Module) -> Iterator[Convention]:
-    """Other values of the contract's fields."""
+    """A convention for every other value of the contract's fields."""
     config = next(_parts(module, MoE)).config
     for path, values in MOE_FIELDS.items():
         part, name = path.split(".")
@@ -102,12 +102,12 @@ def _moe_field(part: str, name: str, value: object, module: nnx.Module) -> None:
 
     for layer in _parts(module, MoE):
         layer.config = replaced(layer.config)
-    if isinstance(module, Decoder):  # its pooled balance loss reads the decoder's own
+    if isinstance(module, Decoder):  # its pooled balance loss reads the decoder's config
         module.config = module.config.with_moe(replaced(module.config.moe))
 
 
 def expert_weights() -> Iterator[Convention]:
-    """Weights that lie otherwise than they were read; a transposed one is only possible where it is square."""
+    """Other layouts of the stored weights; only a square weight can be transposed."""
     yield Convention("gate and up exchanged", "gate/up", partial(_gate_and_up, lambda gate, up: (up, gate)))
     yield Convention("gate and up interleaved, read as halves", "gate/up", partial(_gate_and_up, _deinterleaved))
     yield Convention("gate and up in halves, read as interleaved", "gate/up", partial(_gate_and_up, _interleaved))
@@ -146,7 +146,7 @@ def _transposed(part: str, names: Sequence[str], module: nnx.Module) -> None:
 
 
 def _experts_reversed(module: nnx.Module) -> None:
-    """The same layer with its experts in reverse order: nothing changes but who wins a tie."""
+    """Reverses the order of the experts, which changes nothing but the winner of a tie."""
     for layer in _parts(module, MoE):
         stacked = layer.router.kernel.ndim - 2
         for part, axis in ((layer.experts, stacked), (layer.router, -1)):
@@ -162,7 +162,7 @@ def _norm_eps(eps: float, module: nnx.Module) -> None:
 
 
 def _scores(apply: Callable[[str, nnx.Module], None]) -> Iterator[Convention]:
-    """What q.k is multiplied with."""
+    """The factor that q.k is multiplied by."""
     for power in ("head_dim", "model_dim"):
         yield Convention(f"attention scaled by {power}**-0.5", "attention scale", partial(apply, power))
 
@@ -179,8 +179,11 @@ def _scale(power: str, module: nnx.Module) -> None:
 
 def rotary() -> Iterator[Convention]:
     """Rotary embeddings: which entries form a pair, and the frequencies."""
-    yield Convention("rope turns interleaved pairs, not halves", "rope pairs", partial(_repaired, False))
-    yield Convention("rope turns halves of weights made for interleaved pairs", "rope pairs", partial(_repaired, True))
+    for name, inverse in (
+        ("rope rotates interleaved pairs, not halves", False),
+        ("rope rotates halves of weights made for interleaved pairs", True),
+    ):
+        yield Convention(name, "rope pairs", partial(_paired_anew, inverse))
     yield Convention("rope.kind='default'", "rope kind", partial(_rope, {"kind": "default"}))
     for factor in ROPE_FACTORS:
         change = {"kind": "linear", "factor": factor}
@@ -194,8 +197,8 @@ def _rope(change: Mapping[str, Any], module: nnx.Module) -> None:
     module.config = module.config.with_attention(rope=dataclasses.replace(module.config.rope, **change))
 
 
-def _repaired(inverse: bool, module: nnx.Module) -> None:
-    """Turning pairs (2i, 2i + 1) is turning halves of a head whose entries were put even ones first."""
+def _paired_anew(inverse: bool, module: nnx.Module) -> None:
+    """Rotating pairs (2i, 2i + 1) equals rotating halves of a head whose entries are reordered, even entries first."""
     for attention in _parts(module, GroupedAttention):
         width = attention.config.head_dim
         order = np.concatenate([np.arange(0, width, 2), np.arange(1, width, 2)])
