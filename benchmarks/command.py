@@ -1,11 +1,11 @@
 """The benchmarks' command lines: the options of each are a dataclass, which tyro reads."""
 
-import math
 from collections.abc import Iterable
 from typing import TypeVar
 
 import tyro
 
+from jax_moe.arguments import registry
 from jax_moe.config.checks import require
 
 Options = TypeVar("Options")
@@ -14,7 +14,8 @@ Options = TypeVar("Options")
 def read_options(kind: type[Options], module: str, about: str | None, arguments: list[str] | None = None) -> Options:
     """The options of `python -m module`. If they are wrong, exits with status 2 and the reason on stderr."""
     return tyro.cli(
-        kind, prog=f"python -m {module}", description=about, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+        kind, prog=f"python -m {module}", description=about, args=arguments, config=(tyro.conf.FlagCreatePairsOff,),
+        registry=registry,
     )
 
 
@@ -26,15 +27,3 @@ def read_names(option: str, text: str | None, allowed: Iterable[str]) -> set[str
     for name in sorted(chosen):
         require(name in known, option, name, f"one of {', '.join(known)}")
     return chosen
-
-
-def read_factor(option: str, text: str) -> float | None:
-    """A capacity factor; None (dropless) for "none". Raises ValueError for any other text but a number above 0."""
-    if text.lower() == "none":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    require(0 < value < math.inf, option, text, "a number above 0, or none")
-    return value

@@ -19,6 +19,7 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.config.moe import MoEConfig
+from moe_parity.relative import relative_error
 
 # Largest difference divided by the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}
@@ -315,4 +316,4 @@ def _missing(entry: Entry) -> list[str]:
 
 def difference(found: Values, expected: Values) -> tuple[float, str]:
     """(largest difference divided by the largest expected number, the name of the array where it occurs)."""
-    return max((float(np.abs(found[name] - a).max() / np.abs(a).max()), name) for name, a in expected.items())
+    return max((relative_error(found[name], a), name) for name, a in expected.items())

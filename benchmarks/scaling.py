@@ -96,7 +96,7 @@ def training_step(make: Callable[[], Any]) -> tuple[Callable, tuple]:
     """(a training step of AdamW with dropout and noise, its abstract arguments)."""
     graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     params = nnx.to_pure_dict(params)
-    optimizer = optax.adamw(1e-3)
+    optimizer = jax_moe.adamw_as_torch(1e-3)
 
     def loss_of(params: dict, tokens_BT1: jax.Array, key: jax.Array) -> jax.Array:
         logits, _ = nnx.merge(graphdef, params, rest).logits_and_stats(tokens_BT1[:, :-1], key=key, training=True)

@@ -9,24 +9,24 @@ their ratio. `--unchosen` measures another cost, in JAX alone: that of leaving e
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-import tyro
 from flax import nnx
 
 import jax_moe
 import torch_ref
-from benchmarks.command import read_factor, read_options
+from benchmarks.command import read_options
 from benchmarks.timing import alternate, machine, median_ratio
-from jax_moe.config.checks import check_positive_ints
+from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.optimizers import Unchosen, adamw_as_torch
 
 BATCH_SIZE = 16
@@ -38,7 +38,7 @@ Batches = list[tuple[np.ndarray, np.ndarray]]
 class Options:
     """The contract, and how often."""
 
-    capacity_factor: Annotated[str, tyro.conf.arg(metavar="FLOAT|none")] = "1.0"
+    capacity_factor: float | None = 1.0
     """Above 0; none is dropless."""
     dispatcher: Literal["auto", "einsum", "gather", "grouped"] = "auto"
     """How JAX moves tokens to experts."""
@@ -51,12 +51,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_positive_ints(rounds=self.rounds)
-        _ = self.factor  # raises ValueError if it cannot be read
-
-    @property
-    def factor(self) -> float | None:
-        """The capacity factor; None is dropless."""
-        return read_factor("capacity_factor", self.capacity_factor)
+        factor = self.capacity_factor
+        require(factor is None or 0 < factor < math.inf, "capacity_factor", factor, "a number above 0, or none")
 
 
 def jax_step(
@@ -65,7 +61,7 @@ def jax_step(
     """(a function of one training step, a function of the first batch's loss without noise and dropout)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(params))
-    optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen)
+    optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen, declared=jax_moe.declared(model))
 
     def loss_of(params: dict, x: jax.Array, y: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         logits, stats = nnx.merge(graphdef, params, rest).logits_and_stats(x, key=key)
@@ -172,7 +168,7 @@ def main() -> None:
     """Prints one table, or JSON."""
     options = read_options(Options, "benchmarks.train_step", __doc__)
     question = measure_unchosen if options.unchosen else measure
-    result = question(options.factor, options.rounds, options.dispatcher)
+    result = question(options.capacity_factor, options.rounds, options.dispatcher)
     if options.json:
         print(json.dumps(result, indent=2))
         return

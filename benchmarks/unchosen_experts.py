@@ -64,7 +64,7 @@ def run(
     model = jax_moe.MakeMoE(config, rngs=nnx.Rngs(0))  # the same weights in all four runs
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params)
-    optimizer = optax.adamw(1e-3, weight_decay=0.01)
+    optimizer = jax_moe.adamw_as_torch(1e-3)
     shape = (config.num_layers, BATCH_SIZE, BLOCK_SIZE, config.num_experts)
 
     def loss_of(params: dict, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple]:

@@ -1,6 +1,6 @@
 """Mixture of Experts in JAX, provably equal to `torch_ref` in PyTorch.
 
-`__init__.pyi` lists the public names. Each loads on first use, so `import jax_moe.config` pulls in neither jax nor flax.
+`__init__.pyi` lists the public names. Each loads on first use: `import jax_moe.config` imports neither jax nor flax.
 """
 
 import lazy_loader

@@ -1,4 +1,5 @@
 from . import activations as activations
+from . import arguments as arguments
 from . import arrays as arrays
 from . import attention as attention
 from . import config as config
@@ -9,6 +10,7 @@ from . import dropout as dropout
 from . import experts as experts
 from . import generation as generation
 from . import guarded as guarded
+from . import initializers as initializers
 from . import kernels as kernels
 from . import locks as locks
 from . import losses as losses
@@ -17,6 +19,7 @@ from . import moe as moe
 from . import norms as norms
 from . import optimizers as optimizers
 from . import output as output
+from . import parameters as parameters
 from . import porting as porting
 from . import precision as precision
 from . import presets as presets
@@ -56,6 +59,9 @@ from .models import Randomness as Randomness
 from .moe import MoE as MoE
 from .optimizers import adamw_as_torch as adamw_as_torch
 from .optimizers import clip_as_torch as clip_as_torch
+from .optimizers import in_full_precision as in_full_precision
+from .optimizers import warmup_schedule as warmup_schedule
+from .parameters import declared as declared
 from .porting import PortError as PortError
 from .porting import from_torch as from_torch
 from .porting import from_torch_tree as from_torch_tree

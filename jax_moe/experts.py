@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_moe.activations import activate, clamp_above
 from jax_moe.config.moe import ExpertConfig, MoEConfig
-from jax_moe.config.roles import Role
+from jax_moe.config.parameters import Role
 from jax_moe.dims import Array, DTypeLike, Float, Int
 from jax_moe.initializers import rounded, uniform
 from jax_moe.parameters import parameter

@@ -17,7 +17,7 @@ number of completed steps (0 for the first step), the form of Nesterov momentum.
 the gradient: chain `optax.add_decayed_weights` before `optax.sgd`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_moe.config.checks import require
+from jax_moe.config.parameters import Declared
 from jax_moe.unchosen import only_chosen, scale_by_skipping_adam
 
 CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
@@ -47,9 +48,21 @@ def in_full_precision(schedule: optax.Schedule) -> Callable[[jax.Array | int], j
     return lambda count: schedule(jnp.asarray(count, jnp.result_type(float)))
 
 
+def warmup_schedule(peak: float, steps: int, *, warmup_steps: int = 0, final: float | None = None) -> optax.Schedule:
+    """Learning rate by step, counted from 0: linear warm-up to `peak`, then constant, or a cosine to `final` at `steps`."""
+    if final is None:
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, steps - warmup_steps), alpha=final / peak)
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+
+
 def adamw_as_torch(
     learning_rate: float | optax.Schedule, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = WEIGHT_DECAY, max_norm: float | None = None, mask: Any = None, unchosen: Unchosen = "decay",
+    declared: Mapping[str, Declared] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """torch.optim.AdamW with torch's defaults, after `clip_grad_norm_` if there is a `max_norm`.
 
@@ -57,14 +70,15 @@ def adamw_as_torch(
     happens to an expert in a step in which no token went to it. "decay": its gradient is zero, and decay and momentum
     go on, as for any stacked array. "skip": nothing, as in PyTorch where each expert is its own module, and every
     expert has a step count. Then call `update(gradients, state, params, chosen=chosen_experts(stats))`, and to
-    accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`.
+    accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`. Which weights are
+    experts' their variables say; where params are plain arrays, give `declared=jax_moe.declared(module)`.
     """
     require(unchosen in ("skip", "decay"), "unchosen", unchosen, "skip or decay")
     rate = in_full_precision(learning_rate) if callable(learning_rate) else learning_rate
     if unchosen == "skip":
         decayed = optax.add_decayed_weights(weight_decay, mask)
-        scaled = scale_by_skipping_adam(*betas, eps)
-        adamw = optax.chain(scaled, decayed, only_chosen(), optax.scale_by_learning_rate(rate))
+        scaled = scale_by_skipping_adam(*betas, eps, declared)
+        adamw = optax.chain(scaled, decayed, only_chosen(declared), optax.scale_by_learning_rate(rate))
     else:
         adamw = optax.adamw(rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=mask)
     chained = adamw if max_norm is None else optax.chain(clip_as_torch(max_norm), adamw)

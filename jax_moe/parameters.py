@@ -1,31 +1,16 @@
 """A parameter says once what its dims are and what it is for: metadata of its variable, which every nnx transform keeps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flax import nnx
 
 from jax_moe.config.checks import require
-from jax_moe.config.roles import ROLES, Role
+from jax_moe.config.parameters import ROLES, Declared, Role
 from jax_moe.dims import Array
 from jax_moe.stored import stored_variables
 
 Module = TypeVar("Module", bound=nnx.Module)
-
-
-@dataclass(frozen=True)
-class Declared:
-    """A stored array: its shape, its dims in the letters of `jax_moe/dims.py` and its role; None where nothing is said."""
-
-    shape: tuple[int, ...]
-    dims: str | None = None
-    role: Role | None = None
-
-    @property
-    def letters(self) -> list[str]:
-        """One word a dim."""
-        return (self.dims or "").split()
 
 
 def parameter(value: Array, dims: str, role: Role, kind: type[nnx.Variable] = nnx.Param) -> Any:

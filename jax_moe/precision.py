@@ -1,47 +1,37 @@
 """Mixed precision as one object: in which dtype weights are stored, products are computed and losses are taken.
 
-Settings are standard library only; jax is imported where weights are cast.
+Settings are standard library only; jax and flax are imported where weights are cast.
 """
 
 from typing import Any, TypeVar
 
 from jax_moe.config.precision import PRECISIONS as PRECISIONS
-from jax_moe.config.precision import Dtype, Precision
+from jax_moe.config.precision import Precision
 
 Tree = TypeVar("Tree")
 
-# Weights of `Experts`, cast where they meet the tokens whatever they are stored in.
-EXPERT_WEIGHTS = frozenset(name + end for name in ("up", "gate", "down") for end in ("", "_bias"))
-
 
 def cast_to_compute(params: Tree, precision: Precision) -> Tree:
-    """Weights as a call should see them: a tree of arrays with our names, a state or a module. To be used inside the loss,
-    so that gradients come back in the stored dtype.
+    """A module, or its state, with weights as a call should see them: cast as `Precision.dtype_of` says of their roles.
 
-    As they are: routers (a rounded router chooses other experts), the correction bias, Soft MoE's phi, integers, and unless
-    cast at once the experts. Norms become `norms`, all else `compute`; the embeddings' dtype is that of the residual stream.
+    To be used inside the loss, so that gradients come back in the stored dtype. Not cast are routers, Soft MoE's phi, kept
+    variables, integers and, unless `cast_experts` is "at_once", experts. Norms become `norms`, all else `compute`; the
+    embeddings' dtype is that of the residual stream. Raises ValueError for arrays outside variables, which have no role:
+    merge them into the module first.
     """
     import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     from jax_moe.stored import Kept
 
-    def cast(path: Any, leaf: Any) -> Any:
-        if isinstance(leaf, Kept):
-            return leaf
-        dtype = dtype_of(jax.tree_util.keystr(path, simple=True, separator="."), precision)
-        return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+    def cast(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            kind = type(variable).__name__
+            raise ValueError(f"params: must be a module or its state; here is {kind} without a role: nnx.merge it first")
+        dtype = precision.dtype_of(variable.get_metadata().get("role"))
+        if dtype is None or isinstance(variable, Kept) or not jnp.issubdtype(variable.dtype, jnp.floating):
+            return variable
+        return jax.tree.map(lambda value: value.astype(dtype), variable)
 
-    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, Kept))
-
-
-def dtype_of(path: str, precision: Precision) -> Dtype | None:
-    """What the weight at a dotted path is cast to; None: it stays as it is."""
-    parts = path.split(".")
-    if "router" in parts or "phi" in parts:
-        return None
-    if any(part.endswith(("norm", "norms", "_ln")) for part in parts):
-        return precision.norms
-    if precision.cast_experts == "at_use" and EXPERT_WEIGHTS.intersection(parts):
-        return None
-    return precision.compute
+    return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -2,8 +2,8 @@
 
 In PyTorch the gradient of such an expert is None: it gets no decay, its moments stay, and its step count stands still.
 In JAX experts are stacked and the gradient is zero. So `update` takes the mask of experts with tokens,
-`chosen=chosen_experts(stats)`, and the state counts the steps of every expert. Expert weights are the leaves under
-`experts`: up, gate, down and their biases.
+`chosen=chosen_experts(stats)`, and the state counts the steps of every expert. Which weights are experts' is what their
+variables say: params are the state of a module, or plain arrays together with `declared(module)`.
 """
 
 import inspect
@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from jax_moe.config.checks import require
+from jax_moe.config.parameters import Declared
+from jax_moe.parameters import declared
 
-# The number of last dims that belong to a single expert.
-_OWN_DIMS = {"up": 2, "gate": 2, "down": 2, "up_bias": 1, "gate_bias": 1, "down_bias": 1}
+Said = Mapping[str, Declared] | None
+Experts = dict[str, tuple[str, int]]
 NEEDS = "which experts had tokens: update(gradients, state, params, chosen=chosen_experts(stats))"
 
 
@@ -44,11 +47,18 @@ def path_of(keys: tuple) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
 
 
-def experts_of(path: str) -> tuple[str, int] | None:
-    """For an expert weight: the path of its experts and how many last dims belong to a single expert. Else None."""
-    parent, _, name = path.rpartition(".")
-    is_expert = name in _OWN_DIMS and (parent == "experts" or parent.endswith(".experts"))
-    return (parent, _OWN_DIMS[name]) if is_expert else None
+def experts_in(ours: Mapping[str, Declared]) -> Experts:
+    """{our path: (path of its experts, how many last dims belong to a single expert)} of the experts' weights."""
+    own_dims = {path: one.letters[::-1].index("E") for path, one in ours.items() if one.role == "expert"}
+    return {path: (path.rpartition(".")[0], count) for path, count in own_dims.items()}
+
+
+def _experts(params: Any, said: Said) -> Experts:
+    """As `experts_in`, by what was said or by the variables themselves. Raises ValueError for plain arrays alone."""
+    if said is None:
+        require(isinstance(params, nnx.State), "declared", None, "jax_moe.declared(module), as params are plain arrays")
+        said = declared(params)
+    return experts_in(said)
 
 
 def flat_counts(nested: Any) -> dict[str, Any]:
@@ -68,13 +78,10 @@ def nested_counts(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _zeros(params: optax.Params, dtype: Any) -> dict[str, Any]:
-    """Zeros [*L, E] for each stack of experts, nested under its path."""
-    shapes = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        found = experts_of(path_of(keys))
-        if found is not None:
-            shapes[found[0]] = leaf.shape[: -found[1]]
+def _zeros(params: optax.Params, experts: Experts, dtype: Any) -> dict[str, Any]:
+    """Zeros [*L, E], nested under the path of the experts."""
+    leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    shapes = {parent: leaves[path].shape[:-own_dims] for path, (parent, own_dims) in experts.items() if path in leaves}
     return nested_counts({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()})
 
 
@@ -90,10 +97,12 @@ def _chosen(chosen: Any, like: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _for_leaf(keys: tuple, leaf: Any, at: Mapping[str, Any], default: Any) -> Any:
+def _for_leaf(path: str, experts: Experts, leaf: Any, at: Mapping[str, Any], default: Any) -> Any:
     """For an expert weight the entry of `at`, shaped to broadcast against it; `default` for other leaves."""
-    found = experts_of(path_of(keys))
-    return default if found is None else at[found[0]].reshape(*leaf.shape[: -found[1]], *(1,) * found[1])
+    if path not in experts:
+        return default
+    parent, own_dims = experts[path]
+    return at[parent].reshape(*leaf.shape[:-own_dims], *(1,) * own_dims)
 
 
 def _correction(decay: float, count: Any) -> Any:
@@ -109,24 +118,26 @@ def _parts(decay: float, mask: Any, dtype: Any) -> tuple[Any, Any]:
     return jnp.where(mask, decay, 1).astype(dtype), jnp.where(mask, 1 - decay, 0).astype(dtype)
 
 
-def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+def scale_by_skipping_adam(b1: float, b2: float, eps: float, said: Said = None) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` in which an expert without tokens keeps its moments and its count."""
 
     def init(params: optax.Params) -> SkippingAdamState:
         zeros = optax.tree.zeros_like
-        return SkippingAdamState(jnp.zeros([], jnp.int32), _zeros(params, jnp.int32), zeros(params), zeros(params))
+        counts = _zeros(params, _experts(params, said), jnp.int32)
+        return SkippingAdamState(jnp.zeros([], jnp.int32), counts, zeros(params), zeros(params))
 
     def update(
         updates: optax.Updates, state: SkippingAdamState, params: optax.Params | None = None, *, chosen: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, SkippingAdamState]:
-        before = flat_counts(state.expert_counts)
+        before, experts = flat_counts(state.expert_counts), _experts(updates, said)
         masks = _chosen(chosen, before)
         count = state.count + 1
         counts = {path: value + masks[path].astype(value.dtype) for path, value in before.items()}
 
         def leaf(keys: tuple, gradient: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
-            steps, mask = _for_leaf(keys, gradient, counts, count), _for_leaf(keys, gradient, masks, None)
+            path = path_of(keys)
+            steps, mask = (_for_leaf(path, experts, gradient, at, other) for at, other in ((counts, count), (masks, None)))
             # factors 1 and 0 keep the moments of experts without tokens: cheaper than `where` on all elements
             (old_mu, new_1), (old_nu, new_2) = (_parts(decay, mask, mu.dtype) for decay in (b1, b2))
             new_mu = new_1 * gradient + old_mu * mu
@@ -143,17 +154,18 @@ def scale_by_skipping_adam(b1: float, b2: float, eps: float) -> optax.GradientTr
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
-def only_chosen() -> optax.GradientTransformationExtraArgs:
+def only_chosen(said: Said = None) -> optax.GradientTransformationExtraArgs:
     """Sets the updates of experts without tokens to zero: neither decay nor momentum moves them."""
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None, *, chosen: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        masks = _chosen(chosen, flat_counts(jax.eval_shape(lambda: _zeros(updates, bool))))
+        experts = _experts(updates, said)
+        masks = _chosen(chosen, flat_counts(jax.eval_shape(lambda: _zeros(updates, experts, bool))))
 
         def leaf(keys: tuple, value: Any) -> Any:
-            mask = _for_leaf(keys, value, masks, None)
+            mask = _for_leaf(path_of(keys), experts, value, masks, None)
             return value if mask is None else jnp.where(mask, value, 0)
 
         return jax.tree_util.tree_map_with_path(leaf, updates), state
@@ -161,17 +173,19 @@ def only_chosen() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # type: ignore[arg-type]
 
 
-def accumulated(optimizer: optax.GradientTransformation, parts: int) -> optax.GradientTransformationExtraArgs:
+def accumulated(
+    optimizer: optax.GradientTransformation, parts: int, declared: Said = None
+) -> optax.GradientTransformationExtraArgs:
     """`optax.MultiSteps` for an optimizer that takes `chosen`: an expert counts as chosen if any part chose it.
 
-    Gradients accumulate in jax's widest float; the default of `MultiSteps` is float32.
+    `declared` as in `adamw_as_torch`. Gradients accumulate in jax's widest float; the default of `MultiSteps` is float32.
     """
     known = inspect.signature(optax.MultiSteps).parameters  # an older optax accumulates in the gradients' dtype
     wide = {"accumulator_dtype": jnp.result_type(float)} if "accumulator_dtype" in known else {}
     steps = optax.MultiSteps(optimizer, parts, **wide)
 
     def init(params: optax.Params) -> AccumulatedState:
-        return AccumulatedState(_zeros(params, bool), steps.init(params))
+        return AccumulatedState(_zeros(params, _experts(params, declared), bool), steps.init(params))
 
     def update(
         updates: optax.Updates, state: AccumulatedState, params: optax.Params | None = None, *, chosen: Any = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jax_moe.arguments import registry
 from jax_moe.porting.families.choices import Choices
 
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
@@ -147,7 +148,9 @@ def parse(words: list[str]) -> Port | Inspect | Generate | Parity:
     """The command that the words ask for. Raises SystemExit, as tyro does, for anything unknown and for --help."""
     about = "Mixture of Experts in JAX and PyTorch. --version prints the version."
     try:
-        return tyro.cli(Port | Inspect | Generate | Parity, args=words, prog="jax-moe", description=about)  # type: ignore
+        return tyro.cli(  # type: ignore
+            Port | Inspect | Generate | Parity, args=words, prog="jax-moe", description=about, registry=registry
+        )
     except SystemExit as stopped:
         known = [f"{word} is called {SAID_ELSEWHERE[word]} here" for word in words if word in SAID_ELSEWHERE]
         if stopped.code not in (0, None) and known:

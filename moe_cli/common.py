@@ -28,7 +28,7 @@ def say_assumed(found: Found) -> None:
 
 
 def say_note(found: Found) -> None:
-    """Prints how a checkpoint was read; for a run, `Run.in_words` is printed instead."""
+    """Prints how a checkpoint was read; for a run, `RunWeights.in_words` is printed instead."""
     if found.note is not None and found.run is None:
         say(f"{found.path}: {found.note}")
 

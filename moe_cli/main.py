@@ -12,7 +12,7 @@ from moe_cli.arguments import Generate, Inspect, Port, in_shell, parse
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0; 1 for wrong input (one line on stderr); 2 for a wrong command line.
 
-    130 after Ctrl-C. Without `arguments` this is the process's own command: once interrupted, it ignores another Ctrl-C.
+    130 after Ctrl-C. Without `arguments` it is the process's own command: after Ctrl-C it ignores a second Ctrl-C.
     """
     any_encoding()
     try:

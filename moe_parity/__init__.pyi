@@ -6,6 +6,7 @@ from . import mapping as mapping
 from . import memory as memory
 from . import modules as modules
 from . import pages as pages
+from . import relative as relative
 from . import report as report
 from . import sides as sides
 from . import stages as stages

@@ -92,7 +92,7 @@ def compare_choices(
 
 
 def margins_of(scores: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """|score of our expert - score of theirs| of every choice [..., K]; infinite where both scores are infinite."""
+    """|score of our expert - score of theirs| of every choice [..., K]; infinite if both scores are infinite."""
     with np.errstate(invalid="ignore"):
         margins = np.abs(np.take_along_axis(scores, ours, -1) - np.take_along_axis(scores, theirs, -1))
     return np.where(np.isnan(margins), np.inf, margins)
@@ -107,7 +107,7 @@ def widest_flips(ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray, nois
 
 
 def closest_margin(scores: np.ndarray, top_k: int) -> float | None:
-    """The smallest difference between neighbours among the top_k + 1 best scores: there a choice changes first."""
+    """The smallest difference between neighbours among the top_k + 1 best scores, where a choice would change first."""
     best = -np.sort(-scores, axis=-1)[..., : top_k + 1]
     gaps = best[..., :-1] - best[..., 1:]
     return float(gaps.min()) if gaps.size else None

@@ -18,7 +18,8 @@ from jax_moe.porting.state_dict import flatten
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
 from jax_moe.shapes import type_name
 from moe_parity.mapping import Entry, check_names, entries_of, moved, our_weights
-from moe_parity.stages import SMALL, Stage, StageResult, first_divergence, judge, norm
+from moe_parity.relative import norm
+from moe_parity.stages import SMALL, Stage, StageResult, first_divergence, judge
 
 # By the parameters' dtype; the error of an output is relative to its largest value, that of a gradient by norm.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}

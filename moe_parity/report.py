@@ -10,7 +10,7 @@ from moe_parity.stages import StageResult, first_divergence
 
 @dataclass(frozen=True)
 class Report:
-    """All stages of one comparison, in the order of computation."""
+    """All stages of a comparison, in the order of computation."""
 
     subject: str  # the family
     reference: str  # the PyTorch implementation it was compared with

@@ -3,13 +3,14 @@
 `ours` is the JAX side, `theirs` the reference. `pair` makes stages of two `Trace`s, `judge` a `StageResult` of a stage.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_parity.choices import Choices, Flip, Verdict, compare_choices
+from moe_parity.relative import difference, largest, norm, relative_error
 
 # In the order in which a layer computes them; gradients come last.
 KINDS = (
@@ -127,13 +128,13 @@ def pair(ours: Trace, theirs: Trace, tolerances: Mapping[str, float], scores: Sc
     """
     gradients = [place for place in {**ours, **theirs} if place.kind == "gradient"]
     common = [place for place in ours if place in theirs and place.kind != "gradient"]
-    largest = max((norm(theirs[place]) for place in gradients if place in theirs), default=0.0)
+    top = max((norm(theirs[place]) for place in gradients if place in theirs), default=0.0)
     nothing = np.zeros(0)
     return [
         Stage(
             place.label, place.layer, place.kind, ours.get(place, nothing), theirs.get(place, nothing),
             0.0 if place.kind in EXACT else tolerances.get(place.kind, tolerances[""]),
-            floor=SMALL * largest if place.kind == "gradient" else 0.0, scores=(scores or {}).get(place),
+            floor=SMALL * top if place.kind == "gradient" else 0.0, scores=(scores or {}).get(place),
         )
         for place in [*common, *gradients]
     ]
@@ -151,8 +152,7 @@ def judge(stage: Stage) -> StageResult:
         differ = np.asarray(ours != theirs)
         return _result(stage, float(differ.mean()) if differ.size else 0.0, worst_entry(ours, theirs, differ))
     error = relative_error(ours, theirs, norm if stage.kind == "gradient" else largest, stage.floor)
-    difference = np.asarray(np.abs(ours.astype(theirs.dtype) - theirs))
-    return _result(stage, error, worst_entry(ours, theirs, difference))
+    return _result(stage, error, worst_entry(ours, theirs, difference(ours, theirs)))
 
 
 def why_incomparable(ours: np.ndarray, theirs: np.ndarray) -> str:
@@ -163,36 +163,11 @@ def why_incomparable(ours: np.ndarray, theirs: np.ndarray) -> str:
     return "" if np.isfinite(ours).all() and np.isfinite(theirs).all() else "NaN or infinity"
 
 
-def largest(values: np.ndarray) -> float:
-    """The largest magnitude; 0 if there is no entry."""
-    return float(np.abs(values).max(initial=0))
-
-
-def norm(values: np.ndarray) -> float:
-    """The Euclidean norm over all entries, in fp64."""
-    return float(np.linalg.norm(np.asarray(values, np.float64).reshape(-1)))
-
-
-def relative_error(
-    ours: np.ndarray, theirs: np.ndarray, size: Callable[[np.ndarray], float] = largest, floor: float = 0.0
-) -> float:
-    """size(ours - theirs) / max(size(theirs), floor).
-
-    Infinite if a value is not finite, or if `theirs` is all zero and `ours` is not.
-    """
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return float("inf")
-    difference, scale = size(np.asarray(ours.astype(theirs.dtype) - theirs)), max(size(theirs), floor)
-    if difference == 0:
-        return 0.0
-    return difference / scale if scale > 0 else float("inf")
-
-
-def worst_entry(ours: np.ndarray, theirs: np.ndarray, difference: np.ndarray) -> str:
+def worst_entry(ours: np.ndarray, theirs: np.ndarray, distance: np.ndarray) -> str:
     """The index of the largest difference and both values there; empty if there is none."""
-    if not difference.any():
+    if not distance.any():
         return ""
-    index = np.unravel_index(int(difference.argmax()), difference.shape)
+    index = np.unravel_index(int(np.abs(distance).argmax()), distance.shape)
     at = f"at {[int(i) for i in index]}: " if index else ""
     return f"{at}{ours[index]:.9g} in JAX, {theirs[index]:.9g} in the reference"
 

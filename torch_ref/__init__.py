@@ -19,6 +19,7 @@ from torch_ref.generation import generate
 from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
 from torch_ref.models import Block, MakeMoE, MixtralSparseMoeBlock, Randomness
 from torch_ref.moe import MoE
+from torch_ref.optimizers import clipped_step
 from torch_ref.precision import call_in, cast_to_compute
 from torch_ref.routing import Routing
 from torch_ref.soft_moe import SoftMoE
@@ -48,6 +49,7 @@ __all__ = [
     "call_in",
     "cast_to_compute",
     "chosen_experts",
+    "clipped_step",
     "generate",
     "pool_balance_loss",
     "presets",

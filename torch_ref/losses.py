@@ -26,7 +26,7 @@ class MoEStats(NamedTuple):
     router_entropy: Float[Tensor, "*L"]  # mean entropy of each token's scores over their sum, in nats
     router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of the scores over their sum
     importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight given to each expert (a loss: it has a gradient)
-    load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; see `smooth_load` for one that has)
+    load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; `smooth_load` has one)
 
 
 def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:

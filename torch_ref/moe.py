@@ -6,12 +6,13 @@ The work is in `moe_routing` and `moe_forward`, which take a layer's weights as 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from jax_moe.config import MoEConfig
+from jax_moe.config.parameters import Role
 from torch_ref.arrays import check_moe_arrays
 from torch_ref.dims import Bool, Float, Int, Tensor, wide
 from torch_ref.dispatch import Moves, Slots, assign_slots, loop_dispatch, merge_groups, round_weights, split_groups
@@ -153,6 +154,8 @@ class MoE(nn.Module):
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
     [`shared.{gate,up,down}`], [`shared_gate`]. Initialised as nn.Linear is.
     """
+
+    roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert", "shared": "shared"}
 
     def __init__(self, config: MoEConfig):
         super().__init__()

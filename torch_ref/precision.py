@@ -6,11 +6,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from jax_moe.config.parameters import Role
 from jax_moe.config.precision import Precision
 from torch_ref.dims import Tensor
-
-# Names of expert parameters in torch_ref and in the original projects.
-EXPERT_WEIGHTS = frozenset(("up", "gate", "down", "net", "w1", "w2", "w3"))
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -23,27 +21,24 @@ def torch_dtype(name: str) -> torch.dtype:
 def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
     """The parameters for a call, by name; gradients flow back to the stored parameters, in their dtype.
 
-    As they are: routers, Soft MoE's phi, and unless cast at once the experts, which cast where they meet the tokens.
-    Norms become `norms`, all else `compute`.
+    Each is cast as `Precision.dtype_of` says of its role. Not cast are routers, Soft MoE's phi and, unless `cast_experts`
+    is "at_once", experts. Norms become `norms`, all else `compute`.
     """
-    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     cast = {}
     for name, value in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        dtype = precision.norms if owner in norms else dtype_of(name, precision)
+        dtype = precision.dtype_of(role_of(model, name))
         cast[name] = value if dtype is None else value.to(torch_dtype(dtype))
     return cast
 
 
-def dtype_of(path: str, precision: Precision) -> str | None:
-    """The dtype to which the weight at a dotted path is cast, norms excluded; None: it stays as it is."""
-    parts = path.split(".")
-    inside_expert = bool({"experts", "shared"}.intersection(parts))
-    if "router" in parts or "phi" in parts or ("gate" in parts and not inside_expert):  # Mixtral's router is named gate
-        return None
-    if precision.cast_experts == "at_use" and inside_expert and EXPERT_WEIGHTS.intersection(parts):
-        return None
-    return str(precision.compute)
+def role_of(model: nn.Module, name: str) -> Role | None:
+    """The role of a parameter, as the innermost module around it says in its `roles`; that of a norm is `norm`."""
+    role, module = None, model
+    for part in name.split("."):
+        role = getattr(module, "roles", {}).get(part, role)
+        module = getattr(module, part)
+        role = "norm" if isinstance(module, nn.LayerNorm) else role
+    return role
 
 
 class _Method(nn.Module):

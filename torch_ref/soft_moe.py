@@ -1,9 +1,12 @@
 """Soft MoE: every slot reads a mix of all tokens, every token reads a mix of all slots."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from jax_moe.config import Activation, SoftMoEConfig
+from jax_moe.config.parameters import Role
 from torch_ref.activations import activate
 from torch_ref.arrays import checked, checked_input
 from torch_ref.dims import Bool, Float, Tensor, wide
@@ -71,12 +74,14 @@ class SoftExpert(nn.Module):
 
 
 class SoftMoE(nn.Module):
-    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts`, one after the other,
+    """Soft MoE (arXiv 2308.00951, eq. 1-3): parameters `phi` [D, E, C] ~ N(0, 1), `experts` in a list,
     and where the contract normalises `scale` [], 1 at first.
 
     The input is any sequence of vectors, not only images. It mixes positions: `BlockConfig` refuses it in a causal
     block.
     """
+
+    roles: ClassVar[dict[str, Role]] = {"phi": "router", "experts": "soft_expert"}
 
     def __init__(self, config: SoftMoEConfig):
         super().__init__()

@@ -1,15 +1,15 @@
-"""What a run needs at least, in bytes, before anything of it is made."""
+"""The least memory that a run needs, in bytes, before any of its arrays is allocated."""
 
 from jax_moe.config.checks import shorten
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.guarded import require_memory
 from train.configs.settings import TrainConfig
 
-STATE = 16  # bytes a parameter: itself, its gradient and two moments, in fp32
+STATE = 16  # bytes a parameter: weight, gradient and two moments, in fp32
 
 
 def num_parameters(model: MakeMoEConfig) -> int:
-    """Of `jax_moe.MakeMoE`, exactly."""
+    """The exact number of parameters of `jax_moe.MakeMoE`."""
     D, E, F, V = model.model_dim, model.num_experts, 4 * model.model_dim, model.vocab_size
     router = (D + 1) * E * (2 if model.noise else 1)
     layer = 3 * D * D + (D * D + D) + 4 * D + router + E * (2 * D * F + F + D)
@@ -17,16 +17,17 @@ def num_parameters(model: MakeMoEConfig) -> int:
 
 
 def check_memory(config: TrainConfig, parameters: int, num_layers: int, width: int, vocab_size: int) -> None:
-    """Raises ValueError if the run cannot fit: its state, or what a batch leaves for the backward pass at the very least.
+    """Raises ValueError if the run cannot fit: its state, and what a batch keeps for the backward pass.
 
-    That is the input of each layer, which `remat` keeps too, and the logits. On a GPU or TPU its own memory counts.
+    A batch keeps each layer's input, with `remat` too, and the logits. On a GPU or TPU the limit is the device's.
     """
     import jax
 
     tokens, word = config.batch_size * config.model.block_size, 2 if config.precision == "mixed" else 4
     batch = tokens * (num_layers * width * word + 4 * vocab_size)
-    host = 12 * config.batch_size * (config.model.block_size + 1)  # the batch and its places in the text
-    what = f"training {parameters:,} parameters on batches of {config.batch_size:,} x {config.model.block_size:,} tokens"
+    host = 12 * config.batch_size * (config.model.block_size + 1)  # the batch and its positions in the text
+    sizes = f"{config.batch_size:,} x {config.model.block_size:,}"
+    what = f"training {parameters:,} parameters on batches of {sizes} tokens"
     if jax.default_backend() == "cpu":
         require_memory(STATE * parameters + batch + host, what)
         return

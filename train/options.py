@@ -1,16 +1,17 @@
-"""The command line of train.py: settings, which of them are the user's own, and what other tools call them."""
+"""The command line of train.py: its settings, which of them the user gave, and their names in other tools."""
 
 import dataclasses
 from pathlib import Path
 
 import tyro
 
+from jax_moe.arguments import registry
 from train.configs import PRESETS
 from train.configs.adapt import EXPLICIT, Free, fit_settings, given
 from train.configs.settings import Start, TrainConfig, flat
 from train.run import folder as run_folder
 
-# Names that nanoGPT, makeMoE, transformers and their like have for the options here.
+# {name in nanoGPT, makeMoE, transformers or a similar tool: name here}
 ALIASES = {
     "adam-beta1": "beta1", "adam-beta2": "beta2", "adam-epsilon": "eps", "aux-loss-coef": "balance-loss-weight",
     "aux-loss-weight": "balance-loss-weight", "batch": "batch-size", "bf16": "precision", "block": "block-size",
@@ -27,19 +28,21 @@ ALIASES = {
     "model-name-or-path": "pretrained", "n-embd": "model-dim", "n-embed": "model-dim", "n-experts": "num-experts",
     "n-head": "num-heads", "n-heads": "num-heads", "n-layer": "num-layers", "n-layers": "num-layers",
     "num-experts-per-tok": "top-k", "num-hidden-layers": "num-layers", "num-iterations": "steps",
-    "num-local-experts": "num-experts", "num-steps": "steps", "num-train-steps": "steps", "out-dir": "out", "output": "out",
-    "output-dir": "out", "prompt": "sample-prompt", "router-aux-loss-coef": "balance-loss-weight",
+    "num-local-experts": "num-experts", "num-steps": "steps", "num-train-steps": "steps", "out-dir": "out",
+    "output": "out", "output-dir": "out", "prompt": "sample-prompt", "router-aux-loss-coef": "balance-loss-weight",
     "save-every": "checkpoint-every", "save-interval": "checkpoint-every", "save-steps": "checkpoint-every",
-    "seq-len": "block-size", "seq-length": "block-size", "sequence-length": "block-size", "temperature": "sample-temperature",
-    "text": "data", "topk": "top-k", "train-steps": "steps", "warmup": "warmup-steps", "warmup-iters": "warmup-steps",
-    "wd": "weight-decay", "z-loss-weight": "router-z-loss-weight",
+    "seq-len": "block-size", "seq-length": "block-size", "sequence-length": "block-size",
+    "temperature": "sample-temperature", "text": "data", "topk": "top-k", "train-steps": "steps",
+    "warmup": "warmup-steps", "warmup-iters": "warmup-steps", "wd": "weight-decay",
+    "z-loss-weight": "router-z-loss-weight",
 }
 
 
 def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path, Free]:
-    """Settings from the command line, those of the run to be resumed, the folder, and the names that the user left open.
+    """(the settings, those of the run to be resumed or None, the run's folder, the names that the user did not give).
 
-    Defaults go with what is given. Raises ValueError for an option that has another name here, and for a run that is none.
+    Defaults are fitted to the given settings. Raises ValueError for an option that has another name here, and for
+    --resume without a run.
     """
     check_names(arguments)
     asks_help = {"-h", "--help"} & set(arguments)
@@ -49,13 +52,15 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
     defaults = saved or PRESETS[preset or "quick"]
     defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
-    config = tyro.cli(TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.cli(
+        TrainConfig, prog="train.py", args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,), registry=registry
+    )
     free = frozenset(flat(config)) - given(arguments) if saved is None else EXPLICIT
     return fit_settings(dataclasses.replace(config, out=start.out), free), saved, folder, free
 
 
 def check_names(arguments: list[str]) -> None:
-    """Raises ValueError for the first option that is known under another name."""
+    """Raises ValueError for the first option that has another name here."""
     for word in arguments:
         name = word[2:].split("=")[0].replace("_", "-") if word.startswith("--") else ""
         if name in ALIASES:

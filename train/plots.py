@@ -1,4 +1,4 @@
-"""Plots of a run: loss curves, and the load of every expert over time. As a command it lays runs over each other."""
+"""Plots of a run: loss curves, and the load of every expert over time. As a command, it plots several runs together."""
 
 import math
 import sys
@@ -32,7 +32,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
-    """Train (thin, dashed) and validation (solid) loss by step, one colour a run."""
+    """Training (thin, dashed) and validation (solid) loss by step, one colour per run."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     _axes_style(axes)
@@ -40,10 +40,11 @@ def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
         colour, prefix = COLOURS[number % len(COLOURS)], f"{name}: " if len(runs) > 1 else ""
         step = [row["step"] for row in rows]
         train, val = ([row[key] for row in rows] for key in ("train_loss", "val_loss"))
-        marker = "o" if len(rows) == 1 else None  # a line of one point shows nothing
+        marker = "o" if len(rows) == 1 else None  # a line through one point is invisible
         axes.plot(step, train, "--", color=colour, linewidth=1.2, alpha=0.8, label=f"{prefix}train", marker=marker)
-        axes.plot(step, val, color=colour, linewidth=1.8, marker=marker, label=f"{prefix}validation, {val[-1]:.3f} at the end")
-    # The loss before the first step is far above the rest and would flatten it.
+        label = f"{prefix}validation, {val[-1]:.3f} at the end"
+        axes.plot(step, val, color=colour, linewidth=1.8, marker=marker, label=label)
+    # without the loss before the first step, which is far above the rest
     later = [row[key] for rows in runs.values() for row in rows[1:] for key in ("train_loss", "val_loss")]
     if later:
         low, high = min(later), max(later)
@@ -55,7 +56,7 @@ def loss_figure(runs: dict[str, Sequence[metrics.Row]]) -> Figure:
 
 
 def load_figure(rows: Sequence[metrics.Row]) -> Figure:
-    """One panel a layer: share of choices each expert got, times the number of experts (1 is balanced), over time."""
+    """Each expert's share of the choices, times the number of experts (1 is balanced), over time, by layer."""
     load_RLE = np.array([row["expert_load"] for row in rows])
     L, E = load_RLE.shape[1:]
     step = np.array([row["step"] for row in rows])
@@ -80,14 +81,14 @@ def load_figure(rows: Sequence[metrics.Row]) -> Figure:
 
 
 def plot_run(folder: Path, rows: Sequence[metrics.Row]) -> None:
-    """loss.png and expert_load.png."""
+    """Writes loss.png and expert_load.png."""
     save(loss_figure({folder.name: rows}), folder / "loss.png")
     save(load_figure(rows), folder / "expert_load.png")
 
 
 @dataclass(frozen=True)
 class Plots:
-    """Lays the loss curves of runs over each other."""
+    """Plots the loss curves of several runs together."""
 
     compare: tuple[Path, ...]
     """Run folders, then the PNG to write."""

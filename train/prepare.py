@@ -45,7 +45,7 @@ class Run:
         self.note = "\n".join(line for line in (self.note, note) if line) or None
 
     def check_there(self) -> None:
-        """Raises OSError if the folder is no longer the one that the run claimed."""
+        """Raises OSError if the folder was removed or replaced since the run claimed it."""
         if self.lock.lost():
             raise OSError(removed(self.folder))
 
@@ -77,7 +77,7 @@ def prepare(config: TrainConfig, saved: TrainConfig | None, folder: Path, free: 
 
 
 def _take_folder(task: Task, folder: Path, known: Known | None) -> tuple[Path, Lock]:
-    """The run's folder and its lock. Raises ValueError if a resumed run has another text than the one it began with."""
+    """The run's folder and its lock. Raises ValueError if a resumed run's text is not that of its start."""
     if known is None:
         return run_folder.claim(folder, numbered=task.config.out is None)
     text = f"the text that {folder} was trained on, at any path (sha256 {(known.sha256 or '')[:12]}...)"

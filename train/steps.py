@@ -20,7 +20,7 @@ class DivergedError(Exception):
 
 @dataclass
 class Steps:
-    """A run between two steps: `step` steps are done, `loss` is that of the last one, `saved` the last checkpoint's step."""
+    """A run between two steps: `step` steps are done, `loss` is the last step's, `saved` the last checkpoint's step."""
 
     run: Run
     logger: Logger
@@ -41,7 +41,7 @@ class Steps:
         return self.run.config
 
     def to_end(self) -> int:
-        """Trains until the last step or a signal; the number of steps done, all of them saved."""
+        """Trains until the last step or a signal; returns the number of steps done, all of them saved."""
         self.evaluate()
         while self.step < self.config.steps and not self.stop.requested:
             self.train_step()
@@ -55,7 +55,7 @@ class Steps:
         return self.step
 
     def due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and after the last one, happens now."""
+        """Whether an action with this interval in steps is due now. All are due after the last step."""
         return self.step % every == 0 or self.step == self.config.steps
 
     def train_step(self) -> None:
@@ -71,7 +71,7 @@ class Steps:
             self.display.show(self.step - 1, float(previous), self.meter.rate())
 
     def look_at_loss(self) -> None:
-        """Before whatever comes between two steps: shows the loss. Raises DivergedError if it is not finite.
+        """Shows the loss before a checkpoint, an evaluation or the end. Raises DivergedError if it is not finite.
 
         Reading the loss also waits for the device, so that the meter counts whole steps.
         """
@@ -88,7 +88,7 @@ class Steps:
         self.meter.resume()
 
     def evaluate(self) -> None:
-        """Where an evaluation is due and not yet written: evaluates both splits, writes and shows the row."""
+        """If an evaluation is due and not yet written, evaluates both splits, writes the row and shows it."""
         if not self.due(self.config.eval_every) or any(row["step"] == self.step for row in self.run.rows):
             return
         self.meter.pause()
@@ -102,7 +102,7 @@ class Steps:
 
 
 def evaluate(run: Run, step: int, rate: float | None, stop: Interrupt) -> metrics.Row | None:
-    """A row of metrics, or None if a signal came: the resumed run then evaluates this step again."""
+    """A row of metrics; None after a signal, and the resumed run evaluates this step again."""
     config, results = run.config, {}
     last = step == config.steps and config.final_eval_batches is not None
     number = config.final_eval_batches if last else config.eval_batches

@@ -1,4 +1,4 @@
-"""What a run's settings ask for: which model, on which text, and what a user should know of the two."""
+"""The model and the text that a run's settings ask for, and notes on them for the user."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """A model and its text, both checked, with the settings that fit them; of `initial` alone weights are read yet."""
+    """A checked model and text, and the settings fitted to them. No weights are read yet but those of `initial`."""
 
     model: "MakeMoEConfig | Pretrained"
     text: data.Text | Tokens
-    about: dict[str, Any]  # what the run's config.json says of the model
+    about: dict[str, Any]  # the model's entry in the run's config.json
     config: TrainConfig
     note: str | None = None
     initial: "Initial | None" = None
 
 
 def read_task(config: TrainConfig, free: Free = EXPLICIT, known: Known | None = None) -> Task:
-    """The task of checked settings, of which those in `free` are defaults and may change to fit text and model.
+    """The task of checked settings; those named in `free` are defaults and may change to fit text and model.
 
-    `known` is given for a run to be resumed. Raises ValueError with one line for whatever is wrong with it.
+    `known` describes the text of a run to be resumed. Raises ValueError with one line for whatever is wrong.
     """
     known = known or Known()
     if config.pretrained is not None:
@@ -51,7 +51,7 @@ def read_task(config: TrainConfig, free: Free = EXPLICIT, known: Known | None = 
 
 
 def _fresh(config: TrainConfig, free: Free, known: Known) -> Task:
-    """A makeMoE, from random weights or those of another."""
+    """The task of a makeMoE with random weights, or with those of another makeMoE."""
     initial = None
     if config.init_from is not None and not known.saved:
         from train.learners.initial import read_initial
@@ -78,7 +78,7 @@ def _fresh(config: TrainConfig, free: Free, known: Known) -> Task:
 
 
 def _with_prompt(task: Task, free: Free) -> Task:
-    """With a sample that begins with what the model can read: by default, where it cannot, as the validation split does."""
+    """The task with a prompt that the model can read: if not the default, the validation split's first token."""
     try:
         task.text.encode(task.config.sample_prompt)
     except ValueError:
@@ -91,13 +91,14 @@ def _with_prompt(task: Task, free: Free) -> Task:
 
 
 def _finetune(config: TrainConfig, folder: Path, free: Free, known: Known) -> Task:
+    """The task of fine-tuning the model in a folder of `save_pretrained`."""
     from train.learners.models import Pretrained
 
     usual = PRESETS[config.preset].model if config.preset else ModelSettings()
-    for one in dataclasses.fields(ModelSettings):
-        value = getattr(config.model, one.name)
-        same = one.name == "block_size" or value == getattr(usual, one.name)
-        require(same, one.name, value, "left out with --pretrained: the checkpoint says it")
+    for setting in dataclasses.fields(ModelSettings):
+        name, value = setting.name, getattr(config.model, setting.name)
+        same = name == "block_size" or value == getattr(usual, name)
+        require(same, name, value, "left out with --pretrained: the checkpoint says it")
     block_size = config.model.block_size
     require(block_size >= 1, "block_size", block_size, "an integer of at least 1")
     there = (folder / "config.json").is_file()
@@ -128,4 +129,5 @@ def make_learner(config: TrainConfig, task: Task) -> Learner:
     from train.learners.jax_learner import JaxLearner
     from train.learners.models import FreshMakeMoE
 
-    return JaxLearner(config, FreshMakeMoE(task.model, weights) if isinstance(task.model, MakeMoEConfig) else task.model)
+    model = FreshMakeMoE(task.model, weights) if isinstance(task.model, MakeMoEConfig) else task.model
+    return JaxLearner(config, model)

@@ -16,7 +16,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
     """Plain dicts, lists, numbers and strings; a Fraction as "29/100". A decoder is its shorthand where it has one."""
     if isinstance(config, DecoderConfig):
         config = config.shorthand or config
-    return {one.name: _plain(getattr(config, one.name)) for one in dataclasses.fields(config)}
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:
@@ -35,11 +35,11 @@ def config_from_json(kind: type, values: Any, where: str) -> Any:
         raise ValueError(f"{where}={shorten(repr(values))}: must be an object with the fields of {kind.__name__}")
     if kind is DecoderConfig and "layers" not in values:
         return _checked(where, config_from_json(GroupedDecoder, values, where).config)
-    fields = {one.name: one for one in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [name for name in values if name not in fields]
     required = [
-        name for name, one in fields.items()
-        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        name for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     missing = [name for name in required if name not in values]
     if unknown or missing:
@@ -76,13 +76,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if LayerAttention in nested and isinstance(value, dict):
         return _attention(value, where)
     if nested and isinstance(value, dict):
-        fitting = [n for n in nested if set(value) <= {one.name for one in dataclasses.fields(n)}]  # type: ignore[arg-type]
+        fitting = [n for n in nested if set(value) <= {f.name for f in dataclasses.fields(n)}]  # type: ignore[arg-type]
         return config_from_json((fitting or nested)[0], value, where)  # type: ignore[arg-type]
     if any(get_origin(option) is tuple for option in options) and isinstance(value, list):
         [kind] = [get_args(option) for option in options if get_origin(option) is tuple]
         inner = kind[0] if kind else Any
-        return tuple(one if inner is Any else _value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
-    allowed = [one for option in options if get_origin(option) is Literal for one in get_args(option)]
+        return tuple(item if inner is Any else _value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    allowed = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
     if allowed:
         if value not in allowed:
             raise ValueError(f"{where}={shorten(repr(value))}: must be one of {', '.join(map(repr, allowed))}")

@@ -180,7 +180,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The contract of a sparse MoE layer, from `jax_moe.presets`; `with_capacity` and `dataclasses.replace` change it."""
+    """A sparse MoE layer. `jax_moe.presets` make contracts, `with_capacity` and `dataclasses.replace` change them."""
 
     model_dim: int
     expert_dim: int

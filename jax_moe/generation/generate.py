@@ -1,4 +1,4 @@
-"""Text from a model: one `generate` for all; which way depends on the model."""
+"""`generate`: new tokens after a prompt, from any language model of the package."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -30,15 +30,15 @@ def generate(
     pad_token: int | None = None,
     callback: Callback | None = None,
 ) -> Int[Array, "B new"]:
-    """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the best one (lower index on ties).
+    """The prompt followed by `max_new_tokens` new tokens. Temperature 0 takes the likeliest token, the lower on ties.
 
-    A sequence that gave a token of `stop_tokens` gives `pad_token` from then on (by default the first stop token), and
-    the work ends when all have. `callback(step, tokens_B)` sees every step's tokens in order, on the host; what it
-    raises ends the generation. `mask_BT` is False at padding, which must be on the left.
+    After a token of `stop_tokens` a sequence is filled with `pad_token` (by default the first stop token); generation
+    ends when all sequences have stopped. `callback(step, tokens_B)` gets the tokens of every step, in order, on the
+    host; an exception in it ends the generation. `mask_BT` is False at padding, which must be on the left.
 
-    A `Decoder` reads the prompt once and then one token at a time, with keys and values cached; only the sampling is
-    random. A `MakeMoE` reads its last block_size tokens for every new one, with the capacity of that window's real
-    length; its router's noise follows the contract where there is a key. No sequences give none.
+    A `Decoder` reads the prompt once and then one token per step, with cached keys and values; only the sampling is
+    random. A `MakeMoE` reads the last block_size tokens at every step, with the capacity for that many tokens; with a
+    key its router's noise follows the contract. An empty batch gives an empty batch.
     Raises ValueError for settings out of range and for arrays of another kind or shape.
     """
     require(isinstance(model, Decoder | MakeMoE), "model", type(model).__name__, "a Decoder or a MakeMoE")
@@ -48,23 +48,26 @@ def generate(
     _check_ends(stop_tokens, pad_token, model.config.vocab_size)
     if isinstance(model, Decoder):
         return generate_cached(
-            model, tokens_BT, max_new_tokens, temperature, top_k, top_p, key, mask_BT, tuple(stop_tokens), pad_token, callback
+            model, tokens_BT, max_new_tokens, temperature, top_k, top_p, key, mask_BT, tuple(stop_tokens), pad_token,
+            callback,
         )
-    unused = {"mask_BT": mask_BT, "stop_tokens": tuple(stop_tokens) or None, "pad_token": pad_token, "callback": callback}
+    unused = {
+        "mask_BT": mask_BT, "stop_tokens": tuple(stop_tokens) or None, "pad_token": pad_token, "callback": callback,
+    }
     for name, value in unused.items():
         require(value is None, name, value, "left out for a MakeMoE, which has neither padding nor an end of text")
-    check_vocabulary(tokens_BT, model.config.vocab_size)  # before int32 makes another token of a large number
+    check_vocabulary(tokens_BT, model.config.vocab_size)  # before the cast to int32 wraps large numbers
     return generate_windowed(model, model_tokens.astype(jnp.int32), max_new_tokens, temperature, top_k, top_p, key)
 
 
 def _check_ends(stop_tokens: Sequence[int], pad_token: int | None, vocab_size: int) -> None:
-    """Raises ValueError for an end or a filler that the vocabulary does not have."""
-    def there(token: object) -> bool:
+    """Raises ValueError for a stop token or pad token outside the vocabulary."""
+    def in_vocabulary(token: object) -> bool:
         return isinstance(token, Integral) and not isinstance(token, bool) and 0 <= int(token) < vocab_size
 
     tokens = f"0 to {vocab_size - 1} (vocab_size={vocab_size})"
     several = isinstance(stop_tokens, Sequence) and not isinstance(stop_tokens, str)
     require(several, "stop_tokens", stop_tokens, "a tuple of tokens")
-    known = all(map(there, stop_tokens))
+    known = all(map(in_vocabulary, stop_tokens))
     require(known, "stop_tokens", stop_tokens, f"tokens of {tokens}; leave out what the model cannot give")
-    require(pad_token is None or there(pad_token), "pad_token", pad_token, f"None or a token of {tokens}")
+    require(pad_token is None or in_vocabulary(pad_token), "pad_token", pad_token, f"None or a token of {tokens}")

@@ -13,9 +13,10 @@ from jax_moe.dims import Array, Float, Int, PRNGKeyArray, wide
 def filter_logits(
     logits_BV: Float[Array, "B V"], top_k: int | None = None, top_p: float | None = None
 ) -> Float[Array, "B V"]:
-    """Logits in fp32 or wider, -inf outside the top-k and the nucleus: the fewest best tokens that weigh top_p together.
+    """Logits in fp32 or wider, -inf outside the top k tokens and outside the nucleus.
 
-    Ties at the k-th place all stay. The nucleus is taken after the top-k and always keeps the best token.
+    The nucleus is the smallest set of likeliest tokens whose probabilities, after top_k, sum to top_p; it always holds
+    the likeliest token. All tokens tied with the k-th stay.
     """
     logits_BV = logits_BV.astype(wide(logits_BV.dtype))
     if top_k is not None:
@@ -34,14 +35,14 @@ def choose_tokens(
     logits_BV: Float[Array, "B V"], temperature: Float[Array, ""], key: PRNGKeyArray | None,
     top_k: int | None = None, top_p: float | None = None,
 ) -> Int[Array, " B"]:
-    """Without a key the best token, the lower index on ties; with one a draw from the filtered logits / temperature.
+    """Without a key the likeliest token, the lower on ties; with a key a draw from the filtered logits / temperature.
 
-    Drawn in fp32 or wider whatever the logits are in: the noise of a draw in bf16 has 128 values, and ties go to low tokens.
+    The draw is in fp32 or wider for logits of any dtype: in bf16 its noise has 128 values, and ties favour low tokens.
     """
     if key is None:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV.astype(wide(logits_BV.dtype))
-    # the best at 0: a small temperature must not make several infinite
+    # the maximum becomes 0, so that dividing by a small temperature gives no infinity
     logits_BV -= logits_BV.max(axis=-1, keepdims=True)
     temperature = jnp.maximum(temperature.astype(logits_BV.dtype), jnp.finfo(logits_BV.dtype).tiny)
     logits_BV = filter_logits(logits_BV / temperature, top_k, top_p)
@@ -51,8 +52,9 @@ def choose_tokens(
 def check_sampling(
     max_new_tokens: int, temperature: float | int, top_k: int | None, top_p: float | int | None, has_key: bool
 ) -> None:
-    """Raises ValueError for settings that cannot be sampled with."""
-    require(isinstance(max_new_tokens, Integral) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    """Raises ValueError for sampling settings out of range."""
+    enough = isinstance(max_new_tokens, Integral) and max_new_tokens >= 1
+    require(enough, "max_new_tokens", max_new_tokens, "at least 1")
     require(temperature >= 0, "temperature", temperature, "0 (greedy) or above")
     require(temperature < math.inf, "temperature", temperature, "finite")
     require(top_k is None or (isinstance(top_k, Integral) and top_k >= 1), "top_k", top_k, "None or at least 1")

@@ -1,4 +1,4 @@
-"""Text of a file; text in and out of a Hugging Face model: its folder's `tokenizer.json`, its end of text."""
+"""Text files, and text to and from tokens by a Hugging Face folder's `tokenizer.json`."""
 
 import hashlib
 import os
@@ -13,25 +13,29 @@ from typing import Any
 from jax_moe import guarded
 from jax_moe.config.checks import require
 
-NUL_HINT = "which no text has (tokens go in a .npy of integers; train.py also reads nanoGPT's .bin: --data-dtype uint16)"
+NUL_HINT = (
+    "which no text holds (tokens go in a .npy of integers; train.py also reads nanoGPT's .bin: --data-dtype uint16)"
+)
 
 
 def read_text(path: Path, where: str, as_it_is: str | None = None) -> str:
-    """A file's text as Python's `open` reads it: UTF-8, the end of a line always "\\n"; a mark of the byte order is left out.
+    """The text of a UTF-8 file. Line ends become "\\n", as Python's `open` has it; a byte order mark is removed.
 
-    `where` begins each message. A file of the sha256 `as_it_is` is decoded only, as the first version read it. Raises
-    ValueError for a file that cannot be read, bytes that are not UTF-8 and NULs, with what to do about it.
+    `where` begins each message. A file whose sha256 is `as_it_is` is only decoded, as the first version did. Raises
+    ValueError for a file that cannot be read, for bytes that are not UTF-8, and for NULs, with a remedy.
     """
     try:
         kind = path.stat()
         if not stat.S_ISREG(kind.st_mode) and not stat.S_ISDIR(kind.st_mode):
-            raise ValueError(f"{where}: must be a readable text file (it is no file)")
+            raise ValueError(f"{where}: must be a readable text file (it is not a regular file)")
         guarded.require_memory(10 * kind.st_size, where)
         raw = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{where}: must be a readable text file ({error.strerror})") from None
-    except ValueError as error:  # a NUL in the name, from Python
-        raise error if str(error).startswith(where) else ValueError(f"{where}: must be a readable text file ({error})") from None
+    except ValueError as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: must be a readable text file ({error})") from None  # a NUL in the path
     if as_it_is is not None and hashlib.sha256(raw).hexdigest() == as_it_is:
         return raw.decode("utf-8")
     if raw.startswith(guarded.LFS_POINTER):
@@ -39,18 +43,18 @@ def read_text(path: Path, where: str, as_it_is: str | None = None) -> str:
     try:
         text = raw.decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
-        known = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        cure = f"iconv -f {known} -t utf-8 {shlex.quote(str(path))} > new.txt"
-        raise ValueError(f"{where}: must be UTF-8, byte {error.start} is not; if it is {known}: {cure}") from None
+        likely = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        remedy = f"iconv -f {likely} -t utf-8 {shlex.quote(str(path))} > new.txt"
+        raise ValueError(f"{where}: must be UTF-8, byte {error.start} is not; if it is {likely}: {remedy}") from None
     if "\0" in text:
         raise ValueError(f"{where}: must be text; character {text.index(chr(0))} is NUL, {NUL_HINT}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The folder's `tokenizers.Tokenizer`, which neither pads nor cuts, whatever its file says of batches.
+    """The folder's `tokenizers.Tokenizer`, with padding and truncation switched off.
 
-    Raises ValueError if there is none, or no library to read it.
+    Raises ValueError if the folder has no tokenizer.json, or if the package tokenizers is not installed.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -68,27 +72,27 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt's tokens, with what the tokenizer itself puts around a text. Raises ValueError if there are none."""
+    """The prompt's tokens, special tokens included. Raises ValueError if there are none."""
     tokens = tokens_of(tokenizer, prompt)
     require(bool(tokens), "prompt", prompt, "a text of at least one token")
     return tokens
 
 
 def tokens_of(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """A text's tokens, with or without what the tokenizer puts around a text. Raises ValueError where it cannot encode it."""
+    """A text's tokens, by default with the tokenizer's special tokens. Raises ValueError if it cannot be encoded."""
     with _no_panic("tokenizer.json: cannot encode this text"):
         return tokenizer.encode(text, add_special_tokens=special).ids
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of some tokens. Raises ValueError where the tokenizer cannot decode them."""
+    """The text of the tokens. Raises ValueError if they cannot be decoded."""
     with _no_panic("tokenizer.json: cannot decode these tokens"):
         return tokenizer.decode(list(tokens))
 
 
 @contextmanager
 def _no_panic(what: str) -> Iterator[None]:
-    """ValueError for all that the library raises: it has no type of its own, and a panic of it is a BaseException."""
+    """Turns whatever the library raises into ValueError: it has no class of its own, and panics are BaseExceptions."""
     try:
         with _quiet():
             yield
@@ -100,9 +104,9 @@ def _no_panic(what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on the process's stderr, on which a panic writes its own traceback, past Python's."""
+    """Discards what is written to file descriptor 2, where a panic in Rust prints its traceback."""
     kept = None
-    with suppress(OSError, ValueError):  # there may be no stderr
+    with suppress(OSError, ValueError):  # the process may have no stderr
         sys.stderr.flush()
         kept, silent = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 2)
@@ -116,9 +120,9 @@ def _quiet() -> Iterator[None]:
 
 
 def end_tokens(folder: Path, config: str) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, or else of the text of Hugging Face's config.json: none, one or several.
+    """The end-of-text tokens: eos_token_id of generation_config.json, else of `config`, the text of config.json.
 
-    Raises ValueError for a file that is not JSON or an entry that is not a token.
+    Raises ValueError for a file that is not JSON, and for an entry that is neither a token nor a list of tokens.
     """
     for file in (folder / "generation_config.json", folder / "config.json"):
         try:
@@ -130,28 +134,30 @@ def end_tokens(folder: Path, config: str) -> tuple[int, ...]:
         found = values.get("eos_token_id")
         tokens = found if isinstance(found, list) else [found]
         if found is not None:
-            whole = all(isinstance(one, int) and not isinstance(one, bool) for one in tokens)
+            whole = all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
             require(whole, f"{file}: eos_token_id", found, "null, a token or a list of tokens")
             return tuple(tokens)
     return ()
 
 
 class TextStream:
-    """A growing text in pieces that can be printed as they are: half a character waits for its other half.
+    """Streaming detokenisation by `tokenizers.decoders.DecodeStream`: pieces of text that can be printed at once.
 
-    By the library's own incremental decoder: prompt, pieces and rest are the text that `Tokenizer.decode` makes of all tokens.
-    Where a token changes what was printed before (a decoder that takes spaces away again), printing goes on behind it.
+    Bytes of an incomplete character are held back. The decoded prompt, all pieces and the rest together are the text
+    that `Tokenizer.decode` returns for all tokens, unless a token changes text before it (some decoders remove spaces
+    again): what was printed stays, and printing goes on after it.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]):
-        self.tokenizer, self.tokens, self.text, self.waiting = tokenizer, list[int](), "", ""
+        self.tokenizer, self.tokens, self.text = tokenizer, list[int](), ""
+        self.in_prompt = ""  # held back by the stream, but printed with the prompt
         self._start()
         for token in prompt:
             self.add(token)
-        self.waiting = self._left()  # printed with the prompt
+        self.in_prompt = self._held_back()
 
     def add(self, token: int) -> str:
-        """What can be printed now that this token is there."""
+        """The text to print after this token, "" if it is held back."""
         self.tokens.append(token)
         try:
             with _no_panic(f"token {token}: cannot be decoded"):
@@ -159,24 +165,25 @@ class TextStream:
         except ValueError as error:
             if "prefix" not in str(error).lower():
                 raise
-            piece = self._left()
+            piece = self._held_back()  # the token changed text before it, which the library refuses
             self._start()
         self.text += piece
         return self._unprinted(piece)
 
     def rest(self) -> str:
-        """What was still waiting when the text ended."""
-        return self._unprinted(self._left())
+        """The text that is still held back at the end."""
+        return self._unprinted(self._held_back())
 
-    def _left(self) -> str:
+    def _held_back(self) -> str:
         return text_of(self.tokenizer, self.tokens)[len(self.text) :]
 
     def _unprinted(self, piece: str) -> str:
-        """The piece without what of it came with the prompt."""
+        """The piece without its beginning that was printed with the prompt."""
         if not piece:
             return ""
-        same = next((i for i, (a, b) in enumerate(zip(self.waiting, piece, strict=False)) if a != b), len(self.waiting))
-        self.waiting = ""
+        pairs = zip(self.in_prompt, piece, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.in_prompt))
+        self.in_prompt = ""
         return piece[same:]
 
     def _start(self) -> None:

@@ -152,7 +152,7 @@ grouped_experts.defvjp(_save, _backward)
 
 
 def _each_tile(plan: Plan, inputs: Inputs, step: Callable[[Tile, Any], Any], carry: Any) -> Any:
-    """`step(tile, carry)` for all tiles, one loop a size; the first tiles of all experts come before any full tile."""
+    """`step(tile, carry)` over all tiles, in a loop for each size; all first tiles come before any full tile."""
     tiles, last = inputs.tiles, len(plan.sizes)
     for number, rows in enumerate((*plan.sizes, plan.sizes[-1])):
 

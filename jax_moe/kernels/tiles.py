@@ -61,7 +61,7 @@ def num_places(num_rows: int, num_experts: int, sizes: tuple[int, ...]) -> int:
 
 
 def plan_tiles(routing: Routing, slots: Slots, capacity: int, num_experts: int, sizes: tuple[int, ...]) -> Tiles:
-    """The tiles of all choices that own a slot; an expert without any has one empty tile of the smallest size."""
+    """The tiles of all choices that own a slot; an expert without any gets an empty tile of the smallest size."""
     num_rows = slots.slot_GSK.size
     choices, count_E = rank_choices(routing, slots, capacity, num_experts)
     blocks = lay_out(count_E, sizes)
@@ -87,7 +87,7 @@ def rank_choices(
 
 
 def lay_out(count_E: Int[Array, " E"], sizes: tuple[int, ...]) -> Blocks:
-    """The blocks of experts with these numbers of kept choices, one after the other."""
+    """Consecutive blocks of experts with these numbers of kept choices."""
     largest, size_N = sizes[-1], jnp.asarray(sizes, jnp.int32)
     tiles_E = jnp.maximum(-(-count_E // largest), 1)
     rest_E = count_E - (tiles_E - 1) * largest

@@ -101,19 +101,20 @@ def load_found(
     found: Found, allow_nonfinite: bool = False, dtype: str | None = None, with_optimizer: bool = False
 ) -> Checkpoint:
     """As `load`, of what was found at a path."""
-    if found.decoder:
-        model = read_pretrained(found, dtype, None, allow_nonfinite) if found.kind == "hf" else None
-        module: nnx.Module = _load_decoder(found, allow_nonfinite, dtype) if model is None else model
-    else:
-        module = _load_module(found, allow_nonfinite, dtype)
-    family = DECODER if found.decoder else found.family.name
-    note = found.note if found.run is None else found.run.in_words()
-    if not with_optimizer or found.optimizer is None:
-        return Checkpoint(family, module, found.characters, found.assumed, note)
-    return Checkpoint(
-        family, module, found.characters, found.assumed, found.note_of_training, optimizer_of(found, module),
-        tuple(left_out(found)),
-    )
+    module = _module(found, allow_nonfinite, dtype)
+    family, characters, assumed = DECODER if found.decoder else found.family.name, found.characters, found.assumed
+    if with_optimizer and found.optimizer is not None:
+        optimizer, left = optimizer_of(found, module), tuple(left_out(found))
+        return Checkpoint(family, module, characters, assumed, found.note_of_training, optimizer, left)
+    return Checkpoint(family, module, characters, assumed, found.note if found.run is None else found.run.in_words())
+
+
+def _module(found: Found, allow_nonfinite: bool, dtype: str | None) -> nnx.Module:
+    if not found.decoder:
+        return _load_module(found, allow_nonfinite, dtype)
+    if found.kind == "hf":
+        return read_pretrained(found, dtype, None, allow_nonfinite)
+    return _load_decoder(found, allow_nonfinite, dtype)
 
 
 def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage: Storage = "safetensors") -> None:

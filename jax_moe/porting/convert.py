@@ -15,13 +15,13 @@ from jax_moe.config.checks import require
 from jax_moe.config.models import Origin
 from jax_moe.disk import check_target, writing
 from jax_moe.guarded import parse_json
+from jax_moe.parameters import declared
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, is_hf
 from jax_moe.porting.formats.orbax import verify_orbax, write_orbax
 from jax_moe.porting.formats.own_folder import DECODER, about_folder, is_folder, write_about
 from jax_moe.porting.formats.resumable import Advance, Readings, identity, resumable, room_for, write_shards
 from jax_moe.porting.formats.shards import plan_shards
-from jax_moe.porting.state_dict import decoder_shapes
 from jax_moe.porting.table.arrays import theirs_from
 from jax_moe.porting.table.plan import Piece, Plan, assemble, make_plan, their_names
 from jax_moe.porting.tensors import DTYPES, Header
@@ -65,7 +65,7 @@ def port_decoder(
     if found.note is not None:
         say(f"{found.folder}: {found.note}")
     check_head(found)
-    plan = found.plan or make_plan(found.family.on_disk(found.config), decoder_shapes(model))
+    plan = found.plan or make_plan(found.family.on_disk(found.config), declared(model))
     names = kept_paths(model) if found.ours else their_names(plan, kept_paths(model))
     read = Readings(found.stored, dtype, allow_nonfinite, str(found.folder), names).converted()
     if dtype is not None:
@@ -127,7 +127,7 @@ def _ours(plan: Plan, theirs: Mapping[str, Header]) -> dict[str, Header]:
 
     def reader(name: str, pieces: list[Piece]) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            value = np.empty(plan.our_shapes[name], theirs[pieces[0].theirs].dtype)
+            value = np.empty(plan.ours[name].shape, theirs[pieces[0].theirs].dtype)
             for piece in pieces:
                 assemble(piece, theirs[piece.theirs].read(), value)
             return value
@@ -136,7 +136,7 @@ def _ours(plan: Plan, theirs: Mapping[str, Header]) -> dict[str, Header]:
 
     grouped = ((name, list(pieces)) for name, pieces in groupby(sorted(plan.pieces, key=_of_ours), key=_of_ours))
     return {
-        name: Header(plan.our_shapes[name], theirs[pieces[0].theirs].dtype, reader(name, pieces)) for name, pieces in grouped
+        name: Header(plan.ours[name].shape, theirs[pieces[0].theirs].dtype, reader(name, pieces)) for name, pieces in grouped
     }
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax_moe.disk import check_space
 from jax_moe.guarded import parse_json
 from jax_moe.models.decoder import Decoder
+from jax_moe.parameters import declared
 from jax_moe.porting.families import decoder_names, family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, open_folder
@@ -75,7 +76,7 @@ def save_pretrained(
     loaded = origin if origin is not None and origin.model_type == family.name else None
     values = family.values(model.config) if loaded is None else parse_json(loaded.config_json, "config.json")
     arrays = {path: v[...] for path, v in stored_variables(model).items()}
-    plan = make_plan(family.on_disk(model.config), {name: a.shape for name, a in arrays.items()})
+    plan = make_plan(family.on_disk(model.config), declared(model))
     theirs = theirs_from(plan, arrays)
     text = config_text(None if loaded is None else loaded.config_json, values, np.dtype(arrays["embedding"].dtype))
     with saving(path, overwrite, lambda old: (old / "config.json").is_file()) as part:

@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.config.models import DecoderConfig, Origin
+from jax_moe.config.parameters import Declared
 from jax_moe.models.decoder import Decoder
+from jax_moe.parameters import declared, of_variable
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import default_table, tables_of
 from jax_moe.porting.table.plan import Plan, Shapes, check, make_plan, their_names, to_ours, to_theirs
@@ -29,7 +31,7 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     arrays = {str(name): _to_numpy(value) for name, value in state.items()}
     variables = stored_variables(layer)
     _refuse_far_larger(layer, variables, len(arrays))
-    plan = _choose_plan(layer, {path: v.shape for path, v in variables.items()}, set(arrays), layout)
+    plan = _choose_plan(layer, declared(layer), set(arrays), layout)
     dtypes = {path: np.dtype(v.dtype) for path, v in variables.items()}
     where = f"cannot load into {type(layer).__name__} (layout {plan.table.name})"
     check(plan, arrays, where, None if cast else dtypes)
@@ -83,18 +85,17 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
     variables = stored_variables(layer)
     table_name = layout or default_table(layer).name
     if tree is None:
-        shapes = {path: v.shape for path, v in variables.items()}
-        plan = _choose_plan(layer, shapes, None, layout)
+        plan = _choose_plan(layer, declared(layer), None, layout)
         return to_theirs(plan, {path: np.asarray(v[...]) for path, v in variables.items()})
     arrays = flatten(tree)
-    expected = _tree_shapes(variables, set(arrays))
+    expected = _in_tree(variables, set(arrays))
     error = PortError(
         f"tree does not fit {type(layer).__name__} (layout {table_name})",
         missing=[path for path in expected if path not in arrays],
         unexpected=[path for path in arrays if path not in expected],
         misshapen=[
-            f"{path} is {arrays[path].shape}, must be {shape}"
-            for path, shape in expected.items() if path in arrays and arrays[path].shape != shape
+            f"{path} is {arrays[path].shape}, must be {one.shape}"
+            for path, one in expected.items() if path in arrays and arrays[path].shape != one.shape
         ],
     )
     if error:
@@ -119,21 +120,20 @@ def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str 
 
 def their_shapes(layer: nnx.Module, layout: str) -> Shapes:
     """{their name: shape} of the layer's weights in that layout."""
-    return _choose_plan(layer, {path: v.shape for path, v in stored_variables(layer).items()}, None, layout).their_shapes
+    return _choose_plan(layer, declared(layer), None, layout).their_shapes
 
 
 def tree_plan(layer: nnx.Module, names: Iterable[str] | None = None, layout: str | None = None) -> Plan:
     """How gradients or moments of the layer are named: in that layout, or in the one nearest to the names."""
-    return _choose_plan(layer, _tree_shapes(stored_variables(layer), set()), None if names is None else set(names), layout)
+    return _choose_plan(layer, _in_tree(stored_variables(layer), set()), None if names is None else set(names), layout)
 
 
 def kept_names(layer: nnx.Module, names: Iterable[str], layout: str | None = None) -> frozenset[str]:
     """Which of a state dict's names are of variables that keep their dtype."""
-    shapes = {path: v.shape for path, v in stored_variables(layer).items()}
-    return their_names(_choose_plan(layer, shapes, set(names), layout), kept_paths(layer))
+    return their_names(_choose_plan(layer, declared(layer), set(names), layout), kept_paths(layer))
 
 
-def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: set[str] | None, layout: str | None) -> Plan:
+def _choose_plan(layer: nnx.Module, ours: Mapping[str, Declared], names: set[str] | None, layout: str | None) -> Plan:
     """The named table's plan; else the first that names all our weights or, with names given, the one nearest to them."""
     tables = tables_of(layer)
     if layout is not None:
@@ -141,11 +141,11 @@ def _choose_plan(layer: nnx.Module, shapes: dict[str, tuple[int, ...]], names: s
         if not known:
             allowed = ", ".join(repr(table.name) for table in tables)
             raise ValueError(f"layout={layout!r}: must be one of {allowed} for {type(layer).__name__}")
-        return make_plan(known[0], shapes)
+        return make_plan(known[0], ours)
     plans, errors = [], []
     for table in tables:
         try:
-            plans.append(make_plan(table, shapes))
+            plans.append(make_plan(table, ours))
         except PortError as error:
             errors.append(error)
     if not plans:
@@ -159,9 +159,9 @@ def _path(keys: tuple) -> str:
     return ".".join(map(str, keys))
 
 
-def _tree_shapes(variables: dict[str, nnx.Variable], present: set[str]) -> dict[str, tuple[int, ...]]:
+def _in_tree(variables: dict[str, nnx.Variable], present: set[str]) -> dict[str, Declared]:
     """Parameters, and of the other variables those that the tree has."""
-    return {path: v.shape for path, v in variables.items() if isinstance(v, nnx.Param) or path in present}
+    return {path: of_variable(v) for path, v in variables.items() if isinstance(v, nnx.Param) or path in present}
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
@@ -207,8 +207,3 @@ def abstract_module(kind: type[Module], config: Any, dtype: np.dtype) -> Module:
 def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:
     """A decoder of shapes without numbers."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), origin=origin))
-
-
-def decoder_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-    """{our path: shape} of a decoder."""
-    return {path: v.shape for path, v in stored_variables(model).items()}

@@ -8,20 +8,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_moe.config.checks import require
+from jax_moe.config.parameters import Declared
 from jax_moe.sharding.mesh import DATA_AXIS
 from jax_moe.sharding.rules import batch_split, weight_split
 
 
 def place(
-    part: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], mesh: Mesh | None, expert_axis: int | None
+    part: Callable[[tuple[slice, ...]], np.ndarray], array: Declared, mesh: Mesh | None
 ) -> jax.Array:
-    """An array of which `part` makes the window it is asked for: one at a time, those of this process's devices only.
+    """The array of which `part` makes the window it is asked for: one at a time, those of this process's devices only.
 
     The memory that `part` returns is jax's from then on: on a CPU it may become the array.
     """
+    shape = array.shape
     if mesh is None:
         return jax.block_until_ready(jax.device_put(part(tuple(slice(0, size) for size in shape))))
-    sharding = weight_split(mesh, shape, expert_axis)
+    sharding = weight_split(mesh, array)
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(tuple(one.indices(size)[:2] for one, size in zip(index or (), shape, strict=True)), []).append(device)

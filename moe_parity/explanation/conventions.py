@@ -20,6 +20,8 @@ from jax_moe.dims import Array
 from jax_moe.models.decoder import Decoder
 from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm
+from jax_moe.parameters import of_variable
+from jax_moe.stored import stored_variables
 
 MOE_FIELDS: dict[str, tuple] = {
     "router.renormalise": get_args(Renormalise),
@@ -148,11 +150,8 @@ def _transposed(part: str, names: Sequence[str], module: nnx.Module) -> None:
 def _experts_reversed(module: nnx.Module) -> None:
     """Reverses the order of the experts, which changes nothing but the winner of a tie."""
     for layer in _parts(module, MoE):
-        stacked = layer.router.kernel.ndim - 2
-        for part, axis in ((layer.experts, stacked), (layer.router, -1)):
-            for value in vars(part).values():
-                if isinstance(value, nnx.Variable):
-                    value[...] = jnp.flip(value[...], axis)
+        for value in (*stored_variables(layer.experts).values(), *stored_variables(layer.router).values()):
+            value[...] = jnp.flip(value[...], of_variable(value).letters.index("E"))
 
 
 def _norm_eps(eps: float, module: nnx.Module) -> None:

@@ -17,7 +17,8 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from moe_parity.explanation.conventions import Convention, changed, conventions_of
-from moe_parity.stages import Place, Trace, relative_error
+from moe_parity.relative import relative_error
+from moe_parity.stages import Place, Trace
 
 # An error of at most this is rounding, by dtype: ten times the error measured between correct frameworks.
 EXPLAINED = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.05}
@@ -140,7 +141,7 @@ def distance(ours: Answer, theirs: Answer) -> float:
     pairs = [(ours.output, theirs.output)]
     if ours.balance_loss is not None and theirs.balance_loss is not None:
         pairs.append((np.asarray(ours.balance_loss), np.asarray(theirs.balance_loss)))
-    return max(relative_error(a.astype(np.float64), b.astype(np.float64)) for a, b in pairs)
+    return max(relative_error(a, b) for a, b in pairs)
 
 
 def _answer_of(theirs: Any) -> Answer:

@@ -30,7 +30,7 @@ tr.wrong td.verdict-word { color: var(--wrong); font-weight: 600; }
 tr.flip td.verdict-word { color: var(--flip); font-weight: 600; }
 """.replace("LIGHT", " ".join(f"--{name}: {colour};" for name, colour in plots.COLOURS.items()))
 
-# Title, what it shows, what its dashed line is, the stages it shows, how they are drawn.
+# Title, note, meaning of the dashed line, which stages are shown, how they are drawn.
 SECTIONS: list[tuple[str, str, str, Callable[[StageResult], bool], plots.Draw]] = [
     ("Error by stage",
      "Largest difference divided by the largest value, in the order of computation. An error of 0 lies on the axis.",
@@ -48,7 +48,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[StageResult], bool], plots.Draw]] 
 
 
 def page(reports: Sequence[Report]) -> str:
-    """The whole page, of one comparison or several."""
+    """The whole page, for one or more comparisons."""
     title = f"{reports[0].subject}: jax_moe against {reports[0].reference}"
     body = "".join(_section(report) for report in reports)
     return (

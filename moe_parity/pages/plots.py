@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 9.5  # inches, of 72 units each
 ROW = 0.25  # inches
-TIP = "tip: "  # begins the id of what shows the rest of it when pointed at
+TIP = "tip: "  # an id that begins with this becomes a tooltip with the rest of the id
 PALEST = 1e-4  # the share of its tolerance at which a cell of the map is palest
 MOST_GRADIENTS = 24
 MOST_LABELS = 14  # on a horizontal axis

@@ -160,7 +160,8 @@ def _watched_soft_moe(watch: Watch, layer: Any, x_BTD: Any, cotangent: np.ndarra
     return None if cotangent is None else (y_BTD * torch.from_numpy(cotangent)).sum()
 
 
-# By contract: the module of torch_ref, and how it is watched.
+# For each kind of contract: the module of torch_ref, and how it is watched.
 _KINDS: dict[type, tuple[str, Callable[..., Any]]] = {
-    MakeMoEConfig: ("MakeMoE", _watched_model), SoftMoEConfig: ("SoftMoE", _watched_soft_moe), MoEConfig: ("MoE", _watched_layer),
+    MakeMoEConfig: ("MakeMoE", _watched_model), SoftMoEConfig: ("SoftMoE", _watched_soft_moe),
+    MoEConfig: ("MoE", _watched_layer),
 }

@@ -17,7 +17,7 @@ from jax_moe.models.block import Randomness
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.models.stack import ModelOutput
-from jax_moe.optimizers import adamw_as_torch
+from jax_moe.optimizers import adamw_as_torch, warmup_schedule
 from jax_moe.porting.state_dict import to_torch
 from jax_moe.unchosen import SkippingAdamState, flat_counts
 from moe_parity.training.settings import Numbers, TrainSettings
@@ -34,14 +34,14 @@ class Curve:
 
 
 def schedule(settings: TrainSettings) -> optax.Schedule:
-    """`settings.rate` as an optax schedule."""
-    warmup, peak = settings.warmup_steps, settings.learning_rate
-    decay = optax.cosine_decay_schedule(peak, max(1, settings.steps - warmup), alpha=settings.final_learning_rate / peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+    """`settings.rate`, which PyTorch's side reads, as an optax schedule."""
+    return warmup_schedule(
+        settings.learning_rate, settings.steps, warmup_steps=settings.warmup_steps, final=settings.final_learning_rate
+    )
 
 
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """AdamW as torch has it."""
+    """AdamW with the update rule of torch."""
     return adamw_as_torch(
         schedule(settings), weight_decay=settings.weight_decay, max_norm=settings.clip_norm, unchosen=settings.unchosen
     )

@@ -11,7 +11,7 @@ from jax_moe.config.models import MakeMoEConfig
 from jax_moe.optimizers import Unchosen
 
 Numbers = dict[str, np.ndarray]
-SUCCESSORS = 3  # each token is followed by one of so few, so that a model can learn
+SUCCESSORS = 3  # possible next tokens of each token: few, so that a model can learn them
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainSettings:
 
 
 def texts(vocab_size: int, settings: TrainSettings, step: int, length: int) -> np.ndarray:
-    """Tokens [accumulation, batch_size, length]: each follows its predecessor in one of SUCCESSORS ways."""
+    """Tokens [accumulation, batch_size, length]: each is followed by one of its SUCCESSORS possible next tokens."""
     following = np.random.default_rng([settings.seed, 0]).integers(0, vocab_size, (vocab_size, SUCCESSORS))
     draw = np.random.default_rng([settings.seed, 1, step])
     tokens = np.empty((settings.accumulation, settings.batch_size, length), np.int32)

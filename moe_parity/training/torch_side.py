@@ -105,14 +105,14 @@ class TorchTrainer:
             return self._run(draw, steps)
 
     def _run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
+        from torch_ref.optimizers import clipped_step
+
         torch, settings = import_torch("parity"), self.settings
         dtype = next(self.module.parameters()).dtype
         curve, experts = [], []
         for step in steps:
             kinds = {"f": dtype, "i": torch.int64, "b": torch.bool}
             given = {name: torch.from_numpy(value).to(kinds[value.dtype.kind]) for name, value in draw(step).items()}
-            for group in self.optimizer.param_groups:
-                group["lr"] = settings.rate(step)
             self.optimizer.zero_grad(set_to_none=True)
             losses, chosen = [], []
             for n in range(settings.accumulation):
@@ -120,8 +120,7 @@ class TorchTrainer:
                 (loss / settings.accumulation).backward()
                 losses.append(loss.item())
                 chosen.append(expert_LTK)
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), settings.clip_norm)
-            self.optimizer.step()
+            clipped_step(self.optimizer, settings.rate(step), settings.clip_norm)
             curve.append(float(np.mean(losses, dtype=np.float64)))
             experts.append(np.stack(chosen))
         return Curve(np.asarray(curve), np.stack(experts))

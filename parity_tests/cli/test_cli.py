@@ -88,13 +88,15 @@ def test_a_switch_layer_and_its_capacity(tmp_path: Path, capsys: pytest.CaptureF
         ([], "capacity: 64 slots per expert over one sequence, however long, in token order"),
         (["--expert-capacity", "3"], "capacity: 3 slots per expert over one sequence"),
         (["--capacity-factor", "1.25"], "capacity: ceil(tokens / experts * 1.25) slots per expert over one sequence"),
-        (["--capacity-factor", "0"], "capacity: a slot for every token of one sequence, nothing is dropped"),
+        (["--capacity-factor", "none"], "capacity: a slot for every token of one sequence, nothing is dropped"),
     ):
         assert main(["inspect", str(source), *arguments]) == 0
         out = capsys.readouterr().out
         assert words in out and "balance loss: of each sequence, then their mean" in out, out
     both = ["--expert-capacity", "3", "--capacity-factor", "1"]
     assert "capacity_factor, expert_capacity: must be one of the two" in fails(capsys, "inspect", source, *both)
+    none = "capacity_factor=0.0: must be a number above 0, or none (nothing is dropped)"
+    assert none in fails(capsys, "inspect", source, "--capacity-factor", "0")
     assert "slots=0: must be" in fails(capsys, "inspect", source, "--expert-capacity", "0")
     assert "top_k: must be a setting of switch" in fails(capsys, "inspect", source, "--top-k", "2")
 

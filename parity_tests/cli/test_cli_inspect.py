@@ -12,8 +12,9 @@ import pytest
 import jax_moe
 from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.config.models import DecoderConfig
+from jax_moe.parameters import declared
 from jax_moe.porting.families import family_named
-from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
+from jax_moe.porting.state_dict import abstract_decoder
 from jax_moe.porting.table.plan import make_plan
 from parity_tests.cli.commands import command, fails, run
 from parity_tests.porting.decoder_cases import CONFIGS, decoder, weights
@@ -29,7 +30,7 @@ def holes(folder: Path, values: dict[str, Any], shards: int) -> Path:
     """A folder of those sizes in bf16 whose files are headers and then nothing: no disk, and no weight that could be read."""
     family = family_named(values["model_type"])
     config = family.config(values)
-    plan = make_plan(family.on_disk(config), decoder_shapes(abstract_decoder(config)))
+    plan = make_plan(family.on_disk(config), declared(abstract_decoder(config)))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
     where = {}

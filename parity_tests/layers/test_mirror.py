@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Files of the same name in both packages, but for those that share no idea beyond it.
-NOT_COMPARED = {"unchosen.py": "an optax transformation; torch's AdamW takes parameters without a gradient as they are"}
+NOT_COMPARED = {
+    "unchosen.py": "an optax transformation; torch's AdamW takes parameters without a gradient as they are",
+    "optimizers.py": "optax is set up to take the step that torch.optim takes",
+}
 FILES = sorted(
     name for name in (str(file.relative_to(ROOT / "torch_ref")) for file in (ROOT / "torch_ref").rglob("*.py"))
     if (ROOT / "jax_moe" / name).exists() and not name.endswith("__init__.py") and name not in NOT_COMPARED
@@ -50,6 +53,11 @@ JAX_ONLY = {
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },
     "attention/multihead.py": {"attention_weights": "all heads at once; torch has head_weights"},
+    "models/block.py": {
+        "Block.run": "hands out stages and choices; torch modules are watched from outside",
+        "BlockOutput.*": "see Block.run",
+    },
+    "models/makemoe.py": {"MakeMoE.run": "see Block.run"},
     "activations.py": {"clamp_above": "torch.clamp has the wanted gradient at the bound"},
     "arrays.py": {
         "check_limit": "torch has no capacity_limit",
@@ -100,6 +108,7 @@ TORCH_ONLY = {
         "MakeMoEBlock.*": "as NoisyTopkRouter",
     },
     "precision.py": {
+        "role_of": "in jax a parameter carries its role",
         "call_in": "torch modules hold their weights; jax merges a cast tree",
         "torch_dtype": "torch's dtypes go by attribute",
     },
@@ -112,8 +121,14 @@ DIFFERENT = {
         "expert_ffn": "jax takes stacked weights by name, torch one expert's linear maps",
         "expert_ffn(return)": "all experts, or one",
     },
-    "moe.py": {"Router": "an annotation that torch's typing of buffers needs"},
+    "moe.py": {
+        "MoE.run": "watch hands out stages, first_expert serves a step of generation",
+        "MoEOutput": "has stages; torch modules are watched from outside",
+        "Router": "an annotation that torch's typing of buffers needs",
+        "MoE": "roles: in jax they stand on the parameters themselves",
+    },
     "soft_moe.py": {
+        "SoftMoE": "roles: in jax they stand on the parameters themselves",
         "SoftExpert.forward": "jax maps one expert over E and keeps any leading dims",
         "SoftExpert.forward(return)": "as its argument",
     },

@@ -12,7 +12,8 @@ import jax_moe
 from jax_moe import presets
 from jax_moe.attention.multihead import Attention
 from jax_moe.config.attention import AttentionConfig
-from jax_moe.parameters import Declared, declared, parameter, stacked
+from jax_moe.config.parameters import Declared
+from jax_moe.parameters import declared, parameter, stacked
 from jax_moe.stored import stored_state
 
 SOFT = jax_moe.SoftMoEConfig(

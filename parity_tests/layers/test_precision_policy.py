@@ -20,8 +20,9 @@ from jax_moe import presets
 from jax_moe.config.precision import PRECISIONS, Precision
 from jax_moe.moe import Router
 from jax_moe.norms import RMSNorm
-from jax_moe.precision import cast_to_compute, dtype_of
+from jax_moe.precision import cast_to_compute
 from jax_moe.remat import rematerialised
+from moe_parity.relative import norm, relative_error
 from parity_tests.shared.filled import filled
 from parity_tests.shared.quick import QUICK
 
@@ -43,8 +44,9 @@ def objective(model: nnx.Module, precision: Precision | None = None, **kwargs: A
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params: Any, tokens_BT1: Any) -> jax.Array:
-        cast = params if precision is None else cast_to_compute(params, precision)
-        logits, stats = nnx.merge(graphdef, cast, rest).logits_and_stats(tokens_BT1[:, :-1], **kwargs)
+        module = nnx.merge(graphdef, params, rest)
+        cast = module if precision is None else cast_to_compute(module, precision)
+        logits, stats = cast.logits_and_stats(tokens_BT1[:, :-1], **kwargs)
         logits = logits if precision is None else logits.astype(precision.output)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT1[:, 1:]).mean()
         return nats + stats.load_balance_loss.mean()
@@ -112,10 +114,15 @@ def test_exactly_routers_norms_and_experts_stay_wide(name: str) -> None:
 
 
 def test_experts_are_cast_at_use_or_at_once() -> None:
-    for path in ("moe.experts.up", "blocks.moe.experts.down_bias", "moe.shared.gate", "dense.up"):
-        assert dtype_of(path, MIXED) is None
-        assert dtype_of(path, dataclasses.replace(MIXED, cast_experts="at_once")) == "bfloat16"
-    assert dtype_of("blocks.moe.experts.fcs.0.kernel", MIXED) == "bfloat16"  # Soft MoE's own maps take no input's dtype
+    for role in ("expert", "shared"):
+        assert MIXED.dtype_of(role) is None  # type: ignore[arg-type]
+        assert dataclasses.replace(MIXED, cast_experts="at_once").dtype_of(role) == "bfloat16"  # type: ignore[arg-type]
+    assert MIXED.dtype_of("soft_expert") == "bfloat16"  # Soft MoE's own maps take no input's dtype
+
+
+def test_arrays_without_a_role_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be a module or its state; here is .* without a role"):
+        cast_to_compute(nnx.to_pure_dict(nnx.state(jax_moe.SoftMoE(SOFT))), MIXED)
 
 
 def products(precision: Precision) -> list[tuple[str, ...]]:
@@ -161,7 +168,7 @@ def test_the_default_changes_nothing() -> None:
 
 def by_norm(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
     """|error| / |truth| of every name."""
-    return {name: float(np.linalg.norm(actual[name] - truth) / np.linalg.norm(truth)) for name, truth in expected.items()}
+    return {name: relative_error(actual[name], truth, norm) for name, truth in expected.items()}
 
 
 def all_by_norm(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

@@ -1,6 +1,7 @@
 """Soft MoE as published normalises (arXiv 2308.00951, section 2.3): unit-length tokens and slots, times a learned scale."""
 
 from math import log, sqrt
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.config.describe import describe
-from jax_moe.porting.checkpoint import checkpoint_of
-from jax_moe.porting.families.choices import Choices
+from jax_moe.porting.checkpoint import load
+from jax_moe.porting.formats.safetensors import write_safetensors
 from jax_moe.soft_moe import UNIT_EPS, soft_weights
 from parity_tests.porting.porting_cases import soft_state
 from parity_tests.shared.compare import MismatchError, check_close
@@ -54,12 +55,12 @@ def test_the_length_of_a_token_does_not_matter_and_a_zero_token_has_finite_gradi
     assert sqrt(UNIT_EPS) == 1e-3 and layer.scale[...].shape == ()
 
 
-def test_a_state_dict_with_a_scale_normalises_and_comes_back() -> None:
+def test_a_state_dict_with_a_scale_normalises_and_comes_back(tmp_path: Path) -> None:
     state = {**soft_state(), "scale": np.asarray(1.5, np.float32)}
-    from pathlib import Path
-
-    found = checkpoint_of(Path("x"), dict(state), Choices())
+    write_safetensors(tmp_path / "with.safetensors", state)
+    write_safetensors(tmp_path / "without.safetensors", soft_state())
+    found = load(tmp_path / "with.safetensors")
     assert found.config.normalise and "logits: tokens and phi of unit length, times a learned scale" in describe(found.config)
     back = found.state()
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
-    assert not checkpoint_of(Path("x"), soft_state(), Choices()).config.normalise
+    assert not load(tmp_path / "without.safetensors").config.normalise

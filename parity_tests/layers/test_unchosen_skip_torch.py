@@ -131,6 +131,9 @@ def test_what_chosen_must_be() -> None:
     with pytest.raises(Exception, match="unchosen"):  # ValueError, or where types are checked theirs
         skipping("drop")
     dense = {"kernel": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"declared=None: must be jax_moe\.declared"):
+        optimizer.init(dense)
+    optimizer = skipping(declared={})
     optimizer.update(dense, optimizer.init(dense), dense)  # nothing to choose
 
 
@@ -160,7 +163,8 @@ def test_state_there_and_back() -> None:
     names = [name for name, _ in module.named_parameters()]
     assert len(theirs.state_dict()["state"]) < len(names), "an expert must never have been chosen"
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
-    state = jax_moe.optimizer_from_torch(layer, theirs.state_dict(), skipping().init(params), names=names)
+    fresh = skipping(declared=jax_moe.declared(layer)).init(params)
+    state = jax_moe.optimizer_from_torch(layer, theirs.state_dict(), fresh, names=names)
     back = jax_moe.optimizer_to_torch(layer, state, theirs.state_dict(), names=names)
     check_same_state(back, theirs.state_dict())
     theirs.load_state_dict(back)
@@ -170,7 +174,7 @@ def test_state_there_and_back() -> None:
     number = next(i for i, name in enumerate(names) if name.endswith("up.weight") and i in broken["state"])
     broken = {**broken, "state": {**broken["state"], number: {**broken["state"][number], "step": torch.tensor(99.0)}}}
     with pytest.raises(ValueError, match=r"step of experts.* is 99, must be \d as of its expert's other parameters"):
-        jax_moe.optimizer_from_torch(layer, broken, skipping().init(params), names=names)
+        jax_moe.optimizer_from_torch(layer, broken, fresh, names=names)
 
 
 def check_same_state(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -187,7 +191,7 @@ def test_equal_counts_fit_both_kinds() -> None:
     optimizer.step()
     names, params = [name for name, _ in module.named_parameters()], nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     for unchosen in ("skip", "decay"):
-        fresh = skipping(unchosen).init(params)
+        fresh = skipping(unchosen, declared=jax_moe.declared(layer)).init(params)
         state = jax_moe.optimizer_from_torch(layer, optimizer.state_dict(), fresh, names=names)
         assert jax.tree.structure(state) == jax.tree.structure(fresh)
         check_same_state(jax_moe.optimizer_to_torch(layer, state, optimizer.state_dict(), names=names), optimizer.state_dict())
@@ -225,7 +229,7 @@ def test_port_of_the_originals_training_file(training_file: tuple[Path, list[str
     config = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=9)
     model = filled(lambda: jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    state = jax_moe.load_optimizer(folder, skipping().init(params))
+    state = jax_moe.load_optimizer(folder, skipping(declared=jax_moe.declared(model)).init(params))
     check_same_state(jax_moe.optimizer_to_torch(model, state, before["optimizer"], names=names), before["optimizer"])
     with pytest.raises(ValueError, match=r"optimizer.safetensors: .*step of blocks.moe.experts\[0, \d\] is \d, must be 4"):
         jax_moe.load_optimizer(folder, skipping("decay").init(params))
@@ -262,7 +266,7 @@ def test_decoders_count_their_routed_experts_alone() -> None:
     """Dense layers and shared experts are trained in every step."""
     model = decoder("qwen2_moe")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    optimizer = skipping()
+    optimizer = skipping(declared=jax_moe.declared(model))
     state = optimizer.init(params)
     stats = model.run(jnp.asarray([[1]], jnp.int32)).stats
     chosen_LE = jax_moe.chosen_experts(stats)

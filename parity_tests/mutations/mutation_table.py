@@ -259,8 +259,8 @@ JAX_LAYERS = [
     Mutation(
         "jax: the second residual is left out",
         "jax_moe/models/block.py",
-        "return x_BTD + y_BTD, stats",
-        "return y_BTD, stats",
+        "y_BTD = x_BTD + output.y_BTD",
+        "y_BTD = output.y_BTD",
         rows=("block, makemoe",),
     ),
 ]

@@ -33,7 +33,7 @@ MODELS: dict[str, Any] = {
 }
 FILES = {
     "makemoe": {"top_k": 2, "capacity_factor": 1.0, "dropout": 0.1}, "mixtral": {"top_k": 3},
-    "makemoe_layer": {"top_k": 2, "capacity_factor": 0.0, "dropout": 0.1}, "switch": {"expert_capacity": 3},
+    "makemoe_layer": {"top_k": 2, "capacity_factor": "none", "dropout": 0.1}, "switch": {"expert_capacity": 3},
     "soft_moe": {"hidden_activation": "relu", "output_activation": "identity", "residual": True},
 }
 
@@ -158,8 +158,8 @@ def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said in streams.err and len(streams.out) == 5
     assert main(["port", str(file), str(tmp_path / "folder")]) == 0
     assert said in capsys.readouterr().err
-    assert main([*generate, "--top-k", "1", "--capacity-factor", "0"]) == 0
-    assert "say it: dropout=0.1 (--dropout)\n" in capsys.readouterr().err
+    assert main([*generate, "--top-k", "1", "--capacity-factor", "none"]) == 0
+    assert "store them: dropout=0.1 (--dropout)\n" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "folder")]) == 0
     assert "assumed" not in capsys.readouterr().out
     for family, words in (
@@ -169,7 +169,7 @@ def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         jax_moe.save(MODELS[family](), tmp_path / f"{family}.safetensors")
         assert main(["inspect", str(tmp_path / f"{family}.safetensors")]) == 0
-        assert f"say it: {words}" in capsys.readouterr().out
+        assert f"store them: {words}" in capsys.readouterr().out
     verify(makemoe_state(), read_state(file), tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_version_and_near_misses(whole: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == f"jax-moe {jax_moe.__version__}\n"
     with pytest.raises(SystemExit), warnings.catch_warnings():
         main(["parity", str(whole), "--train", "3", "--lr", "3"])
-    assert capsys.readouterr().err.endswith("jax-moe: --lr is --learning-rate here\n")
+    assert capsys.readouterr().err.endswith("jax-moe: --lr is called --learning-rate here\n")
     tokens = ["generate", str(whole), "--tokens", "1,2", "--max-new-tokens", "2"]
     assert main([*tokens, "--sample-top-p", "0.5"]) == 0 and main([*tokens, "--top-p", "0.5"]) == 0
     one, two = capsys.readouterr().out.split()

@@ -39,7 +39,7 @@ def code() -> str:
 
 @pytest.fixture
 def cool(monkeypatch: pytest.MonkeyPatch) -> Family:
-    """The family, in the list. One with another attention kind would stand here beside it: its rows are `Whole.around`."""
+    """The family, in the list. One with another attention kind would stand here beside it: its rows are in `Whole.attention`."""
     made: dict[str, Any] = {}
     exec(code(), made)
     monkeypatch.setitem(FAMILIES, "cool_moe", made["COOL"])
@@ -117,7 +117,7 @@ def test_a_family_known_by_its_mixture_alone(
     assert contract == CONFIG.moe and values.items() >= cool.mixture.write(contract).items()
     with pytest.raises(ValueError, match=r"^num_experts_per_tok=9: must be at most the number of experts, 4$"):
         cool.mixture_config(values | {"num_experts_per_tok": 9})
-    layer, prefix = jax_moe.MoE(contract, rngs=nnx.Rngs(0)), cool.mixture.on_disk.within.format(s=1)
+    layer, prefix = jax_moe.MoE(contract, rngs=nnx.Rngs(0)), cool.mixture.on_disk.within.format(l=1)
     weights = read_safetensors(folder / "model.safetensors")
     below = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     assert below.keys() == their_shapes(layer, "hf_cool_layer").keys()

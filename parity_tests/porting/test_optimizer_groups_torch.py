@@ -69,7 +69,9 @@ SCHEDULE = optax.linear_schedule(1e-3, 1e-4, 10)
 STATES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw(mask=)": lambda: optax.adamw(SCHEDULE, weight_decay=0.1, mask=matrices),
     "as torch": lambda: adamw_as_torch(SCHEDULE, weight_decay=0.1, mask=matrices, max_norm=1.0),
-    "as torch, skipping": lambda: adamw_as_torch(SCHEDULE, weight_decay=0.1, mask=matrices, max_norm=1.0, unchosen="skip"),
+    "as torch, skipping": lambda: adamw_as_torch(
+        SCHEDULE, weight_decay=0.1, mask=matrices, max_norm=1.0, unchosen="skip", declared=jax_moe.declared(layer_and_module()[0])
+    ),
     "injected": lambda: optax.inject_hyperparams(optax.adamw, static_args="mask")(SCHEDULE, weight_decay=0.1, mask=matrices),
     "injected, constant": lambda: optax.inject_hyperparams(optax.adamw, static_args="mask")(1e-3, mask=matrices),
     "partition": lambda: optax.partition({"decay": optax.adamw(1e-3, weight_decay=0.1), "rest": optax.adam(1e-3)}, labels),

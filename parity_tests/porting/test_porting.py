@@ -17,9 +17,12 @@ from flax import nnx
 import jax_moe
 from jax_moe import presets
 from jax_moe.config.as_json import config_from_json, config_to_json
+from jax_moe.config.parameters import Declared
 from jax_moe.disk import verify
+from jax_moe.parameters import declared
 from jax_moe.porting import PortError, from_torch_tree
 from jax_moe.porting.checkpoint import Checkpoint, load, save
+from jax_moe.porting.families import tables_of
 from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.formats.safetensors import write_safetensors
 from jax_moe.porting.formats.state_file import read_state, write_state
@@ -190,7 +193,7 @@ def test_engine_takes_fused_and_interleaved_parts() -> None:
         Row("gate_up", "E (F 1/2) D", "up", "E D F"),
         *(Row(name, "F D", "qkv", f"D {i}/3 F") for i, name in enumerate(("q", "k", "v"))),
     ))
-    plan = make_plan(table, {name: value.shape for name, value in ours.items()})
+    plan = make_plan(table, {name: Declared(value.shape) for name, value in ours.items()})
     theirs = to_theirs(plan, ours)
     assert (theirs["gate_up"][:, 0::2] == ours["gate"].transpose(0, 2, 1)).all()
     assert (theirs["gate_up"][:, 1::2] == ours["up"].transpose(0, 2, 1)).all()
@@ -202,7 +205,7 @@ def test_engine_takes_fused_and_interleaved_parts() -> None:
 
 def test_a_table_that_covers_a_weight_in_part_is_refused() -> None:
     with pytest.raises(PortError, match="has no names for: 1 missing: qkv"):
-        make_plan(Table("half", (Row("q", "F D", "qkv", "D 0/3 F"),)), {"qkv": (4, 3, 5)})
+        make_plan(Table("half", (Row("q", "F D", "qkv", "D 0/3 F"),)), {"qkv": Declared((4, 3, 5))})
 
 
 def test_safetensors_of_transposed_views_holds_the_right_numbers(tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_files_and_folders_keep_every_bit(family: str, dtype: str, tmp_path: Pat
 def test_sizes_are_read_from_the_tensors(tmp_path: Path) -> None:
     write_state(tmp_path / "a.safetensors", makemoe_state())
     assert load(tmp_path / "a.safetensors", Choices(dropout=0.0)).config == TINY
-    dropless = load(tmp_path / "a.safetensors", Choices(top_k=3, capacity_factor=0.0, dropout=0.0)).config
+    dropless = load(tmp_path / "a.safetensors", Choices(top_k=3, capacity_factor="none", dropout=0.0)).config
     assert dropless == dataclasses.replace(TINY, top_k=3, capacity_factor=None)
     quiet = {name: value for name, value in makemoe_state().items() if "noise_linear" not in name}
     write_state(tmp_path / "b.safetensors", quiet)
@@ -294,3 +297,13 @@ def test_checkpoint_names_its_weights() -> None:
     checkpoint = Checkpoint("mixtral", make("moe_mixtral"))
     assert sorted(checkpoint.weights) == ["experts.down", "experts.gate", "experts.up", "router.kernel"]
     assert checkpoint.weights["experts.up"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dims", ["e F D", "e D D", "D F"])
+def test_a_row_with_other_dims_than_the_parameter_is_refused(dims: str) -> None:
+    """Though in shapes alone another order fits wherever two sizes are the same."""
+    layer = jax_moe.MoE(presets.mixtral(6, 6, 3, 2))
+    rows = tuple(dataclasses.replace(row, our_dims=dims) if row.ours == "experts.up" else row for row in tables_of(layer)[0].rows)
+    wanted = f"layout wrong: dims of experts.up in the row of .*={dims!r}: must be 'E D F', as the parameter says"
+    with pytest.raises(ValueError, match=wanted):
+        make_plan(Table("wrong", rows), declared(layer))

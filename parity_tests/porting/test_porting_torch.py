@@ -23,7 +23,7 @@ from jax_moe.porting.checkpoint import load  # noqa: E402
 from jax_moe.porting.formats.state_file import read_state, write_state  # noqa: E402
 from jax_moe.porting.torch_tensors import numpy_to_tensor, tensor_to_numpy  # noqa: E402
 from moe_cli.main import main  # noqa: E402
-from moe_parity.stages import relative_error  # noqa: E402
+from moe_parity.relative import relative_error  # noqa: E402
 from parity_tests.cli.commands import fails  # noqa: E402
 from parity_tests.porting.porting_cases import FUSED, HEADS, SOFT, STATES, TINY, bits, make, mixtral_state  # noqa: E402
 

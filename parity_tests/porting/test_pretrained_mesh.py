@@ -8,9 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import jax_moe
 from jax_moe import sharding
+from jax_moe.config.parameters import Declared
 from jax_moe.sharding import place
 from parity_tests.porting.decoder_cases import decoder
 
@@ -22,6 +24,7 @@ from pathlib import Path
 import jax_moe
 from jax_moe import sharding
 from jax_moe.porting.formats.shards import open_weights
+from moe_parity.relative import relative_error
 
 folder, family = Path(sys.argv[1]), sys.argv[2]
 def arrays(model):
@@ -48,7 +51,7 @@ assert {s.data.nbytes for s in arrays(both)["moe.experts.up"].addressable_shards
 if family == "qwen2_moe":
     tokens = jnp.arange(12).reshape(2, 6) % 11
     ours, logits = (np.asarray(jax.jit(lambda m, t: m(t))(model, tokens)) for model in (split, plain))
-    print(np.abs(ours - logits).max() / np.abs(logits).max())
+    print(relative_error(ours, logits))
 saved(split, "split")
 saved(both, "both")
 data = arrays(jax_moe.load_pretrained(folder, mesh=sharding.data_mesh(4)))
@@ -80,7 +83,7 @@ def test_only_the_windows_of_the_devices_are_made() -> None:
         asked.append(window)
         return np.arange(24, dtype=np.float32).reshape(2, 4, 3)[window]
 
-    array = place.place(part, (2, 4, 3), sharding.expert_mesh(1), 1)
+    array = place.place(part, Declared((2, 4, 3), "L E D", "expert"), sharding.expert_mesh(1))
     assert asked == [(slice(0, 2), slice(0, 4), slice(0, 3))]
     np.testing.assert_array_equal(np.asarray(array), np.arange(24).reshape(2, 4, 3))
 
@@ -103,3 +106,24 @@ def test_meshes_that_are_refused() -> None:
     with pytest.raises(ValueError, match="num_data_devices=0: must be at least 1"):
         sharding.expert_mesh(1, 0)
     assert sharding.mesh_in_use() is None
+
+
+def test_a_dim_is_split_by_its_letter() -> None:
+    """Wherever it stands; routers and what the mesh does not divide are whole; two dims on one axis are refused."""
+    mesh, whole = AbstractMesh((2, 4), ("data", "expert")), PartitionSpec()
+    for dims, shape, role, expected in (
+        ("L E D F", (3, 8, 6, 5), "expert", PartitionSpec(None, "expert", None, None)),
+        ("E F", (8, 5), "expert", PartitionSpec("expert", None)),
+        ("D F E", (6, 5, 4), "expert", PartitionSpec(None, None, "expert")),
+        ("L 1 D F", (3, 4, 8, 8), "shared", whole),
+        ("L D E", (3, 6, 8), "router", whole),
+        ("E D F", (6, 4, 4), "expert", whole),
+        (None, (8, 8), None, whole),
+    ):
+        assert sharding.weight_split(mesh, Declared(shape, dims, role)).spec == expected, dims  # type: ignore[arg-type]
+    tensor = Declared((8, 4, 4), "E D F", "expert")
+    split = sharding.weight_split(mesh, tensor, {"E": "expert", "F": "data"})
+    assert split.spec == PartitionSpec("expert", None, "data")
+    refused = "dims='E D F': must have one dim at most on axis 'expert', which the rules give to E and F"
+    with pytest.raises(ValueError, match=refused):
+        sharding.weight_split(mesh, tensor, {"E": "expert", "F": "expert"})

@@ -45,7 +45,7 @@ def test_text_is_what_python_opens(tmp_path: Path, raw: bytes, wanted: str) -> N
     [
         (b"caf\xe9", "must be UTF-8, byte 3 is not; if it is latin1: iconv -f latin1 -t utf-8 "),
         ("abc".encode("utf-16"), "must be UTF-8, byte 0 is not; if it is utf-16: iconv -f utf-16 -t utf-8 "),
-        ("abc".encode("utf-16-le"), "must be text; character 1 is NUL, which no text has (tokens go in a .npy of integers"),
+        ("abc".encode("utf-16-le"), "must be text; character 1 is NUL, which no text holds (tokens go in a .npy of integers"),
         (np.arange(65, dtype=np.uint16).tobytes(), "--data-dtype uint16"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
     ],
@@ -72,7 +72,7 @@ def test_the_cure_for_latin1_is_one(tmp_path: Path) -> None:
 def test_no_reader_waits_for_a_pipe_or_reads_a_device(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(ValueError, match=r"must be a readable text file \(it is no file\)"):
+        with pytest.raises(ValueError, match=r"must be a readable text file \(it is not a regular file\)"):
             data.load_text(str(path), 8)
     with pytest.raises(ValueError, match="must be a readable text file"):
         data.load_text("a\0b", 8)

@@ -128,7 +128,7 @@ def test_generate_reads_a_training_file(tmp_path: Path, capsys: pytest.CaptureFi
     torch.save(trained(("model", "optimizer"), "_orig_mod."), tmp_path / "a.pt")
     (tmp_path / "text").write_text("abcdefghijk")
     arguments = ["generate", str(tmp_path / "a.pt"), "--text", str(tmp_path / "text"), "--prompt", "a", "--max-new-tokens", "2"]
-    assert main([*arguments, "--capacity-factor", "0"]) == 0
+    assert main([*arguments, "--capacity-factor", "none"]) == 0
     streams = capsys.readouterr()
     assert len(streams.out.strip()) == 3 and "names without _orig_mod." in streams.err
     assert "the optimizer's state" in streams.err

@@ -26,6 +26,7 @@ import jax_moe
 import torch_ref
 from jax_moe import presets
 from jax_moe.porting.families.mixtral import MIXTRAL
+from moe_parity.relative import norm, relative_error
 from moe_parity.sides.jax_moe import tap_model
 from moe_parity.sides.transformers import widened
 from moe_parity.stages import Place
@@ -284,7 +285,7 @@ def cell(run: Run, mode: str, truth: Answer) -> Cell | None:
 
 def error(actual: np.ndarray, expected: np.ndarray) -> float:
     """The norm of the difference over the norm of the truth."""
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return relative_error(actual, expected, norm)
 
 
 def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import layer_contestants, moe_layer, scaling
-from benchmarks.command import read_factor, read_options
+from benchmarks.command import read_options
 from benchmarks.layer_contestants import ENTRIES, TOLERANCE, Entry, Shape
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -108,11 +109,19 @@ def test_bad_input_is_refused(
     assert words in " ".join(printed.err.replace("\u2502", " ").split()) and "Traceback" not in printed.err
 
 
-def test_a_capacity_factor() -> None:
-    assert read_factor("f", "1.25") == 1.25 and read_factor("f", "None") is None
-    for text in ("0", "-1", "inf", "many", ""):
-        with pytest.raises(ValueError, match=f"f='{text}': must be a number above 0, or none"):
-            read_factor("f", text)
+@dataclass(frozen=True)
+class WithFactor:
+    """Options with a capacity."""
+
+    capacity_factor: float | None = 1.0
+
+
+def test_a_capacity_factor(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, factor in (("1.25", 1.25), ("none", None), ("NONE", None)):
+        assert read_options(WithFactor, "x", None, ["--capacity-factor", text]).capacity_factor == factor
+    with pytest.raises(SystemExit):
+        read_options(WithFactor, "x", None, ["--capacity-factor", "dropless"])
+    assert "'dropless': must be a number, or none" in capsys.readouterr().err
 
 
 def commands(document: Path) -> list[tuple[str, list[str]]]:

@@ -18,7 +18,7 @@ CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
 # Whatever is not named here belongs to SHARED or SENTENCE: files at the top that all rooms above config share.
 SHARED = (
     "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters", "top_k",
-    "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers",
+    "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
 )
 SENTENCE = ("routing", "dispatch", "experts", "losses", "moe", "soft_moe")
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -37,8 +37,8 @@ PORTING = (
 )
 # Packages from outside that a room may use beside the core's.
 OUTSIDE = {
-    "jax_moe": {"lazy_loader"}, "jax_moe.config": set(), "jax_moe.kernels": {"tokamax"}, "jax_moe.optimizers": {"optax"},
-    "jax_moe.unchosen": {"optax"},
+    "jax_moe": {"lazy_loader"}, "jax_moe.arguments": {"tyro"}, "jax_moe.config": set(), "jax_moe.kernels": {"tokamax"},
+    "jax_moe.optimizers": {"optax"}, "jax_moe.unchosen": {"optax"},
     "jax_moe.generation": {"tokenizers"},
     "jax_moe.porting": {"lazy_loader", "optax", "orbax", "safetensors", "tokenizers", "ml_dtypes", "torch"},
 }

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_parity.relative import largest, norm, relative_error
+
 SMALL = 1e-3
 
 
@@ -75,7 +77,7 @@ def worst_error(
     """The largest relative error over all tensors; raises MismatchError for names, shapes or numbers not finite."""
     check_shapes(actual, expected, what)
     wide = {name: (np.asarray(actual[name], np.float64), np.asarray(expected[name], np.float64)) for name in sorted(expected)}
-    top = max((np.abs(b).max(initial=0.0) for _, b in wide.values()), default=0.0)
+    top = max((largest(b) for _, b in wide.values()), default=0.0)
     worst = Worst(0.0, "nothing", (), 0.0, 0.0)
     for name, (a, b) in wide.items():
         for side, x in (("actual", a), ("expected", b)):
@@ -86,20 +88,10 @@ def worst_error(
             continue
         distance = np.abs(a - b)
         index = tuple(int(i) for i in np.unravel_index(distance.argmax(), distance.shape))
-        error = _relative(distance, b, small * top)
+        error = max(relative_error(a, b, size, small * top) for size in (largest, norm))
         if error > worst.error:
             worst = Worst(error, name, index, float(a[index]), float(b[index]))
     return worst
-
-
-def _relative(distance: np.ndarray, expected: np.ndarray, least: float) -> float:
-    if not distance.any():
-        return 0.0
-    scale = max(np.abs(expected).max(), least)
-    norm = max(float(np.linalg.norm(expected)), least)
-    if scale == 0:
-        return float("inf")
-    return float(max(distance.max() / scale, np.linalg.norm(distance) / norm))
 
 
 def check_close(

@@ -8,11 +8,12 @@ import optax
 import torch
 from flax import nnx
 
+from jax_moe.optimizers import adamw_as_torch
 from parity_tests.shared.quick import QUICK
 from parity_tests.table.inputs import generator
 from parity_tests.table.sides import Pair, array, output_shape, precision, probe
 
-STEPS, LEARNING_RATE, WEIGHT_DECAY = 10, 1e-2, 1e-2
+STEPS, LEARNING_RATE = 10, 1e-2
 
 
 def step_inputs(pair: Pair, step: int) -> dict[str, np.ndarray]:
@@ -27,7 +28,7 @@ def jax_trajectory(pair: Pair) -> dict[str, np.ndarray]:
     """Parameters after the steps, under PyTorch's names."""
     side, shape = pair.jax, output_shape(pair.case)
     with precision(pair.dtype):
-        optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimizer = adamw_as_torch(LEARNING_RATE)
         quick = functools.partial(jax.jit, compiler_options=QUICK)
         params, state = side.params, quick(optimizer.init)(side.params)
 

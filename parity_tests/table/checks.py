@@ -243,7 +243,7 @@ def _leaves(module: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def ten_adamw_steps(runs: Runs, tolerance: float) -> float:
-    """optax.adamw under torch's defaults against torch.optim.AdamW: the parameters by name after ten steps in fp64."""
+    """`adamw_as_torch` against torch.optim.AdamW: the parameters by name after ten steps in fp64."""
     ours, theirs = jax_trajectory(runs.float64), torch_trajectory(runs.float64)
     return check_close(ours, theirs, tolerance, f"{runs.case.name}: after {STEPS} AdamW steps")
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.losses import pool_balance_loss
+from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import reference_table
 from jax_moe.porting.formats.safetensors import read_safetensors
 from moe_parity.sides.transformers import widened
@@ -23,13 +24,11 @@ from parity_tests.shared.quick import QUICK
 from parity_tests.table.checks import Column, always
 from parity_tests.table.family_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference
 
-LEARNING_RATE, DECAY, STEPS = 3e-3, 0.01, 20
+LEARNING_RATE, STEPS = 3e-3, 20
 MARGIN = 1e-4  # chosen and not chosen router logits lie at least this far apart: rounding cannot change a choice
 
 
-def optimiser() -> optax.GradientTransformation:
-    """AdamW as torch has it."""
-    return optax.adamw(LEARNING_RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
+OPTIMIZER = adamw_as_torch(LEARNING_RATE)
 
 
 def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Array, Any]:
@@ -45,7 +44,7 @@ def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Ar
 
 @functools.cache
 def stepper(graphdef: Any, wide: bool = False) -> Any:
-    """One jitted step: loss, output, gradients, and weights and optimiser after it. `wide` keeps fp64 programs apart."""
+    """One jitted step: loss, output, gradients, and weights and optimizer after it. `wide` keeps fp64 programs apart."""
 
     @partial(jax.jit, compiler_options=QUICK)
     def step(params: Any, state: Any, batch: dict[str, Any]) -> Any:
@@ -53,7 +52,7 @@ def stepper(graphdef: Any, wide: bool = False) -> Any:
             return training_loss(nnx.merge(graphdef, params), batch)
 
         (value, output), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimiser().update(gradients, state, params)
+        updates, state = OPTIMIZER.update(gradients, state, params)
         return value, output, gradients, optax.apply_updates(params, updates), state
 
     return step
@@ -77,7 +76,7 @@ class Outcome:
         spread = all(len(np.unique(layer)) == model.config.moe.num_experts for layer in choices)
         assert spread, f"{runs.case.name}: some expert was never chosen"
         graphdef, params = nnx.split(model)
-        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(params, optimiser().init(params), to_jax(data))
+        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(params, OPTIMIZER.init(params), to_jax(data))
         chosen = np.asarray(output.expert_LBTK)[:, mask]
         self.choices = {"experts": chosen}, {"experts": choices.astype(chosen.dtype)}
         self.logits = {"logits": np.asarray(output.logits_BTV)[mask]}, {"logits": expected.logits.detach().numpy()[mask]}
@@ -126,9 +125,9 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
     """AdamW on the same batches: the same losses."""
     reference = runs.case.reference(runs.case.config()).train()
     reference.load_state_dict(runs.reference.state_dict())
-    theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE, weight_decay=DECAY)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE)
     graphdef, params = nnx.split(runs.model)
-    state = optimiser().init(params)
+    state = OPTIMIZER.init(params)
     curves: tuple[list[float], list[float]] = ([], [])
     for number in range(STEPS):
         data = batch(runs.case, seed=100 + number % 4)

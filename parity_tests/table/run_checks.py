@@ -91,7 +91,7 @@ def original_sides(settings: TrainSettings, dtype: str) -> Sides:
             warmup_steps=settings.warmup_steps, clip_norm=settings.clip_norm, weight_decay=settings.weight_decay,
             unchosen=settings.unchosen,
         ),
-        settings.steps,
+        settings.steps, jax_moe.declared(ours.model),
     )
     trainer = JaxTrainer(ours.model, settings, makemoe_loss, optimizer, compiler_options=OPTIONS)
     return Sides(trainer, TorchTrainer(module, settings, original_loss), draw, layout, inside)

@@ -14,7 +14,7 @@ import jax_moe
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.table.checks import check_row
 from parity_tests.table.family_cases import CASES, Case, batch
-from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns, optimiser, stepper, to_jax
+from parity_tests.table.family_checks import FAMILY_COLUMNS, OPTIMIZER, FamilyRuns, stepper, to_jax
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -57,6 +57,6 @@ def test_planted_fault_is_caught(runs: FamilyRuns, fault: Any) -> None:
     fault(model)
     data = batch(runs.case, seed=2)
     graphdef, params = nnx.split(model)
-    output = stepper(graphdef)(params, optimiser().init(params), to_jax(data))[1]
+    output = stepper(graphdef)(params, OPTIMIZER.init(params), to_jax(data))[1]
     with pytest.raises(MismatchError, match="logits"):
         check_close({"logits": output.logits_BTV[data["mask"]]}, runs.float32.logits[1], 1e3 * limit, fault.__name__)

@@ -123,6 +123,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("--model-dim 100 --num-heads 6", "num_heads=6: must be a divisor of model_dim=100"),
         ("--capacity-factor 0.0001", "capacity_factor=0.0001: must be at least 0.007813"),
         ("--capacity-factor -1", "factor=-1.0: must be a number above 0"),
+        ("--capacity-factor 0", "capacity_factor=0.0: must be a number above 0, or none"),
         ("--dropout 1", "dropout=1.0"),
         ("--warmup-steps 9999", "warmup_steps=9999"),
         ("--final-learning-rate 0.1", "final_learning_rate=0.1"),

@@ -46,7 +46,7 @@ def test_first_adamw_step_by_pencil() -> None:
     # first step of Adam: lr * g / (|g| + eps); decay lr * 0.01 * w, on every parameter; then clipping to norm 5 of (30, 40)
     params = {"w": jnp.array([2.0, -3.0])}
     for clip_norm, gradient in ((None, [3.0, 4.0]), (5.0, [30.0, 40.0])):
-        optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=clip_norm), 10)
+        optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=clip_norm), 10, {})
         update, _ = optimizer.update({"w": jnp.array(gradient)}, optimizer.init(params), params)
         new = optax.apply_updates(params, update)["w"]
         wanted = [2 - 1e-3 * (3 / 4 + 0.02), -3 - 1e-3 * (4 / 5 - 0.03)]

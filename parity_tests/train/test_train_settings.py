@@ -74,7 +74,7 @@ def test_every_setting_of_every_kind_is_right_or_one_line(text: Path, name: str)
         ("--num-layers 1000000000", "training 632,560,000,008,861 parameters on batches of 16 x 32 tokens needs about 10,"),
         ("--batch-size 2000000000", "bytes of memory: must be at most"),
         ("--model-dim 2000000000 --num-heads 1", "bytes of memory: must be at most"),
-        ("--num-experts 2000000000 --capacity-factor None", "bytes of memory: must be at most"),
+        ("--num-experts 2000000000 --capacity-factor none", "bytes of memory: must be at most"),
         ("--data-dtype uint16 --data tinyshakespeare", "data_dtype='uint16': must be left out with data='tinyshakespeare'"),
         ("--init-from nowhere", "init_from='nowhere': must be a run, a folder, or a .pt or .safetensors file"),
         ("--lr 1e-3", "--lr: is --learning-rate here"),

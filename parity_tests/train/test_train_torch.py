@@ -139,7 +139,7 @@ def test_clipping_is_torchs(unchosen: str) -> None:
     parameter.grad = torch.from_numpy(gradient.copy())
     torch.nn.utils.clip_grad_norm_([parameter], 1e-7)
     torch.optim.AdamW([parameter], lr=1e-3, eps=1.0).step()
-    optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=1e-7, unchosen=unchosen), 10)  # type: ignore[arg-type]
+    optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=1e-7, unchosen=unchosen), 10, {})  # type: ignore[arg-type]
     params = {"w": jnp.zeros(3)}
     update, _ = optimizer.update({"w": jnp.asarray(gradient)}, optimizer.init(params), params)
     np.testing.assert_allclose(update["w"], parameter.detach().numpy(), rtol=2e-6)  # measured: 2.4e-7

@@ -1,4 +1,4 @@
-"""Layers put together, under the state-dict names of the original projects where there is one."""
+"""Models, under the state-dict names of the original projects where these exist."""
 
 from torch_ref.models.block import Block, Randomness
 from torch_ref.models.makemoe import MakeMoE

@@ -1,9 +1,12 @@
 """The makeMoE character language model (AviSoori1x/makeMoE), under its own state-dict names."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from jax_moe.config import ExpertConfig, MakeMoEConfig, MoEConfig
+from jax_moe.config.parameters import Role
 from torch_ref.arrays import check_token_range, checked, checked_input, dims_of_settings
 from torch_ref.attention.multihead import Attention
 from torch_ref.dims import Bool, Float, Int, Tensor
@@ -48,6 +51,8 @@ class MakeMoEExpert(nn.Module):
 
 class SparseMoE(nn.Module):
     """`torch_ref.MoE` under makeMoE's names."""
+
+    roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert"}
 
     def __init__(self, config: MoEConfig):
         super().__init__()

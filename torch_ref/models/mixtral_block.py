@@ -1,8 +1,11 @@
 """Mixtral's sparse block (arXiv 2401.04088) under the names of its published checkpoints."""
 
+from typing import ClassVar
+
 from torch import nn
 
 from jax_moe.config import ExpertConfig, MoEConfig
+from jax_moe.config.parameters import Role
 from torch_ref.dims import Float, Tensor
 from torch_ref.experts import expert_ffn
 from torch_ref.moe import Parts, moe_forward
@@ -28,6 +31,8 @@ class MixtralSparseMoeBlock(nn.Module):
 
     Raises ValueError for a contract with weights that these names cannot hold (biases, learned noise, a shared expert).
     """
+
+    roles: ClassVar[dict[str, Role]] = {"gate": "router", "experts": "expert"}
 
     def __init__(self, config: MoEConfig):
         super().__init__()

@@ -1,6 +1,7 @@
-"""Defaults that give way: what the user asked for decides, and a default that does not go with it is changed, silently.
+"""Defaults fitted to what the user asked for: a default that contradicts an explicit setting is changed silently.
 
-Only names in `free` change, those that nobody has set. An explicit value out of range is refused elsewhere.
+Only the settings named in `free`, which the user did not give, change. Explicit values out of range are refused
+elsewhere.
 """
 
 import dataclasses
@@ -13,28 +14,28 @@ from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
 
 Free = Set[str]
 EXPLICIT: Free = frozenset()  # nothing may change
-MOST_DEVICES = 4096  # of one machine, by far
+MOST_DEVICES = 4096  # more than any machine has
 
 
 def given(arguments: list[str]) -> frozenset[str]:
-    """Names of the settings that a command line sets."""
+    """The names of the settings that a command line gives."""
     names = {word[2:].split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     known = set(flat(TrainConfig()))
     return frozenset(known & (names | {name.removeprefix("no_") for name in names}))
 
 
 def changed(config: TrainConfig, free: Free, **values: Any) -> TrainConfig:
-    """The configuration with other values of free settings, by the names of their flags."""
+    """The configuration with `values` for the settings that are free, by the names of their flags."""
     values = {name: value for name, value in values.items() if name in free}
     parts: dict[str, Any] = {}
     for part, kind in (("model", ModelSettings), ("optimizer", OptimizerSettings)):
-        own = {one.name for one in dataclasses.fields(kind)} & set(values)
+        own = {setting.name for setting in dataclasses.fields(kind)} & set(values)
         parts[part] = dataclasses.replace(getattr(config, part), **{name: values.pop(name) for name in own})
     return dataclasses.replace(config, **values, **parts)
 
 
 def fit_settings(config: TrainConfig, free: Free) -> TrainConfig:
-    """Defaults that go with each other's explicit values."""
+    """The configuration with defaults fitted to its explicit values."""
     model, optimizer, values = config.model, config.optimizer, dict[str, Any]()
     if optimizer.warmup_steps >= config.steps:
         values["warmup_steps"] = max(config.steps, 0) // 10
@@ -44,7 +45,8 @@ def fit_settings(config: TrainConfig, free: Free) -> TrainConfig:
         values["final_learning_rate"] = optimizer.learning_rate / 10
     if config.pretrained is None and config.init_from is None:
         if "num_heads" in free and model.model_dim > 0:
-            values["num_heads"] = next(n for n in range(min(model.num_heads, model.model_dim), 0, -1) if model.model_dim % n == 0)
+            most = min(model.num_heads, model.model_dim)
+            values["num_heads"] = next(n for n in range(most, 0, -1) if model.model_dim % n == 0)
         values["top_k"] = min(model.top_k, max(model.num_experts, 1))
     devices = config.num_devices or 1
     if 1 < devices <= MOST_DEVICES and config.batch_size % devices:
@@ -53,19 +55,18 @@ def fit_settings(config: TrainConfig, free: Free) -> TrainConfig:
 
 
 def fit_block(config: TrainConfig, free: Free, longest: int) -> TrainConfig:
-    """A block that the text, or the model's positions, can fill."""
+    """The configuration with a block of at most `longest` tokens."""
     return changed(config, free, block_size=min(config.model.block_size, max(longest, 1)))
 
 
 def fit_capacity(config: TrainConfig, free: Free) -> TrainConfig:
-    """A capacity of at least one slot an expert: the least factor, in steps of a quarter, that gives it."""
+    """The configuration with a capacity of at least one slot per expert: the least multiple of 1/4 that gives it."""
     model = config.model
     tokens = config.batch_size * model.block_size
-    if model.capacity_factor is None or not model.capacity_factor > 0 or min(tokens, model.top_k, model.num_experts) < 1:
+    refused = min(tokens, model.top_k, model.num_experts) < 1
+    if refused or model.capacity_factor is None or not model.capacity_factor > 0:
         return config
     least = Fraction(model.num_experts, tokens * model.top_k)
     if Fraction(model.capacity_factor) >= least:
         return config
     return changed(config, free, capacity_factor=ceil(least * 4) / 4)
-
-

@@ -1,4 +1,4 @@
-"""Where fine-tuning a pretrained model starts from: small steps, warmed up and decaying to nothing."""
+"""Defaults for fine-tuning a pretrained model: a small learning rate with warm-up, which decays to 0."""
 
 from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
 

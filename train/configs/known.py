@@ -1,13 +1,13 @@
-"""What a run that is resumed says of its text."""
+"""What a run to be resumed records of its text."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Known:
-    """Of a new run nothing."""
+    """The defaults are those of a new run."""
 
     sha256: str | None = None
-    vocabulary: str | None = None  # None: of tokens, or of the text alone
+    vocabulary: str | None = None  # None: the text is tokens, or its own characters are the vocabulary
     vocab_size: int | None = None
-    saved: bool = False  # whether it has a checkpoint to go on from
+    saved: bool = False  # whether there is a checkpoint to continue from

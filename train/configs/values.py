@@ -1,4 +1,4 @@
-"""Values of settings against the types that their dataclass says, wherever they come from: a command line or a run's folder."""
+"""Checks values of settings, from a command line or a run's folder, against the types in their dataclass."""
 
 import dataclasses
 import math
@@ -8,33 +8,33 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jax_moe.config.checks import require
 
-LEAST, MOST = 2.0**-126, 2.0**128 - 2.0**104  # above 0, of fp32's ordinary numbers
+LEAST, MOST = 2.0**-126, 2.0**128 - 2.0**104  # fp32's positive normal numbers
 
 
 def check_values(config: Any) -> None:
-    """Raises ValueError for the first field, of this dataclass or one in it, whose value is not of the type that it says.
+    """Raises ValueError for the first field, nested dataclasses included, whose value is not of its declared type.
 
-    A number must be one in fp32, in which runs compute: finite, and 0 or not so small that fp32 makes it 0.
+    A number must be a normal number of fp32, in which runs compute, or 0.
     """
     hints = get_type_hints(type(config))
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if dataclasses.is_dataclass(hints[one.name]):
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if dataclasses.is_dataclass(hints[setting.name]):
             check_values(value)
         else:
-            _check(one.name, value, hints[one.name])
+            _check(setting.name, value, hints[setting.name])
 
 
 def with_floats(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values with whole numbers as floats where the dataclass `kind` has floats: JSON does not tell 1 from 1.0."""
+    """The values with integers as floats where the dataclass `kind` has floats: JSON may write 1.0 as 1."""
     hints = get_type_hints(kind)
     floats = {name for name, hint in hints.items() if float in (hint, *get_args(hint))}
-    whole = {name: value for name, value in values.items() if name in floats and type(value) is int and abs(value) < MOST}
-    return {**values, **{name: float(value) for name, value in whole.items()}}
+    integers = {name: value for name, value in values.items() if name in floats and type(value) is int}
+    return {**values, **{name: float(value) for name, value in integers.items() if abs(value) < MOST}}
 
 
 def in_single(value: float) -> float:
-    """The nearest number in fp32."""
+    """The value rounded to fp32."""
     return struct.unpack("f", struct.pack("f", value))[0]
 
 

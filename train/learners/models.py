@@ -1,4 +1,4 @@
-"""What the JAX learner trains: a fresh makeMoE, or a decoder from a folder of `save_pretrained`."""
+"""The models that the JAX learner trains: a makeMoE, or a decoder from a folder of `save_pretrained`."""
 
 import math
 from pathlib import Path
@@ -22,29 +22,29 @@ PRETRAINED = "pretrained"
 
 
 class Model(Protocol):
-    """Its modules answer `logits_and_stats(tokens_BT, key=, training=, remat=)` and serve `jax_moe.generate`."""
+    """A model whose modules have `logits_and_stats(tokens_BT, key=, training=, remat=)` and suit `jax_moe.generate`."""
 
     @property
     def moe(self) -> MoEConfig:
-        """The contract of its mixtures."""
+        """The contract of the model's mixtures."""
 
     @property
     def num_mixtures(self) -> int:
-        """L of the statistics."""
+        """The number of layers with a mixture, L of the statistics."""
 
     @property
     def balance_loss_weight(self) -> float:
-        """Where the settings leave it to the model."""
+        """The weight of the balance loss if the settings leave it to the model."""
 
     def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
-        """Structure, first weights in their place, and variables that are not trained."""
+        """(structure, initial weights placed by `sharding`, variables that are not trained)."""
 
     def write(self, module: nnx.Module, folder: Path) -> None:
-        """Puts the trained model into a run's folder, whole or not at all."""
+        """Writes the trained model into a run's folder, whole or not at all."""
 
 
 class FreshMakeMoE:
-    """`jax_moe.MakeMoE` from random weights, or those of a module of its sizes; written under makeMoE's names."""
+    """`jax_moe.MakeMoE` from random weights, or from those of `weights`; written under makeMoE's names."""
 
     balance_loss_weight = 0.0
 
@@ -68,7 +68,7 @@ class FreshMakeMoE:
 
 
 class Pretrained:
-    """`jax_moe.Decoder` from a folder: trained in fp32, written in the dtypes that each of its tensors had."""
+    """`jax_moe.Decoder` from a folder: trained in fp32, each tensor written in its dtype in that folder."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -94,5 +94,5 @@ class Pretrained:
         params = jax.tree_util.tree_map_with_path(stored, nnx.to_pure_dict(params))
         try:
             jax_moe.save_pretrained(nnx.merge(graphdef, params, rest), folder / PRETRAINED, overwrite=True)
-        except ValueError as error:  # no request is wrong by now: the disk is full, or something else lies there
+        except ValueError as error:  # not a wrong request: the disk is full, or another file is in the way
             raise OSError(f"the model is in {folder / 'checkpoints'} but could not be written: {error}") from None

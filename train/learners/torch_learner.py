@@ -1,4 +1,4 @@
-"""The PyTorch side: the reference model, plainly, from the weights and on the batches of the JAX side."""
+"""The PyTorch learner: the reference model, plainly written, with the JAX learner's initial weights and batches."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +17,7 @@ from jax_moe.optimizers import in_full_precision
 from torch_ref.generation.generate import generate
 from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
 from torch_ref.models.block import Randomness
+from torch_ref.optimizers import clipped_step
 from torch_ref.precision import call_in, torch_dtype
 from torch_ref.unchosen import skip_unchosen
 from train.configs import TrainConfig
@@ -28,7 +29,7 @@ from train.run import folder as run_folder
 from train.run.metrics import Evaluation
 from train.run.whole import whole
 
-# Streams of the run's seed, one for each purpose.
+# Streams of the run's seed, one per purpose.
 STEP, EVALUATE, SAMPLE = range(3)
 _USES = {"eval_train": 0, "eval_val": 1}
 
@@ -68,8 +69,6 @@ class TorchLearner:
         settings = self.config.optimizer
         self._seed(STEP, step)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = float(self.rate(step))
         loss, stats = self._loss(tokens_BT1, remat=self.config.remat)
         total = loss
         if settings.balance_loss_weight:
@@ -80,9 +79,7 @@ class TorchLearner:
         total.backward()
         if settings.unchosen == "skip":
             skip_unchosen(self.model, chosen_experts(stats))
-        if settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
+        clipped_step(self.optimizer, float(self.rate(step)), settings.clip_norm)
         return loss.detach()
 
     @torch.no_grad()
@@ -106,7 +103,7 @@ class TorchLearner:
         )
 
     def _silence(self, tokens_BT1: np.ndarray) -> Randomness | None:
-        """Zeros in place of the router's noise, where evaluation is to have none."""
+        """Zeros in place of the router's noise if evaluation is to have none, else None."""
         if self.config.eval_noise or not self.model_config.noise:
             return None
         B, T1 = tokens_BT1.shape
@@ -129,7 +126,7 @@ class TorchLearner:
         try:
             loaded = torch.load(path, map_location=self.torch_device, weights_only=True)
             model, optimizer, settings = loaded["model"], loaded["optimizer"], loaded["settings"]
-        except Exception as error:  # torch raises many kinds for a damaged file
+        except Exception as error:  # torch raises exceptions of many classes for a damaged file
             raise checkpoint.damaged(path, str(error) or type(error).__name__) from None
         try:
             self.model.load_state_dict(model)
@@ -163,15 +160,15 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         raise OSError(f"{path}: must read back as written; it differs")
 
 
-def _same(one: Any, two: Any) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Equal in structure and values, tensors bit for bit."""
-    if type(one) is not type(two):
+    if type(a) is not type(b):
         return False
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_same(value, two[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(_same, one, two))
-    if isinstance(one, torch.Tensor):
-        bits = [value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for value in (one, two)]
-        return one.dtype == two.dtype and one.shape == two.shape and torch.equal(*bits)
-    return bool(one == two)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, torch.Tensor):
+        bits = [value.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for value in (a, b)]
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
+    return bool(a == b)

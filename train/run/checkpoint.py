@@ -1,8 +1,8 @@
-"""Checkpoints of a run, by Orbax: folder/STEP holds weights and optimizer, folder/STEP.sha256 the sum of its every file.
+"""Checkpoints of a run, by Orbax: folder/STEP holds weights and optimizer, folder/STEP.sha256 the sums of its files.
 
-A checkpoint is written beside, read back, and renamed; its sums come last. One without them was cut short by a crash: it
-is passed over, and removed by the next that is written. Sums are tested before Orbax reads, whose own account of a damaged
-file is pages long.
+A checkpoint is written to a temporary folder, read back, and renamed; its sums are written last. A checkpoint without
+sums was cut short by a crash: it is skipped, and removed when the next checkpoint is written. Sums are compared before
+Orbax reads, because its own errors on damaged files are pages long.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ from jax_moe.disk import same_bits, sync
 from jax_moe.porting.formats.orbax import plain, quiet, save_tree
 from train.run.whole import write_whole
 
-KEEP = 2  # should the newest be damaged, the one before is still there
-BATCH_BYTES = 1 << 28  # read back at a time
+KEEP = 2  # if the newest is damaged, the checkpoint before it is left
+BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
 
 
 def save(folder: Path, step: int, state: Any, settings: dict[str, Any]) -> None:
-    """Writes folder/step; keeps the newest two. Waits, because the next training step donates `state`.
+    """Writes folder/step and keeps the newest two. Returns when it is written, as the next step donates `state`.
 
-    Raises OSError with one line where it cannot be written; what was there stays.
+    Raises OSError with one line if it cannot be written; earlier checkpoints stay.
     """
     folder.mkdir(exist_ok=True)
     _clear(folder)
     part, sums = folder / f".{step}.part", folder / f"{step}.sha256"
     try:
         part.mkdir()
-        new = part / "new"  # Orbax works beside what it writes: there, too, nothing stays behind
+        new = part / "new"  # Orbax writes temporary files beside it, which are removed too
         save_tree(new, state, {"settings": settings})
         _verify(new, state, settings)
         sync(new)
@@ -43,19 +43,19 @@ def save(folder: Path, step: int, state: Any, settings: dict[str, Any]) -> None:
         os.replace(new, folder / str(step))
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    write_whole(sums, "".join(f"{found}  {name}\n" for name, found in checksums(folder, step).items()))
+    write_whole(sums, "".join(f"{digest}  {name}\n" for name, digest in checksums(folder, step).items()))
     for old in saved_steps(folder)[:-KEEP]:
         (folder / f"{old}.sha256").unlink()
         shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Of every checkpoint that was written whole, in order."""
+    """The steps of all whole checkpoints, in order."""
     return sorted(int(path.stem) for path in folder.glob("*.sha256") if path.stem.isdecimal())
 
 
 def _clear(folder: Path) -> None:
-    """Removes what a crash cut short: parts, Orbax's own, and checkpoints without sums. No other process writes here."""
+    """Removes what a crash left: parts, Orbax's too, and checkpoints without sums. No other process writes here."""
     whole = set(map(str, saved_steps(folder)))
     for path in list(folder.iterdir()):
         parts = path.name.endswith(".part") or ".orbax-checkpoint-tmp" in path.name
@@ -66,7 +66,7 @@ def _clear(folder: Path) -> None:
 
 
 def _verify(path: Path, state: Any, settings: dict[str, Any]) -> None:
-    """Raises OSError unless names, shapes, dtypes and bits read back as they were written, some arrays at a time."""
+    """Raises OSError unless names, shapes, dtypes and bits read back as written, a batch of arrays at a time."""
     wrong: list[str] = []
     with quiet(), plain(path) as source:
         try:
@@ -78,11 +78,13 @@ def _verify(path: Path, state: Any, settings: dict[str, Any]) -> None:
             leaves, structure = jax.tree.flatten(state)
             names = list(wanted)
             for batch in [] if wrong else _batches(leaves):
-                like = [np.empty(leaf.shape, leaf.dtype) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+                like = [
+                    np.empty(leaf.shape, leaf.dtype) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)
+                ]
                 read = ocp.load_checkpointables(source, {"state": jax.tree.unflatten(structure, like)})["state"]
-                again = jax.tree.leaves(read, is_leaf=lambda one: one is ocp.PLACEHOLDER)
+                again = jax.tree.leaves(read, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)
                 wrong += [names[i] for i in batch if not same_bits(np.asarray(leaves[i]), np.asarray(again[i]))]
-        except Exception as error:  # Orbax raises a dozen kinds
+        except Exception as error:  # Orbax raises exceptions of a dozen classes
             wrong.append(" ".join(str(error).split())[:160] or type(error).__name__)
     if wrong:
         raise OSError(f"{path}: must read back as written; differs in {', '.join(wrong[:5])}")
@@ -101,13 +103,13 @@ def _batches(leaves: list[Any]) -> list[list[int]]:
 
 
 def checksums(folder: Path, step: int) -> dict[str, str]:
-    """sha256 of every file of a checkpoint by its name below `folder`, as `sha256sum` writes them."""
+    """{file of the checkpoint below `folder`: its sha256}, as in the output of `sha256sum`."""
     files = sorted(path for path in (folder / str(step)).rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def check_whole(folder: Path, step: int) -> None:
-    """Raises ValueError if a file of the checkpoint is missing, cut or changed."""
+    """Raises ValueError if a file of the checkpoint is missing, truncated or changed."""
     lines = (folder / f"{step}.sha256").read_text("utf-8", errors="replace").splitlines()
     wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     found = checksums(folder, step)
@@ -134,18 +136,21 @@ def restore(folder: Path, like: Any, older: Any = None) -> tuple[int, dict[str, 
             like, wanted = older, found
         if found != wanted:
             name = min(set(found.items()) ^ set(wanted.items()))[0]
-            raise ValueError(f"{path}: must be of this model; {name} is {found.get(name)} there and {wanted.get(name)} here")
+            differs = f"{name} is {found.get(name)} there and {wanted.get(name)} here"
+            raise ValueError(f"{path}: must be of this model; {differs}")
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         state = ocp.load_checkpointables(source, {"state": target})["state"]
     return steps[-1], about.custom_metadata["settings"], state
 
 
 def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every array by its path."""
+    """{path: (shape, dtype)} of every array."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def damaged(path: Path, reason: str) -> ValueError:
-    """One line for a checkpoint that cannot be read."""
-    return ValueError(f"{path}: must be a whole checkpoint, it is damaged or cut short ({' '.join(reason.split())[:160]})")
+    """The error, of one line, for a checkpoint that cannot be read."""
+    reason = " ".join(reason.split())[:160]
+    return ValueError(f"{path}: must be a whole checkpoint, it is damaged or cut short ({reason})")

@@ -1,4 +1,4 @@
-"""The output folder of a run: which one, may it be written, what it says of its settings."""
+"""The output folder of a run: its choice, its lock, and the settings recorded in it."""
 
 import json
 import re
@@ -24,7 +24,7 @@ CONFIG, LOCK = "config.json", ".lock"
 
 
 def choose(start: Start) -> Path:
-    """The folder that `--out` names, or the next runs/NNN, or with --resume the newest runs/NNN that holds a run."""
+    """The folder that `--out` names; else the next free runs/NNN, or with --resume the newest runs/NNN with a run."""
     if start.out is not None:
         return Path(start.out)
     numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()] if RUNS.is_dir() else []
@@ -36,9 +36,9 @@ def choose(start: Start) -> Path:
 
 
 def claim(folder: Path, *, numbered: bool = False) -> tuple[Path, Lock]:
-    """Makes the folder, `numbered` the next one that nobody else has made meanwhile, and takes its lock.
+    """(the folder, made if it is missing; its lock). `numbered`: the next free number if another process took this.
 
-    Raises ValueError if it holds anything, cannot be written, or belongs to a run that is going on.
+    Raises ValueError if the folder is not empty, cannot be written, or belongs to a running run.
     """
     try:
         while numbered:
@@ -52,8 +52,8 @@ def claim(folder: Path, *, numbered: bool = False) -> tuple[Path, Lock]:
     except OSError as error:
         raise _not_writable(folder, error) from None
     lock = lock_run(folder)
-    left = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.part")  # by a process that died before it had begun
-    if all(left.fullmatch(path.name) for path in folder.iterdir()):
+    leftover = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(CONFIG)}\.part")  # of a process that died at its start
+    if all(leftover.fullmatch(path.name) for path in folder.iterdir()):
         return folder, lock
     lock.release()
     what = "--resume continues the run in it" if (folder / CONFIG).exists() else "it holds no run, choose another name"
@@ -61,11 +61,12 @@ def claim(folder: Path, *, numbered: bool = False) -> tuple[Path, Lock]:
 
 
 def lock_run(folder: Path) -> Lock:
-    """The lock that a run holds while it goes on. Raises ValueError if another process has it, or if none can be made."""
+    """The lock that a run holds until it ends. Raises ValueError if another process holds it, or it cannot be made."""
     try:
         return Lock(folder / LOCK)
     except BusyError:
-        raise ValueError(f"out={str(folder)!r}: is being written by another process; wait for its end, or stop it") from None
+        busy = "is being written by another process; wait for its end, or stop it"
+        raise ValueError(f"out={str(folder)!r}: {busy}") from None
     except OSError as error:
         raise _not_writable(folder, error) from None
 
@@ -75,26 +76,26 @@ def _not_writable(folder: Path, error: OSError) -> ValueError:
 
 
 def release(folder: Path, lock: Lock) -> None:
-    """Lets go of a claimed folder, and removes it if it is still empty."""
+    """Releases a claimed folder, and removes it if it is still empty."""
     lock.release()
     with suppress(OSError):
         folder.rmdir()
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Of the run's checkpoints, of either framework, in order."""
+    """The steps of the run's checkpoints, of either framework, in order."""
     found = [path.stem for path in (folder / "checkpoints").glob("*") if path.suffix in (".sha256", ".pt")]
     return sorted(int(name) for name in found if name.isdecimal())
 
 
 def never_saved(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run ended before its first checkpoint: it has none, and its metrics never went beyond where that is due."""
+    """Whether the run ended before its first checkpoint: it has none, and no metrics after the step where it is due."""
     rows = metrics.read(folder) if (folder / metrics.FILE).exists() else []
     return not saved_steps(folder) and all(row["step"] <= config.checkpoint_every for row in rows)
 
 
 def what_is_saved(folder: Path) -> str:
-    """For a run that ends before its time."""
+    """In one line, from which checkpoint a run that ended early can continue."""
     steps = saved_steps(folder)
     if steps:
         return f"the last checkpoint is of step {steps[-1]}, in {folder / 'checkpoints'}; --resume goes on from it"
@@ -102,9 +103,9 @@ def what_is_saved(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run, its settings as "config" and what it says of its text as "known".
+    """config.json of a run, with its settings as "config" and its text's record as "known".
 
-    Raises ValueError if it is not there or not readable, or if a value in it is not what a run writes.
+    Raises ValueError if the file is missing or unreadable, or holds a value that no run writes.
     """
     path = folder / CONFIG
     try:
@@ -117,7 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_known(folder: Path, config: TrainConfig) -> Known:
-    """What the run says of its text, and whether it has been saved."""
+    """The run's record of its text, and whether it has a checkpoint."""
     return replace(read_config(folder)["known"], saved=not never_saved(folder, config))
 
 
@@ -129,20 +130,20 @@ def _known(written: dict[str, Any]) -> Known:
     vocabulary, size = text.get("vocabulary"), model.get("vocab_size")
     whole = vocabulary is None or (isinstance(vocabulary, str) and len(set(vocabulary)) == len(vocabulary) > 0)
     require(whole, "vocabulary", vocabulary, "different characters")
-    (vocabulary or "").encode()  # half a character is none: a ValueError
+    (vocabulary or "").encode()  # a lone surrogate is a ValueError
     require(size is None or (type(size) is int and size > 0), "vocab_size", size, "an integer of at least 1")
     return Known(text["sha256"], vocabulary, size)
 
 
 def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
-    """model.safetensors, whole or not at all."""
+    """Writes model.safetensors, whole or not at all."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
     with whole(folder / "model.safetensors") as part:
         part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
 
 
 def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
-    """Settings, model, text and the versions that made the run."""
+    """Writes config.json: settings, model, text, and the versions of the packages that made the run."""
     versions = {}
     for name in ("jax", "flax", "optax", "torch", "numpy", "jax-moe"):
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+"""Ctrl-C and SIGTERM as requests that the training loop answers between two steps."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupt:
-    """While entered, the first signal sets `requested`; a second one acts as it would have without us."""
+    """While entered, the first signal sets `requested`; a second signal has its usual effect."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,13 +34,14 @@ class Interrupt:
 
 
 def leave(status: int) -> None:
-    """Ends the process with everything printed; after an error without waiting for threads that a library left behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is decided
+    """Ends the process, its output flushed; after an error without waiting for threads that a library left running."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends anyway
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # its reader is gone, or its disk full
+        except OSError:  # its reader is gone, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status and any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if status and any(not thread.daemon for thread in others):
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""An optional second home for settings and losses: a local MLflow store inside the run's folder."""
+"""Logs settings and losses to a local MLflow store in the run's folder, if asked to."""
 
 import logging
 import warnings
@@ -15,17 +15,17 @@ NEEDED = ("mlflow", "sqlalchemy", "alembic")
 
 
 class Logger(Protocol):
-    """Takes what metrics.jsonl gets."""
+    """Receives the rows of metrics.jsonl."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """One evaluation."""
+        """Logs an evaluation."""
 
     def close(self, finished: bool) -> None:
-        """The run ended, or was interrupted."""
+        """Ends the log of a finished or interrupted run."""
 
 
 class NoLogger:
-    """metrics.jsonl is enough."""
+    """Logs nothing."""
 
     def log(self, row: dict[str, Any]) -> None:
         pass
@@ -35,11 +35,11 @@ class NoLogger:
 
 
 class MlflowLogger:
-    """Parameters once, train and val loss at each evaluation; a resumed run goes on in the same MLflow run."""
+    """Logs settings once, and both losses at each evaluation. A resumed run continues the same MLflow run."""
 
     def __init__(self, folder: Path, config: TrainConfig):
         with warnings.catch_warnings():
-            # MLflow's imports and its database set-up warn about their own dependencies, which a user cannot change
+            # MLflow's imports and its database set-up warn about their own dependencies, which users cannot change
             warnings.simplefilter("ignore")
             from mlflow.tracking import MlflowClient
 
@@ -47,7 +47,10 @@ class MlflowLogger:
             self.client = MlflowClient(tracking_uri=f"sqlite:///{(folder / 'mlflow.db').absolute()}")
             found = self.client.get_experiment_by_name("jax_moe")
         artifacts = (folder / "mlflow_artifacts").absolute().as_uri()
-        experiment = found.experiment_id if found else self.client.create_experiment("jax_moe", artifact_location=artifacts)
+        if found is None:
+            experiment = self.client.create_experiment("jax_moe", artifact_location=artifacts)
+        else:
+            experiment = found.experiment_id
         earlier = self.client.search_runs([experiment])
         if earlier:
             self.run_id = earlier[0].info.run_id
@@ -75,14 +78,14 @@ def check_logger(config: TrainConfig) -> None:
 
 
 def open_logger(folder: Path, config: TrainConfig) -> Logger:
-    """The logger that the settings name. Raises OSError where its store cannot be written."""
+    """The logger that the settings name. Raises OSError if its store cannot be written."""
     with _in_one_line():
         return MlflowLogger(folder, config) if config.logger == "mlflow" else NoLogger()
 
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """OSError of one line for all that MLflow and its database raise: dozens of classes, with messages of pages."""
+    """Turns whatever MLflow and its database raise into an OSError of one line."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an evaluation, the same keys for both frameworks."""
+"""metrics.jsonl: a line per evaluation, with the same keys for both frameworks."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the batches of one split."""
+    """Means over the batches of a split."""
 
     loss: float  # cross entropy, nats per token
     dropped_fraction_L: list[float]
@@ -25,7 +25,7 @@ class Evaluation:
 
 
 def make_row(step: int, train: Evaluation, val: Evaluation, tokens_per_second: float | None) -> Row:
-    """One line. Routing statistics are those of the training split; lists run over layers, then experts."""
+    """A line's values. Routing statistics are those of the training split, as lists over layers, then experts."""
     return {
         "step": step,
         "train_loss": train.loss,
@@ -39,13 +39,13 @@ def make_row(step: int, train: Evaluation, val: Evaluation, tokens_per_second: f
 
 
 def append(folder: Path, row: Row) -> None:
-    """Adds a line."""
+    """Appends a row to the file."""
     with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows; a last line cut short by a crash is left out. Raises ValueError if there is no such file or it is broken."""
+    """All rows, without a last line that a crash cut short. Raises ValueError if the file is missing or damaged."""
     path = folder / FILE
     try:
         lines = [line for line in path.read_text("utf-8").split("\n") if line]
@@ -58,14 +58,15 @@ def read(folder: Path) -> list[Row]:
             _check_row(row, rows)
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} must be a JSON object with a step and its numbers ({error})") from None
+                what = f"line {number} must be a JSON object with a step and its numbers"
+                raise ValueError(f"{path}: {what} ({error})") from None
             break
         rows.append(row)
     return rows
 
 
 def _check_row(row: Any, before: list[Row]) -> None:
-    """Raises ValueError unless it is what `make_row` makes, of as many layers and experts as the rows before."""
+    """Raises ValueError unless `row` is as `make_row` makes it, with as many layers and experts as the first row."""
     require(isinstance(row, dict), "row", shorten(row, 40), "an object")
     step = row.get("step")
     require(type(step) is int and step >= 0, "step", step, "an integer of at least 0")
@@ -84,7 +85,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _shape(value: Any, depth: int) -> tuple[int, ...] | None:
-    """Of lists in lists of numbers, all of one length and none empty; None for anything else."""
+    """The shape of nested lists of numbers, of equal lengths and not empty; None for anything else."""
     if depth == 0:
         return () if _is_number(value) else None
     if not isinstance(value, list) or not value:
@@ -95,7 +96,7 @@ def _shape(value: Any, depth: int) -> tuple[int, ...] | None:
 
 
 def keep_until(folder: Path, step: int) -> list[Row]:
-    """Drops rows after `step`, which a resumed run writes again; the rows that stay."""
+    """The rows up to `step`. Later rows are removed from the file: the resumed run writes them again."""
     rows = [row for row in read(folder) if row["step"] <= step] if (folder / FILE).exists() else []
     write_whole(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, plain lines elsewhere."""
+"""The progress that a run shows: a bar on a terminal, lines elsewhere."""
 
 import time
 from typing import Protocol
@@ -9,13 +9,13 @@ from rich.progress import Progress as RichProgress
 
 
 class Meter:
-    """Tokens per second of training alone: paused for evaluation, checkpoints and the first step's compilation."""
+    """Measures training tokens per second, without evaluations, checkpoints and compilation."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything; runs from now."""
+        """Starts measuring anew."""
         self.tokens, self.seconds, self._since = 0, 0.0, time.perf_counter()
 
     def pause(self) -> None:
@@ -31,23 +31,23 @@ class Meter:
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def rate(self) -> float | None:
-        """Tokens per second, or None before the first."""
+        """Tokens per second; None before the first token."""
         return self.tokens / self.elapsed() if self.tokens else None
 
     _since: float | None
 
 
 class Display(Protocol):
-    """Where a run reports to."""
+    """Receives the progress of a run."""
 
     def __enter__(self) -> "Display": ...
     def __exit__(self, *error: object) -> None: ...
 
     def show(self, step: int, loss: float, rate: float | None) -> None:
-        """A step is done."""
+        """Shows that `step` steps are done."""
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays on the screen."""
 
 
 class Bar:
@@ -77,7 +77,7 @@ class Bar:
 
 
 class Lines:
-    """Plain lines, flushed one by one."""
+    """Prints lines, flushed one by one, and no bar."""
 
     def __enter__(self) -> "Lines":
         return self
@@ -93,13 +93,13 @@ class Lines:
 
 
 def display(start: int, steps: int) -> Display:
-    """A bar if the output is a terminal, else lines."""
+    """A bar if stdout is a terminal, else lines."""
     console = Console()
     return Bar(console, start, steps) if console.is_terminal else Lines()
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any."""
+    """A duration as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

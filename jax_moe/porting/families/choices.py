@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flax import nnx
 
 from jax_moe.config.models import MakeMoEConfig
-from jax_moe.config.moe import Activation, MoEConfig, SoftMoEConfig
+from jax_moe.config.moe import Activation, CapacityConfig, MoEConfig, SoftMoEConfig
 from jax_moe.porting.table.plan import Shapes
 from jax_moe.porting.table.rows import Table
 
@@ -24,8 +24,8 @@ class Choices:
 
     top_k: int | None = None
     """Experts a token goes to."""
-    capacity_factor: float | None = None
-    """makeMoE's or Switch's capacity factor; 0 is dropless."""
+    capacity_factor: float | Literal["none"] | None = None
+    """makeMoE's or Switch's capacity factor; none is dropless."""
     expert_capacity: int | None = None
     """Switch: slots of an expert in a sequence, whatever its length, in place of a factor."""
     dropout: float | None = None
@@ -65,19 +65,19 @@ class StateDict:
         if foreign:
             has = ", ".join(self.asked) or "none"
             raise ValueError(f"{', '.join(foreign)}: must be a setting of {family} (it has {has})")
-        if chosen.get("capacity_factor") == 0:
-            chosen["capacity_factor"] = None
+        if "capacity_factor" in chosen:
+            chosen["capacity_factor"] = factor_said(chosen["capacity_factor"])
         if self.read is None:
             whose = f"{self.table.name}.{self.module.__name__}"
             raise ValueError(f"{whose}'s names do not tell its contract: must come in a folder with config.json")
         return self.read(shapes, chosen)
 
     def answers(self, config: Contract) -> dict[str, Any]:
-        """{setting: value} of what no weight tells, as the contract has it; 0 is dropless."""
+        """{setting: value} of what no weight tells, as the contract has it; "none" is dropless."""
         values = dict(config.__dict__)
         if isinstance(config, MoEConfig):
             rule = config.capacity
-            factor = 0.0 if rule is None else rule.factor if rule.slots is None else None
+            factor: Any = "none" if rule is None else rule.factor if rule.slots is None else None
             values = {
                 "top_k": config.top_k, "dropout": config.expert.dropout, "capacity_factor": factor,
                 "expert_capacity": None if rule is None else rule.slots,
@@ -88,6 +88,17 @@ class StateDict:
         """{setting: value} of what no weight tells and nobody gave: the published values."""
         given = choices.given()
         return {name: value for name, value in self.answers(config).items() if name not in given}
+
+
+def factor_said(said: Any) -> Any:
+    """A capacity factor as the contracts have it: None is dropless. Raises ValueError."""
+    if said == "none":
+        return None
+    try:
+        CapacityConfig(factor=said)
+    except ValueError:
+        raise ValueError(f"capacity_factor={said!r}: must be a number above 0, or none (nothing is dropped)") from None
+    return said
 
 
 def size_in(shapes: Shapes, pattern: str, axis: int) -> int:

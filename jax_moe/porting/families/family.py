@@ -6,7 +6,7 @@ A family may be known by its mixture alone, whatever stands around it; a whole d
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from jax_moe.config.decoder import DecoderConfig, differences
@@ -15,12 +15,13 @@ from jax_moe.porting.families.choices import StateDict
 from jax_moe.porting.families.rope_settings import read_rope, write_rope
 from jax_moe.porting.families.settings import ACTIVATIONS, REFUSED, Settings
 from jax_moe.porting.table.plan import Plan
-from jax_moe.porting.table.rows import Row, Table, stacked
+from jax_moe.porting.table.rows import Row, Table, stacked, under
 
 Config = TypeVar("Config")
 
 
-_ATTENTION = (
+# Of a layer with grouped-query attention: it, and the norms before both halves
+GROUPED = (
     Row("input_layernorm.weight", "D", "attention_norm.scale", "D"),
     Row("post_attention_layernorm.weight", "D", "ffn_norm.scale", "D"),
     Row("self_attn.q_proj.weight", "(H A) D", "attention.query", "D H A"),
@@ -34,12 +35,8 @@ _ATTENTION = (
     Row("self_attn.q_norm.weight", "W", "attention.query_norm.scale", "W"),
     Row("self_attn.k_norm.weight", "W", "attention.key_norm.scale", "W"),
 )
-OUTER = (
-    Row("model.embed_tokens.weight", "V D", "embedding", "V D"),
-    *stacked(_ATTENTION, "model.layers.{l}.", "blocks.", "l"),
-    Row("model.norm.weight", "D", "final_norm.scale", "D"),
-    Row("lm_head.weight", "V D", "head", "D V"),
-)
+BEFORE = (Row("model.embed_tokens.weight", "V D", "embedding", "V D"),)
+AFTER = (Row("model.norm.weight", "D", "final_norm.scale", "D"), Row("lm_head.weight", "V D", "head", "D V"))
 
 
 def gated_ffn(theirs: str, ours: str) -> tuple[Row, ...]:
@@ -57,7 +54,7 @@ def fused_experts(gate_up: str, down: str) -> tuple[Row, ...]:
     )
 
 
-DENSE = stacked(gated_ffn("", ""), "model.layers.{d}.mlp.", "dense.", "d")
+LAYER = "model.layers.{l}."
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Names:
     rows: tuple[Row, ...]
     layer: str  # layout of a mixture by itself; families with the same rows share it
     whole: str = ""  # layout of a whole decoder
-    within: str = "model.layers.{s}.mlp."  # `s` numbers the layers with a mixture
+    within: str = f"{LAYER}mlp."
 
     @property
     def table(self) -> Table:
@@ -92,8 +89,11 @@ class Whole:
     architecture: str
     read: Callable[[Settings, MoEConfig], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
-    around: tuple[Row, ...] = OUTER  # embedding, norms, attention, head
-    dense: tuple[Row, ...] = DENSE  # FFNs of the layers without a mixture, which `d` numbers
+    # Rows of a layer's attention and norms, by the decoder's attribute that stacks what is of that kind
+    attention: Mapping[str, tuple[Row, ...]] = field(default_factory=lambda: {"blocks": under(GROUPED, LAYER, "")})
+    dense: tuple[Row, ...] = under(gated_ffn("", ""), f"{LAYER}mlp.", "")  # of a layer without a mixture
+    before: tuple[Row, ...] = BEFORE  # all layers
+    after: tuple[Row, ...] = AFTER
     # How the reference numbers a layer's parameters: by the first of these that a name begins with, then as the rows stand.
     order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
@@ -114,9 +114,12 @@ class Family:
 
     def config(self, values: Mapping[str, Any]) -> DecoderConfig:
         """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""
-        assert self.mixture is not None and self.decoder is not None
-        mixture, decoder = self.mixture, self.decoder
+        mixture, decoder = self._parts()
         return self._contract(values, lambda settings: decoder.read(settings, mixture.read(settings)))
+
+    def _parts(self) -> tuple[Mixture, Whole]:
+        assert self.mixture is not None and self.decoder is not None, f"of {self.name} the whole decoder is not known"
+        return self.mixture, self.decoder
 
     def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
         settings = Settings(values)
@@ -135,9 +138,9 @@ class Family:
 
     def values(self, config: DecoderConfig) -> dict[str, Any]:
         """config.json of a contract. Raises ValueError if the family cannot say it."""
-        assert self.mixture is not None and self.decoder is not None
-        named = {"architectures": [self.decoder.architecture], "model_type": self.name}
-        values = named | self.decoder.write(config) | self.mixture.write(config.moe)
+        mixture, decoder = self._parts()
+        named = {"architectures": [decoder.architecture], "model_type": self.name}
+        values = named | decoder.write(config) | mixture.write(config.moe)
         again = self.config(values)
         if config != again:
             unsaid = ", ".join(differences(config, again))
@@ -146,34 +149,43 @@ class Family:
 
     def on_disk(self, config: DecoderConfig) -> Table:
         """A decoder's names as they are written."""
-        assert self.mixture is not None
-        return self._table(self.mixture.on_disk, config)
+        return self._table(self._parts()[0].on_disk, config)
 
     def in_memory(self, config: DecoderConfig) -> Table:
         """A decoder's names as the reference has them in memory, and its optimizer."""
-        assert self.mixture is not None
-        return self._table(self.mixture.in_memory, config)
+        return self._table(self._parts()[0].in_memory, config)
 
     def _table(self, names: Names, config: DecoderConfig) -> Table:
-        assert self.decoder is not None
-        rows = (*self.decoder.around, *stacked(names.rows, names.within, "moe.", "s"), *self.decoder.dense)
-        return Table(names.whole, rows, numbers={"s": config.moe_layers, "d": config.dense_layers})
+        """The rows of every stack of layers, each with the numbers that its layers have in the files."""
+        decoder, numbers = self._parts()[1], dict[str, tuple[int, ...]]()
+        kinds = {**decoder.attention, "moe": under(names.rows, names.within, ""), "dense": decoder.dense}
+        attention, ffn = list[Row](), list[Row]()
+        for i, (stack, layers) in enumerate(stacks(config).items()):
+            kind, number = re.sub(r"_\d+$", "", stack), f"l{i}"
+            rows = stacked(kinds.get(kind, ()), "", f"{stack}.", number)
+            numbered = (replace(row, theirs=row.theirs.replace("{l}", f"{{{number}}}")) for row in rows)
+            (attention if kind in decoder.attention else ffn).extend(numbered)
+            numbers[number] = layers
+        return Table(names.whole, (*decoder.before, *attention, *decoder.after, *ffn), numbers=numbers)
 
     def parameter_order(self, plan: Plan) -> list[str]:
         """The reference's `named_parameters()`: what stands before the layers, each layer, what stands after them."""
-        assert self.decoder is not None
-        order, names = self.decoder.order, list(plan.their_shapes)
-        layers = {name: found for name in names if (found := re.match(r".*?layers\.(\d+)\.", name))}
-        first = min((i for i, name in enumerate(names) if name in layers), default=0)
+        decoder = self._parts()[1]
+        before, order = [row.theirs for row in decoder.before], decoder.order
 
         def rank(name: str) -> tuple[int, int, int]:
-            found = layers.get(name)
+            found = re.match(LAYER.replace(".", r"\.").replace("{l}", r"(\d+)"), name)
             if found is None:
-                return (0 if names.index(name) < first else 2), 0, 0
+                return (0 if name in before else 2), 0, 0
             rest = name[found.end() :]
             return 1, int(found[1]), next(i for i, start in enumerate(order) if rest.startswith(start))
 
-        return sorted(names, key=rank)
+        return sorted(plan.their_shapes, key=rank)  # within a module in the order of the rows
+
+
+def stacks(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """{attribute of the decoder: the layers whose parameters are stacked in it}."""
+    return {"blocks": tuple(range(config.num_layers)), "moe": config.moe_layers, "dense": config.dense_layers}
 
 
 def read_decoder(
@@ -228,15 +240,12 @@ def write_moe(moe: MoEConfig, experts: str, width: str) -> dict[str, Any]:
     }
 
 
-def write_decoder(config: DecoderConfig, experts: str, width: str) -> dict[str, Any]:
-    """The reverse of `read_decoder` and `read_moe`; `experts` and `width` are the family's names of two sizes."""
-    words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+def write_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `read_decoder`; what is of the mixture stands in `write_moe`."""
     return {
-        "vocab_size": config.vocab_size, "hidden_size": config.model_dim, "num_hidden_layers": config.num_layers,
+        "vocab_size": config.vocab_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions, "rope_parameters": write_rope(config.rope),
         "rms_norm_eps": config.norm_eps, "attention_dropout": config.attention_dropout,
         "tie_word_embeddings": config.tied_embeddings, "router_aux_loss_coef": config.balance_loss_weight,
-        "hidden_act": words[config.moe.expert.activation], experts: config.moe.num_experts, width: config.moe.expert_dim,
-        "num_experts_per_tok": config.moe.top_k,
     }

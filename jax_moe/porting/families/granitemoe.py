@@ -44,7 +44,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
-    return write_decoder(config, "num_local_experts", "intermediate_size") | {
+    return write_decoder(config) | {
         "attention_bias": config.qkv_bias, "embedding_multiplier": config.embedding_multiplier,
         "attention_multiplier": config.score_scale, "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_divisor,
@@ -59,7 +59,7 @@ IN_MEMORY = (
     Row("router.weight", "E D", "router.kernel", "D E"),
     *fused_experts("experts.gate_up_proj", "experts.down_proj"),
 )
-WITHIN = "model.layers.{s}.block_sparse_moe."
+WITHIN = "model.layers.{l}.block_sparse_moe."
 GRANITEMOE = Family(
     "granitemoe",
     Mixture(

@@ -26,8 +26,8 @@ def lower_triangular(rows: int, columns: int) -> np.ndarray:
 
 
 SPARSE_MOE_ROWS = (
-    *linear("router.topkroute_linear", "router."),
-    *linear("router.noise_linear", "router.", "noise_kernel", "noise_bias"),
+    *linear("router.topkroute_linear", "router.", "D E"),
+    *linear("router.noise_linear", "router.", "D E", "noise_kernel", "noise_bias"),
     Row("experts.{e}.net.0.weight", "F D", "experts.up", "e D F"),
     Row("experts.{e}.net.0.bias", "F", "experts.up_bias", "e F"),
     Row("experts.{e}.net.2.weight", "D F", "experts.down", "e F D"),
@@ -46,7 +46,7 @@ LANGUAGE_MODEL = Table(
         embedding("position_embedding_table", "position_embedding", "U"),
         *stacked(_BLOCK, "blocks.{l}.", "blocks.", "l"),
         *layer_norm("ln_f", "final_norm"),
-        *linear("lm_head", "head."),
+        *linear("lm_head", "head.", "D V"),
     ),
     constants=(Constant("blocks.{l}.sa.heads.{h}.tril", "U U", lower_triangular),),
 )

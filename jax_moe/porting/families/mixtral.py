@@ -30,7 +30,7 @@ PER_EXPERT = (
     Row("experts.{e}.w3.weight", "F D", "experts.up", "e D F"),
 )
 FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
-ON_DISK = Names(PER_EXPERT, "mixtral", "hf_mixtral", "model.layers.{s}.block_sparse_moe.")
+ON_DISK = Names(PER_EXPERT, "mixtral", "hf_mixtral", "model.layers.{l}.block_sparse_moe.")
 IN_MEMORY = Names(FUSED, "hf_fused", "hf_mixtral_fused")
 
 
@@ -56,7 +56,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
-    return write_decoder(config, "num_local_experts", "intermediate_size") | {"sliding_window": config.sliding_window}
+    return write_decoder(config) | {"sliding_window": config.sliding_window}
 
 
 def read_block(shapes: Shapes, chosen: dict[str, Any]) -> MoEConfig:

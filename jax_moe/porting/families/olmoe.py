@@ -35,7 +35,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
-    return write_decoder(config, "num_experts", "intermediate_size") | {
+    return write_decoder(config) | {
         "attention_bias": config.qkv_bias, "clip_qkv": config.clip_qkv,
     }
 

@@ -28,7 +28,7 @@ PER_EXPERT = (
     Row("experts.{e}.down_proj.weight", "D F", "experts.down", "e F D"),
 )
 FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
-SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "O D", "shared_gate", "D O"))
+SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "1 D", "shared_gate", "D 1"))
 
 
 def dense_layers(settings: Settings) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
     slides = config.sliding_layers
     kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(config.num_layers)]
-    return write_decoder(config, "num_experts", "moe_intermediate_size") | write_dense(config) | {
+    return write_decoder(config) | write_dense(config) | {
         "qkv_bias": config.qkv_bias, "use_sliding_window": bool(slides), "sliding_window": config.sliding_window,
         "layer_types": kinds,
     }

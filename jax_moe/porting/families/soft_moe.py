@@ -10,10 +10,10 @@ from jax_moe.porting.table.rows import Row, Table, layer_norm, linear, stacked
 from jax_moe.soft_moe import SoftMoE
 
 _EXPERT = (
-    *linear("fcs.{i}", "fcs.{i}."),
-    *layer_norm("layer_norms.{i}", "layer_norms.{i}"),
-    *linear("last_fc", "last_fc."),
-    *layer_norm("last_ln", "last_ln"),
+    *linear("fcs.{i}", "fcs.{i}.", "I O"),
+    *layer_norm("layer_norms.{i}", "layer_norms.{i}", "O"),
+    *linear("last_fc", "last_fc.", "I O"),
+    *layer_norm("last_ln", "last_ln", "O"),
 )
 ROWS = (Row("phi", "D E C", "phi", "D E C"), Row("scale", "", "scale", ""), *stacked(_EXPERT, "experts.{e}.", "experts.", "e"))
 

@@ -14,7 +14,7 @@ from jax_moe.porting.table.rows import Row, Table, linear
 SLOTS = 64  # of an expert in a sequence: transformers' own
 
 ROWS = (
-    *linear("router.classifier", "router."),
+    *linear("router.classifier", "router.", "D E"),
     Row("experts.expert_{e}.wi.weight", "F D", "experts.up", "e D F"),
     Row("experts.expert_{e}.wo.weight", "D F", "experts.down", "e F D"),
 )

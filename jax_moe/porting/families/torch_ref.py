@@ -8,40 +8,29 @@ from flax import nnx
 
 from jax_moe.attention.multihead import Attention
 from jax_moe.config.moe import MoEConfig
+from jax_moe.experts import DIMS
 from jax_moe.models.block import Block
 from jax_moe.moe import MoE
 from jax_moe.porting.families import soft_moe
 from jax_moe.porting.families.choices import StateDict
 from jax_moe.porting.families.family import Family
-from jax_moe.porting.table.rows import Row, Table, layer_norm, linear, under
+from jax_moe.porting.table.rows import Row, Table, layer_norm, linear, stacked, under
 
 ROUTER = (
-    *linear("router.linear", "router."),
-    *linear("router.noise_linear", "router.", "noise_kernel", "noise_bias"),
+    *linear("router.linear", "router.", "D E"),
+    *linear("router.noise_linear", "router.", "D E", "noise_kernel", "noise_bias"),
     Row("router.correction_bias", "E", "router.correction_bias", "E"),
 )
-EXPERTS = tuple(
-    row
-    for name in ("gate", "up", "down")
-    for row in (
-        Row(f"experts.{{e}}.{name}.weight", "O I", f"experts.{name}", "e I O"),
-        Row(f"experts.{{e}}.{name}.bias", "O", f"experts.{name}_bias", "e O"),
-    )
+EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, "", DIMS[name], name, f"{name}_bias"))
+ROWS = (
+    *ROUTER, *stacked(EXPERT, "experts.{e}.", "experts.", "e"), *stacked(EXPERT, "shared.", "shared.", "0/1"),
+    Row("shared_gate.weight", "1 D", "shared_gate", "D 1"),
 )
-SHARED = tuple(
-    row
-    for name in ("gate", "up", "down")
-    for row in (
-        Row(f"shared.{name}.weight", "O I", f"shared.{name}", "0/1 I O"),
-        Row(f"shared.{name}.bias", "O", f"shared.{name}_bias", "0/1 O"),
-    )
-)
-ROWS = (*ROUTER, *EXPERTS, *SHARED, Row("shared_gate.weight", "O I", "shared_gate", "I O"))
 ATTENTION = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),
     Row("heads.{h}.query.weight", "A D", "query", "D h A"),
     Row("heads.{h}.value.weight", "A D", "value", "D h A"),
-    Row("qkv.weight", "(P H A) D", "qkv", "D P H A"),
+    Row("qkv.weight", "(3 H A) D", "qkv", "D 3 H A"),
     Row("proj.weight", "D (H A)", "out", "H A D"),
     Row("proj.bias", "D", "out_bias", "D"),
 )

@@ -14,13 +14,14 @@ from jax_moe.config.checks import require
 from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.disk import same_bits
 from jax_moe.guarded import read_json, read_text_and_object
+from jax_moe.parameters import declared
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
 from jax_moe.porting.formats.shards import INDEX, SINGLE, files_of, open_weights
 from jax_moe.porting.formats.wrapped import own_names
-from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
+from jax_moe.porting.state_dict import abstract_decoder
 from jax_moe.porting.table.plan import check, make_plan
 from jax_moe.porting.tensors import Header
 
@@ -70,7 +71,7 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
         check_sizes(config, headers)
     origin = Origin(model_type=family.name, config_json=text, directory=str(path.absolute()))
     model = abstract_decoder(config, origin)
-    plans = [make_plan(table, decoder_shapes(model)) for table in (family.on_disk(config), family.in_memory(config))]
+    plans = [make_plan(table, declared(model)) for table in (family.on_disk(config), family.in_memory(config))]
     plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
     headers, head = _tied_head_apart(config, headers, path)
     check(plan, headers, f"{path} (layout {plan.table.name})")

@@ -11,13 +11,15 @@ from typing import Any, Literal, get_args
 from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.config.checks import shorten
 from jax_moe.config.models import DecoderConfig, Origin
+from jax_moe.config.parameters import Declared
 from jax_moe.guarded import read_json
+from jax_moe.parameters import declared
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import FAMILIES, family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.orbax import read_orbax, sums_from_json
 from jax_moe.porting.formats.state_file import read_state
-from jax_moe.porting.state_dict import abstract_decoder, decoder_shapes
+from jax_moe.porting.state_dict import abstract_decoder
 from jax_moe.porting.tensors import DTYPES, Header, in_memory
 
 FORMAT, VERSION = "jax_moe", 1
@@ -108,7 +110,7 @@ def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
         raise ValueError(f"{where}: origin={said!r}: must be an object with model_type and config_json")
     origin = Origin(model_type=said["model_type"], config_json=said["config_json"], directory=str(path.absolute()))
     arrays, model = _stored_arrays(path, about), abstract_decoder(config, origin)
-    check_arrays(path, arrays, decoder_shapes(model))
+    check_arrays(path, arrays, declared(model))
     return Found(
         path=path, kind="ours", place=path, family=family_named(origin.model_type), config=config, tensors=arrays, ours=True,
         origin=origin, model=model, optimizer=optimizer_in(path),
@@ -120,15 +122,15 @@ def optimizer_in(path: Path) -> Path | None:
     return path / OPTIMIZER if (path / OPTIMIZER).is_file() else None
 
 
-def check_arrays(path: Path, arrays: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_arrays(path: Path, arrays: Mapping[str, Header], wanted: Mapping[str, Declared]) -> None:
     """Raises PortError with everything in which arrays under our paths are not those of a decoder."""
     error = PortError(
         str(path),
-        missing=[name for name in shapes if name not in arrays],
-        unexpected=[name for name in arrays if name not in shapes],
+        missing=[name for name in wanted if name not in arrays],
+        unexpected=[name for name in arrays if name not in wanted],
         misshapen=[
-            f"{name} is {arrays[name].shape}, must be {shape}"
-            for name, shape in shapes.items() if name in arrays and arrays[name].shape != shape
+            f"{name} is {arrays[name].shape}, must be {one.shape}"
+            for name, one in wanted.items() if name in arrays and arrays[name].shape != one.shape
         ],
         mistyped=[f"{name} is {one.dtype}, must be a float" for name, one in arrays.items() if one.dtype not in DTYPES.values()],
     )

@@ -16,13 +16,13 @@ from jax_moe.config.as_json import config_from_json
 from jax_moe.config.checks import shorten
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.guarded import is_file
+from jax_moe.parameters import declared
 from jax_moe.porting.families.makemoe import MAKEMOE
 from jax_moe.porting.formats.found import Found, RunWeights
 from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.formats.orbax import Sums, damaged, read_orbax
 from jax_moe.porting.formats.own_folder import check_arrays
 from jax_moe.porting.formats.state_file import read_whole
-from jax_moe.porting.state_dict import decoder_shapes
 from jax_moe.porting.tensors import Header, in_memory
 
 CHECKPOINTS, MODEL, PRETRAINED = "checkpoints", "model.safetensors", "pretrained"
@@ -58,7 +58,7 @@ def _open_finetune(path: Path, about: Mapping[str, Any], run: RunWeights) -> Fou
     assert began.plan is not None and began.model is not None
     dtypes = {piece.ours: np.dtype(began.tensors[piece.theirs].dtype) for piece in began.plan.pieces}
     arrays = checkpoint_arrays(run.place)
-    check_arrays(run.place, arrays, decoder_shapes(began.model))
+    check_arrays(run.place, arrays, declared(began.model))
     tensors = {name: _as(one, dtypes[name]) for name, one in arrays.items()}
     return Found(
         path=path, kind="run", place=run.place, family=began.family, config=began.config, tensors=tensors, ours=True, run=run,

@@ -151,7 +151,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         said = {name: about[name] for name in ("step", "step_dtype", "words", "order", "others", "groups")}
         step, floats = said["step"], ("float16", "float32", "float64", "bfloat16")
         lists = [said[name] for name in ("words", "order")]
-        texts = all(isinstance(one, list) and all(isinstance(name, str) for name in one) for one in lists)
+        texts = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
         counted = step is None or (type(step) is int and 0 <= step < 2**62)
         if not (counted and texts and said["step_dtype"] in floats and isinstance(said["others"], dict)):
             raise ValueError("a value of another type")

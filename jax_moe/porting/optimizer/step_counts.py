@@ -7,14 +7,15 @@ import numpy as np
 
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.table.plan import Plan
-from jax_moe.unchosen import experts_of
+from jax_moe.unchosen import experts_in
 
 HINT = "an expert without tokens takes no step in PyTorch; adamw_as_torch(..., unchosen='skip') counts so"
 
 
 def expert_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
     """{torch's name: shape} of the tensors that hold only expert weights: these may have step counts of their own."""
-    others = {piece.theirs for piece in plan.pieces if experts_of(piece.ours) is None}
+    experts = experts_in(plan.ours)
+    others = {piece.theirs for piece in plan.pieces if piece.ours not in experts}
     return {name: shape for name, shape in plan.their_shapes.items() if name not in others}
 
 
@@ -68,13 +69,13 @@ def unequal(counts: Mapping[str, np.ndarray], step: int | None) -> list[str]:
 
 def _places(plan: Plan) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(torch's name, path of the experts, index of those in the tensor)."""
+    experts = experts_in(plan.ours)
     for piece in plan.pieces:
-        found = experts_of(piece.ours)
-        if found is not None:
-            path, own_dims = found
+        if piece.ours in experts:
+            path, own_dims = experts[piece.ours]
             yield piece.theirs, path, (*piece.our_index[:-own_dims], ...)
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    found = ((experts_of(path), shape) for path, shape in plan.our_shapes.items())
-    return {one[0]: tuple(shape[: -one[1]]) for one, shape in found if one is not None}
+    """{path of the experts: [*L, E]}."""
+    return {path: plan.ours[name].shape[:-own_dims] for name, (path, own_dims) in experts_in(plan.ours).items()}

@@ -1,4 +1,4 @@
-"""torch.optim's state beside weights: in a trainer's file, as `optimizer.pt` of a Hugging Face folder, or in our own folder.
+"""torch.optim's state beside weights: in a trainer's file, in a Hugging Face folder's `optimizer.pt`, or in our folder.
 
 `optimizer.pt` is torch.optim's state_dict(), as transformers' Trainer writes it into a checkpoint. It numbers the
 parameters: their names are those that the optimizer got (`param_names`), or follow from the order of transformers'
@@ -51,7 +51,8 @@ def layout_of(found: Found) -> str:
 
 
 def from_state_dict(
-    state_dict: Mapping[str, Any], module: nnx.Module, layout: str, order: list[str], others: dict[str, Any] | None = None
+    state_dict: Mapping[str, Any], module: nnx.Module, layout: str, order: list[str],
+    others: dict[str, Any] | None = None,
 ) -> Optimizer:
     """The state in torch.optim's own form; `order` are the model's parameters as the reference numbers them."""
     plan = tree_plan(module, layout=layout)

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.table.plan import Piece, Plan, assemble, memory_order, put
-from jax_moe.porting.table.rows import words
 from jax_moe.porting.tensors import Header, all_finite
 from jax_moe.sharding import place as sharding
 
@@ -34,7 +33,6 @@ def place_all(
     narrowed = [f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype]
     if narrowed:
         raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=narrowed)
-    expert_axes = _expert_axes(plan)
     placed: dict[str, jax.Array] = {}
     wrong: list[str] = []
     for path, pieces in by_path.items():
@@ -45,22 +43,12 @@ def place_all(
                 wrong.extend(_not_finite(pieces, headers, dtype))
             return value
 
-        array = sharding.place(part, plan.our_shapes[path], mesh, expert_axes.get(path))
+        array = sharding.place(part, plan.ours[path], mesh)
         if not wrong:
             placed[path] = array
     if wrong:
         raise PortError(where, wrong=list(dict.fromkeys(wrong)))
     return placed
-
-
-def _expert_axes(plan: Plan) -> dict[str, int]:
-    """Which dim of the arrays of a mixture counts its experts, where it leads the dims of a layer."""
-    leading = {}
-    for row in plan.table.rows:
-        dims = [axis[0] for axis in words(row.our_dims)]
-        if len(dims) > 2 and dims[1] in ("e", "E"):
-            leading[row.ours] = 1
-    return leading
 
 
 def _assembled(

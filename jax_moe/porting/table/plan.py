@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_moe.config.parameters import Declared
 from jax_moe.porting.errors import PortError
-from jax_moe.porting.table.rows import Constant, Row, Table, name_indices, part, words
+from jax_moe.porting.table.rows import Constant, Row, Table, dim, name_indices, part, words
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,10 +38,15 @@ class Plan:
     """A table laid over one module: every piece, and the shapes on both sides."""
 
     table: Table
-    our_shapes: Shapes
+    ours: Mapping[str, Declared]
     pieces: tuple[Piece, ...]
     their_shapes: dict[str, tuple[int, ...]]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def our_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{our path: shape}."""
+        return {path: one.shape for path, one in self.ours.items()}
 
     @property
     def names(self) -> set[str]:
@@ -48,29 +54,38 @@ class Plan:
         return {*self.their_shapes, *self.constants}
 
 
-def make_plan(table: Table, our_shapes: Shapes) -> Plan:
-    """Lays the table over our shapes. Raises PortError if some of our weights have no row, or only in part."""
+def make_plan(table: Table, ours: Mapping[str, Declared]) -> Plan:
+    """Lays the table over our weights. Raises PortError if some of them have no row, or only in part; ValueError for a row
+    whose dims are not those that the parameter says.
+    """
     pieces: list[Piece] = []
     their_shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int] = {}
-    filled = dict.fromkeys(our_shapes, 0)
+    filled = dict.fromkeys(ours, 0)
     for row in table.rows:
-        for path, in_path in _matches(row.ours, our_shapes):
-            shape = our_shapes[path]
-            if len(words(row.our_dims)) != len(shape):
-                raise PortError(f"layout {table.name}", wrong=[f"{path} has shape {shape}, its row says {row.our_dims}"])
-            local = _bind(row.our_dims, shape)
+        for path, in_path in _matches(row.ours, ours):
+            _check_dims(table, row, path, ours[path])
+            local = _bind(row.our_dims, ours[path].shape)
             sizes |= local
             for piece, their_shape in _pieces(row, path, local, in_path, table.numbers):
                 if their_shapes.setdefault(piece.theirs, their_shape) != their_shape:
                     raise PortError(f"layout {table.name}", wrong=[f"{piece.theirs} would have two shapes"])
                 pieces.append(piece)
                 filled[path] += _elements(piece)
-    uncovered = [path for path, shape in our_shapes.items() if filled[path] != math.prod(shape)]
+    uncovered = [path for path, one in ours.items() if filled[path] != math.prod(one.shape)]
     if uncovered:
         raise PortError(f"layout {table.name} has no names for", missing=uncovered)
     constants = {name: value for one in table.constants for name, value in _constants(one, sizes)}
-    return Plan(table, dict(our_shapes), tuple(pieces), their_shapes, constants)
+    return Plan(table, dict(ours), tuple(pieces), their_shapes, constants)
+
+
+def _check_dims(table: Table, row: Row, path: str, ours: Declared) -> None:
+    said = tuple(dim(axis[0]) for axis in words(row.our_dims))
+    if ours.dims is None and len(said) != len(ours.shape):
+        raise PortError(f"layout {table.name}", wrong=[f"{path} has shape {ours.shape}, its row says {row.our_dims}"])
+    if ours.dims is not None and said != ours.letters:
+        where = f"layout {table.name}: dims of {path} in the row of {row.theirs}"
+        raise ValueError(f"{where}={row.our_dims!r}: must be {ours.dims!r}, as the parameter says")
 
 
 def their_names(plan: Plan, paths: Collection[str]) -> frozenset[str]:
@@ -111,7 +126,7 @@ def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
     for piece in plan.pieces:
         theirs = state[piece.theirs]
         if piece.ours not in ours:
-            ours[piece.ours] = np.empty(plan.our_shapes[piece.ours], theirs.dtype)
+            ours[piece.ours] = np.empty(plan.ours[piece.ours].shape, theirs.dtype)
         assemble(piece, theirs, ours[piece.ours])
     return ours
 

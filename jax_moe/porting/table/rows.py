@@ -3,6 +3,8 @@
 Dims are words separated by spaces. A word is a letter (`D`), a group stored as one axis (`(H A)`, last fastest) or a
 part of an axis (`0/2`: index 0 of 2). An index in a name (`experts.{e}.up.weight`) is either a dim of ours (`e D F`:
 their E tensors are stacked in one of ours) or an index in our path (`fcs.{i}.kernel`). Sizes come from our shapes.
+
+Our dims are those that the parameter itself says (`jax_moe/parameters.py`); another letter or order is an error.
 """
 
 import re
@@ -10,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+COUNTED = {"e": "E", "h": "H", "l": "L"}  # dims of ours that their names count; l0, l1 ... are layers of several stacks
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,12 @@ def part(word: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def dim(word: str) -> str:
+    """What a word of our dims stands for in the parameter's own: its letter, or the size of a dim that is taken apart."""
+    fixed = part(word)
+    return str(fixed[1]) if fixed else COUNTED.get(word.rstrip("0123456789"), word)
+
+
 def name_indices(pattern: str) -> list[str]:
     """The letters in braces, in order."""
     return re.findall(r"\{(\w+)\}", pattern)
@@ -71,17 +81,15 @@ def stacked(rows: tuple[Row, ...], theirs: str, ours: str, index: str) -> tuple[
     return tuple(replace(row, our_dims=f"{index} {row.our_dims}") for row in under(rows, theirs, ours))
 
 
-def linear(theirs: str, ours: str, kernel: str = "kernel", bias: str = "bias") -> tuple[Row, ...]:
-    """torch.nn.Linear [out, in] and flax's kernel [in, out]."""
-    return (
-        Row(f"{theirs}.weight", "O I", f"{ours}{kernel}", "I O"),
-        Row(f"{theirs}.bias", "O", f"{ours}{bias}", "O"),
-    )
+def linear(theirs: str, ours: str, dims: str, kernel: str = "kernel", bias: str = "bias") -> tuple[Row, ...]:
+    """torch.nn.Linear [out, in] and flax's kernel [in, out]; `dims` are the kernel's."""
+    into, out = dims.split()
+    return Row(f"{theirs}.weight", f"{out} {into}", f"{ours}{kernel}", dims), Row(f"{theirs}.bias", out, f"{ours}{bias}", out)
 
 
-def layer_norm(theirs: str, ours: str) -> tuple[Row, ...]:
+def layer_norm(theirs: str, ours: str, dim: str = "D") -> tuple[Row, ...]:
     """torch.nn.LayerNorm and flax's."""
-    return Row(f"{theirs}.weight", "D", f"{ours}.scale", "D"), Row(f"{theirs}.bias", "D", f"{ours}.bias", "D")
+    return Row(f"{theirs}.weight", dim, f"{ours}.scale", dim), Row(f"{theirs}.bias", dim, f"{ours}.bias", dim)
 
 
 def embedding(theirs: str, ours: str, rows: str) -> Row:

@@ -1,5 +1,6 @@
-"""What a parameter is for: a closed list, read wherever parameters are treated differently."""
+"""What a parameter says of itself: its dims, and what it is for, of a closed list read wherever parameters differ."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 Role = Literal[
@@ -15,3 +16,17 @@ Role = Literal[
     "head",
 ]
 ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A stored array: its shape, its dims in the letters of `jax_moe/dims.py` and its role; None where nothing is said."""
+
+    shape: tuple[int, ...]
+    dims: str | None = None
+    role: Role | None = None
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """One word a dim; none where nothing is said."""
+        return tuple((self.dims or "").split())
