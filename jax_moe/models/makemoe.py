@@ -98,6 +98,7 @@ class MakeMoE(nnx.Module):
                 x_BTD, key=rows["key"], training=training, mask_BT=mask_BT, randomness=rows["draws"],
                 capacity_limit=capacity_limit, expert_BTK=rows["replay"], watch=watch,
             )
+            assert output.moe is not None
             expert_BTK = merge_groups(output.moe.routing.expert_GSK, *x_BTD.shape[:2])
             return output.y_BTD, None, {"stats": output.moe.stats, "expert_LBTK": expert_BTK, **(output.stages or {})}
 

@@ -1,5 +1,6 @@
 """Our side with every intermediate value kept: the model's own walk, which hands out its stages when asked."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,12 @@ def tap_model(model: Decoder | MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK:
     model.check_tokens(tokens_BT)  # before int32 makes another token of a large number
     stages = _watched_model(*nnx.split(model), jnp.asarray(tokens_BT), replay_LBTK)
     before, after = ({Place(kind): stages.pop(kind) for kind in kinds} for kinds in (("embedding",), ("final_norm", "logits")))
-    config = model.config
-    mixtures = config.moe_layers if isinstance(model, Decoder) else range(config.num_layers)
+    num_layers = model.config.num_layers
+    mixtures: Sequence[int] = range(num_layers)
     if isinstance(model, Decoder):
+        mixtures = model.config.moe_layers
         del stages["balance_loss"]  # pooled over the layers, it is no layer's own
-    found: dict[int, dict[str, Array]] = {i: {} for i in range(config.num_layers)}
+    found: dict[int, dict[str, Array]] = {i: {} for i in range(num_layers)}
     for kind in sorted(stages, key=KINDS.index):
         value = stages[kind]
         for row, i in enumerate(mixtures if value.shape[0] == len(mixtures) else found):

@@ -145,7 +145,8 @@ DIFFERENT = {
     },
     "models/makemoe.py": {
         "MakeMoE.check_tokens(tokens_BT)": "jax also looks at numpy tokens, before they become int32",
-        "MakeMoE.forward": "jax hands all of logits_and_stats' arguments on",
+        "MakeMoE.forward": "jax hands all of run's arguments on",
+        "MakeMoE.logits_and_stats": "see MakeMoE.forward",
         "kaiming_normal": "jax returns an array; torch fills a module",
     },
 }
