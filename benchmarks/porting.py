@@ -66,7 +66,7 @@ def generate(folder: Path, gib: float) -> tuple[int, int]:
     per_layer = 2 * 3 * NUM_EXPERTS * EXPERT_DIM * MODEL_DIM
     layers, experts = max(1, math.ceil(gib * 2**30 / per_layer)), NUM_EXPERTS if gib else 2
     moe = jax_moe.presets.mixtral(MODEL_DIM, EXPERT_DIM if gib else 8, experts, 2)
-    config = jax_moe.DecoderConfig(num_layers=layers, moe=moe, **SIZES)  # type: ignore[arg-type]
+    config = jax_moe.DecoderConfig.grouped(num_layers=layers, moe=moe, **SIZES)  # type: ignore[arg-type]
     model = nnx.eval_shape(lambda: jax_moe.Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     generator = np.random.default_rng(0)
     filled, sizes = [], []

@@ -80,7 +80,7 @@ def _row(question: str, what: str, seconds: dict[str, list[float]], large: str, 
 
 def mixtral(num_layers: int) -> jax_moe.Decoder:
     """A small Mixtral; `nnx.eval_shape` makes it without numbers."""
-    config = jax_moe.DecoderConfig(
+    config = jax_moe.DecoderConfig.grouped(
         vocab_size=512, model_dim=256, num_layers=num_layers, num_heads=8, num_kv_heads=4, head_dim=32,
         moe=jax_moe.presets.mixtral(256, 512, 8, 2),
     )

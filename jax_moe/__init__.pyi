@@ -38,7 +38,10 @@ from .config import BalanceConfig as BalanceConfig
 from .config import BlockConfig as BlockConfig
 from .config import CapacityConfig as CapacityConfig
 from .config import DecoderConfig as DecoderConfig
+from .config import DenseConfig as DenseConfig
 from .config import ExpertConfig as ExpertConfig
+from .config import GroupedAttentionConfig as GroupedAttentionConfig
+from .config import LayerConfig as LayerConfig
 from .config import MakeMoEConfig as MakeMoEConfig
 from .config import MoEConfig as MoEConfig
 from .config import Precision as Precision

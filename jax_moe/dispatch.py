@@ -5,6 +5,7 @@ signature. All of them share `assign_slots`, so they drop the same tokens.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -208,3 +209,25 @@ def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Mo
     if keep_GECD is not None:
         return apply_keep(y_GECD, keep_GECD > 0, moves.config.expert.dropout)
     return moves.dropout(y_GECD)
+
+
+def single_answers(
+    dispatch: Callable, x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Array, "G S K D"]:
+    """What each choice's expert answers before it is weighted, by the layer's own dispatcher; 0 where it was dropped.
+
+    The dispatcher runs once for every k, as if that were each token's only choice. Without dropout.
+    """
+    alone = moves._replace(config=replace(moves.config, top_k=1), dropout_key=None, keep_GSKD=None)
+    kept_GSK = slots.slot_GSK < moves.capacity
+    on_input = moves.config.expert.weight_on == "input"
+    weight_GSK = slots.weight_GSK if on_input else kept_GSK.astype(slots.weight_GSK.dtype)
+
+    def of_choice(choice: tuple[Array, Array, Array]) -> Array:
+        expert_GS1, weight_GS1, kept_GS1 = (each[..., None] for each in choice)
+        place_GS1 = queue_positions(expert_GS1, weight_GS1, moves.config.num_experts, "token", choice[2])
+        only = Slots(jnp.where(kept_GS1, place_GS1, moves.capacity), weight_GS1)
+        return dispatch(x_GSD, Routing(expert_GS1, weight_GS1, routing.logits_GSE), only, alone)
+
+    of_each_k = [jnp.moveaxis(each, -1, 0) for each in (routing.expert_GSK, weight_GSK, kept_GSK)]
+    return jnp.moveaxis(jax.lax.map(of_choice, tuple(of_each_k)), 0, 2)

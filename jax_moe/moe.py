@@ -1,7 +1,8 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from flax import nnx
 from jax_moe.arrays import check_limit, moe_arrays
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide
-from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, split_groups
+from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, single_answers, split_groups
 from jax_moe.dropout import fold
-from jax_moe.experts import Experts, expert_ffn, make_experts, take_experts
+from jax_moe.experts import Experts, Weights, expert_ffn, make_experts, take_experts
 from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
+from jax_moe.kernels.chosen import are_few, experts_in_place
 from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
@@ -49,6 +51,17 @@ class Router(nnx.Module):
         """A parameter as a plain array, or None where the contract has none."""
         value = getattr(self, name, None)
         return None if value is None else value[...]
+
+
+class MoEOutput(NamedTuple):
+    """What one call of a layer computes."""
+
+    y_BTD: Float[Array, "B T D"]
+    stats: MoEStats
+    routing: Routing  # in groups, before anything is dropped
+    slots: Slots
+    capacity: int  # C: a choice at slot C was dropped
+    stages: dict[str, Array] | None = None  # every intermediate value [B, T, ...] by name, where asked for
 
 
 class MoE(nnx.Module):
@@ -102,49 +115,77 @@ class MoE(nnx.Module):
         statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that is not there,
         and for a capacity below one slot.
         """
-        y_BTD, stats, _ = self.with_routing(
+        output = self.run(
             x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
             keep_BTKD=keep_BTKD, expert_BTK=expert_BTK, capacity_limit=capacity_limit,
         )
-        return y_BTD, stats
+        return output.y_BTD, output.stats
 
-    def with_routing(
+    def run(
         self,
         x_BTD: Float[Array, "B T D"],
         *,
         key: PRNGKeyArray | None = None,
         training: bool = True,
         keep_BTKD: Bool[Array, "B T K D"] | None = None,
+        watch: bool = False,
+        first_expert: Int[Array, ""] | None = None,
         **arrays: Array | None,
-    ) -> tuple[Float[Array, "B T D"], MoEStats, Routing]:
-        """The answer, its statistics and the routing that it was made with. Arguments as in a call."""
+    ) -> MoEOutput:
+        """All that a call computes. Arguments as in a call; under jit, what is not used is not computed.
+
+        `watch` also hands out every stage, at the cost of the experts' work once more for each choice. `first_expert`: the
+        layer's experts are those from this number on of many layers' experts, stacked as one layer's.
+        """
         x_BTD, given = moe_arrays(self.config, x_BTD, keep_BTKD=keep_BTKD)
         keep_BTKD = given["keep_BTKD"]
-        x_GSD, routing, slots, capacity, mask_GS = self.routing(x_BTD, key=key, training=training, **arrays)
+        x_GSD, routing, slots, capacity, mask_GS = self._route(x_BTD, key=key, training=training, **arrays)
         rate = self.config.expert.dropout
+        apply, weights = self._experts(x_BTD.shape[0] * x_BTD.shape[1], first_expert)
         moves = Moves(
-            config=self.config, capacity=capacity, apply=self._apply_experts, weights=self.experts.weights(),
+            config=self.config, capacity=capacity, apply=apply, weights=weights,
             dropout_key=fold(key, 1) if training and rate > 0 and keep_BTKD is None else None,
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
+        rounded, shared_GSD = round_weights(slots, self.config, x_BTD.dtype), None
         dispatcher = choose_dispatcher(self.config)
-        y_GSD = dispatcher(x_GSD, routing, round_weights(slots, self.config, x_BTD.dtype), moves)
+        y_GSD = dispatcher(x_GSD, routing, rounded, moves)
         if self.config.expert.shared_dim:
-            y_GSD += self.shared_answer(x_GSD, mask_GS)
+            shared_GSD = self._shared_answer(x_GSD, mask_GS)
+            y_GSD += shared_GSD
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS)
-        return merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing
+        output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
+        if not watch:
+            return output
+        answers_GSKD = single_answers(dispatcher, x_GSD, routing, rounded, moves)
+        return output._replace(stages=self._stages(output, answers_GSKD, shared_GSD, x_BTD.dtype))
 
-    def routing(
+    def _stages(
+        self, output: MoEOutput, answers_GSKD: Array, shared_GSD: Array | None, dtype: DTypeLike
+    ) -> dict[str, Array]:
+        """Every intermediate value, by token; `experts` are the router's own choices even where others were replayed."""
+        routing, slots = output.routing, output.slots
+        own = route(routing.logits_GSE, self.config, self.router.weight("correction_bias"))
+        before_drops = round_weights(slots._replace(weight_GSK=routing.weight_GSK), self.config, dtype)
+        found = {
+            "router_logits": routing.logits_GSE, "experts": own.expert_GSK, "weights": before_drops.weight_GSK,
+            "slots": slots.slot_GSK, "expert_outputs": answers_GSKD, "shared": shared_GSD,
+        }
+        B, T = output.y_BTD.shape[:2]
+        stages = {name: merge_groups(value, B, T) for name, value in found.items() if value is not None}
+        return stages | {"combined": output.y_BTD, "balance_loss": output.stats.load_balance_loss}
+
+    def _route(
         self,
-        x_BTD: Float[Array, "B T D"],
+        x_BTD: Array,
         *,
-        key: PRNGKeyArray | None = None,
-        training: bool = True,
-        mask_BT: Bool[Array, "B T"] | None = None,
-        noise_BTE: Float[Array, "B T E"] | None = None,
-        jitter_BTD: Float[Array, "B T D"] | None = None,
-        expert_BTK: Int[Array, "B T K"] | None = None,
-        capacity_limit: Int[Array, ""] | None = None,
+        key: PRNGKeyArray | None,
+        training: bool,
+        mask_BT: Array | None = None,
+        noise_BTE: Array | None = None,
+        jitter_BTD: Array | None = None,
+        expert_BTK: Array | None = None,
+        capacity_limit: Array | None = None,
     ) -> tuple[Array, Routing, Slots, int, Array | None]:
         """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
         config, router = self.config, self.config.router
@@ -175,8 +216,7 @@ class MoE(nnx.Module):
         if expert_BTK is not None:  # a traced -1 would count from the end: beyond the last one it gives NaN
             expert_BTK = jnp.where(expert_BTK < 0, config.num_experts, expert_BTK)
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
-        correction = self.router.weight("correction_bias")
-        routing = route(split_groups(logits_BTE, S), config, correction, replay)
+        routing = route(split_groups(logits_BTE, S), config, self.router.weight("correction_bias"), replay)
         slots = assign_slots(routing, config, capacity, mask_GS, capacity_limit)
         return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
 
@@ -194,12 +234,17 @@ class MoE(nnx.Module):
             noise_BTE = noise_BTE * noise_scale(router_logits(x_BTD, noise_kernel, weight("noise_bias"), dtype))
         return logits_BTE + noise_BTE
 
-    def _apply_experts(self, x_ECD: Array, expert_E: Array | None) -> Array:
-        return expert_ffn(x_ECD, take_experts(self.experts.weights(), expert_E), self.config.expert)
+    def _experts(self, num_tokens: int, first_expert: Array | None) -> tuple[Callable, Weights]:
+        """The layer's experts as a dispatcher applies them, and their parameters."""
+        weights, config = self.experts.weights(), self.config
+        if first_expert is not None and config.dispatcher == "auto" and are_few(num_tokens, config):
+            return experts_in_place(weights, first_expert, config.expert), weights
+        if first_expert is not None:
+            E = config.num_experts
+            weights = {name: jax.lax.dynamic_slice_in_dim(w, first_expert, E) for name, w in weights.items()}
+        return lambda x_ECD, expert_E: expert_ffn(x_ECD, take_experts(weights, expert_E), config.expert), weights
 
-    def shared_answer(
-        self, x_GSD: Float[Array, "G S D"], mask_GS: Bool[Array, "G S"] | None = None
-    ) -> Float[Array, "G S D"]:
+    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
         """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""
         y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), _shared(self.config.expert))
         y_GSD = y_GSD.reshape(x_GSD.shape)

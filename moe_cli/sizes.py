@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig
 
 EXPERTS = "moe.experts."
 ADAMW_BYTES = 16  # fp32: weight, gradient and two moments, 4 bytes each

@@ -33,7 +33,7 @@ from jax_moe.soft_moe import SoftMoE
 from moe_parity.choices import Verdict
 from moe_parity.explanation import search
 from moe_parity.report import Report
-from moe_parity.sides.jax_moe import ranked_scores, tap_decoder, tap_makemoe, tap_moe, tap_soft_moe
+from moe_parity.sides.jax_moe import ranked_scores, tap_model, tap_moe, tap_soft_moe
 from moe_parity.sides.torch_ref import trace_torch_ref
 from moe_parity.sides.transformers import import_transformers, trace_transformers
 from moe_parity.stages import TOLERANCES, Place, StageResult, Trace, first_divergence, judge, pair
@@ -151,10 +151,8 @@ def trace_ours(
 ) -> dict[Place, np.ndarray]:
     """The JAX side: every stage, and from the own call of the model the output, losses and, with `grads`, gradients."""
     replayed = None if replay is None else jnp.stack([jnp.asarray(expert, jnp.int32) for expert in replay])
-    if isinstance(module, Decoder):
-        taps = tap_decoder(module, x, replayed)
-    elif isinstance(module, MakeMoE):
-        taps = tap_makemoe(module, x, replayed)
+    if isinstance(module, Decoder | MakeMoE):
+        taps = tap_model(module, x, replayed)
     elif isinstance(module, SoftMoE):
         taps = tap_soft_moe(module, x)
     else:
@@ -162,8 +160,6 @@ def trace_ours(
         taps = tap_moe(module, x, None if replayed is None else replayed[0])
     trace = {place: np.asarray(value) for place, value in taps.items()}
     last = Place("logits") if isinstance(module, Decoder | MakeMoE) else Place("combined")
-    if isinstance(module, MakeMoE) and replay is not None and all(map(np.array_equal, choices(trace) or [], replay)):
-        replayed = None  # makeMoE's own call cannot replay choices, and makes the same ones
     answer, values, gradients = own_call(module, x, replayed, grads)
     trace |= {TAPPED: trace[last], last: answer, **values, OWN: answer}
     named = to_torch(module, gradients, layout=reference_table(module).name) if grads else {}
@@ -198,9 +194,7 @@ def _objective(module: nnx.Module, x: jax.Array, replay: jax.Array | None) -> An
         loss = next_token_loss(output.logits_BTV, x) + module.config.balance_loss_weight * balance
         return loss, (output.logits_BTV, {"balance_loss": balance, "loss": loss})
     if isinstance(module, MakeMoE):
-        # The model's own call cannot replay choices; the taps can.
-        taps = None if replay is None else tap_makemoe(module, x, replay)
-        logits_BTV = module(x, training=False) if taps is None else taps[Place("logits")]
+        logits_BTV = module(x, training=False, expert_LBTK=replay)
         if x.shape[1] < 2:
             return logits_BTV.sum() * 0, (logits_BTV, {})
         loss = next_token_loss(logits_BTV, x)

@@ -33,6 +33,16 @@ class Parts(NamedTuple):
     shared_gate: nn.Linear | None = None
 
 
+class MoEOutput(NamedTuple):
+    """What one call of a layer computes."""
+
+    y_BTD: Float[Tensor, "B T D"]
+    stats: MoEStats
+    routing: Routing  # in groups, before anything is dropped
+    slots: Slots
+    capacity: int  # C: a choice at slot C was dropped
+
+
 def moe_logits(
     x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts
 ) -> Float[Tensor, "B T E"]:
@@ -95,8 +105,8 @@ def moe_forward(
     mask_BT: Bool[Tensor, "B T"] | None = None,
     keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
     **arrays: Tensor | None,
-) -> tuple[Float[Tensor, "B T D"], MoEStats, Routing]:
-    """The layer's answer in the input's dtype, its statistics and its routing. Arguments as in `MoE`."""
+) -> MoEOutput:
+    """All that a call computes. Arguments as in `MoE`."""
     config = parts.config
     check_moe_arrays(config, x_BTD, keep_BTKD=keep_BTKD)
     routed = moe_routing(x_BTD, parts, training=training, mask_BT=mask_BT, **arrays)
@@ -112,7 +122,7 @@ def moe_forward(
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
     stats = layer_stats(routing, slots, config, capacity, mask_GS)
-    return merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing
+    return MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
 
 
 class Router(nn.Module):
@@ -187,23 +197,13 @@ class MoE(nn.Module):
         and statistics are 0. Raises ValueError, by name, for an array of another kind or shape or with an expert out of
         range, and for a capacity below one slot.
         """
-        y_BTD, stats, _ = moe_forward(
-            x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
-            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK,
+        output = self.run(
+            x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK
         )
-        return y_BTD, stats
+        return output.y_BTD, output.stats
 
-    def routing(
-        self,
-        x_BTD: Float[Tensor, "B T D"],
-        *,
-        mask_BT: Bool[Tensor, "B T"] | None = None,
-        noise_BTE: Float[Tensor, "B T E"] | None = None,
-        jitter_BTD: Float[Tensor, "B T D"] | None = None,
-        expert_BTK: Int[Tensor, "B T K"] | None = None,
-    ) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
-        """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
-        return moe_routing(
-            x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
-            expert_BTK=expert_BTK,
-        )
+    def run(
+        self, x_BTD: Float[Tensor, "B T D"], *, keep_BTKD: Bool[Tensor, "B T K D"] | None = None, **arrays: Tensor | None
+    ) -> MoEOutput:
+        """All that a call computes. Arguments as in a call."""
+        return moe_forward(x_BTD, self.parts(), training=self.training, keep_BTKD=keep_BTKD, **arrays)

@@ -1,8 +1,29 @@
-"""Attention, one kind in a file."""
+"""Attention, one kind a file. `KINDS` is the one list that a decoder reaches them through.
+
+A kind is a module of one layer, made as `Kind(contract, rngs=, kernel_init=, param_dtype=)`, with
+- `shared(contract, positions, dtype)`: what all layers of one contract have in common in a call, computed once;
+- `__call__(x_BTD, positions, shared, key=None, memory=None)` -> (y_BTD, cache): with `memory`, the layers' common cache
+  and this layer's place in it, the positions are written there and attend to what was there before;
+- `empty_cache(contract, num_layers, batch_size, num_slots, dtype)`: the cache of that many layers, with nothing in it.
+"""
+
+from typing import Any
 
 from jax_moe.attention.grouped import GroupedAttention
 from jax_moe.attention.masks import visible_positions
 from jax_moe.attention.multihead import Attention
+from jax_moe.attention.positions import Positions
 from jax_moe.attention.rope import rotate, rotations
+from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention
 
-__all__ = ["Attention", "GroupedAttention", "rotate", "rotations", "visible_positions"]
+__all__ = ["KINDS", "Attention", "GroupedAttention", "Positions", "kind_of", "rotate", "rotations", "visible_positions"]
+
+KINDS: dict[type[LayerAttention], Any] = {GroupedAttentionConfig: GroupedAttention}
+
+
+def kind_of(contract: LayerAttention) -> Any:
+    """The module of a contract. Raises ValueError for a kind that is not in the list."""
+    if type(contract) not in KINDS:
+        known = ", ".join(one.__name__ for one in KINDS)
+        raise ValueError(f"attention={type(contract).__name__}: must be one of {known} (jax_moe.attention.KINDS)")
+    return KINDS[type(contract)]

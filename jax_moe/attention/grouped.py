@@ -1,12 +1,15 @@
-"""Grouped-query attention with rotary positions, as the Hugging Face decoders have it, and RMSNorm."""
+"""Grouped-query attention with rotary positions, as the Hugging Face decoders have it; its cache keeps keys and values."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.activations import clamp_above
-from jax_moe.attention.rope import rotate
-from jax_moe.config.models import DecoderConfig
+from jax_moe.attention.positions import Positions
+from jax_moe.attention.rope import rotate, rotations
+from jax_moe.config.attention import GroupedAttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout
 from jax_moe.initializers import rounded
@@ -17,6 +20,13 @@ Rotations = tuple[Array, Array]
 Heads = tuple[Array, Array, Array]
 
 
+class KeysAndValues(NamedTuple):
+    """What the layers remember of every slot, in the weights' dtype."""
+
+    key_LBUJA: Float[Array, "L B U J A"]
+    value_LBUJA: Float[Array, "L B U J A"]
+
+
 class GroupedAttention(nnx.Module):
     """Self-attention of H query heads over J key/value heads.
 
@@ -24,7 +34,8 @@ class GroupedAttention(nnx.Module):
     """
 
     def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer, param_dtype: DTypeLike = jnp.float32
+        self, config: GroupedAttentionConfig, *, rngs: nnx.Rngs, kernel_init: nnx.Initializer,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self.config, kernel_init = config, rounded(kernel_init)
         D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -40,19 +51,47 @@ class GroupedAttention(nnx.Module):
             widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
             self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype, "W") for width in widths)
 
+    @staticmethod
+    def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Rotations:
+        """cos and sin of the positions."""
+        length = positions.text_length
+        return rotations(positions.position_BT, config.rope, config.head_dim, jnp.dtype(dtype), length, positions.num_slots)
+
+    @staticmethod
+    def empty_cache(
+        config: GroupedAttentionConfig, num_layers: int, batch_size: int, num_slots: int, dtype: Any
+    ) -> KeysAndValues:
+        """Zeros."""
+        shape = (num_layers, batch_size, num_slots, config.num_kv_heads, config.head_dim)
+        return KeysAndValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        rotations: Rotations,
-        visible_BTU: Bool[Array, "b T T"],
+        positions: Positions,
+        shared: Rotations,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The answer in the input's dtype; scores in the input's dtype, their softmax in fp32 or wider."""
-        return self.attend(*self.project(x_BTD, rotations), visible_BTU, key)
+        memory: tuple[KeysAndValues, Any] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
+        """The answer in the input's dtype, and the cache with these positions' keys and values in it.
 
-    def project(self, x_BTD: Float[Array, "B T D"], rotations: Rotations) -> Heads:
+        Scores are in the input's dtype, their softmax in fp32 or wider.
+        """
+        q_BTHA, k_BUJA, v_BUJA = self.project(x_BTD, shared)
+        cache = None
+        if memory is not None:
+            cache, layer = memory
+            place = [jnp.asarray(index, jnp.int32) for index in (layer, 0, positions.slot_T[0], 0, 0)]
+            news = (k_BUJA[None], v_BUJA[None])
+            pairs = zip(cache, news, strict=True)
+            cache = KeysAndValues(*(jax.lax.dynamic_update_slice(old, new, place) for old, new in pairs))
+            if not positions.whole:
+                k_BUJA, v_BUJA = (jax.lax.dynamic_index_in_dim(each, layer, keepdims=False) for each in cache)
+        return self.attend(q_BTHA, k_BUJA, v_BUJA, positions.visible(self.config.window), key), cache
+
+    def project(self, x_BTD: Float[Array, "B T D"], turns: Rotations) -> Heads:
         """Queries, keys and values of these positions, the first two turned."""
-        q_BTHA, k_BTJA = (rotate(self._project(x_BTD, name), *rotations) for name in ("query", "key"))
+        q_BTHA, k_BTJA = (rotate(self._project(x_BTD, name), *turns) for name in ("query", "key"))
         return q_BTHA, k_BTJA, self._project(x_BTD, "value")
 
     def attend(
@@ -70,7 +109,7 @@ class GroupedAttention(nnx.Module):
         scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
         # the most negative finite number, not -inf: a row that sees nothing must not become NaN
         scores_BJGTU = jnp.where(visible_BTU[:, None, None], scores_BJGTU, jnp.finfo(scores_BJGTU.dtype).min)
-        weights_BJGTU = dropout(jax.nn.softmax(scores_BJGTU, axis=-1).astype(dtype), config.attention_dropout, key)
+        weights_BJGTU = dropout(jax.nn.softmax(scores_BJGTU, axis=-1).astype(dtype), config.dropout, key)
         heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
         return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD

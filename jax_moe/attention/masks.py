@@ -6,7 +6,7 @@ from jax_moe.dims import Array, Bool, Int
 
 
 def visible_positions(
-    position_T: Int[Array, " T"], num_positions: int, window: Int[Array, ""] | None, mask_BU: Bool[Array, "B U"] | None
+    position_T: Int[Array, " T"], num_positions: int, window: int | None, mask_BU: Bool[Array, "B U"] | None
 ) -> Bool[Array, "b T U"]:
     """Whether T may look at U, one of `num_positions`: not ahead, not at padding, less than `window` back."""
     back_TU = position_T[:, None] - jnp.arange(num_positions)

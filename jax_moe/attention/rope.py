@@ -86,11 +86,21 @@ def _pair_that_turns(turns: float, config: RopeConfig, head_dim: int) -> float:
 
 
 def rotations(
-    position_BT: Int[Array, "B T"], config: RopeConfig, head_dim: int, dtype: jnp.dtype
+    position_BT: Int[Array, "B T"], config: RopeConfig, head_dim: int, dtype: jnp.dtype,
+    length: Int[Array, ""] | None = None, longest: int = 0,
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
-    """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider."""
-    frequency = FREQUENCIES[config.kind](config, head_dim, position_BT.shape[1])
-    half_BTA = position_BT[..., None].astype(wide(dtype)) * jnp.asarray(frequency, wide(dtype))
+    """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider.
+
+    "dynamic" frequencies are those of a text of T positions, or of `length`, at most `longest`: in generation that of the
+    longest text, as in transformers. A key keeps the turn it was cached with; texts generated together stretch together.
+    """
+    frequencies = FREQUENCIES[config.kind]
+    if config.kind == "dynamic" and length is not None:
+        table = np.stack([frequencies(config, head_dim, one) for one in range(longest + 1)])
+        frequency = jnp.asarray(table, wide(dtype))[length]
+    else:
+        frequency = jnp.asarray(frequencies(config, head_dim, position_BT.shape[1]), wide(dtype))
+    half_BTA = position_BT[..., None].astype(wide(dtype)) * frequency
     angle_BTA = jnp.concatenate([half_BTA, half_BTA], axis=-1)
     factor = attention_factor(config)
     return (jnp.cos(angle_BTA) * factor).astype(dtype), (jnp.sin(angle_BTA) * factor).astype(dtype)

@@ -1,8 +1,9 @@
 """The contracts: frozen dataclasses that both frameworks read. Standard library only."""
 
-from jax_moe.config.attention import AttentionConfig, RopeConfig
+from jax_moe.config.attention import AttentionConfig, GroupedAttentionConfig, LayerAttention, RopeConfig
 from jax_moe.config.checks import require
-from jax_moe.config.models import BlockConfig, DecoderConfig, MakeMoEConfig, Origin
+from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
+from jax_moe.config.models import BlockConfig, MakeMoEConfig, Origin
 from jax_moe.config.moe import (
     Activation,
     BalanceConfig,
@@ -23,7 +24,11 @@ __all__ = [
     "BlockConfig",
     "CapacityConfig",
     "DecoderConfig",
+    "DenseConfig",
     "ExpertConfig",
+    "GroupedAttentionConfig",
+    "LayerAttention",
+    "LayerConfig",
     "MakeMoEConfig",
     "MoEConfig",
     "Origin",

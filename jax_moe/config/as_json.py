@@ -2,29 +2,39 @@
 
 import dataclasses
 import types
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from jax_moe.config.attention import LayerAttention
 from jax_moe.config.checks import shorten
+from jax_moe.config.decoder import DecoderConfig, GroupedDecoder
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists, numbers and strings; a Fraction as "29/100"."""
+    """Plain dicts, lists, numbers and strings; a Fraction as "29/100". A decoder is its shorthand where it has one."""
+    if isinstance(config, DecoderConfig):
+        config = config.shorthand or config
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, LayerAttention):
+        return {"kind": value.kind, **config_to_json(value)}
     if dataclasses.is_dataclass(value):
         return config_to_json(value)
     if isinstance(value, Fraction):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def config_from_json(kind: type, values: Any, where: str) -> Any:
     """The dataclass. Raises ValueError, beginning with `where`, for values that do not fit."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}={shorten(repr(values))}: must be an object with the fields of {kind.__name__}")
+    if kind is DecoderConfig and "layers" not in values:
+        return _checked(where, config_from_json(GroupedDecoder, values, where).config)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = [name for name in values if name not in fields]
     required = [
@@ -38,10 +48,23 @@ def config_from_json(kind: type, values: Any, where: str) -> Any:
         raise ValueError(f"{where}: {'; '.join(faults)} (fields of {kind.__name__})")
     hints = get_type_hints(kind)
     built = {name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    return _checked(where, partial(kind, **built))
+
+
+def _checked(where: str, make: Callable[[], Any]) -> Any:
+    """What is made, an error beginning with `where`."""
     try:
-        return kind(**built)
+        return make()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _attention(value: dict, where: str) -> Any:
+    """The contract of the kind that the object names."""
+    kinds = {one.kind: one for one in LayerAttention.__subclasses__()}
+    if value.get("kind") not in kinds:
+        raise ValueError(f"{where}.kind={value.get('kind')!r}: must be one of {', '.join(map(repr, kinds))}")
+    return config_from_json(kinds[value["kind"]], {name: one for name, one in value.items() if name != "kind"}, where)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -50,6 +73,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     nested = [option for option in options if dataclasses.is_dataclass(option)]
     if value is None and type(None) in options:
         return None
+    if LayerAttention in nested and isinstance(value, dict):
+        return _attention(value, where)
     if nested and isinstance(value, dict):
         fitting = [n for n in nested if set(value) <= {f.name for f in dataclasses.fields(n)}]  # type: ignore[arg-type]
         return config_from_json((fitting or nested)[0], value, where)  # type: ignore[arg-type]

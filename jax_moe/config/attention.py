@@ -1,7 +1,8 @@
 """Contracts of attention: heads, rotation, norms."""
 
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from jax_moe.config.checks import (
     LEAST,
@@ -10,6 +11,7 @@ from jax_moe.config.checks import (
     check_positive_ints,
     check_rates,
     check_within,
+    is_int,
     require,
 )
 
@@ -77,3 +79,61 @@ class RopeConfig:
             check_positive_ints(original_max_positions=self.original_max_positions)
         above = self.high_freq_factor > self.low_freq_factor
         require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAttention:
+    """What the attention of a decoder's layer must say of itself; each kind is a subclass, its module in `jax_moe.attention`."""
+
+    kind: ClassVar[str] = ""
+
+    model_dim: int
+
+    def stored(self) -> "LayerAttention":
+        """This contract without what leaves the parameters as they are: layers that agree in it are stacked together."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedAttentionConfig(LayerAttention):
+    """Grouped-query attention with rotary positions, as the Hugging Face decoders have it."""
+
+    kind: ClassVar[str] = "grouped"
+
+    num_heads: int
+    num_kv_heads: int  # each serves num_heads / num_kv_heads query heads
+    head_dim: int  # may differ from model_dim / num_heads
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    window: int | None = None  # a position sees itself and the window - 1 before it
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Norm = "none"  # RMSNorm of queries and keys: each head (Qwen3), or before the split into heads (OLMoE)
+    norm_eps: float = 1e-6  # of these norms
+    clip_qkv: float | None = None  # queries, keys and values to within +- this (OLMoE)
+    multiplier: float | None = None  # on q.k (None: head_dim**-0.5)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_positive_ints(**{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")})
+        heads, width = self.num_heads, self.head_dim
+        require(heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={heads}")
+        require(width % 2 == 0, "head_dim", width, "even (rotary embeddings turn pairs)")
+        stretched = self.rope.kind not in ("dynamic", "yarn") or width > 2
+        require(stretched, "head_dim", width, f"above 2 for rope kind {self.rope.kind!r}")
+        window = self.window
+        require(window is None or (is_int(window) and window >= 1), "sliding_window", window, "None or at least 1")
+        check_flags(self, "qkv_bias", "output_bias")
+        check_rates(attention_dropout=self.dropout)
+        check_within(LEAST, norm_eps=self.norm_eps)
+        check_within(LEAST, optional=True, clip_qkv=self.clip_qkv, attention_multiplier=self.multiplier)
+
+    @property
+    def score_scale(self) -> float:
+        """What q.k is multiplied with."""
+        return self.head_dim**-0.5 if self.multiplier is None else self.multiplier
+
+    def stored(self) -> "GroupedAttentionConfig":
+        """Heads, biases and norms alone."""
+        plain: dict = {"rope": RopeConfig(), "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
+        return dataclasses.replace(self, **plain)

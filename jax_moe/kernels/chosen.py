@@ -5,9 +5,14 @@ choices than experts, as in generation. With more choices `grouped` reads each e
 rows.
 """
 
-from jax_moe.config.moe import MoEConfig
-from jax_moe.dims import Array, Float
+from collections.abc import Callable
+
+import jax
+
+from jax_moe.config.moe import ExpertConfig, MoEConfig
+from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import Moves, Slots
+from jax_moe.experts import Weights, expert_ffn, take_experts
 from jax_moe.kernels.moves import combine_choices
 from jax_moe.routing import Routing
 
@@ -28,3 +33,25 @@ def chosen_dispatch(
         x_RD = (x_RD * slots.weight_GSK.reshape(-1, 1)).astype(x_RD.dtype)
     y_R1D = moves.dropout(moves.apply(x_RD[:, None], routing.expert_GSK.reshape(-1)))
     return combine_choices(y_R1D.reshape(G, S, K, D), slots, moves)
+
+
+def experts_in_place(weights: Weights, first: Int[Array, ""], config: ExpertConfig) -> Callable[[Array, Array], Array]:
+    """(x_R1D, expert_R) -> y_R1D, each row with its own expert, number `first` + expert_R of the weights.
+
+    On CPU one row after the other: a gather of [R, D, F] would write all that it reads and read it again.
+    """
+
+    def one_by_one(x_R1D: Array, expert_R: Array) -> Array:
+        def row(each: tuple[Array, Array]) -> Array:
+            x_1D, expert = each
+            own = {name: jax.lax.dynamic_slice_in_dim(w, expert, 1) for name, w in weights.items()}
+            return expert_ffn(x_1D[None], own, config)[0]
+
+        return jax.lax.map(row, (x_R1D, expert_R))
+
+    def together(x_R1D: Array, expert_R: Array) -> Array:
+        return expert_ffn(x_R1D, take_experts(weights, expert_R), config)
+
+    return lambda x_R1D, expert_R: jax.lax.platform_dependent(
+        x_R1D, first + expert_R, cpu=one_by_one, default=together
+    )

@@ -13,7 +13,7 @@ from jax_moe.config.moe import SoftMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dropout import fold
 from jax_moe.losses import MoEStats
-from jax_moe.moe import MoE
+from jax_moe.moe import MoE, MoEOutput
 from jax_moe.norms import layer_norm
 from jax_moe.shapes import Dim, Sizes
 from jax_moe.soft_moe import SoftMoE
@@ -41,6 +41,14 @@ def checked_draws(
     else:
         sizes |= dims_of_settings(config.moe, E="num_experts", K="top_k")
     return Randomness(**checked(sizes, leading, **draws._asdict()))
+
+
+class BlockOutput(NamedTuple):
+    """What one call of a block computes."""
+
+    y_BTD: Float[Array, "B T D"]
+    moe: MoEOutput | None = None  # None for Soft MoE
+    stages: dict[str, Array] | None = None  # every intermediate value by name, where asked for
 
 
 class Block(nnx.Module):
@@ -74,17 +82,38 @@ class Block(nnx.Module):
 
         Raises ValueError for an array of another kind or shape.
         """
+        output = self.run(
+            x_BTD, key=key, training=training, mask_BT=mask_BT, randomness=randomness, capacity_limit=capacity_limit
+        )
+        return output.y_BTD, None if output.moe is None else output.moe.stats
+
+    def run(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        randomness: Randomness | None = None,
+        watch: bool = False,
+        **arrays: Array | None,
+    ) -> BlockOutput:
+        """All that a call computes. Arguments as in a call and, as in `MoE`, `expert_BTK`; `watch` also hands out every stage."""
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
         draws = checked_draws(randomness, self.config, sizes)
-        x_BTD += self.attention(
-            self.attention_norm(x_BTD).astype(x_BTD.dtype), key=fold(key, 0) if training else None, mask_BT=mask_BT,
+        normed_BTD = self.attention_norm(x_BTD).astype(x_BTD.dtype)
+        attended_BTD = self.attention(
+            normed_BTD, key=fold(key, 0) if training else None, mask_BT=mask_BT,
             attention_keep_BHTU=draws.attention_keep_BHTU, output_keep_BTD=draws.output_keep_BTD,
         )
-        normed_BTD = self.moe_norm(x_BTD).astype(x_BTD.dtype)
+        x_BTD += attended_BTD
+        ffn_BTD = self.moe_norm(x_BTD).astype(x_BTD.dtype)
         if isinstance(self.moe, SoftMoE):
-            return x_BTD + self.moe(normed_BTD, mask_BT), None
-        y_BTD, stats = self.moe(
-            normed_BTD, key=fold(key, 1), training=training, mask_BT=mask_BT, noise_BTE=draws.noise_BTE,
-            keep_BTKD=draws.expert_keep_BTKD, capacity_limit=capacity_limit,
+            return BlockOutput(x_BTD + self.moe(ffn_BTD, mask_BT))
+        output = self.moe.run(
+            ffn_BTD, key=fold(key, 1), training=training, mask_BT=mask_BT, noise_BTE=draws.noise_BTE,
+            keep_BTKD=draws.expert_keep_BTKD, watch=watch, **arrays,
         )
-        return x_BTD + y_BTD, stats
+        y_BTD = x_BTD + output.y_BTD
+        own = {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": y_BTD}
+        return BlockOutput(y_BTD, output, None if output.stages is None else {**output.stages, **own})

@@ -1,12 +1,12 @@
 """One decoder for the Hugging Face mixture-of-experts families; a family is a `DecoderConfig` and a table of names.
 
-Layers are stacked and scanned. Where mixtures and dense layers alternate, the shortest repeated unit of layers is
-the scan's step, so that compile time does not grow with depth.
+Layers are stacked and scanned (`models.stack`): the shortest repeated unit of layers with equal contracts is the scan's step, so
+that compile time does not grow with depth.
 """
 
-import dataclasses
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,83 +14,41 @@ import numpy as np
 from flax import nnx
 
 from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_input, dims_of_settings
-from jax_moe.attention.grouped import GroupedAttention, Rotations
-from jax_moe.attention.masks import visible_positions
-from jax_moe.attention.rope import rotations
-from jax_moe.config.models import DecoderConfig, Origin
+from jax_moe.attention import kind_of
+from jax_moe.attention.positions import Positions, whole_call
+from jax_moe.config.attention import LayerAttention
+from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
+from jax_moe.config.models import Origin
+from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
 from jax_moe.initializers import rounded
 from jax_moe.losses import MoEStats
+from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm
-from jax_moe.parameters import parameter, stacked
-from jax_moe.remat import Remat, rematerialised
+from jax_moe.parameters import of_role, parameter, stacked
+from jax_moe.remat import Remat
 from jax_moe.shapes import Dim, dims_of
 
 
-def repeated_units(kinds: str) -> list[tuple[str, int]]:
-    """`kinds` as (unit, repeats) runs, each the one that covers most from where the last ended.
-
-    >>> repeated_units("DMMDMDM")
-    [('D', 1), ('M', 2), ('DM', 2)]
-    """
-    runs, start = [], 0
-    while start < len(kinds):
-        best = (kinds[start], 1)
-        for size in range(1, (len(kinds) - start) // 2 + 1):
-            unit, count = kinds[start : start + size], 1
-            while kinds[start + count * size : start + (count + 1) * size] == unit:
-                count += 1
-            if count > 1 and size * count > len(best[0]) * best[1]:
-                best = (unit, count)
-        runs.append(best)
-        start += len(best[0]) * best[1]
-    return runs
-
-
-def layer_units(config: DecoderConfig) -> list[tuple[str, int]]:
-    """The layers as runs of a repeated unit of dense layers (D) and mixtures (M)."""
-    return repeated_units("".join("D" if i in config.dense_layers else "M" for i in range(config.num_layers)))
-
-
-def after_units(start: dict[str, int], unit: str, count: int) -> dict[str, int]:
-    """How many layers (A), mixtures (M) and dense layers (D) lie before what follows the run."""
-    return {letter: n + count * (len(unit) if letter == "A" else unit.count(letter)) for letter, n in start.items()}
-
-
-def layer_windows(config: DecoderConfig) -> Int[Array, " L"] | None:
-    """How far back each layer sees; None where no layer has a window."""
-    if config.sliding_window is None:
-        return None
-    windows = [config.sliding_window if i in config.sliding_layers else 2**30 for i in range(config.num_layers)]
-    return jnp.asarray(windows, jnp.int32)
-
-
-class DecoderOutput(NamedTuple):
-    """What one call of a decoder computes; L counts the layers with a mixture."""
-
-    logits_BTV: Float[Array, "B T V"]  # in the weights' dtype
-    stats: MoEStats  # each field with a leading L
-    expert_LBTK: Int[Array, "L B T K"]  # the experts every token was sent to, best first
-
-
 class Attend(nnx.Module):
-    """What every layer has: two norms and attention between them."""
+    """What every layer has: two norms and attention of some kind between them."""
 
-    def __init__(self, config: DecoderConfig, **kwargs: Any):
-        norm = (config.model_dim, config.norm_eps, kwargs["param_dtype"])
+    def __init__(self, contract: LayerAttention, norm_eps: float, **kwargs: Any):
+        norm = (contract.model_dim, norm_eps, kwargs["param_dtype"])
         self.attention_norm = RMSNorm(*norm)
-        self.attention = GroupedAttention(config, **kwargs)
+        self.attention = kind_of(contract)(contract, **kwargs)
         self.ffn_norm = RMSNorm(*norm)
 
 
 class Decoder(nnx.Module):
     """Embedding, blocks, a final norm and a head.
 
-    Parameters of `blocks` (norms, attention) have a leading L, those of `moe` and `dense` a leading count of such layers.
+    Parameters of `blocks` (norms, attention), `moe` and `dense` are stacked: their leading dim counts the layers of
+    `config.stacks`.
     `origin` is the checkpoint that it was loaded from, whose names and config.json `save_pretrained` writes again.
     """
 
@@ -104,12 +62,9 @@ class Decoder(nnx.Module):
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)
         self.embedding = parameter(init(rngs.params(), shape, param_dtype), "V D", "embedding")
-        self.blocks = stacked(lambda rngs: Attend(config, rngs=rngs, **kwargs), rngs, config.num_layers, "L")
-        self.moe = stacked(lambda rngs: MoE(config.moe, rngs=rngs, **kwargs), rngs, len(config.moe_layers), "L")
-        if config.dense_layers:
-            dense = (1, config.model_dim, config.dense_dim, _dense(config))
-            make = lambda rngs: Experts(*dense, role="shared", rngs=rngs, **kwargs)  # noqa: E731
-            self.dense = stacked(make, rngs, len(config.dense_layers), "L")
+        for name, layers in config.stacks.items():
+            make = partial(_part, config.layers[layers[0]], name, config.norm_eps, kwargs)
+            setattr(self, name, stacked(make, rngs, len(layers), "L"))
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps, param_dtype)
         if not config.tied_embeddings:
             self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
@@ -133,13 +88,14 @@ class Decoder(nnx.Module):
         position_BT: Int[Array, "B T"] | None = None,
         expert_LBTK: Int[Array, "L B T K"] | None = None,
         remat: Remat = "none",
-    ) -> DecoderOutput:
+        watch: bool = False,
+    ) -> ModelOutput:
         """All that a call computes.
 
         Without a key deterministic; with one and `training` the contract's dropout and jitter. `mask_BT` is False at
         padding, left or right; logits there mean nothing. Positions count from 0 with the padding, unless given.
-        `expert_LBTK` replays choices, as another run's `DecoderOutput` has them. `remat`: what each repeated unit of layers
-        keeps for a gradient.
+        `expert_LBTK` replays choices, as another run's `ModelOutput` has them. `remat`: what each repeated unit of layers
+        keeps for a gradient. `watch` also hands out every intermediate stage.
         Raises ValueError for a token outside the vocabulary, an expert that is not there, or an array of another kind or shape.
         """
         self.check_tokens(tokens_BT)
@@ -153,11 +109,14 @@ class Decoder(nnx.Module):
         x_BTD = self.embed(tokens_BT)
         if position_BT is None:
             position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        turns = rotations(position_BT, config.rope, config.head_dim, x_BTD.dtype)
-        x_BTD, (stats, expert_LBTK), _ = self.layers(
-            x_BTD, turns, mask_BT, key=key, training=training, expert_LBTK=expert_LBTK, remat=remat
+        positions = whole_call(tokens_BT.shape[1], position_BT, mask_BT)
+        y_BTD, _, found = self.layers(
+            x_BTD, positions, key=key, training=training, expert_LBTK=expert_LBTK, remat=remat, watch=watch
         )
-        return DecoderOutput(self.logits(x_BTD), stats, expert_LBTK)
+        normed_BTD = self.final_norm(y_BTD)
+        logits_BTV, stats, expert_LBTK = self.compare(normed_BTD), found.pop("stats"), found.pop("expert_LBTK")
+        stages = {"embedding": x_BTD, **found, "final_norm": normed_BTD} if watch else None
+        return ModelOutput(logits_BTV, stats, expert_LBTK, stages)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What goes into the first layer."""
@@ -167,77 +126,45 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What comes out of the last layer, normed and compared with every token."""
-        x_BTD = self.final_norm(x_BTD)
+        return self.compare(self.final_norm(x_BTD))
+
+    def compare(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Normed vectors compared with every token."""
         kernel_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         logits_BTV = x_BTD @ kernel_DV.astype(x_BTD.dtype)
         divisor = self.config.logits_divisor
         return logits_BTV if divisor == 1 else logits_BTV / divisor
 
     def layers(
-        self, x_BTD: Float[Array, "B T D"], turns: Rotations, mask_BT: Bool[Array, "B T"] | None = None, *,
-        key: PRNGKeyArray | None = None, training: bool = False, keep_heads: bool = False,
-        expert_LBTK: Int[Array, "L B T K"] | None = None, remat: Remat = "none",
-    ) -> tuple[Array, tuple[MoEStats, Array], tuple[Array, Array] | None]:
-        """The last layer's output, statistics and choices, and with `keep_heads` keys and values [L, B, T, J, A].
+        self, x_BTD: Float[Array, "B T D"], positions: Positions, memory: dict[str, Any] | None = None, *,
+        key: PRNGKeyArray | None = None, training: bool = False, expert_LBTK: Int[Array, "L B T K"] | None = None,
+        remat: Remat = "none", watch: bool = False, in_place: bool = False,
+    ) -> tuple[Array, dict[str, Any] | None, dict[str, Any]]:
+        """The last layer's output; `memory`, the caches by stack, with these positions in it; and by name what layers hand out.
 
-        One scan for every run of a repeated unit of dense layers (D) and mixtures (M).
+        `in_place` reads weights where they lie, and of few tokens only the chosen experts': for a step of generation.
         """
         config = self.config
-        stacks = {"A": self.blocks, "M": self.moe} | ({"D": self.dense} if config.dense_layers else {})
-        position_T = jnp.arange(x_BTD.shape[1])
-        graphs: dict[str, Any] = {}
-        weights: dict[str, Any] = {}
-        for letter, stack in stacks.items():
-            graphs[letter], weights[letter] = nnx.split(stack)
-        weights["M"] = (weights["M"], expert_LBTK)
-        weights["W"] = layer_windows(config)
-        weights["K"] = None if key is None else jax.random.split(key, config.num_layers)
-
-        def step(unit: str, x_BTD: Array, scanned: list) -> tuple[Array, Any]:
-            reports, heads = [], []
-            for letter, (layer, ffn) in zip(unit, scanned, strict=True):
-                block = nnx.merge(graphs["A"], layer["A"])
-                visible = visible_positions(position_T, position_T.size, layer["W"], mask_BT)
-                key = layer["K"]
-                q, k, v = block.attention.project(block.attention_norm(x_BTD), turns)
-                heads += [(k, v)] if keep_heads else []
-                x_BTD = self.add(x_BTD, block.attention.attend(q, k, v, visible, fold(key, 0) if training else None))
-                params, replay = ffn if letter == "M" else (ffn, None)
-                module = nnx.merge(graphs[letter], params)
-                y_BTD, report = self._ffn(block.ffn_norm(x_BTD), module, fold(key, 1), training, mask_BT, replay)
-                x_BTD = self.add(x_BTD, y_BTD)
-                reports += [] if report is None else [report]
-            return x_BTD, [jax.tree.map(lambda *each: jnp.stack(each), *found) if found else None for found in (reports, heads)]
-
-        start, collected = dict.fromkeys("ADM", 0), []
-        for unit, count in layer_units(config):
-            scanned = [_layer_weights(weights, unit, place, start, count) for place in range(len(unit))]
-            x_BTD, found = jax.lax.scan(rematerialised(partial(step, unit), remat), x_BTD, scanned)
-            start = after_units(start, unit, count)
-            collected.append(jax.tree.map(lambda each: each.reshape(each.shape[0] * each.shape[1], *each.shape[2:]), found))
-        reports, heads = ([each for each in one if each is not None] for one in zip(*collected, strict=True))
-        kept = jax.tree.map(lambda *each: jnp.concatenate(each), *heads) if keep_heads else None
-        return x_BTD, jax.tree.map(lambda *each: jnp.concatenate(each), *reports), kept
+        parts = {name: nnx.split(getattr(self, name), of_role("expert"), ...) for name in config.stacks}
+        stacks: dict[str, Any] = {name: (experts, others) for name, (_, experts, others) in parts.items()}
+        through: dict[str, Any] = {}
+        if in_place:  # a layer's slice of the stacked experts would copy them all: those of all layers are numbered through
+            through = {name: jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), each[1]) for name, each in parts.items()}
+            stacks = {name: (None, others) for name, (_, others) in stacks.items()}
+        stacks |= {"key": None if key is None else jax.random.split(key, config.num_layers), "replay": expert_LBTK}
+        step = _Step(
+            model=self, graphs={name: graph for name, (graph, _, _) in parts.items()}, through=through, positions=positions,
+            training=training, watch=watch, in_place=in_place, shared={
+                contract: kind_of(contract).shared(contract, positions, x_BTD.dtype)
+                for contract in dict.fromkeys(layer.attention for layer in config.layers)
+            },
+        )
+        return walk(step, _plans(config), stacks, x_BTD, memory, remat=remat, in_place=in_place)
 
     def add(self, x_BTD: Array, y_BTD: Array) -> Array:
         """The residual stream with half a block's answer."""
         multiplier = self.config.residual_multiplier
         return x_BTD + (y_BTD if multiplier == 1 else y_BTD * multiplier)
-
-    def _ffn(
-        self, x_BTD: Array, ffn: MoE | Experts, key: Array | None, training: bool, mask_BT: Array | None,
-        replay_BTK: Array | None,
-    ) -> tuple[Array, tuple[MoEStats, Array] | None]:
-        if isinstance(ffn, Experts):
-            return self.dense_answer(x_BTD, ffn), None
-        y_BTD, stats, routing = ffn.with_routing(x_BTD, key=key, training=training, mask_BT=mask_BT, expert_BTK=replay_BTK)
-        expert_BTK = merge_groups(routing.expert_GSK, *x_BTD.shape[:2])
-        return y_BTD, (stats, expert_BTK)
-
-    def dense_answer(self, x_BTD: Array, ffn: Experts) -> Array:
-        """A dense layer's FFN."""
-        flat = x_BTD.reshape(1, -1, x_BTD.shape[-1])
-        return expert_ffn(flat, ffn.weights(), _dense(self.config)).reshape(x_BTD.shape)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
         """Raises ValueError for what is no array of integers [B, T], an empty text or, outside jit, a token that is not in the
@@ -248,20 +175,74 @@ class Decoder(nnx.Module):
         check_vocabulary(tokens_BT, self.config.vocab_size)
 
 
-def _layer_weights(weights: dict[str, Any], unit: str, place: int, start: dict[str, int], count: int) -> tuple[dict, Any]:
-    """What the scan's steps need for the unit's layer number `place`: every len(unit)-th block, and likewise its FFN."""
-    letter = unit[place]
-    places = {"A": (place, len(unit)), letter: (unit[:place].count(letter), unit.count(letter))}
-
-    def rows(tree: Any, stack: str) -> Any:
-        offset, stride = places[stack]
-        first = start[stack] + offset
-        whole = first == 0 and stride == 1
-        return jax.tree.map(lambda w: w if whole and w.shape[0] == count else w[first : first + count * stride : stride], tree)
-
-    return {name: rows(weights[name], "A") for name in "AWK"}, rows(weights[letter], letter)
+def _part(layer: LayerConfig, stack: str, norm_eps: float, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """A layer's part of that stack."""
+    if stack.startswith("blocks"):
+        return Attend(layer.attention, norm_eps, rngs=rngs, **kwargs)
+    if isinstance(layer.ffn, DenseConfig):
+        return Experts(1, layer.ffn.model_dim, layer.ffn.dim, layer.ffn.expert, role="shared", rngs=rngs, **kwargs)
+    return MoE(layer.ffn, rngs=rngs, **kwargs)
 
 
-def _dense(config: DecoderConfig) -> Any:
-    """The FFN of a dense layer: an expert's, without shared experts and gates."""
-    return dataclasses.replace(config.moe.expert, shared_dim=0, shared_gate=False, dropout=0.0)
+def _plans(config: DecoderConfig) -> list[LayerPlan]:
+    """Every layer's contract, and the stacks it has a row in."""
+    names = [[name for name, layers in config.stacks.items() if i in layers] for i in range(config.num_layers)]
+    replayed = [("replay",) if isinstance(layer.ffn, MoEConfig) else () for layer in config.layers]
+    return [
+        LayerPlan(layer, (*own, "key", *more)) for layer, own, more in zip(config.layers, names, replayed, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is the same in every layer of a walk; called, one layer of it."""
+
+    model: Decoder
+    graphs: dict[str, nnx.GraphDef]
+    through: dict[str, Any]  # experts of all layers by stack, where they are read in place
+    positions: Positions
+    shared: dict[LayerAttention, Any]
+    training: bool
+    watch: bool
+    in_place: bool
+
+    def __call__(self, x_BTD: Array, memory: Any, layer: Layer) -> tuple[Array, Any, dict[str, Any]]:
+        """x += attention(norm(x)); x += ffn(norm(x)). What is handed out besides: statistics, choices and stages."""
+        contract: Any = layer.plan.contract
+        name, ffn_name = layer.plan.stacks[:2]
+        key, block, ffn = layer.rows["key"], self._module(name, layer), self._module(ffn_name, layer)
+        block.attention.config = contract.attention  # a stack's layers may differ in what leaves parameters alone
+        normed_BTD = block.attention_norm(x_BTD)
+        attended_BTD, cache = block.attention(
+            normed_BTD, self.positions, self.shared[contract.attention], fold(key, 0) if self.training else None,
+            None if memory is None else (memory[name], layer.numbers[name]),
+        )
+        x_BTD = self.model.add(x_BTD, attended_BTD)
+        ffn_BTD = block.ffn_norm(x_BTD)
+        if isinstance(ffn, MoE):
+            y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer)
+        else:
+            y_BTD = expert_ffn(ffn_BTD.reshape(1, -1, ffn_BTD.shape[-1]), ffn.weights(), contract.ffn.expert)
+            y_BTD = y_BTD.reshape(ffn_BTD.shape)
+            found = {"combined": y_BTD} if self.watch else {}
+        x_BTD = self.model.add(x_BTD, y_BTD)
+        if self.watch:
+            found |= {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": x_BTD}
+        return x_BTD, None if memory is None else {**memory, name: cache}, found
+
+    def _module(self, name: str, layer: Layer) -> Any:
+        """The layer's module of a stack."""
+        experts, others = layer.rows[name]
+        return nnx.merge(self.graphs[name], self.through.get(name, experts), others)
+
+    def _mixture(self, ffn: MoE, x_BTD: Array, key: Array | None, layer: Layer) -> tuple[Array, dict[str, Any]]:
+        """The answer of a layer's mixture, and what it hands out: nothing in a step of generation."""
+        first = layer.numbers[layer.plan.stacks[1]] * ffn.config.num_experts if self.in_place else None
+        output = ffn.run(
+            x_BTD, key=key, training=self.training, mask_BT=self.positions.mask_BT, expert_BTK=layer.rows["replay"],
+            watch=self.watch, first_expert=first,
+        )
+        if self.in_place:
+            return output.y_BTD, {}
+        expert_BTK = merge_groups(output.routing.expert_GSK, *x_BTD.shape[:2])
+        return output.y_BTD, {"stats": output.stats, "expert_LBTK": expert_BTK, **(output.stages or {})}

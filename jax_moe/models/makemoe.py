@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_moe.arrays import check_vocabulary, checked, checked_input, dims_of_settings
+from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_input, dims_of_settings
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from jax_moe.dispatch import merge_groups
 from jax_moe.initializers import rounded, uniform
 from jax_moe.losses import MoEStats
 from jax_moe.models.block import Block, Randomness, checked_draws
+from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.norms import layer_norm
 from jax_moe.parameters import declare, stacked
-from jax_moe.remat import Remat, rematerialised
+from jax_moe.remat import Remat
 from jax_moe.shapes import dims_of
 
 
@@ -47,10 +49,15 @@ class MakeMoE(nnx.Module):
         self.head = declare(head, "head", kernel="D V", bias="V")
 
     def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: object) -> Float[Array, "B T V"]:
-        """Logits; arguments as in `logits_and_stats`."""
-        return self.logits_and_stats(tokens_BT, **kwargs)[0]  # type: ignore[arg-type]
+        """Logits; arguments as in `run`."""
+        return self.run(tokens_BT, **kwargs).logits_BTV  # type: ignore[arg-type]
 
-    def logits_and_stats(
+    def logits_and_stats(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> tuple[Float[Array, "B T V"], MoEStats]:
+        """Logits and the statistics of every layer; arguments as in `run`."""
+        output = self.run(tokens_BT, **kwargs)
+        return output.logits_BTV, output.stats
+
+    def run(
         self,
         tokens_BT: Int[Array, "B T"],
         *,
@@ -58,18 +65,24 @@ class MakeMoE(nnx.Module):
         training: bool = True,
         mask_BT: Bool[Array, "B T"] | None = None,
         randomness: Randomness | None = None,
+        expert_LBTK: Int[Array, "L B T K"] | None = None,
         capacity_limit: Int[Array, ""] | None = None,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "B T V"], MoEStats]:
-        """Logits of the next character, and the statistics of every layer (leading L).
+        watch: bool = False,
+    ) -> ModelOutput:
+        """All that a call computes: logits of the next character, and of every layer (leading L) statistics and choices.
 
         Without a key deterministic; with one the contract's noise and, when training, dropout. `randomness` gives the
-        draws instead, each with a leading L. `remat`: what each layer keeps for a gradient. Raises ValueError for T above
-        block_size, a token outside the vocabulary, or an array of another kind or shape.
+        draws instead, each with a leading L; `expert_LBTK` replays choices. `remat`: what each layer keeps for a gradient.
+        `watch` also hands out every intermediate stage. Raises ValueError for T above block_size, a token outside the
+        vocabulary, an expert that is not there, or an array of another kind or shape.
         """
         self.check_tokens(tokens_BT)
-        sizes = dims_of("tokens_BT", tokens_BT.shape) | dims_of_settings(self.config, L="num_layers")
-        mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
+        if expert_LBTK is not None:
+            check_choices("expert_LBTK", expert_LBTK, self.config.num_experts, mask_BT)
+        sizes = dims_of("tokens_BT", tokens_BT.shape) | dims_of_settings(self.config, L="num_layers", K="top_k")
+        given = checked(sizes, mask_BT=mask_BT, expert_LBTK=expert_LBTK)
+        mask_BT = given.get("mask_BT")
         if randomness is not None:
             randomness = checked_draws(randomness, self.config.block, sizes, "L")
         # not by calling nnx.Embed: it answers in the dtype it was made in, whatever dtype its weights were cast to
@@ -77,16 +90,23 @@ class MakeMoE(nnx.Module):
         x_BTD = jnp.take(tokens_VD, tokens_BT, axis=0) + jnp.take(positions_TD, jnp.arange(tokens_BT.shape[1]), axis=0)
         graphdef, weights = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
+        stacks = {"blocks": weights, "key": keys, "draws": randomness, "replay": given.get("expert_LBTK")}
 
-        def layer(x_BTD: Array, scanned: tuple) -> tuple[Array, Any]:
-            weights, key, draws = scanned
-            block = nnx.merge(graphdef, weights)
-            return block(
-                x_BTD, key=key, training=training, mask_BT=mask_BT, randomness=draws, capacity_limit=capacity_limit
+        def step(x_BTD: Array, memory: None, layer: Layer) -> tuple[Array, None, dict[str, Any]]:
+            rows, block = layer.rows, nnx.merge(graphdef, layer.rows["blocks"])
+            output = block.run(
+                x_BTD, key=rows["key"], training=training, mask_BT=mask_BT, randomness=rows["draws"],
+                capacity_limit=capacity_limit, expert_BTK=rows["replay"], watch=watch,
             )
+            assert output.moe is not None
+            expert_BTK = merge_groups(output.moe.routing.expert_GSK, *x_BTD.shape[:2])
+            return output.y_BTD, None, {"stats": output.moe.stats, "expert_LBTK": expert_BTK, **(output.stages or {})}
 
-        x_BTD, stats = jax.lax.scan(rematerialised(layer, remat), x_BTD, (weights, keys, randomness))
-        return self.head(self.final_norm(x_BTD).astype(x_BTD.dtype)), stats
+        plans = [LayerPlan(self.config.block, tuple(stacks))] * self.config.num_layers
+        y_BTD, _, found = walk(step, plans, stacks, x_BTD, remat=remat)
+        normed_BTD, stats, chosen_LBTK = self.final_norm(y_BTD).astype(y_BTD.dtype), found.pop("stats"), found.pop("expert_LBTK")
+        stages = {"embedding": x_BTD, **found, "final_norm": normed_BTD} if watch else None
+        return ModelOutput(self.head(normed_BTD), stats, chosen_LBTK, stages)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
         """Raises ValueError for what is no array of integers [B, T], a sequence that is too long or, outside jit, a token

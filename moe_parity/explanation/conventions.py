@@ -73,9 +73,9 @@ def conventions_of(module: nnx.Module) -> list[Convention]:
     if kinds & {RMSNorm, nnx.LayerNorm}:
         candidates += [Convention(f"norm_eps={eps:g}", "norm_eps", partial(_norm_eps, eps)) for eps in NORM_EPS]
     if GroupedAttention in kinds:
-        candidates += [*rotary(), *_scores("attention_multiplier", GroupedAttention)]
+        candidates += [*rotary(), *_scores(_multiplier)]
     if Attention in kinds:
-        candidates += [*_scores("scale", Attention)]
+        candidates += [*_scores(_scale)]
     return [convention for convention in candidates if _allowed(module, convention)]
 
 
@@ -105,7 +105,7 @@ def _moe_field(part: str, name: str, value: object, module: nnx.Module) -> None:
     for layer in _parts(module, MoE):
         layer.config = replaced(layer.config)
     if isinstance(module, Decoder):  # its pooled balance loss reads the decoder's config
-        module.config = dataclasses.replace(module.config, moe=replaced(module.config.moe))
+        module.config = module.config.with_moe(replaced(module.config.moe))
 
 
 def expert_weights() -> Iterator[Convention]:
@@ -160,17 +160,20 @@ def _norm_eps(eps: float, module: nnx.Module) -> None:
         setattr(norm, "eps" if isinstance(norm, RMSNorm) else "epsilon", eps)
 
 
-def _scores(name: str, kind: type) -> Iterator[Convention]:
+def _scores(apply: Callable[[str, nnx.Module], None]) -> Iterator[Convention]:
     """The factor that q.k is multiplied by."""
-
-    def apply(power: str, module: nnx.Module) -> None:
-        for attention in _parts(module, kind):
-            config, width = attention.config, getattr(attention.config, power)
-            value = power if name == "scale" else width**-0.5
-            attention.config = dataclasses.replace(config, **{name: value})
-
     for power in ("head_dim", "model_dim"):
         yield Convention(f"attention scaled by {power}**-0.5", "attention scale", partial(apply, power))
+
+
+def _multiplier(power: str, module: nnx.Module) -> None:
+    assert isinstance(module, Decoder)
+    module.config = module.config.with_attention(multiplier=getattr(module.config.attention, power) ** -0.5)
+
+
+def _scale(power: str, module: nnx.Module) -> None:
+    for attention in _parts(module, Attention):
+        attention.config = dataclasses.replace(attention.config, scale=power)
 
 
 def rotary() -> Iterator[Convention]:
@@ -190,7 +193,7 @@ def rotary() -> Iterator[Convention]:
 
 def _rope(change: Mapping[str, Any], module: nnx.Module) -> None:
     assert isinstance(module, Decoder)
-    module.config = dataclasses.replace(module.config, rope=dataclasses.replace(module.config.rope, **change))
+    module.config = module.config.with_attention(rope=dataclasses.replace(module.config.rope, **change))
 
 
 def _paired_anew(inverse: bool, module: nnx.Module) -> None:

@@ -12,11 +12,11 @@ import optax
 from flax import nnx
 
 from jax_moe.dims import Array
-from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
+from jax_moe.losses import chosen_experts, pool_balance_loss
 from jax_moe.models.block import Randomness
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
-from jax_moe.moe import MoE
+from jax_moe.models.stack import ModelOutput
 from jax_moe.optimizers import adamw_as_torch, warmup_schedule
 from jax_moe.porting.state_dict import to_torch
 from jax_moe.unchosen import SkippingAdamState, flat_counts
@@ -51,30 +51,10 @@ def makemoe_loss(model: MakeMoE, part: dict[str, Array], settings: TrainSettings
     """The cross-entropy of the next token plus both router losses; experts [L, tokens, K], those with tokens [L, E]."""
     tokens = part["tokens"]
     draws = Randomness(**{name: value for name, value in part.items() if name != "tokens"})
-    logits_BTV, stats, expert_LSK = run_makemoe(model, tokens[:, :-1], draws)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens[:, 1:]).mean()
-    loss += settings.balance_loss_weight * pool_balance_loss(stats, model.config.moe)
-    return loss + settings.router_z_loss_weight * stats.router_z_loss.mean(), (expert_LSK, chosen_experts(stats))
-
-
-def run_makemoe(model: MakeMoE, tokens_BT: Array, draws: Randomness) -> tuple[Array, MoEStats, Array]:
-    """`MakeMoE.logits_and_stats`, and the experts; the compiler merges the two computations of the routing."""
-    x_BTD = model.token_embedding(tokens_BT) + model.position_embedding(jnp.arange(tokens_BT.shape[1]))
-    graphdef, weights = nnx.split(model.blocks)
-
-    def layer(x_BTD: Array, scanned: tuple[Any, Randomness]) -> tuple[Array, Any]:
-        weights, draws = scanned
-        block = nnx.merge(graphdef, weights)
-        middle_BTD = x_BTD + block.attention(
-            block.attention_norm(x_BTD), attention_keep_BHTU=draws.attention_keep_BHTU, output_keep_BTD=draws.output_keep_BTD
-        )
-        assert isinstance(block.moe, MoE)
-        routing = block.moe.routing(block.moe_norm(middle_BTD), noise_BTE=draws.noise_BTE)[1]
-        x_BTD, stats = block(x_BTD, randomness=draws)
-        return x_BTD, (stats, routing.expert_GSK.reshape(-1, routing.expert_GSK.shape[-1])[: tokens_BT.size])
-
-    x_BTD, (stats, expert_LSK) = jax.lax.scan(layer, x_BTD, (weights, draws))
-    return model.head(model.final_norm(x_BTD)), stats, expert_LSK
+    output = model.run(tokens[:, :-1], randomness=draws)
+    loss = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV, tokens[:, 1:]).mean()
+    loss += settings.balance_loss_weight * pool_balance_loss(output.stats, model.config.moe)
+    return loss + settings.router_z_loss_weight * output.stats.router_z_loss.mean(), choices(output)
 
 
 def decoder_loss(model: Decoder, part: dict[str, Array], settings: TrainSettings) -> tuple[Array, tuple[Array, Array]]:
@@ -83,8 +63,13 @@ def decoder_loss(model: Decoder, part: dict[str, Array], settings: TrainSettings
     output = model.run(tokens)
     loss = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV[:, :-1], tokens[:, 1:]).mean()
     loss += config.balance_loss_weight * pool_balance_loss(output.stats, config.moe)
-    expert_LSK = output.expert_LBTK.reshape(output.expert_LBTK.shape[0], -1, output.expert_LBTK.shape[-1])
-    return loss, (expert_LSK, chosen_experts(output.stats))
+    return loss, choices(output)
+
+
+def choices(output: ModelOutput) -> tuple[Array, Array]:
+    """The experts of every token [L, tokens, K], and which had any [L, E]."""
+    L, _, _, K = output.expert_LBTK.shape
+    return output.expert_LBTK.reshape(L, -1, K), chosen_experts(output.stats)
 
 
 class JaxTrainer:

@@ -1,4 +1,4 @@
-"""`DecoderOutput.expert_LBTK` are the choices that the answer was made with: with a key, under jitter, in uneven groups."""
+"""`ModelOutput.expert_LBTK` are the choices that the answer was made with: with a key, under jitter, in uneven groups."""
 
 import dataclasses
 from typing import Any
@@ -48,14 +48,14 @@ def test_a_replay_with_the_same_key_is_the_same_run(contract: str, training: boo
 def test_they_are_those_of_the_mixture_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every routing that was computed, seen where it is computed."""
     seen: list[Any] = []
-    real = MoE.routing
+    real = MoE._route
 
     def routing(layer: MoE, x_BTD: jax.Array, **kwargs: Any) -> Any:
         result = real(layer, x_BTD, **kwargs)
         jax.debug.callback(lambda expert: seen.append(np.asarray(expert)), result[1].expert_GSK, ordered=True)
         return result
 
-    monkeypatch.setattr(MoE, "routing", routing)
+    monkeypatch.setattr(MoE, "_route", routing)
     model = model_of("jitter")
     output = model.run(TOKENS, key=jax.random.key(3))
     jax.effects_barrier()

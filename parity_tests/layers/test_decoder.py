@@ -13,7 +13,7 @@ from flax import nnx
 from jax_moe import Decoder, DecoderConfig, presets
 from jax_moe.attention.rope import FREQUENCIES, attention_factor, powers
 from jax_moe.config.attention import RopeConfig
-from jax_moe.models.decoder import repeated_units
+from jax_moe.models.stack import repeated_units
 from parity_tests.shared.compare import check_close
 from parity_tests.shared.quick import QUICK
 
@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, 19, (2, 7))
 
 def decoder(**changes: Any) -> Decoder:
     """A small decoder with weights large enough for routing and attention to differ between tokens."""
-    config = DecoderConfig(**(SIZES | changes))
+    config = DecoderConfig.grouped(**(SIZES | changes))
     model, generator = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), np.random.default_rng(0)
     flat = nnx.to_flat_state(nnx.state(model))
     filled = [(keys, v.replace(jnp.asarray(generator.normal(size=v.shape) * 0.5, v.dtype))) for keys, v in flat]
@@ -60,7 +60,7 @@ def test_repeated_units() -> None:
 def test_program_does_not_grow_with_depth(dense: str) -> None:
     def equations(layers: int) -> int:
         where = {"none": (), "first": (0,), "every other": tuple(range(0, layers, 2))}[dense]
-        config = DecoderConfig(**(SIZES | {"num_layers": layers, "dense_layers": where, "dense_dim": 5 if where else 0}))
+        config = DecoderConfig.grouped(**(SIZES | {"num_layers": layers, "dense_layers": where, "dense_dim": 5 if where else 0}))
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
         return str(jax.make_jaxpr(lambda model: model(jnp.asarray(TOKENS)))(model)).count(" = ")
 
@@ -130,7 +130,7 @@ def test_rotary_frequencies_by_their_equations() -> None:
 ])
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DecoderConfig(**(SIZES | changes))
+        DecoderConfig.grouped(**(SIZES | changes))
 
 
 def test_tokens_outside_the_vocabulary() -> None:

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from jax_moe import Decoder, DecoderConfig, generate, presets
+from jax_moe.attention.positions import Positions
 from jax_moe.config.attention import RopeConfig
-from jax_moe.generation import cache as generation_cache
 from jax_moe.generation import loop
-from jax_moe.generation.cache import Cache, decode, prefill
+from jax_moe.generation.cache import Cache, decode, empty_cache, prefill
 from jax_moe.generation.loop import bucket
 from parity_tests.layers.test_decoder import SIZES, decoder
 from parity_tests.shared.compare import MismatchError, check_close
@@ -53,11 +53,12 @@ def cached_logits(model: Decoder, off: int = 0, blind: bool = False) -> np.ndarr
     def proceed(model: Decoder, token: jax.Array, slot: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return decode(model, token, slot, start_B, cache)
 
+    real = Positions.visible
     logits, cache = begin(model, jnp.asarray(TEXT[:, :PROMPT]))
     found = [logits]
     with pytest.MonkeyPatch.context() as patch:
         if blind:
-            patch.setattr(generation_cache, "layer_windows", lambda config: None)
+            patch.setattr(Positions, "visible", lambda self, window: real(self, None))
         for slot in range(PROMPT, LENGTH):
             logits, cache = proceed(model, jnp.asarray(TEXT[:, slot]), jnp.asarray(slot + off, jnp.int32), cache)
             found.append(logits)
@@ -83,7 +84,8 @@ def test_cached_logits_are_those_of_one_call(name: str) -> None:
 
 def test_cached_logits_in_fp64_and_planted_faults() -> None:
     with jax.enable_x64(True):
-        model = filled(lambda: Decoder(DecoderConfig(**SIZES | MODELS["windows"]), rngs=nnx.Rngs(0), param_dtype="float64"))
+        config = DecoderConfig.grouped(**SIZES | MODELS["windows"])
+        model = filled(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype="float64"))
         expected = whole_logits(model)
         compare(cached_logits(model), expected, FP64)
         for fault in ({"off": 1}, {"blind": True}):
@@ -201,11 +203,15 @@ def test_a_capacity_is_refused() -> None:
 def compiled_step(num_experts: int, dispatcher: Any = "auto") -> Any:
     """The program of one step of a batch of two."""
     moe = presets.mixtral(32, 64, num_experts, 2)
-    config = DecoderConfig(**SIZES | {"model_dim": 32, "moe": dataclasses.replace(moe, dispatcher=dispatcher)})
+    config = DecoderConfig.grouped(**SIZES | {"model_dim": 32, "moe": dataclasses.replace(moe, dispatcher=dispatcher)})
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    shape = jax.ShapeDtypeStruct((3, 2, 16, 2, 4), jnp.float32)
+    return jax.jit(decode, donate_argnums=4).lower(model, *step_arguments(model)).compile()
+
+
+def step_arguments(model: Decoder) -> list[Any]:
+    """What a step of a batch of two takes, as shapes."""
     integers = [jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2,), (), (2,))]
-    return jax.jit(decode, donate_argnums=4).lower(model, *integers, Cache(shape, shape)).compile()
+    return [*integers, jax.eval_shape(lambda start_B: empty_cache(model, start_B, 16, jnp.float32), integers[2])]
 
 
 def test_a_step_does_not_touch_experts_that_were_not_chosen() -> None:
@@ -223,10 +229,9 @@ def test_a_step_does_not_touch_experts_that_were_not_chosen() -> None:
 
 def test_the_step_does_not_grow_with_depth() -> None:
     def equations(layers: int) -> int:
-        config = DecoderConfig(**SIZES | {"num_layers": layers, "dense_layers": tuple(range(0, layers, 2)), "dense_dim": 5})
+        dense = {"dense_layers": tuple(range(0, layers, 2)), "dense_dim": 5}
+        config = DecoderConfig.grouped(**SIZES | {"num_layers": layers, **dense})
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-        cache = jax.ShapeDtypeStruct((layers, 2, 16, 2, 4), jnp.float32)
-        integers = [jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2,), (), (2,))]
-        return str(jax.make_jaxpr(decode)(model, *integers, Cache(cache, cache))).count(" = ")
+        return str(jax.make_jaxpr(decode)(model, *step_arguments(model))).count(" = ")
 
     assert equations(6) == equations(24)

@@ -137,7 +137,7 @@ def test_soft_experts_are_orthogonal_with_gain_one_hundredth() -> None:
 
 SOFT = SoftMoEConfig(model_dim=64, num_experts=2, num_slots=2, hidden_dims=(16,))
 TINY = MakeMoEConfig(vocab_size=65, block_size=8, model_dim=64, num_heads=2, num_layers=1, num_experts=2)
-DECODER = DecoderConfig(
+DECODER = DecoderConfig.grouped(
     vocab_size=64, model_dim=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32,
     moe=presets.qwen2_moe(64, 32, 2, 1, shared_dim=32),
 )

@@ -40,6 +40,7 @@ JAX_ONLY = {
         "Moves.dropout": "in whatever shape a dispatcher holds answers; torch draws for one expert at a time",
         "Moves.keep": "see Moves.dropout",
         "einsum_dispatch": "the batched reference; torch loops (loop_dispatch)",
+        "single_answers": "a stage of jax-moe parity; torch's experts are modules to be watched",
         "queue_positions": "positions of all choices at once; torch walks each expert's queue (expert_queue)",
     },
     "experts.py": {
@@ -49,11 +50,14 @@ JAX_ONLY = {
     },
     "moe.py": {
         "CorrectionBias.*": "torch has buffers",
-        "MoE.with_routing": "torch has moe_forward",
-        "MoE.shared_answer": "for generation and the stages of jax-moe parity; torch has it inside its forward",
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },
     "attention/multihead.py": {"attention_weights": "all heads at once; torch has head_weights"},
+    "models/block.py": {
+        "Block.run": "hands out stages and choices; torch modules are watched from outside",
+        "BlockOutput.*": "see Block.run",
+    },
+    "models/makemoe.py": {"MakeMoE.run": "see Block.run"},
     "activations.py": {"clamp_above": "torch.clamp has the wanted gradient at the bound"},
     "arrays.py": {
         "check_limit": "torch has no capacity_limit",
@@ -118,6 +122,8 @@ DIFFERENT = {
         "expert_ffn(return)": "all experts, or one",
     },
     "moe.py": {
+        "MoE.run": "watch hands out stages, first_expert serves a step of generation",
+        "MoEOutput": "has stages; torch modules are watched from outside",
         "Router": "an annotation that torch's typing of buffers needs",
         "MoE": "roles: in jax they stand on the parameters themselves",
     },
@@ -139,7 +145,8 @@ DIFFERENT = {
     },
     "models/makemoe.py": {
         "MakeMoE.check_tokens(tokens_BT)": "jax also looks at numpy tokens, before they become int32",
-        "MakeMoE.forward": "jax hands all of logits_and_stats' arguments on",
+        "MakeMoE.forward": "jax hands all of run's arguments on",
+        "MakeMoE.logits_and_stats": "see MakeMoE.forward",
         "kaiming_normal": "jax returns an array; torch fills a module",
     },
 }

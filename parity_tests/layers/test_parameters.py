@@ -28,8 +28,8 @@ DECODER: dict[str, Any] = {
 MODULES: dict[str, Callable[[], nnx.Module]] = {
     "makemoe": lambda: jax_moe.MakeMoE(MAKEMOE),
     "soft": lambda: jax_moe.SoftMoE(SOFT),
-    "decoder": lambda: jax_moe.Decoder(jax_moe.DecoderConfig(**DECODER, qk_norm="per_head"), rngs=nnx.Rngs(0)),
-    "wide norms": lambda: jax_moe.Decoder(jax_moe.DecoderConfig(**DECODER, qk_norm="full_width"), rngs=nnx.Rngs(0)),
+    "decoder": lambda: jax_moe.Decoder(jax_moe.DecoderConfig.grouped(**DECODER, qk_norm="per_head"), rngs=nnx.Rngs(0)),
+    "wide norms": lambda: jax_moe.Decoder(jax_moe.DecoderConfig.grouped(**DECODER, qk_norm="full_width"), rngs=nnx.Rngs(0)),
     "correction": lambda: jax_moe.MoE(presets.deepseek_v3(
         model_dim=6, expert_dim=8, num_experts=4, top_k=2, num_clusters=2, top_clusters=1
     )),

@@ -82,7 +82,7 @@ def test_the_three_priorities_drop_three_different_people() -> None:
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
-    _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).routing(jnp.asarray(pencil.ONE, WIDE))
+    _, _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).run(jnp.asarray(pencil.ONE, WIDE))
     assert capacity == 2
     np.testing.assert_array_equal(routing.expert_GSK[0], pencil.CHOICES)
     np.testing.assert_array_equal(slots.slot_GSK[0], pencil.SLOTS[priority])
@@ -95,7 +95,7 @@ def test_ties_go_to_the_lower_index_in_every_dtype(dtype: jnp.dtype, order: str)
     moe = build(config, pencil.pencil_weights(config), dtype)
     # all equal; two equal best at 3 and 6, the rest equal; 1 alone at the bottom
     x = [[0] * 9, [0, 0, 0, 1, 0, 0, 1, 0, 0], [0, -1, 0, 0, 0, 0, 0, 0, 0]]
-    routing = moe.routing(jnp.asarray([x], dtype))[1]
+    routing = moe.run(jnp.asarray([x], dtype)).routing
     np.testing.assert_array_equal(routing.expert_GSK[0], [[0, 1, 2], [3, 6, 0], [0, 2, 3]])
 
 

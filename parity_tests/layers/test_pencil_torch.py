@@ -72,7 +72,7 @@ def test_a_wrong_story_is_caught() -> None:
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
-    _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).routing(tensor(pencil.ONE))
+    _, _, routing, slots, capacity = build(config, pencil.pencil_weights(config)).run(tensor(pencil.ONE))
     assert capacity == 2
     assert routing.expert_GSK[0].tolist() == pencil.CHOICES
     assert slots.slot_GSK[0].tolist() == pencil.SLOTS[priority]
@@ -83,7 +83,7 @@ def test_choices_and_slots(priority: str) -> None:
 def test_ties_go_to_the_lower_index_in_every_dtype(dtype: torch.dtype, order: str) -> None:
     config = layer(num_experts=8, top_k=3, router=dataclasses.replace(layer().router, order=order))
     x = [[0] * 9, [0, 0, 0, 1, 0, 0, 1, 0, 0], [0, -1, 0, 0, 0, 0, 0, 0, 0]]
-    routing = build(config, pencil.pencil_weights(config), dtype).routing(torch.tensor([x], dtype=dtype))[1]
+    routing = build(config, pencil.pencil_weights(config), dtype).run(torch.tensor([x], dtype=dtype)).routing
     assert routing.expert_GSK[0].tolist() == [[0, 1, 2], [3, 6, 0], [0, 2, 3]]
 
 

@@ -86,7 +86,7 @@ def test_bad_settings() -> None:
 
 
 SOFT = jax_moe.SoftMoEConfig(model_dim=4, num_experts=2, num_slots=2, hidden_dims=(4,), layer_norm=True, output_layer_norm=True)
-DECODER = jax_moe.DecoderConfig(
+DECODER = jax_moe.DecoderConfig.grouped(
     vocab_size=11, model_dim=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, dense_layers=(0,), dense_dim=12,
     moe=dataclasses.replace(
         presets.qwen2_moe(model_dim=16, expert_dim=8, num_experts=4, top_k=2, shared_dim=8), dispatcher="einsum"

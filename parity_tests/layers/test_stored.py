@@ -51,7 +51,7 @@ CORRECTED = Family(
     ),
     Whole("CorrectedMoeForCausalLM", read_decoder, lambda config: write_decoder(config)),
 )
-CONFIG = jax_moe.DecoderConfig(
+CONFIG = jax_moe.DecoderConfig.grouped(
     vocab_size=11, model_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, moe=with_bias(8, 6, 4, 2),
 )
 

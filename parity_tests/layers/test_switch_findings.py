@@ -157,7 +157,7 @@ def test_finding_bf16_chooses_from_rounded_probabilities() -> None:
     assert logits.argmax(-1).item() == 1 and chosen.argmax(-1).item() == 0
     layer = ours(contract(sizes), state_of(sizes.theirs()))
     layer.router.kernel[...] = jnp.asarray([[1.0, 1.001], [0.0, 0.0]])
-    _, routing, _, _, _ = layer.routing(jnp.asarray([[[1.0, 0.5]]], jnp.bfloat16))
+    routing = layer.run(jnp.asarray([[[1.0, 0.5]]], jnp.bfloat16)).routing
     assert routing.expert_GSK.ravel().tolist() == [1]
     assert float(routing.weight_GSK.astype(jnp.bfloat16)[0, 0, 0]) == float(weight.detach().float().ravel()[0])
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jax_moe
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
 from moe_parity.explanation.conventions import changed, conventions_of
 from moe_parity.explanation.search import Answer, distance, explain, explain_traces, in_words, our_answer
@@ -29,7 +29,7 @@ LAYER = MoEConfig(
     balance=BalanceConfig(),
 )
 SMALL = MoEConfig(**SIZES, expert=ExpertConfig(activation="identity", gated=False))
-DECODER = DecoderConfig(
+DECODER = DecoderConfig.grouped(
     vocab_size=11, model_dim=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=10, qk_norm="per_head", qkv_bias=True,
     moe=dataclasses.replace(SMALL, router=RouterConfig(renormalise="sum")), dense_layers=(), norm_eps=1e-3,
 )

@@ -68,7 +68,7 @@ def norm_off(model: Any) -> None:
 
 def other_theta(model: Any) -> None:
     """As config.json would say it."""
-    model.config = dataclasses.replace(model.config, rope=dataclasses.replace(model.config.rope, theta=5e5))
+    model.config = model.config.with_attention(rope=dataclasses.replace(model.config.rope, theta=5e5))
 
 
 FAULTS: list[tuple[Callable[[Any], None], str]] = [

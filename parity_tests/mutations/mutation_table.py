@@ -206,7 +206,7 @@ JAX_LAYERS = [
     Mutation(
         "jax: the shared expert is left out",
         "jax_moe/moe.py",
-        "y_GSD += self.shared_answer(x_GSD, mask_GS)",
+        "y_GSD += shared_GSD",
         "pass",
         rows=("qwen2_moe",),
     ),
@@ -259,8 +259,8 @@ JAX_LAYERS = [
     Mutation(
         "jax: the second residual is left out",
         "jax_moe/models/block.py",
-        "return x_BTD + y_BTD, stats",
-        "return y_BTD, stats",
+        "y_BTD = x_BTD + output.y_BTD",
+        "y_BTD = output.y_BTD",
         rows=("block, makemoe",),
     ),
 ]

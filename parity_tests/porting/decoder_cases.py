@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def decoder(model_type: str, dtype: Any = "float32", **changes: Any) -> Decoder:
     """A decoder of the family, every weight its own random number."""
-    config = DecoderConfig(**(SIZES | CONFIGS[model_type] | changes))
+    config = DecoderConfig.grouped(**(SIZES | CONFIGS[model_type] | changes))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))
     generator = np.random.default_rng(0)
     filled = [

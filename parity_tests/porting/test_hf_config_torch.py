@@ -132,12 +132,11 @@ class Comparison:
 
     def numbers(self, config: DecoderConfig, state: dict[str, Any]) -> dict[str, np.ndarray]:
         """Ours, one run for each contract (rotary settings aside, training left out)."""
-        plain = dataclasses.replace(config, attention_dropout=0.0)
+        plain = config.with_attention(dropout=0.0)
         router = plain.moe.router
         if router.jitter_eps:
-            plain = dataclasses.replace(
-                plain, moe=dataclasses.replace(plain.moe, router=dataclasses.replace(router, noise="none", jitter_eps=0.0))
-            )
+            silent = dataclasses.replace(router, noise="none", jitter_eps=0.0)
+            plain = plain.with_moe(dataclasses.replace(plain.moe, router=silent))
         if plain not in self.runs:
             self.runs[plain] = ours(plain, state, self.family)
         return self.runs[plain]
@@ -160,7 +159,7 @@ class Comparison:
         check_close(dict(enumerate(turned(config))), dict(enumerate(turns)), LIMIT, where)
         if changes.keys() & UNCOMPARED:
             return "same"
-        rope = dataclasses.replace(config, rope=self.base.rope, max_positions=self.base.max_positions)
+        rope = dataclasses.replace(config.with_attention(rope=self.base.rope), max_positions=self.base.max_positions)
         if rope == self.base and config != self.base:
             return "same rotation"
         try:

@@ -26,7 +26,7 @@ from parity_tests.shared.quick import QUICK
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- a new family: begin -->\n```python\n", "```\n<!-- a new family: end -->"
 TOKENS = jnp.arange(6).reshape(2, 3)
-CONFIG = jax_moe.DecoderConfig(
+CONFIG = jax_moe.DecoderConfig.grouped(
     vocab_size=11, model_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, logits_divisor=4.0,
     moe=presets.mixtral(8, 6, 4, 2),
 )

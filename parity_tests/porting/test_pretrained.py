@@ -63,7 +63,7 @@ def test_another_dtype_is_said_in_the_config(tmp_path: Path, folder: Path) -> No
 
 
 def test_older_rotary_settings() -> None:
-    values = FAMILIES["mixtral"].values(DecoderConfig(**(SIZES | CONFIGS["mixtral"])))
+    values = FAMILIES["mixtral"].values(DecoderConfig.grouped(**(SIZES | CONFIGS["mixtral"])))
     del values["rope_parameters"]
     old = values | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 8}}
     assert FAMILIES["mixtral"].config(old).rope == RopeConfig(kind="linear", theta=5e5, factor=8.0, max_positions=2048)

@@ -27,7 +27,7 @@ import torch_ref
 from jax_moe import presets
 from jax_moe.porting.families.mixtral import MIXTRAL
 from moe_parity.relative import norm, relative_error
-from moe_parity.sides.jax_moe import tap_makemoe
+from moe_parity.sides.jax_moe import tap_model
 from moe_parity.sides.transformers import widened
 from moe_parity.stages import Place
 from parity_tests.shared.filled import filled
@@ -158,7 +158,7 @@ def layer() -> Subject:
 
     def ours(mode: str, replay: np.ndarray | None) -> Answer:
         made, x_BTD = cast(make, mode), jnp.asarray(x, DTYPE[mode])
-        own = np.asarray(made.routing(x_BTD)[1].expert_GSK).reshape(1, *x.shape[:2], -1)
+        own = np.asarray(made.run(x_BTD).routing.expert_GSK).reshape(1, *x.shape[:2], -1)
         given = jnp.asarray((own if replay is None else replay)[0], jnp.int32)
         found = ours_differentiated(made, lambda made: made(x_BTD, expert_BTK=given)[0], partial(jax_moe.to_torch, made))
         return Answer(*found, own)
@@ -182,11 +182,11 @@ def model() -> Subject:
 
     def ours(mode: str, replay: np.ndarray | None) -> Answer:
         made = cast(make, mode)
-        taps = tap_makemoe(made, tokens)
+        taps = tap_model(made, tokens)
         own = np.stack([np.asarray(taps[Place("experts", i)]) for i in range(MODEL.num_layers)])
         given = jnp.asarray(own if replay is None else replay, jnp.int32)
         found = ours_differentiated(
-            made, lambda made: tap_makemoe(made, tokens, given)[Place("logits")], partial(jax_moe.to_torch, made)
+            made, lambda made: tap_model(made, tokens, given)[Place("logits")], partial(jax_moe.to_torch, made)
         )
         return Answer(*found, own)
 

@@ -16,7 +16,7 @@ X = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
 def test_jax_keeps_scores_weights_and_losses_wide() -> None:
     layer = filled(lambda: jax_moe.MoE(CONFIG, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
     x_BTD = jnp.asarray(X, jnp.bfloat16)
-    _, routing, slots, _, _ = layer.routing(x_BTD)
+    _, _, routing, slots, *_ = layer.run(x_BTD)
     y_BTD, stats = layer(x_BTD)
     assert y_BTD.dtype == jnp.bfloat16
     assert routing.logits_GSE.dtype == routing.weight_GSK.dtype == slots.weight_GSK.dtype == jnp.float32
@@ -31,7 +31,7 @@ def test_torch_keeps_scores_weights_and_losses_wide() -> None:
 
     layer = torch_ref.MoE(CONFIG).bfloat16().eval()
     x_BTD = torch.from_numpy(X).bfloat16()
-    _, routing, slots, _, _ = layer.routing(x_BTD)
+    _, _, routing, slots, *_ = layer.run(x_BTD)
     y_BTD, stats = layer(x_BTD)
     assert y_BTD.dtype == torch.bfloat16
     assert routing.logits_GSE.dtype == routing.weight_GSK.dtype == slots.weight_GSK.dtype == torch.float32

@@ -168,8 +168,8 @@ def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> t
     pooled = None if stats is None else pool_balance_loss(stats, case.moe)
     routing = None
     if isinstance(case.config, MoEConfig):
-        routed = layer.routing(first, **{name: value for name, value in given.items() if name in ROUTING})
-        routing = (routed[1].expert_GSK, routed[2].slot_GSK)
+        routed = layer.run(first, **{name: value for name, value in given.items() if name in ROUTING})
+        routing = (routed.routing.expert_GSK, routed.slots.slot_GSK)
     return y, stats, pooled, routing
 
 
@@ -307,8 +307,8 @@ class TorchSide:
             outcome.loss_gradients = self._gradients(loss, x)
         if isinstance(case.config, MoEConfig):
             arrays = torch_arrays(given, self.dtype)
-            routed = self.module.routing(arrays["x_BTD"], **{key: arrays[key] for key in ROUTING if key in arrays})
-            outcome.choices = {"expert": _tokens(case, routed[1].expert_GSK), "slot": _tokens(case, routed[2].slot_GSK)}
+            routed = self.module.run(arrays["x_BTD"], **{key: arrays[key] for key in ROUTING if key in arrays})
+            outcome.choices = {"expert": _tokens(case, routed.routing.expert_GSK), "slot": _tokens(case, routed.slots.slot_GSK)}
         return outcome
 
     def _gradients(self, loss: torch.Tensor, x: torch.Tensor | None) -> Arrays:

@@ -72,10 +72,10 @@ class SparseMoE(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
         """As `torch_ref.MoE`."""
         parts = Parts(self.config, self.router.topkroute_linear, self.router.noise_linear, None, list(self.experts))
-        y_BTD, stats, _ = moe_forward(
+        output = moe_forward(
             x_BTD, parts, training=self.training, mask_BT=mask_BT, noise_BTE=noise_BTE, keep_BTKD=keep_BTKD
         )
-        return y_BTD, stats
+        return output.y_BTD, output.stats
 
 
 class MakeMoEBlock(nn.Module):

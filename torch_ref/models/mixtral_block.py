@@ -52,6 +52,6 @@ class MixtralSparseMoeBlock(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "R E"]]:
         """The answer and the router's logits [B * T, E], as the original block returns them."""
         parts = Parts(self.config, self.gate, None, None, list(self.experts))
-        y_BTD, _, routing = moe_forward(hidden_states, parts, training=self.training)
+        y_BTD, _, routing, *_ = moe_forward(hidden_states, parts, training=self.training)
         num_tokens = hidden_states.shape[0] * hidden_states.shape[1]
         return y_BTD, routing.logits_GSE.flatten(0, 1)[:num_tokens].to(hidden_states.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from jax_moe.config.models import DecoderConfig
+from jax_moe.config.decoder import DecoderConfig, differences
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.choices import StateDict
 from jax_moe.porting.families.rope_settings import read_rope, write_rope
@@ -142,9 +142,9 @@ class Family:
         named = {"architectures": [decoder.architecture], "model_type": self.name}
         values = named | decoder.write(config) | mixture.write(config.moe)
         again = self.config(values)
-        differs = [one.name for one in dataclasses.fields(config) if getattr(config, one.name) != getattr(again, one.name)]
-        if differs:
-            raise ValueError(f"{self.name}: must be a contract of that family; it cannot say {', '.join(differs)}")
+        if config != again:
+            unsaid = ", ".join(differences(config, again))
+            raise ValueError(f"{self.name}: must be a contract of that family; it cannot say {unsaid}")
         return values
 
     def on_disk(self, config: DecoderConfig) -> Table:
@@ -202,7 +202,7 @@ def read_decoder(
     null = heads if null_kv_heads else REFUSED
     head_dim = width // heads
     expert = dataclasses.replace(moe.expert, activation=settings.activation())
-    return DecoderConfig(**{
+    return DecoderConfig.grouped(**{
         "vocab_size": settings.size("vocab_size"),
         "model_dim": width,
         "num_layers": settings.size("num_hidden_layers"),

@@ -1,0 +1,294 @@
+"""The contract of a decoder: one contract a layer, and what stands around the layers."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, RopeConfig
+from jax_moe.config.checks import LEAST, check_flags, check_positive_ints, check_within, is_int, require
+from jax_moe.config.moe import Activation, ExpertConfig, MoEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """The feed-forward network of a layer without a mixture: one expert that every token meets."""
+
+    model_dim: int
+    dim: int  # its width
+    expert: ExpertConfig
+
+    def __post_init__(self) -> None:
+        check_positive_ints(model_dim=self.model_dim, dense_dim=self.dim)
+        require(self.expert.shared_dim == 0, "expert.shared_dim", self.expert.shared_dim, "0 in a dense layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One layer: attention and a feed-forward network, each behind a norm and inside a residual."""
+
+    attention: LayerAttention
+    ffn: MoEConfig | DenseConfig
+
+    def stacks(self) -> tuple[tuple[str, Any], tuple[str, Any]]:
+        """(room among a decoder's attributes, what its parameters depend on), of the attention and of the network."""
+        kind, ffn = self.attention.kind, self.ffn
+        room = "blocks" if kind == GroupedAttentionConfig.kind else f"blocks_{kind}"
+        return (room, self.attention.stored()), ("moe" if isinstance(ffn, MoEConfig) else "dense", ffn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder-only language model of pre-norm layers; `layers` says what each is."""
+
+    vocab_size: int
+    model_dim: int
+    layers: tuple[LayerConfig, ...]
+    max_positions: int = 2048  # what the model was trained for; longer texts are not refused
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False  # the head is the transposed embedding
+    embedding_multiplier: float = 1.0  # Granite's: on the embeddings,
+    residual_multiplier: float = 1.0  # on what each half of a block adds,
+    logits_divisor: float = 1.0  # and under the logits
+    balance_loss_weight: float = 0.001  # what training multiplies the balance loss with (router_aux_loss_coef)
+
+    def __post_init__(self) -> None:
+        check_positive_ints(**{name: getattr(self, name) for name in ("vocab_size", "model_dim", "max_positions")})
+        layers = self.layers
+        some = isinstance(layers, tuple) and layers and all(isinstance(one, LayerConfig) for one in layers)
+        require(bool(some), "layers", type(layers).__name__, "a tuple of at least one LayerConfig")
+        for one in dict.fromkeys(layers):
+            for name, part in (("attention", one.attention), ("moe", one.ffn)):
+                require(part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}")
+        require(bool(self.moe_layers), "dense_layers", self.dense_layers, "fewer than all layers")
+        sizes = {(one.num_experts, one.top_k) for one in self.mixtures}
+        require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
+        check_flags(self, "tied_embeddings")
+        check_within(
+            LEAST, norm_eps=self.norm_eps, embedding_multiplier=self.embedding_multiplier,
+            residual_multiplier=self.residual_multiplier, logits_divisor=self.logits_divisor,
+        )
+        check_within(0.0, balance_loss_weight=self.balance_loss_weight)
+
+    @classmethod
+    def grouped(cls, **settings: Any) -> "DecoderConfig":
+        """A decoder of grouped-query attention, its settings those of `GroupedDecoder`. Raises ValueError as that does."""
+        return GroupedDecoder(**settings).config()
+
+    def with_layers(self, change: Callable[[LayerConfig], LayerConfig]) -> "DecoderConfig":
+        """The same decoder with every layer changed."""
+        return dataclasses.replace(self, layers=tuple(map(change, self.layers)))
+
+    def with_attention(self, **changes: Any) -> "DecoderConfig":
+        """The same decoder with these fields of every layer's attention changed."""
+        return self.with_layers(lambda one: dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes)))
+
+    def with_moe(self, moe: MoEConfig) -> "DecoderConfig":
+        """The same decoder with this mixture in every layer that has one."""
+        return self.with_layers(lambda one: dataclasses.replace(one, ffn=moe) if isinstance(one.ffn, MoEConfig) else one)
+
+    @cached_property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """{attribute of the decoder: the layers whose parameters are stacked in it}: attention first, then mixtures, then dense.
+
+        "blocks" (grouped attention and the norms), "moe", "dense"; a further stack of the same room is "blocks_2" and so on.
+        """
+        names: dict[tuple[str, Any], str] = {}
+        found: dict[str, list[int]] = {}
+        for part in (0, 1):
+            for i, layer in enumerate(self.layers):
+                room, stored = layer.stacks()[part]
+                number = sum(other == room for other, _ in names)
+                name = names.setdefault((room, stored), room if number == 0 else f"{room}_{number + 1}")
+                found.setdefault(name, []).append(i)
+        ordered = sorted(found, key=lambda name: (("blocks", "moe", "dense").index(name.split("_")[0])))
+        return {name: tuple(found[name]) for name in ordered}
+
+    def stacks_of(self, layer: int) -> tuple[str, str]:
+        """The names of the two stacks that a layer is in."""
+        attention, ffn = (name for name, layers in self.stacks.items() if layer in layers)
+        return attention, ffn
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with a mixture."""
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoEConfig))
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers without."""
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.ffn, DenseConfig))
+
+    @property
+    def mixtures(self) -> tuple[MoEConfig, ...]:
+        """The contract of every mixture, layer by layer."""
+        return tuple(layer.ffn for layer in self.layers if isinstance(layer.ffn, MoEConfig))
+
+    @property
+    def moe(self) -> MoEConfig:
+        """The contract of the first mixture, in most decoders that of all."""
+        return self.mixtures[0]
+
+    @property
+    def dense_dim(self) -> int:
+        """The width of the first dense layer; 0 without."""
+        return next((layer.ffn.dim for layer in self.layers if isinstance(layer.ffn, DenseConfig)), 0)
+
+    @property
+    def dense_activation(self) -> Activation:
+        """Of the dense layers: that of the experts."""
+        return self.moe.expert.activation
+
+    @property
+    def attention(self) -> GroupedAttentionConfig:
+        """The contract of the first layer with grouped attention, in most decoders that of all but for the window."""
+        found = (layer.attention for layer in self.layers if isinstance(layer.attention, GroupedAttentionConfig))
+        first = next(found, None)
+        if first is None:
+            raise AttributeError("no layer of this decoder has grouped attention")
+        return first
+
+    @property
+    def num_heads(self) -> int:
+        return self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
+
+    @property
+    def rope(self) -> RopeConfig:
+        return self.attention.rope
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention.qkv_bias
+
+    @property
+    def output_bias(self) -> bool:
+        return self.attention.output_bias
+
+    @property
+    def qk_norm(self) -> Norm:
+        return self.attention.qk_norm
+
+    @property
+    def clip_qkv(self) -> float | None:
+        return self.attention.clip_qkv
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.attention.dropout
+
+    @property
+    def score_scale(self) -> float:
+        return self.attention.score_scale
+
+    @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """The layers with a window."""
+        return tuple(i for i, layer in enumerate(self.layers) if getattr(layer.attention, "window", None) is not None)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The first window there is."""
+        windows = (getattr(layer.attention, "window", None) for layer in self.layers)
+        return next((window for window in windows if window is not None), None)
+
+    @cached_property
+    def shorthand(self) -> "GroupedDecoder | None":
+        """The settings that `grouped` makes this decoder of; None where its layers differ in more than they can say."""
+        if not all(isinstance(layer.attention, GroupedAttentionConfig) for layer in self.layers):
+            return None
+        own = {ours: getattr(self.attention, name) for ours, name in ATTENTION_FIELDS.items()}
+        layers = {name: getattr(self, name) for name in ("dense_layers", "dense_dim", "sliding_layers", "sliding_window")}
+        alike = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "layers"}
+        found = GroupedDecoder(num_layers=self.num_layers, moe=self.moe, **own, **layers, **alike)
+        return found if found.config() == self else None
+
+
+# Fields of `GroupedDecoder` that are of the layers' attention, and their names there
+ATTENTION_FIELDS = {
+    "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope", "qkv_bias": "qkv_bias",
+    "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv", "attention_dropout": "dropout",
+    "attention_multiplier": "multiplier",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedDecoder:
+    """The settings of a Hugging Face config.json in one flat object: grouped attention in all layers, one kind of mixture.
+
+    What folders hold in place of `layers` wherever it says the same.
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    moe: MoEConfig
+    dense_layers: tuple[int, ...] = ()  # layers with one FFN instead of a mixture
+    dense_dim: int = 0  # its width; set exactly when there are dense layers
+    max_positions: int = 2048
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()  # layers the window holds in; set exactly when there is one
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Norm = "none"
+    clip_qkv: float | None = None
+    attention_dropout: float = 0.0
+    tied_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    balance_loss_weight: float = 0.001
+
+    def config(self) -> DecoderConfig:
+        """The decoder, layer by layer. Raises ValueError, by name, for what does not fit together."""
+        check_positive_ints(num_layers=self.num_layers)
+        for name in ("dense_layers", "sliding_layers"):
+            layers = getattr(self, name)
+            require(isinstance(layers, tuple), name, layers, "a tuple of layer numbers")
+            rising = list(layers) == sorted({i for i in layers if is_int(i) and 0 <= i < self.num_layers})
+            require(rising, name, layers, f"rising layer numbers of 0 to {self.num_layers - 1}")
+        dense = is_int(self.dense_dim) and (self.dense_dim > 0) == bool(self.dense_layers) and self.dense_dim >= 0
+        require(dense, "dense_dim", self.dense_dim, "above 0 exactly when there are dense_layers")
+        paired = (self.sliding_window is not None) == bool(self.sliding_layers)
+        require(paired, "sliding_layers", self.sliding_layers, "set exactly when sliding_window is")
+        own = {name: getattr(self, ours) for ours, name in ATTENTION_FIELDS.items()}
+        whole = GroupedAttentionConfig(model_dim=self.model_dim, norm_eps=self.norm_eps, **own)
+        sliding = dataclasses.replace(whole, window=self.sliding_window)
+        mixture: MoEConfig | DenseConfig = self.moe
+        dense_ffn = mixture
+        if self.dense_layers:
+            expert = dataclasses.replace(self.moe.expert, shared_dim=0, shared_gate=False, dropout=0.0)
+            dense_ffn = DenseConfig(model_dim=self.model_dim, dim=self.dense_dim, expert=expert)
+        layers = tuple(
+            LayerConfig(
+                attention=sliding if i in self.sliding_layers else whole, ffn=dense_ffn if i in self.dense_layers else mixture
+            )
+            for i in range(self.num_layers)
+        )
+        alike = {one.name: getattr(self, one.name) for one in dataclasses.fields(DecoderConfig) if one.name != "layers"}
+        return DecoderConfig(layers=layers, **alike)
+
+
+def differences(one: DecoderConfig, other: DecoderConfig) -> list[str]:
+    """The fields in which two decoders differ: those of the shorthand where both have it."""
+    short = one.shorthand, other.shorthand
+    pair = (one, other) if None in short else short
+    return [each.name for each in dataclasses.fields(pair[0]) if getattr(pair[0], each.name) != getattr(pair[1], each.name)]  # type: ignore[arg-type]
