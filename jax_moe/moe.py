@@ -111,9 +111,9 @@ class MoE(nnx.Module):
         `noise_BTE` unit Gaussians (added to the logits as they are where the contract has no learned noise),
         `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives dropout.
         `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
-        `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer and
-        statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that is not there,
-        and for a capacity below one slot.
+        `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer
+        and statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that
+        is not there, and for a capacity below one slot.
         """
         output = self.run(
             x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
@@ -134,8 +134,8 @@ class MoE(nnx.Module):
     ) -> MoEOutput:
         """All that a call computes. Arguments as in a call; under jit, what is not used is not computed.
 
-        `watch` also hands out every stage, at the cost of the experts' work once more for each choice. `first_expert`: the
-        layer's experts are those from this number on of many layers' experts, stacked as one layer's.
+        `watch` also hands out every stage, at the cost of the experts' work once more for each choice. `first_expert`:
+        the layer's experts are those from this number on of many layers' experts, stacked as one layer's.
         """
         x_BTD, given = moe_arrays(self.config, x_BTD, keep_BTKD=keep_BTKD)
         keep_BTKD = given["keep_BTKD"]
@@ -163,7 +163,9 @@ class MoE(nnx.Module):
     def _stages(
         self, output: MoEOutput, answers_GSKD: Array, shared_GSD: Array | None, dtype: DTypeLike
     ) -> dict[str, Array]:
-        """Every intermediate value, by token; `experts` are the router's own choices even where others were replayed."""
+        """Every intermediate value, by token; `experts` are the router's own choices even where others were
+        replayed.
+        """
         routing, slots = output.routing, output.slots
         own = route(routing.logits_GSE, self.config, self.router.weight("correction_bias"))
         before_drops = round_weights(slots._replace(weight_GSK=routing.weight_GSK), self.config, dtype)

@@ -1,4 +1,6 @@
-"""Grouped-query attention with rotary positions, as the Hugging Face decoders have it; its cache keeps keys and values."""
+"""Grouped-query attention with rotary positions, as the Hugging Face decoders have it; its cache keeps keys and
+values.
+"""
 
 from typing import Any, NamedTuple
 
@@ -30,7 +32,8 @@ class KeysAndValues(NamedTuple):
 class GroupedAttention(nnx.Module):
     """Self-attention of H query heads over J key/value heads.
 
-    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `query_norm`, `key_norm`.
+    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `query_norm`,
+    `key_norm`.
     """
 
     def __init__(

@@ -10,7 +10,9 @@ from jax_moe.dims import Array, Bool, Int
 
 @dataclass(frozen=True)
 class Positions:
-    """T tokens among U slots: a whole call has slots 0 to T - 1, a step of generation one token at some slot of a cache."""
+    """T tokens among U slots: a whole call has slots 0 to T - 1, a step of generation one token at some slot of a
+    cache.
+    """
 
     position_BT: Int[Array, "B T"]  # counted from each text's first token
     slot_T: Int[Array, " T"]

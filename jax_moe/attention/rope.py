@@ -91,8 +91,9 @@ def rotations(
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
     """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider.
 
-    "dynamic" frequencies are those of a text of T positions, or of `length`, at most `longest`: in generation that of the
-    longest text, as in transformers. A key keeps the turn it was cached with; texts generated together stretch together.
+    "dynamic" frequencies are those of a text of T positions, or of `length`, at most `longest`: in generation that of
+    the longest text, as in transformers. A key keeps the turn it was cached with; texts generated together stretch
+    together.
     """
     frequencies = FREQUENCIES[config.kind]
     if config.kind == "dynamic" and length is not None:

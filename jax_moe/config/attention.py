@@ -83,14 +83,18 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """What the attention of a decoder's layer must say of itself; each kind is a subclass, its module in `jax_moe.attention`."""
+    """What the attention of a decoder's layer must say of itself; each kind is a subclass, its module in
+    `jax_moe.attention`.
+    """
 
     kind: ClassVar[str] = ""
 
     model_dim: int
 
     def stored(self) -> "LayerAttention":
-        """This contract without what leaves the parameters as they are: layers that agree in it are stacked together."""
+        """This contract without what leaves the parameters as they are: layers that agree in it are stacked
+        together.
+        """
         return self
 
 

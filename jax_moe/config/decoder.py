@@ -73,7 +73,9 @@ class DecoderConfig:
 
     @classmethod
     def grouped(cls, **settings: Any) -> "DecoderConfig":
-        """A decoder of grouped-query attention, its settings those of `GroupedDecoder`. Raises ValueError as that does."""
+        """A decoder of grouped-query attention, its settings those of `GroupedDecoder`. Raises ValueError as that
+        does.
+        """
         return GroupedDecoder(**settings).config()
 
     def with_layers(self, change: Callable[[LayerConfig], LayerConfig]) -> "DecoderConfig":
@@ -90,9 +92,11 @@ class DecoderConfig:
 
     @cached_property
     def stacks(self) -> dict[str, tuple[int, ...]]:
-        """{attribute of the decoder: the layers whose parameters are stacked in it}: attention first, then mixtures, then dense.
+        """{attribute of the decoder: the layers whose parameters are stacked in it}: attention first, then mixtures,
+        then dense.
 
-        "blocks" (grouped attention and the norms), "moe", "dense"; a further stack of the same room is "blocks_2" and so on.
+        "blocks" (grouped attention and the norms), "moe", "dense"; a further stack of the same room is "blocks_2" and
+        so on.
         """
         names: dict[tuple[str, Any], str] = {}
         found: dict[str, list[int]] = {}
@@ -226,7 +230,8 @@ ATTENTION_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedDecoder:
-    """The settings of a Hugging Face config.json in one flat object: grouped attention in all layers, one kind of mixture.
+    """The settings of a Hugging Face config.json in one flat object: grouped attention in all layers, one kind of
+    mixture.
 
     What folders hold in place of `layers` wherever it says the same.
     """

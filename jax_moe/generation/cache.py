@@ -1,7 +1,7 @@
 """A decoder with a memory: the prompt in one pass, then one token at a time against what the layers have cached.
 
-Texts end together: a shorter one begins later, at slot `start_B`, so that all write the same slot of the cache. A position
-counts from the text's first token. What a layer keeps is its kind of attention's own affair.
+Texts end together: a shorter one begins later, at slot `start_B`, so that all write the same slot of the cache. A
+position counts from the text's first token. What a layer keeps is its kind of attention's own affair.
 """
 
 from typing import Any, NamedTuple

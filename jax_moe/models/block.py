@@ -31,7 +31,9 @@ class Randomness(NamedTuple):
 def checked_draws(
     draws: Randomness | None, config: BlockConfig, sizes: Sizes, leading: str = ""
 ) -> Randomness:
-    """The draws, each of its kind and shape, `leading` dims first. Raises ValueError for others, and for draws of no use."""
+    """The draws, each of its kind and shape, `leading` dims first. Raises ValueError for others, and for draws of no
+    use.
+    """
     draws = draws or Randomness()
     sizes = {**sizes, "U": sizes["T"], "D": Dim(config.attention.model_dim, "model_dim")}
     sizes |= dims_of_settings(config.attention, H="num_heads")
@@ -98,7 +100,9 @@ class Block(nnx.Module):
         watch: bool = False,
         **arrays: Array | None,
     ) -> BlockOutput:
-        """All that a call computes. Arguments as in a call and, as in `MoE`, `expert_BTK`; `watch` also hands out every stage."""
+        """All that a call computes. Arguments as in a call and, as in `MoE`, `expert_BTK`; `watch` also hands out
+        every stage.
+        """
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
         draws = checked_draws(randomness, self.config, sizes)
         normed_BTD = self.attention_norm(x_BTD).astype(x_BTD.dtype)

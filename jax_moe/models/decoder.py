@@ -1,7 +1,7 @@
 """One decoder for the Hugging Face mixture-of-experts families; a family is a `DecoderConfig` and a table of names.
 
-Layers are stacked and scanned (`models.stack`): the shortest repeated unit of layers with equal contracts is the scan's step, so
-that compile time does not grow with depth.
+Layers are stacked and scanned (`models.stack`): the shortest repeated unit of layers with equal contracts is the
+scan's step, so that compile time does not grow with depth.
 """
 
 from dataclasses import dataclass
@@ -94,9 +94,10 @@ class Decoder(nnx.Module):
 
         Without a key deterministic; with one and `training` the contract's dropout and jitter. `mask_BT` is False at
         padding, left or right; logits there mean nothing. Positions count from 0 with the padding, unless given.
-        `expert_LBTK` replays choices, as another run's `ModelOutput` has them. `remat`: what each repeated unit of layers
-        keeps for a gradient. `watch` also hands out every intermediate stage.
-        Raises ValueError for a token outside the vocabulary, an expert that is not there, or an array of another kind or shape.
+        `expert_LBTK` replays choices, as another run's `ModelOutput` has them. `remat`: what each repeated unit of
+        layers keeps for a gradient. `watch` also hands out every intermediate stage.
+        Raises ValueError for a token outside the vocabulary, an expert that is not there, or an array of another kind
+        or shape.
         """
         self.check_tokens(tokens_BT)
         config = self.config
@@ -140,7 +141,8 @@ class Decoder(nnx.Module):
         key: PRNGKeyArray | None = None, training: bool = False, expert_LBTK: Int[Array, "L B T K"] | None = None,
         remat: Remat = "none", watch: bool = False, in_place: bool = False,
     ) -> tuple[Array, dict[str, Any] | None, dict[str, Any]]:
-        """The last layer's output; `memory`, the caches by stack, with these positions in it; and by name what layers hand out.
+        """The last layer's output; `memory`, the caches by stack, with these positions in it; and by name what layers
+        hand out.
 
         `in_place` reads weights where they lie, and of few tokens only the chosen experts': for a step of generation.
         """
@@ -167,8 +169,8 @@ class Decoder(nnx.Module):
         return x_BTD + (y_BTD if multiplier == 1 else y_BTD * multiplier)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
-        """Raises ValueError for what is no array of integers [B, T], an empty text or, outside jit, a token that is not in the
-        vocabulary."""
+        """Raises ValueError for what is no array of integers [B, T], an empty text or, outside jit, a token that is
+        not in the vocabulary."""
         checked_input("tokens_BT", tokens_BT)
         if tokens_BT.shape[1] < 1:
             raise ValueError("tokens_BT has 0 positions: must be at least 1")

@@ -70,12 +70,13 @@ class MakeMoE(nnx.Module):
         remat: Remat = "none",
         watch: bool = False,
     ) -> ModelOutput:
-        """All that a call computes: logits of the next character, and of every layer (leading L) statistics and choices.
+        """All that a call computes: logits of the next character, and of every layer (leading L) statistics and
+        choices.
 
         Without a key deterministic; with one the contract's noise and, when training, dropout. `randomness` gives the
-        draws instead, each with a leading L; `expert_LBTK` replays choices. `remat`: what each layer keeps for a gradient.
-        `watch` also hands out every intermediate stage. Raises ValueError for T above block_size, a token outside the
-        vocabulary, an expert that is not there, or an array of another kind or shape.
+        draws instead, each with a leading L; `expert_LBTK` replays choices. `remat`: what each layer keeps for a
+        gradient. `watch` also hands out every intermediate stage. Raises ValueError for T above block_size, a token
+        outside the vocabulary, an expert that is not there, or an array of another kind or shape.
         """
         self.check_tokens(tokens_BT)
         if expert_LBTK is not None:
@@ -109,8 +110,8 @@ class MakeMoE(nnx.Module):
         return ModelOutput(self.head(normed_BTD), stats, chosen_LBTK, stages)
 
     def check_tokens(self, tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> None:
-        """Raises ValueError for what is no array of integers [B, T], a sequence that is too long or, outside jit, a token
-        that is not in the vocabulary."""
+        """Raises ValueError for what is no array of integers [B, T], a sequence that is too long or, outside jit, a
+        token that is not in the vocabulary."""
         config = self.config
         checked_input("tokens_BT", tokens_BT)
         if not 1 <= tokens_BT.shape[1] <= config.block_size:

@@ -66,11 +66,13 @@ def walk(
     step: Step, plans: Sequence[LayerPlan], stacks: Mapping[str, Any], x: Array, memory: Any = None, *, remat: Remat = "none",
     in_place: bool = False,
 ) -> tuple[Array, Any, dict[str, Any]]:
-    """The last layer's x, the memory after it, and what the steps handed out by name: each with a leading dim, in layer order.
+    """The last layer's x, the memory after it, and what the steps handed out by name: each with a leading dim, in
+    layer order.
 
-    `step(x, memory, layer)` is traced once for every layer of a repeated unit. `stacks` are trees whose leading dim counts the
-    layers that have a row there. Rows are slices that a gradient flows through; `in_place` they are read from the whole stack
-    when they are needed, which copies nothing but has no fast gradient. `remat`: what each unit keeps for a gradient.
+    `step(x, memory, layer)` is traced once for every layer of a repeated unit. `stacks` are trees whose leading dim
+    counts the layers that have a row there. Rows are slices that a gradient flows through; `in_place` they are read
+    from the whole stack when they are needed, which copies nothing but has no fast gradient. `remat`: what each unit
+    keeps for a gradient.
     """
     kinds = {plan: number for number, plan in enumerate(dict.fromkeys(plans))}
     first, start = 0, Counter[str]()

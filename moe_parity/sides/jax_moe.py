@@ -22,7 +22,9 @@ Replay = Int[Array, "L B T K"] | None
 
 
 def tap_model(model: Decoder | MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK: Replay = None) -> dict[Place, Array]:
-    """A language model's values, layer by layer. `experts` are its own choices; all else follows the replayed ones, if any."""
+    """A language model's values, layer by layer. `experts` are its own choices; all else follows the replayed ones, if
+    any.
+    """
     model.check_tokens(tokens_BT)  # before int32 makes another token of a large number
     stages = _watched_model(*nnx.split(model), jnp.asarray(tokens_BT), replay_LBTK)
     before, after = ({Place(kind): stages.pop(kind) for kind in kinds} for kinds in (("embedding",), ("final_norm", "logits")))
@@ -58,7 +60,9 @@ def _watched_mixture(graphdef: Any, params: Any, x_BTD: Array, replay_BTK: Array
 
 
 def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.ndarray | None = None) -> np.ndarray:
-    """What the experts are ranked by: the logits where scores rise with them alone, else scores with their correction."""
+    """What the experts are ranked by: the logits where scores rise with them alone, else scores with their
+    correction.
+    """
     if correction_bias_E is None:
         return logits
     with jax.enable_x64(True):

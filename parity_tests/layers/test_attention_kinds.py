@@ -1,4 +1,6 @@
-"""A made-up kind of attention, mixed with grouped layers: forward, gradient, cache, generation and folders. No torch."""
+"""A made-up kind of attention, mixed with grouped layers: forward, gradient, cache, generation and folders. No
+torch.
+"""
 
 import dataclasses
 import json
