@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     The commands that tests start as processes of their own do not share the folder: some are killed while they write.
     """
-    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")  # half written yet
+    for what in ("reading", "writing"):  # half written yet, or the folder was cleared away: the program is compiled
+        config.addinivalue_line("filterwarnings", f"ignore:Error {what} persistent compilation cache entry")
     if PROGRAMS not in os.environ:
         os.environ[PROGRAMS] = folder = tempfile.mkdtemp(prefix="programs-")
         config.add_cleanup(lambda: (os.environ.pop(PROGRAMS), shutil.rmtree(folder, ignore_errors=True)))
