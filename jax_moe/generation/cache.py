@@ -55,5 +55,6 @@ def decode(
 
 def _positions(slot_T: Array, start_B: Array, mask_BU: Array) -> Positions:
     """Of the tokens at these slots, in texts that begin at `start_B`."""
-    position_BT, length = jnp.maximum(slot_T - start_B[:, None], 0), slot_T[-1] + 1 - start_B.min()
+    first = start_B.min(initial=jnp.iinfo(start_B.dtype).max)  # no texts have a length, too
+    position_BT, length = jnp.maximum(slot_T - start_B[:, None], 0), slot_T[-1] + 1 - first
     return Positions(position_BT, slot_T, mask_BU.shape[1], mask_BU, length)

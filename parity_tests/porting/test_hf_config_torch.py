@@ -196,7 +196,10 @@ def test_a_setting_that_is_not_read_is_found(changes: dict[str, Any], monkeypatc
     """A reader that overlooks it."""
     comparison = Comparison("mixtral")
     assert comparison.judge(changes).startswith("same")
-    overlooks = dataclasses.replace(FAMILIES["mixtral"], read=lambda settings: comparison.base)
+    family = FAMILIES["mixtral"]
+    assert family.decoder is not None
+    decoder = dataclasses.replace(family.decoder, read=lambda settings, moe: comparison.base)
+    overlooks = dataclasses.replace(family, decoder=decoder)
     monkeypatch.setitem(FAMILIES, "mixtral", overlooks)
     with pytest.raises(MismatchError):
         comparison.judge(changes)
@@ -216,6 +219,9 @@ def test_numbers_are_finite(value: Any) -> None:
         with pytest.raises(ValueError, match=rf"{name}=.*must be"):
             RopeConfig(**{"kind": "yarn", "original_max_positions": 8, name: value})
     base = FAMILIES["olmoe"].config(BASES["olmoe"])
-    for name in ("norm_eps", "clip_qkv", "balance_loss_weight", "attention_multiplier", "logits_divisor", "attention_dropout"):
+    for name in ("norm_eps", "balance_loss_weight", "logits_divisor"):
         with pytest.raises(ValueError, match=rf"{name}=.*must be"):
             dataclasses.replace(base, **{name: value})
+    for name in ("clip_qkv", "multiplier", "dropout"):
+        with pytest.raises(ValueError, match=rf"{name}=.*must be"):
+            base.with_attention(**{name: value})

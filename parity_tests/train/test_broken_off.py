@@ -129,8 +129,16 @@ def test_a_thread_that_outlives_an_error_says_nothing(caplog: pytest.LogCaptureF
     assert caplog.messages == ["heard"]
 
 
+FAKE_TYRO = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(9)
+"""
+
+
 def test_ctrl_c_while_it_is_imported(runs: Zygote, tmp_path: Path) -> None:
-    (tmp_path / "tyro.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n")
+    (tmp_path / "tyro.py").write_text(FAKE_TYRO)
     process = script(runs, "--out", "never", PYTHONPATH=str(tmp_path))
     assert process.communicate(timeout=60) == ("", "stopped at once, nothing more was saved\n")
     assert process.returncode == 130 and not (runs.folder / "never").exists()
