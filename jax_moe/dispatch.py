@@ -142,7 +142,7 @@ def assign_slots(
 
 
 def round_weights(slots: Slots, config: MoEConfig, dtype: DTypeLike) -> Slots:
-    """Weights rounded to the input's dtype where the contract says so (Qwen), else in fp32 or wider (Mixtral)."""
+    """Weights rounded to the input's dtype if the contract says so (Qwen), else in fp32 or wider (Mixtral)."""
     if config.router.weight_dtype == "float32":
         return slots
     return slots._replace(weight_GSK=slots.weight_GSK.astype(dtype).astype(slots.weight_GSK.dtype))

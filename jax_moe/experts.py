@@ -14,13 +14,13 @@ from jax_moe.initializers import rounded, uniform
 from jax_moe.parameters import parameter
 
 Weights = Mapping[str, Array]
-DIMS = {"up": "D F", "gate": "D F", "down": "F D"}  # of one expert's matrices; a bias has the last
+DIMS = {"up": "D F", "gate": "D F", "down": "F D"}  # of an expert's matrices; a bias has the last of them
 
 
 def hidden_units(
     up_ECF: Float[Array, "E C F"], gate_ECF: Float[Array, "E C F"] | None, config: ExpertConfig
 ) -> Float[Array, "E C F"]:
-    """act(up), or act(gate) * (up + offset) with both clamped first where the contract says so."""
+    """act(up), or act(gate) * (up + offset) with both clamped first if the contract says so."""
     if gate_ECF is None:
         return activate(config.activation, up_ECF)
     if config.clamp is not None:
@@ -55,7 +55,7 @@ def take_experts(weights: Weights, expert_E: Int[Array, " e"] | None) -> Weights
 class Experts(nnx.Module):
     """E feed-forward networks. Parameters `up`, `gate` [E, D, F], `down` [E, F, D] and, with biases, `*_bias`.
 
-    Under the role `shared` one network that no router chooses: its leading dim is 1, not E.
+    With the role `shared` it is a single network that no router chooses: its leading dim is 1, not E.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def read_text_and_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[s
 
 
 def read_text_and_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> tuple[str, Any]:
-    """`read_json`, with the text that it was made of."""
+    """The text of a file and the value of `read_json`."""
     data = _json_bytes(path, max_bytes)
     return data.decode("utf-8", "replace"), parse_json(data, path)
 
@@ -153,7 +153,7 @@ def refuse_pointer_file(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    """Size of a file in bytes. Raises ValueError for other than a regular file (reading a pipe would block);
+    """Size of a file in bytes. Raises ValueError unless it is a regular file (reading a pipe would block);
     FileNotFoundError passes through.
     """
     try:

@@ -64,14 +64,14 @@ def adamw_as_torch(
     weight_decay: float = WEIGHT_DECAY, max_norm: float | None = None, mask: Any = None, unchosen: Unchosen = "decay",
     declared: Mapping[str, Declared] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """torch.optim.AdamW with torch's defaults, after `clip_grad_norm_` if there is a `max_norm`.
+    """torch.optim.AdamW with torch's defaults, after `clip_grad_norm_` if `max_norm` is given.
 
     `mask`, as in `optax.adamw`, says what decays, like torch's groups with and without decay. `unchosen` says what
     happens to an expert in a step in which no token went to it. "decay": its gradient is zero, and decay and momentum
-    go on, as for any stacked array. "skip": nothing, as in PyTorch where each expert is its own module, and every
+    go on, as for any stacked array. "skip": nothing, as in PyTorch if each expert is its own module, and every
     expert has a step count. Then call `update(gradients, state, params, chosen=chosen_experts(stats))`, and to
-    accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`. Which weights are
-    experts' their variables say; where params are plain arrays, give `declared=jax_moe.declared(module)`.
+    accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`. The variables
+    say which weights belong to experts; if params are plain arrays, give `declared=jax_moe.declared(module)`.
     """
     require(unchosen in ("skip", "decay"), "unchosen", unchosen, "skip or decay")
     rate = in_full_precision(learning_rate) if callable(learning_rate) else learning_rate

@@ -4,7 +4,7 @@ import sys
 
 
 def any_encoding() -> None:
-    """From now on a character that stdout or stderr cannot show is printed as its escape, and is no error."""
+    """Makes stdout and stderr print characters that they cannot encode as escapes, in place of an error."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

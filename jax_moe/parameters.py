@@ -33,7 +33,7 @@ def _said(shape: tuple[int, ...], dims: str, role: Role) -> dict[str, Any]:
 
 
 def stacked(make: Callable[[nnx.Rngs], Module], rngs: nnx.Rngs, count: int, dim: str) -> Module:
-    """`count` modules in one: every array and its dims with `dim` leading."""
+    """`count` modules as one: every array gets a leading dim, named `dim`."""
     module = nnx.vmap(make)(rngs.split(count))
     for variable in stored_variables(module).values():
         variable.set_metadata(dims=f"{dim} {variable.get_metadata()['dims']}".rstrip())
@@ -41,12 +41,12 @@ def stacked(make: Callable[[nnx.Rngs], Module], rngs: nnx.Rngs, count: int, dim:
 
 
 def declared(module: Any) -> dict[str, Declared]:
-    """{our path: what the array there is} of all that a module or its state stores."""
+    """{path: declaration} of every array that a module or its state stores."""
     return {path: of_variable(variable) for path, variable in stored_variables(module).items()}
 
 
 def of_variable(variable: nnx.Variable) -> Declared:
-    """What a variable says of itself."""
+    """The variable's shape, dims and role."""
     said = variable.get_metadata()
     return Declared(tuple(variable.shape), said.get("dims"), said.get("role"))
 

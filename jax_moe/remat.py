@@ -12,9 +12,9 @@ Layer = TypeVar("Layer", bound=Callable)
 
 
 def rematerialised(layer: Layer, remat: Remat) -> Layer:
-    """The body of a scan over layers, which keeps for the backward: with "none" every value that it needs, with "dots"
-    the results of matrix products (attention scores included), with "full" only the layer's input. The numbers are the
-    same.
+    """The layer as the body of a scan. It keeps for the backward pass: with "none" every value that it needs, with
+    "dots" the results of matrix products (attention scores included), with "full" only the layer's input. The
+    numbers are the same.
 
     A dispatcher with a backward of its own (`grouped`) is one unit: except with "none" its forward runs again.
     """

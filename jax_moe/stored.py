@@ -1,4 +1,4 @@
-"""What of a module is stored, and what of it keeps its dtype: said by the class of each variable, never by its name."""
+"""Which variables of a module are stored, and which keep their dtype: the variable's class says it, not its name."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ def stored_state(module: Any) -> Any:
 
 
 def stored_variables(module: Any) -> dict[str, nnx.Variable]:
-    """{our path: variable} of what is stored."""
+    """{path: variable} of the stored variables."""
     return {".".join(map(str, keys)): variable for keys, variable in nnx.to_flat_state(stored_state(module))}
 
 
 def kept_paths(module: nnx.Module) -> frozenset[str]:
-    """Our paths of the variables that keep their dtype when a checkpoint is read as another."""
+    """Paths of the variables that keep their dtype when a checkpoint is converted to another."""
     return frozenset(path for path, variable in stored_variables(module).items() if isinstance(variable, Kept))

@@ -13,7 +13,7 @@ def best_first(score: Float[Array, "*any X"], count: int) -> Int[Array, "*any Y"
     score = jnp.where(jnp.isnan(score), jnp.inf, jnp.where(score == 0, jnp.zeros_like(score), score))
     if count > LARGEST_COUNT:
         return jax.lax.top_k(score, count)[1]
-    # integers that sort as the floats do; the lowest integer, which stands for no float, marks a taken entry
+    # integers in the order of the floats; the lowest integer, which is no float, marks a taken entry
     integer = jnp.dtype(f"int{8 * score.dtype.itemsize}")
     bits, largest = jax.lax.bitcast_convert_type(score, integer), jnp.iinfo(integer).max
     key = jnp.where(bits < 0, bits ^ largest, bits)

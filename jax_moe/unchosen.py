@@ -1,9 +1,9 @@
 """AdamW that does not move experts without tokens, as PyTorch's AdamW does where each expert is its own module.
 
-In PyTorch the gradient of such an expert is None: it gets no decay, its moments stay, and its step count stands still.
+In PyTorch the gradient of such an expert is None: it gets no decay, and its moments and step count do not change.
 In JAX experts are stacked and the gradient is zero. So `update` takes the mask of experts with tokens,
-`chosen=chosen_experts(stats)`, and the state counts the steps of every expert. Which weights are experts' is what their
-variables say: params are the state of a module, or plain arrays together with `declared(module)`.
+`chosen=chosen_experts(stats)`, and the state counts the steps of every expert. The variables say which weights are
+experts': params are the state of a module, or plain arrays together with `declared(module)`.
 """
 
 import inspect
@@ -49,12 +49,12 @@ def path_of(keys: tuple) -> str:
 
 def experts_in(ours: Mapping[str, Declared]) -> Experts:
     """{our path: (path of its experts, how many last dims belong to a single expert)} of the experts' weights."""
-    own_dims = {path: one.letters[::-1].index("E") for path, one in ours.items() if one.role == "expert"}
+    own_dims = {path: said.letters[::-1].index("E") for path, said in ours.items() if said.role == "expert"}
     return {path: (path.rpartition(".")[0], count) for path, count in own_dims.items()}
 
 
 def _experts(params: Any, said: Said) -> Experts:
-    """As `experts_in`, by what was said or by the variables themselves. Raises ValueError for plain arrays alone."""
+    """As `experts_in`, from `said` or from the variables. Raises ValueError for plain arrays alone."""
     if said is None:
         require(isinstance(params, nnx.State), "declared", None, "jax_moe.declared(module), as params are plain arrays")
         said = declared(params)

@@ -32,7 +32,7 @@ class Port:
     fine-tuned run; for anything else torch if DST ends in .pt, .pth, .bin or .safetensors, otherwise folder."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
-    """Convert the weights to this dtype; by default they keep theirs."""
+    """Convert the weights to this dtype; by default they keep their dtype."""
     max_shard_bytes: int = 5_000_000_000
     """For hf: the largest size of a file, unless a single tensor is larger."""
     text: Path | None = None
@@ -45,15 +45,15 @@ class Port:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Prints what a checkpoint is: family, parameters, contract in words, and settings assumed where a file has none.
+    """Describes a checkpoint: family, parameters, contract in words, and settings assumed as the file has none.
 
-    For a Hugging Face model only headers are read, and the output adds active parameters, bytes, and the memory needed
-    on N devices. The exit status is 1 if the checkpoint cannot be loaded.
+    For a Hugging Face model only headers are read, and active parameters, bytes, and the memory needed on N devices are
+    printed too. The exit status is 1 if the checkpoint cannot be loaded.
     """
 
     path: tyro.conf.Positional[Path]
     devices: int | None = None
-    """For Hugging Face models: print the memory needed on so many devices; by default on 1, 2, 4 and 8."""
+    """For Hugging Face models: print the memory needed on this number of devices; by default on 1, 2, 4 and 8."""
     names: bool = False
     """Also print the name, dtype and shape of every tensor."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
@@ -77,7 +77,7 @@ class Generate:
     temperature: float = 1.0
     """0 takes the most likely token, without noise."""
     sample_top_k: int | None = None
-    """Sample from so many most likely tokens (--top-k is the model's number of experts for each token)."""
+    """Sample from this number of most likely tokens (--top-k is the model's number of experts per token)."""
     sample_top_p: Annotated[float | None, tyro.conf.arg(aliases=["--top-p"])] = None
     """Sample from the most likely tokens that together reach this probability."""
     seed: int = 0
@@ -91,10 +91,10 @@ class Generate:
 class Parity:
     """Runs a checkpoint in JAX and in PyTorch on one batch and compares them stage by stage.
 
-    Names the first stage beyond tolerance, and tells a choice of experts that flips at a near tie from a wrong number.
-    The exit status is 0 only if all is within tolerance, 1 if not and for bad input. A flip at a near tie passes and is
-    reported, for rounding alone decides between such scores. With --replay the stages after a flip are compared on the
-    same choices; with --no-replay they fail.
+    Names the first stage beyond tolerance, and distinguishes a choice of experts that flips at a near tie from a wrong
+    number. The exit status is 0 if all is within tolerance, otherwise (also for bad input) 1. A flip at a near tie
+    passes and is reported, as rounding alone decides between such scores. With --replay the stages after a flip are
+    compared on the same choices; with --no-replay they fail.
     The reference for a Hugging Face model is `transformers` (extra hf), for any other model torch_ref.
     """
 
@@ -126,7 +126,7 @@ class Parity:
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     # The fields below belong to whole training runs (--train).
     train: int | None = None
-    """Instead of comparing a batch, train a language model for so many steps of AdamW on both sides, from the same
+    """Instead of comparing a batch, train a language model for this number of AdamW steps on both sides, from the same
     weights, on the same batches, noise and dropout masks, in float64 and in float32."""
     learning_rate: float = 1e-3
     """The highest learning rate of the training run; after the warm-up it decays to a tenth."""

@@ -24,7 +24,7 @@ EXACT = ("checkpoint", "slots")  # no value may differ
 SMALL = 1e-3  # a gradient's error is relative to at least this share of the largest gradient's norm
 
 # How far apart two correct frameworks may be, by dtype and kind of stage ("": any other kind), relative to the stage's
-# largest value, gradients by norm. Beside each limit stands the worst error measured over the models of
+# largest value, gradients by norm. Each limit has a comment with the worst error measured over the models of
 # parity_tests/table/family_cases.py and the modules of parity_tests/microscope/test_microscope.py.
 TOLERANCES: dict[str, dict[str, float]] = {
     "float64": {

@@ -1,7 +1,7 @@
 """Settings for all tests: full matrix precision, one thread for PyTorch, the same Hypothesis examples on every run.
 
-fp64 in JAX is switched on around what needs it (`sides.precision`) and nowhere else: the rest runs as users run it.
-Nothing here needs PyTorch; without it the tests that compare with it are skipped and say so.
+fp64 in JAX is switched on only around tests that need it (`sides.precision`): the others run as users run them. Without
+PyTorch, tests that compare with it are skipped with that reason.
 """
 
 import gc
@@ -36,15 +36,15 @@ if importlib.util.find_spec("torch"):
 PROGRAMS = "PARITY_TESTS_PROGRAMS"  # names the folder of compiled programs to the workers of this session
 LONGEST = ("test_whole_runs.py", "test_kills.py", "test_documents.py", "test_fuzz.py", "test_hypothesis.py")
 MAPS = Path("/proc/self/maps")
-MOST_MAPS = 20_000  # Linux gives a process 65,530; XLA aborts it when there is no more
+MOST_MAPS = 20_000  # Linux gives a process 65,530; without more, XLA aborts the process
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No worker compiles a program that another has compiled: XLA's key of it holds all that determines its code.
+    """Workers share compiled programs: XLA's key of a program covers all that determines its code.
 
-    The commands that tests start as processes of their own do not share the folder: some are killed while they write.
+    Commands that tests start as subprocesses do not share the folder: some are killed while they write.
     """
-    for what in ("reading", "writing"):  # half written yet, or the folder was cleared away: the program is compiled
+    for what in ("reading", "writing"):  # half written, or the folder was removed: the program is compiled
         config.addinivalue_line("filterwarnings", f"ignore:Error {what} persistent compilation cache entry")
     if PROGRAMS not in os.environ:
         os.environ[PROGRAMS] = folder = tempfile.mkdtemp(prefix="programs-")
@@ -54,33 +54,43 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests come first: at the end one worker would wait for them."""
+    """The longest tests come first, so that no worker waits for them at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs() -> Iterator[None]:
-    """Every compiled program keeps some memory maps: they are dropped, to be read anew, before they run out."""
+    """Drops compiled programs before the memory maps that each of them holds run out."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns off the type checks of pytest, so that our own errors are raised, as for users, and long loops are fast."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """For tests in which compiling takes the time, not running."""
+    """For tests that spend their time on compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-# jax_moe is imported inside: this file is read before the shapes of its functions are checked.
+# jax_moe is imported inside functions: this file is read before jaxtyping's hook is installed.
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2-MoE folder in five shards, with a tokenizer and code that must not run, that nobody changes."""
+    """A Qwen2-MoE folder in five shards, with a tokenizer and code that must not run. Tests do not change it."""
     from jax_moe import save_pretrained
     from parity_tests.porting.decoder_cases import decoder
 
@@ -93,7 +103,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def orbax(whole: Path) -> Path:
-    """The same as an Orbax checkpoint."""
+    """The same model as an Orbax checkpoint. Tests do not change it."""
     from moe_cli.main import main
 
     assert main(["port", str(whole), str(whole.parent / "orbax-0.1")]) == 0
@@ -102,5 +112,5 @@ def orbax(whole: Path) -> Path:
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `whole`."""
     return Path(shutil.copytree(whole, tmp_path / "model"))

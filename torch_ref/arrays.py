@@ -38,7 +38,7 @@ def check_kind(name: str, value: Any) -> Tensor:
     kind, dims = kind_of(name), role_and_dims(name)[1]
     if not isinstance(value, Tensor):
         asked = f"a tensor of {kind}s [{', '.join(dims)}]"
-        raise ValueError(f"{name} is a {type_name(value)}: must be {asked}; torch.as_tensor of it makes one")
+        raise ValueError(f"{name} is a {type_name(value)}: must be {asked}; torch.as_tensor converts it")
     check_holds(name, value.dtype, _holds(value))
     return value
 

@@ -21,8 +21,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
     """The parameters for a call, by name; gradients flow back to the stored parameters, in their dtype.
 
-    Each is cast as `Precision.dtype_of` says of its role. Not cast are routers, Soft MoE's phi and, unless
-    `cast_experts` is "at_once", experts. Norms become `norms`, all else `compute`.
+    Each is cast as `Precision.dtype_of` says of its role. Routers and Soft MoE's phi are not cast, nor are experts
+    unless `cast_experts` is "at_once". Norms become `norms`, all other weights `compute`.
     """
     cast = {}
     for name, value in model.named_parameters():
@@ -32,7 +32,7 @@ def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]
 
 
 def role_of(model: nn.Module, name: str) -> Role | None:
-    """The role of a parameter, as the innermost module around it says in its `roles`; that of a norm is `norm`."""
+    """The role of a parameter, from `roles` of the innermost module that names it; a norm's is `norm`."""
     role, module = None, model
     for part in name.split("."):
         role = getattr(module, "roles", {}).get(part, role)

@@ -22,12 +22,12 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
 
 
 def rematerialised(layer: nn.Module, remat: Remat) -> Callable:
-    """A layer that keeps for the backward every value that it needs ("none"), the results of matrix products ("dots"),
-    or only its input ("full"). The numbers are the same: random draws are repeated."""
+    """The layer. It keeps for the backward pass: with "none" every value that it needs, with "dots" the results of
+    matrix products, with "full" only its input. The numbers are the same: random draws are repeated."""
     require(remat in get_args(Remat), "remat", remat, "one of " + ", ".join(map(repr, get_args(Remat))))
     if remat == "none":
         return layer
-    # the weights of this call: under `call_in` the stored weights are back by the time the layer runs again
+    # the weights of this call: under `call_in` the module has its stored weights again when the layer is recomputed
     weights: dict[str, Tensor] = dict(layer.named_parameters())
 
     def answer(*args: Any, **kwargs: Any) -> Any:

@@ -98,7 +98,7 @@ def _finetune(config: TrainConfig, folder: Path, free: Free, known: Known) -> Ta
     for setting in dataclasses.fields(ModelSettings):
         name, value = setting.name, getattr(config.model, setting.name)
         same = name == "block_size" or value == getattr(usual, name)
-        require(same, name, value, "left out with --pretrained: the checkpoint says it")
+        require(same, name, value, "left out with --pretrained: the checkpoint sets it")
     block_size = config.model.block_size
     require(block_size >= 1, "block_size", block_size, "an integer of at least 1")
     there = (folder / "config.json").is_file()

@@ -13,7 +13,7 @@ from jax_moe.config.decoder import DecoderConfig, GroupedDecoder
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists, numbers and strings; a Fraction as "29/100". A decoder is its shorthand where it has one."""
+    """Plain dicts, lists, numbers and strings; a Fraction as "29/100". A decoder becomes its shorthand, if any."""
     if isinstance(config, DecoderConfig):
         config = config.shorthand or config
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
@@ -52,7 +52,7 @@ def config_from_json(kind: type, values: Any, where: str) -> Any:
 
 
 def _checked(where: str, make: Callable[[], Any]) -> Any:
-    """What is made, an error beginning with `where`."""
+    """The result of `make`; its errors begin with `where`."""
     try:
         return make()
     except ValueError as error:
@@ -61,10 +61,11 @@ def _checked(where: str, make: Callable[[], Any]) -> Any:
 
 def _attention(value: dict, where: str) -> Any:
     """The contract of the kind that the object names."""
-    kinds = {one.kind: one for one in LayerAttention.__subclasses__()}
+    kinds = {kind.kind: kind for kind in LayerAttention.__subclasses__()}
     if value.get("kind") not in kinds:
         raise ValueError(f"{where}.kind={value.get('kind')!r}: must be one of {', '.join(map(repr, kinds))}")
-    return config_from_json(kinds[value["kind"]], {name: one for name, one in value.items() if name != "kind"}, where)
+    fields = {name: field for name, field in value.items() if name != "kind"}
+    return config_from_json(kinds[value["kind"]], fields, where)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

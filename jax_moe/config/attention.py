@@ -57,7 +57,7 @@ class RopeConfig:
     max_positions: int = 2048  # "dynamic" stretches beyond this length
     original_max_positions: int | None = None  # trained length before stretching; needed by "yarn" and "llama3"
     attention_factor: float | None = None  # "yarn": multiplies cos and sin; None: from factor and the two mscales
-    beta_fast: float = 32.0  # "yarn": dims that turn more often than this in the trained length stay as they are
+    beta_fast: float = 32.0  # "yarn": dims that turn more often than this in the trained length are unchanged
     beta_slow: float = 1.0  # "yarn": dims that turn less often are divided by factor
     mscale: float | None = None
     mscale_all_dim: float | None = None
@@ -83,24 +83,20 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """What the attention of a decoder's layer must say of itself; each kind is a subclass, its module in
-    `jax_moe.attention`.
-    """
+    """The contract of a decoder layer's attention. Each kind is a subclass; its module is in `jax_moe.attention`."""
 
     kind: ClassVar[str] = ""
 
     model_dim: int
 
     def stored(self) -> "LayerAttention":
-        """This contract without what leaves the parameters as they are: layers that agree in it are stacked
-        together.
-        """
+        """The contract with only the fields that parameters depend on: layers that agree in them are stacked."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedAttentionConfig(LayerAttention):
-    """Grouped-query attention with rotary positions, as the Hugging Face decoders have it."""
+    """Grouped-query attention with rotary positions, as in the Hugging Face decoders."""
 
     kind: ClassVar[str] = "grouped"
 
@@ -136,10 +132,10 @@ class GroupedAttentionConfig(LayerAttention):
 
     @property
     def score_scale(self) -> float:
-        """What q.k is multiplied with."""
+        """The factor of q.k."""
         return self.head_dim**-0.5 if self.multiplier is None else self.multiplier
 
     def stored(self) -> "GroupedAttentionConfig":
-        """Heads, biases and norms alone."""
+        """The contract with only its heads, biases and norms."""
         plain: dict = {"rope": RopeConfig(), "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
         return dataclasses.replace(self, **plain)

@@ -1,4 +1,7 @@
-"""The contract of a decoder: one contract a layer, and what stands around the layers."""
+"""The contract of a decoder: a contract per layer, and the settings around the layers.
+
+Long because it also holds the flat settings of Hugging Face decoders, which convert to and from the layers.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from jax_moe.config.moe import Activation, ExpertConfig, MoEConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """The feed-forward network of a layer without a mixture: one expert that every token meets."""
+    """The feed-forward network of a layer without a mixture: one expert that takes every token."""
 
     model_dim: int
     dim: int  # its width
@@ -32,7 +35,7 @@ class LayerConfig:
     ffn: MoEConfig | DenseConfig
 
     def stacks(self) -> tuple[tuple[str, Any], tuple[str, Any]]:
-        """(room among a decoder's attributes, what its parameters depend on), of the attention and of the network."""
+        """(name of the stack, fields that its parameters depend on), of the attention and of the network."""
         kind, ffn = self.attention.kind, self.ffn
         room = "blocks" if kind == GroupedAttentionConfig.kind else f"blocks_{kind}"
         return (room, self.attention.stored()), ("moe" if isinstance(ffn, MoEConfig) else "dense", ffn)
@@ -40,31 +43,31 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder-only language model of pre-norm layers; `layers` says what each is."""
+    """A decoder-only language model of pre-norm layers; `layers` has the contract of each."""
 
     vocab_size: int
     model_dim: int
     layers: tuple[LayerConfig, ...]
-    max_positions: int = 2048  # what the model was trained for; longer texts are not refused
+    max_positions: int = 2048  # the trained length; longer texts are not refused
     norm_eps: float = 1e-6
     tied_embeddings: bool = False  # the head is the transposed embedding
-    embedding_multiplier: float = 1.0  # Granite's: on the embeddings,
-    residual_multiplier: float = 1.0  # on what each half of a block adds,
-    logits_divisor: float = 1.0  # and under the logits
-    balance_loss_weight: float = 0.001  # what training multiplies the balance loss with (router_aux_loss_coef)
+    embedding_multiplier: float = 1.0  # multiplies the embeddings (Granite)
+    residual_multiplier: float = 1.0  # multiplies what attention and FFN add to the residual stream (Granite)
+    logits_divisor: float = 1.0  # divides the logits (Granite)
+    balance_loss_weight: float = 0.001  # multiplies the balance loss in training (router_aux_loss_coef)
 
     def __post_init__(self) -> None:
         check_positive_ints(**{name: getattr(self, name) for name in ("vocab_size", "model_dim", "max_positions")})
         layers = self.layers
-        some = isinstance(layers, tuple) and layers and all(isinstance(one, LayerConfig) for one in layers)
+        some = isinstance(layers, tuple) and layers and all(isinstance(layer, LayerConfig) for layer in layers)
         require(bool(some), "layers", type(layers).__name__, "a tuple of at least one LayerConfig")
-        for one in dict.fromkeys(layers):
-            for name, part in (("attention", one.attention), ("moe", one.ffn)):
+        for layer in dict.fromkeys(layers):
+            for name, part in (("attention", layer.attention), ("moe", layer.ffn)):
                 require(
                     part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}"
                 )
         require(bool(self.moe_layers), "dense_layers", self.dense_layers, "fewer than all layers")
-        sizes = {(one.num_experts, one.top_k) for one in self.mixtures}
+        sizes = {(moe.num_experts, moe.top_k) for moe in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
         check_flags(self, "tied_embeddings")
         check_within(
@@ -75,9 +78,7 @@ class DecoderConfig:
 
     @classmethod
     def grouped(cls, **settings: Any) -> "DecoderConfig":
-        """A decoder of grouped-query attention, its settings those of `GroupedDecoder`. Raises ValueError as that
-        does.
-        """
+        """A decoder of grouped-query attention, from the settings of `GroupedDecoder`, with its ValueErrors."""
         return GroupedDecoder(**settings).config()
 
     def with_layers(self, change: Callable[[LayerConfig], LayerConfig]) -> "DecoderConfig":
@@ -86,23 +87,22 @@ class DecoderConfig:
 
     def with_attention(self, **changes: Any) -> "DecoderConfig":
         """The same decoder with these fields of every layer's attention changed."""
-        return self.with_layers(
-            lambda one: dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes))
-        )
+        replace = dataclasses.replace
+        return self.with_layers(lambda layer: replace(layer, attention=replace(layer.attention, **changes)))
 
     def with_moe(self, moe: MoEConfig) -> "DecoderConfig":
         """The same decoder with this mixture in every layer that has one."""
-        return self.with_layers(
-            lambda one: dataclasses.replace(one, ffn=moe) if isinstance(one.ffn, MoEConfig) else one
-        )
+        def change(layer: LayerConfig) -> LayerConfig:
+            return dataclasses.replace(layer, ffn=moe) if isinstance(layer.ffn, MoEConfig) else layer
+
+        return self.with_layers(change)
 
     @cached_property
     def stacks(self) -> dict[str, tuple[int, ...]]:
-        """{attribute of the decoder: the layers whose parameters are stacked in it}: attention first, then mixtures,
-        then dense.
+        """{attribute of the decoder: the layers whose parameters are stacked in it}, in the order attention, mixtures,
+        dense.
 
-        "blocks" (grouped attention and the norms), "moe", "dense"; a further stack of the same room is "blocks_2" and
-        so on.
+        "blocks" (grouped attention and the norms), "moe", "dense"; a second stack of a kind is "blocks_2" and so on.
         """
         names: dict[tuple[str, Any], str] = {}
         found: dict[str, list[int]] = {}
@@ -131,7 +131,7 @@ class DecoderConfig:
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
-        """The layers without."""
+        """The layers without a mixture."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.ffn, DenseConfig))
 
     @property
@@ -141,22 +141,22 @@ class DecoderConfig:
 
     @property
     def moe(self) -> MoEConfig:
-        """The contract of the first mixture, in most decoders that of all."""
+        """The contract of the first mixture; in most decoders all have the same."""
         return self.mixtures[0]
 
     @property
     def dense_dim(self) -> int:
-        """The width of the first dense layer; 0 without."""
+        """The width of the first dense layer; 0 if there is none."""
         return next((layer.ffn.dim for layer in self.layers if isinstance(layer.ffn, DenseConfig)), 0)
 
     @property
     def dense_activation(self) -> Activation:
-        """Of the dense layers: that of the experts."""
+        """The activation of the dense layers, which is that of the experts."""
         return self.moe.expert.activation
 
     @property
     def attention(self) -> GroupedAttentionConfig:
-        """The contract of the first layer with grouped attention, in most decoders that of all but for the window."""
+        """The contract of the first layer with grouped attention; in most decoders only the window differs by layer."""
         found = (layer.attention for layer in self.layers if isinstance(layer.attention, GroupedAttentionConfig))
         first = next(found, None)
         if first is None:
@@ -210,25 +210,25 @@ class DecoderConfig:
 
     @property
     def sliding_window(self) -> int | None:
-        """The first window there is."""
+        """The window of the first layer that has one; None without."""
         windows = (getattr(layer.attention, "window", None) for layer in self.layers)
         return next((window for window in windows if window is not None), None)
 
     @cached_property
     def shorthand(self) -> "GroupedDecoder | None":
-        """The settings that `grouped` makes this decoder of; None where its layers differ in more than they can say."""
+        """The settings for `grouped` that make this decoder; None if its layers differ in more than these express."""
         if not all(isinstance(layer.attention, GroupedAttentionConfig) for layer in self.layers):
             return None
         own = {ours: getattr(self.attention, name) for ours, name in ATTENTION_FIELDS.items()}
         layers = {
             name: getattr(self, name) for name in ("dense_layers", "dense_dim", "sliding_layers", "sliding_window")
         }
-        alike = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "layers"}
+        alike = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "layers"}
         found = GroupedDecoder(num_layers=self.num_layers, moe=self.moe, **own, **layers, **alike)
         return found if found.config() == self else None
 
 
-# Fields of `GroupedDecoder` that are of the layers' attention, and their names there
+# Fields of `GroupedDecoder` that belong to the attention, and their names in its contract
 ATTENTION_FIELDS = {
     "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope",
     "qkv_bias": "qkv_bias", "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv",
@@ -239,10 +239,10 @@ ATTENTION_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedDecoder:
-    """The settings of a Hugging Face config.json in one flat object: grouped attention in all layers, one kind of
-    mixture.
+    """The settings of a Hugging Face config.json in one flat object: grouped attention in all layers, and one contract
+    for all mixtures.
 
-    What folders hold in place of `layers` wherever it says the same.
+    Folders store it in place of `layers` if it gives the same decoder.
     """
 
     vocab_size: int
@@ -298,13 +298,14 @@ class GroupedDecoder:
             )
             for i in range(self.num_layers)
         )
-        alike = {one.name: getattr(self, one.name) for one in dataclasses.fields(DecoderConfig) if one.name != "layers"}
+        names = [field.name for field in dataclasses.fields(DecoderConfig) if field.name != "layers"]
+        alike = {name: getattr(self, name) for name in names}
         return DecoderConfig(layers=layers, **alike)
 
 
-def differences(one: DecoderConfig, other: DecoderConfig) -> list[str]:
-    """The fields in which two decoders differ: those of the shorthand where both have it."""
-    short = one.shorthand, other.shorthand
-    pair: Any = (one, other) if None in short else short
+def differences(first: DecoderConfig, second: DecoderConfig) -> list[str]:
+    """The fields in which two decoders differ: those of the shorthand if both have it."""
+    short = first.shorthand, second.shorthand
+    pair: Any = (first, second) if None in short else short
     names = [field.name for field in dataclasses.fields(pair[0])]
     return [name for name in names if getattr(pair[0], name) != getattr(pair[1], name)]

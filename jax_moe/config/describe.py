@@ -88,7 +88,7 @@ def _soft(config: SoftMoEConfig) -> list[str]:
 def _decoder(config: DecoderConfig) -> list[str]:
     mixtures, dense = len(config.moe_layers), config.dense_layers
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
-    tied = "the head is the embedding" if config.tied_embeddings else "a head of its own"
+    tied = "tied head" if config.tied_embeddings else "untied head"
     lines = [
         f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
         f"up to {config.max_positions:,} positions",
@@ -97,7 +97,7 @@ def _decoder(config: DecoderConfig) -> list[str]:
         f"positions: {_rope(config.rope)}",
     ]
     multipliers = {
-        "embeddings times": config.embedding_multiplier, "each half of a block times": config.residual_multiplier,
+        "embeddings times": config.embedding_multiplier, "residual branches times": config.residual_multiplier,
         "logits divided by": config.logits_divisor,
     }
     told = [f"{what} {value:g}" for what, value in multipliers.items() if value != 1]

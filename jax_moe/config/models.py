@@ -57,7 +57,7 @@ class MakeMoEConfig:
         sizes = ("vocab_size", "block_size", "model_dim", "num_heads", "num_layers", "num_experts", "top_k")
         check_positive_ints(**{name: getattr(self, name) for name in sizes})
         check_flags(self, "noise")
-        _ = self.block  # raises on what the parts refuse
+        _ = self.block  # raises ValueError for invalid parts
 
     @property
     def block(self) -> BlockConfig:

@@ -38,7 +38,7 @@ class RouterConfig:
 
     score: Score = "softmax"  # how a logit becomes a score (sigmoid: DeepSeek-V3; sqrt_softplus: DeepSeek-V4)
     order: Order = "score_then_select"  # or top-k of the logits, then softmax over the K chosen (makeMoE, gpt-oss)
-    renormalise: Renormalise = "none"  # weights of the choices: as they are, / sum, or / (sum + eps)
+    renormalise: Renormalise = "none"  # weights of the choices: unchanged, / sum, or / (sum + eps)
     renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     bias: bool = False  # a bias in the router's linear map
@@ -164,8 +164,8 @@ class BalanceConfig:
 
     f counts the choices as made, with the correction bias. P is the mean over tokens of the scores over their sum:
     softmax(logits), also if experts are selected by their logits (Hugging Face), and s / sum(s) for sigmoid
-    (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be told from 0 count as
-    equal, as they do for the choice: if all scores are that small, P is 1/E and the loss 1 (or K).
+    (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be distinguished from 0
+    count as equal, as for the choice: if all scores are that small, P is 1/E and the loss 1 (or K).
     """
 
     f_sums_to: Literal["one", "k"] = "one"  # f as a share of choices (balanced loss: 1), or of tokens (K; Hugging Face)

@@ -1,4 +1,4 @@
-"""What a parameter says of itself: its dims, and what it is for, of a closed list read wherever parameters differ."""
+"""What a parameter declares: its dims, and its role, from a closed list."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -28,5 +28,5 @@ class Declared:
 
     @property
     def letters(self) -> tuple[str, ...]:
-        """One word a dim; none where nothing is said."""
+        """A word per dim; empty if no dims are declared."""
         return tuple((self.dims or "").split())

@@ -9,7 +9,7 @@ from jax_moe.config.parameters import Role
 Dtype = Literal["float64", "float32", "bfloat16"]
 CastExperts = Literal["at_use", "at_once"]
 NEVER_CAST: frozenset[Role | None] = frozenset(("router", "correction"))  # a rounded router chooses other experts
-CAST_AT_USE: frozenset[Role | None] = frozenset(("expert", "shared"))  # where they meet the tokens
+CAST_AT_USE: frozenset[Role | None] = frozenset(("expert", "shared"))  # in the dispatcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Precision:
             require(value in allowed, field.name, value, "one of " + ", ".join(map(repr, allowed)))
 
     def dtype_of(self, role: Role | None) -> Dtype | None:
-        """The dtype to which weights of a role are cast for a call; None: they stay as they are stored."""
+        """The dtype to which weights of a role are cast for a call; None: they keep their stored dtype."""
         if role in NEVER_CAST or (role in CAST_AT_USE and self.cast_experts == "at_use"):
             return None
         return self.norms if role == "norm" else self.compute

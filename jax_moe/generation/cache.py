@@ -1,7 +1,7 @@
-"""A decoder with a memory: the prompt in one pass, then one token at a time against what the layers have cached.
+"""Prefill and decode: the prompt in one pass, then one token at a time against the layers' caches.
 
-Texts end together: a shorter one begins later, at slot `start_B`, so that all write the same slot of the cache. A
-position counts from the text's first token. What a layer keeps is its kind of attention's own affair.
+Prompts are padded on the left, so that all sequences write the same slot of the cache: the first token of a sequence
+is at slot `start_B`, and its positions count from there. Each attention kind defines its own cache.
 """
 
 from typing import Any, NamedTuple
@@ -15,21 +15,21 @@ from jax_moe.models.decoder import Decoder
 
 
 class Cache(NamedTuple):
-    """What the layers remember of U slots."""
+    """The caches of all layers, for U slots."""
 
-    kept: dict[str, Any]  # by the stack of layers, in the form of their kind of attention
+    kept: dict[str, Any]  # by stack of layers, each in the form of its attention kind
     mask_BU: Bool[Array, "B U"]  # False at padding
 
 
 def empty_cache(model: Decoder, start_B: Int[Array, " B"], num_slots: int, dtype: DTypeLike) -> Cache:
-    """A cache with nothing in it."""
+    """An empty cache of `num_slots` slots."""
     config = model.config
     contracts = {
         name: config.layers[layers[0]].attention for name, layers in config.stacks.items() if name.startswith("blocks")
     }
     kept = {
-        name: kind_of(one).empty_cache(one, len(config.stacks[name]), start_B.shape[0], num_slots, dtype)
-        for name, one in contracts.items()
+        name: kind_of(contract).empty_cache(contract, len(config.stacks[name]), start_B.shape[0], num_slots, dtype)
+        for name, contract in contracts.items()
     }
     return Cache(kept, jnp.arange(num_slots) >= start_B[:, None])
 
@@ -48,7 +48,7 @@ def prefill(
 def decode(
     model: Decoder, token_B: Int[Array, " B"], slot: Int[Array, ""], start_B: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after the token that stands at `slot`, and the cache with it."""
+    """Logits after the token at `slot`, and the cache with that token added."""
     positions = _positions(slot[None], start_B, cache.mask_BU)
     x_BTD, kept, _ = model.layers(model.embed(token_B[:, None]), positions, cache.kept, in_place=True)
     assert kept is not None
@@ -56,7 +56,7 @@ def decode(
 
 
 def _positions(slot_T: Array, start_B: Array, mask_BU: Array) -> Positions:
-    """Of the tokens at these slots, in texts that begin at `start_B`."""
-    first = start_B.min(initial=jnp.iinfo(start_B.dtype).max)  # no texts have a length, too
+    """Positions of the tokens at these slots, in sequences that begin at `start_B`."""
+    first = start_B.min(initial=jnp.iinfo(start_B.dtype).max)  # an empty batch has a length, too
     position_BT, length = jnp.maximum(slot_T - start_B[:, None], 0), slot_T[-1] + 1 - first
     return Positions(position_BT, slot_T, mask_BU.shape[1], mask_BU, length)

@@ -1,7 +1,7 @@
-"""A decoder's generation: one program reads the prompt, one loops over the new tokens; the host only waits at the end.
+"""Cached generation: one program reads the prompt, another loops over the new tokens; the host waits only at the end.
 
-Compiled programs serve all prompts of like length: prompts are padded on the left, and the cache on the right, to
-lengths of `bucket`. What comes out does not depend on it.
+A compiled program serves prompts of similar length: prompts are padded on the left, and the cache on the right, to
+lengths from `bucket`. The padding does not change the tokens.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Callback = Callable[[int, np.ndarray], object]
 
 
 class Sampling(NamedTuple):
-    """What is compiled in; temperature and key are arguments of the program."""
+    """The settings compiled into the program; temperature and key are its arguments."""
 
     greedy: bool
     top_k: int | None
@@ -32,22 +32,22 @@ class Sampling(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What stays the same from step to step."""
+    """The values that all steps share."""
 
-    start_B: Int[Array, " B"]  # the slot of each text's first token
+    start_B: Int[Array, " B"]  # the slot of each sequence's first token
     prompt_slots: Int[Array, ""]  # the slot of the first new token
     temperature: Array
     key: PRNGKeyArray | None
-    stop_tokens: Array  # filled up with -1, which no token is
+    stop_tokens: Array  # padded with -1, which is no token
     pad_token: Array
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The values that a step changes."""
 
     cache: Cache
-    new_BN: Int[Array, "B N"]  # N: slots for new tokens, pad_token where none is yet
-    token_B: Int[Array, " B"]  # the latest
+    new_BN: Int[Array, "B N"]  # N slots for new tokens; pad_token in free slots
+    token_B: Int[Array, " B"]  # the latest tokens
     done_B: Bool[Array, " B"]
     num_new: Int[Array, ""]
 
@@ -63,13 +63,11 @@ def generate_cached(
     top_p: float | int | None, key: PRNGKeyArray | None, mask_BT: Any, stop_tokens: tuple[int, ...],
     pad_token: int | None, callback: Callback | None,
 ) -> Int[Array, "B new"]:
-    """The prompt and what follows, as `generate` says; after the last stop `pad_token` fills up to max_new_tokens."""
+    """The prompt and the new tokens, as in `generate`; after the last stop `pad_token` fills the rest."""
     tokens, mask = check_prompt(model, tokens_BT, mask_BT)
     moe = model.config.moe
-    require(
-        moe.capacity is None, "capacity", moe.capacity,
-        "None to generate with a cache; config.moe.with_capacity(None) is",
-    )
+    allowed = "None to generate with a cache (config.moe.with_capacity(None))"
+    require(moe.capacity is None, "capacity", moe.capacity, allowed)
     pad_token = pad_token if pad_token is not None else (stop_tokens or (0,))[0]
     prompt_slots, num_slots = bucket(tokens.shape[1]), bucket(bucket(tokens.shape[1]) + max_new_tokens)
     stops = stop_tokens + (-1,) * (bucket(max(len(stop_tokens), 1)) - len(stop_tokens))
@@ -100,20 +98,18 @@ def check_prompt(model: Decoder, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarr
     if mask.shape != tokens.shape:
         raise ValueError(f"mask_BT has shape {mask.shape}: must be that of tokens_BT, {tokens.shape}")
     tokens = np.where(mask, tokens, 0)
-    model.check_tokens(tokens)  # before int32 makes another token of a large number
+    model.check_tokens(tokens)  # before the cast to int32 wraps large numbers
     tokens = tokens.astype(np.int32)
     for row in range(len(tokens)):
         require(bool(mask[row].any()), "mask_BT", "all False", f"True somewhere: sequence {row} has no token")
         left = bool(mask[row, np.argmax(mask[row]) :].all())
-        require(
-            left, "mask_BT", "False after a token",
-            f"False on the left alone: sequence {row} has padding after its text",
-        )
+        allowed = f"False on the left alone: sequence {row} has padding after its text"
+        require(left, "mask_BT", "False after a token", allowed)
     return tokens, mask
 
 
 def _with_callback(first: tuple, proceed: Callable, max_new_tokens: int, callback: Callback) -> State:
-    """One call of the loop for each step, and the next one under way while the host looks at this one's tokens."""
+    """One call of the loop per step; the next step runs while the callback handles the tokens of this step."""
     state, (token_B, all_done) = first
     for step in range(max_new_tokens):
         following = proceed(state, step + 2) if step + 1 < max_new_tokens else (state, None)
@@ -129,7 +125,7 @@ def _with_callback(first: tuple, proceed: Callable, max_new_tokens: int, callbac
 def _start(
     graphdef: nnx.GraphDef, weights: Any, tokens_BT: Array, request: Request, *, num_slots: int, sampling: Sampling
 ) -> tuple[State, tuple[Array, Array]]:
-    """The prompt, and the first new token."""
+    """Reads the prompt and chooses the first new token."""
     logits_BV, cache = prefill(nnx.merge(graphdef, weights), tokens_BT, request.start_B, num_slots)
     batch_size, prompt_slots = tokens_BT.shape
     new_BN = jnp.full((batch_size, num_slots - prompt_slots), request.pad_token, jnp.int32)
@@ -138,12 +134,12 @@ def _start(
     return _seen(_append(state, logits_BV, request, sampling))
 
 
-# One program for all numbers of new tokens: the cache is given away and written in place
+# One program for any number of new tokens; the donated cache is written in place
 @partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames=("state",))
 def _proceed(
     graphdef: nnx.GraphDef, weights: Any, request: Request, state: State, until: int | Array, *, sampling: Sampling
 ) -> tuple[State, tuple[Array, Array]]:
-    """Token after token until there are `until`, or all texts have stopped."""
+    """Adds tokens until there are `until` of them or all sequences have stopped."""
     model = nnx.merge(graphdef, weights)
 
     def step(state: State) -> State:
@@ -167,5 +163,5 @@ def _append(state: State, logits_BV: Array, request: Request, sampling: Sampling
 
 
 def _seen(state: State) -> tuple[State, tuple[Array, Array]]:
-    """The state, and beside it what a host may look at after the state was given away."""
+    """The state, plus values the host may read after its buffers are donated."""
     return state, (state.token_B, state.done_B.all())

@@ -18,11 +18,11 @@ NUL_HINT = (
 )
 
 
-def read_text(path: Path, where: str, as_it_is: str | None = None) -> str:
-    """The text of a UTF-8 file. Line ends become "\\n", as Python's `open` has it; a byte order mark is removed.
+def read_text(path: Path, where: str, raw_sha256: str | None = None) -> str:
+    """The text of a UTF-8 file. Line ends become "\\n", as with Python's `open`; a byte order mark is removed.
 
-    `where` begins each message. A file whose sha256 is `as_it_is` is only decoded, as the first version did. Raises
-    ValueError for a file that cannot be read, for bytes that are not UTF-8, and for NULs, with a remedy.
+    `where` begins each message. A file with the sha256 `raw_sha256` keeps its line ends, as in the first version.
+    Raises ValueError, with a remedy, for a file that cannot be read, bytes that are not UTF-8, and NULs.
     """
     try:
         kind = path.stat()
@@ -36,7 +36,7 @@ def read_text(path: Path, where: str, as_it_is: str | None = None) -> str:
         if str(error).startswith(where):
             raise
         raise ValueError(f"{where}: must be a readable text file ({error})") from None  # a NUL in the path
-    if as_it_is is not None and hashlib.sha256(raw).hexdigest() == as_it_is:
+    if raw_sha256 is not None and hashlib.sha256(raw).hexdigest() == raw_sha256:
         return raw.decode("utf-8")
     if raw.startswith(guarded.LFS_POINTER):
         guarded.refuse_pointer(path, raw)
@@ -144,8 +144,8 @@ class TextStream:
     """Streaming detokenisation by `tokenizers.decoders.DecodeStream`: pieces of text that can be printed at once.
 
     Bytes of an incomplete character are held back. The decoded prompt, all pieces and the rest together are the text
-    that `Tokenizer.decode` returns for all tokens, unless a token changes text before it (some decoders remove spaces
-    again): what was printed stays, and printing goes on after it.
+    that `Tokenizer.decode` returns for all tokens, unless a token changes earlier text (some decoders remove spaces):
+    printed text stays, and printing continues after it.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]):
@@ -178,7 +178,7 @@ class TextStream:
         return text_of(self.tokenizer, self.tokens)[len(self.text) :]
 
     def _unprinted(self, piece: str) -> str:
-        """The piece without its beginning that was printed with the prompt."""
+        """The piece without the part that was printed with the prompt."""
         if not piece:
             return ""
         pairs = zip(self.in_prompt, piece, strict=False)

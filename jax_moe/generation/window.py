@@ -1,4 +1,4 @@
-"""makeMoE's generation: the whole window again for every token, inside one jitted loop."""
+"""makeMoE's generation: every step reads the whole window again, inside one jitted loop."""
 
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ def generate_windowed(
     model: MakeMoE, tokens_BT: Int[Array, "B T"], max_new_tokens: int, temperature: float | int, top_k: int | None,
     top_p: float | int | None, key: PRNGKeyArray | None,
 ) -> Int[Array, "B new"]:
-    """The prompt and what follows. The context is the last block_size tokens, its capacity that of its real length.
+    """The prompt and the new tokens. The context is the last block_size tokens; its true length sets the capacity.
 
-    Nothing can be cached: learned positions slide with the window, and tokens compete for places in it.
+    Nothing can be cached: learned positions slide with the window, and its tokens compete for capacity.
     """
     config = model.config
     for start in range(0, max(tokens_BT.shape[1], 1), config.block_size):

@@ -20,14 +20,14 @@ DISPATCHERS: dict[str, Callable] = {
 
 
 # For a group of S tokens, one-hot products cost 4 * S * K * D operations per token and the experts 6 * K * D * F. While
-# 12 * S <= F that is at most a fifteenth, and on a TPU faster than gathers (docs/performance.md).
+# 12 * S <= F they cost at most 1/18 of the experts, and on a TPU less than gathers (docs/performance.md).
 EXPERT_DIM_PER_TOKEN = 12
 
 
 def capacity_dispatch(
     x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
 ) -> Float[Array, "G S D"]:
-    """`einsum` on TPU where groups are small beside the experts' width; else `gather`."""
+    """`einsum` on TPU if groups are small relative to the experts' width; else `gather`."""
     small = EXPERT_DIM_PER_TOKEN * x_GSD.shape[1] <= moves.config.expert_dim
     dispatch = einsum_dispatch if small and jax.default_backend() == "tpu" else gather_dispatch
     return dispatch(x_GSD, routing, slots, moves)

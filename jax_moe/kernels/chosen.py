@@ -38,7 +38,7 @@ def chosen_dispatch(
 def experts_in_place(weights: Weights, first: Int[Array, ""], config: ExpertConfig) -> Callable[[Array, Array], Array]:
     """(x_R1D, expert_R) -> y_R1D, each row with its own expert, number `first` + expert_R of the weights.
 
-    On CPU one row after the other: a gather of [R, D, F] would write all that it reads and read it again.
+    On CPU rows are computed one after the other: a gather of [R, D, F] would write all that it reads and read it again.
     """
 
     def one_by_one(x_R1D: Array, expert_R: Array) -> Array:

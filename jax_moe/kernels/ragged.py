@@ -19,7 +19,7 @@ from jax_moe.routing import Routing
 def ragged_dispatch(
     x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
 ) -> Float[Array, "G S D"]:
-    """Same answer as `einsum_dispatch`; dropped choices take the rows behind those of all experts."""
+    """Same answer as `einsum_dispatch`; dropped choices take the rows after those of all experts."""
     G, S, D = x_GSD.shape
     K, E = moves.config.top_k, moves.config.num_experts
     place_R, count_E = sorted_places(routing, slots, moves.capacity, E)
@@ -47,10 +47,10 @@ def sorted_places(
 def grouped_product(
     x_RD: Float[Array, "R D"], weight_EDF: Float[Array, "E D F"], count_E: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-    """Each expert's rows times its weights; zeros behind the last expert's rows.
+    """Each expert's rows times its weights; zeros after the last expert's rows.
 
     On TPU, XLA computes the weights' gradient of `jax.lax.ragged_dot` as E masked dense products (docs/performance.md).
-    `tokamax.ragged_dot` has a kernel for it, but leaves the rows behind the last expert's undefined.
+    `tokamax.ragged_dot` has a kernel for it, but leaves the rows after the last expert's undefined.
     """
     if jax.default_backend() != "tpu" or find_spec("tokamax") is None:
         return jax.lax.ragged_dot(x_RD, weight_EDF, count_E)
@@ -63,7 +63,7 @@ def grouped_product(
 def ragged_ffn(
     x_RD: Float[Array, "R D"], weights: Weights, count_E: Int[Array, " E"], config: ExpertConfig
 ) -> Float[Array, "R D"]:
-    """The answer of each row's expert; behind the last expert's rows zeros, or what the biases make of them."""
+    """The answer of each row's expert; after the last expert's rows zeros, or the biases' answer to zeros."""
     R, E = x_RD.shape[0], count_E.shape[0]
     expert_R = jnp.minimum(jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(R), side="right"), E - 1)
 

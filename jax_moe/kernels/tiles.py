@@ -16,11 +16,11 @@ from jax_moe.routing import Routing
 
 
 class Tiles(NamedTuple):
-    """The tiles in the order of their sizes, full tiles last, and the choice that stands in each row."""
+    """The tiles in the order of their sizes, full tiles last, and the choice of each row."""
 
     expert_I: Int[Array, " I"]  # the tile's expert
     row_I: Int[Array, " I"]  # the tile's first row
-    bound_N: Int[Array, " N"]  # index of each size's first tile, then of the first full tile; last the number of tiles
+    bound_N: Int[Array, " N"]  # index of each size's first tile, then of the first full tile, then the number of tiles
     choice_P: Int[Array, " P"]  # the choice s * K + k in each row; S * K in a spare row
 
 
@@ -120,7 +120,7 @@ def list_tiles(
     first_tile_E = blocks.rest_E + blocks.spare_E  # rows of it
     before_I = jnp.where(number_I == 0, 0, first_tile_E[expert_I] + (number_I - 1) * sizes[-1])
     row_I = blocks.first_E[expert_I] + before_I
-    # first tiles by their sizes, then full tiles, then the unused end of the list
+    # first tiles by size, then full tiles, then the unused end of the list
     full, unused = len(sizes), len(sizes) + 1
     kind_I = jnp.where(number_I == 0, blocks.size_E[expert_I], full)
     kind_I = jnp.where(tile_I < end_E[-1], kind_I, unused)

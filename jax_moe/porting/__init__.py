@@ -1,6 +1,6 @@
-"""Weights both ways: an engine over numpy arrays, and one table of rows a family.
+"""Weights converted both ways: an engine over numpy arrays, and a table of rows per family.
 
-`__init__.pyi` lists the public names, which load on first use: reading safetensors or Orbax costs nothing before.
+`__init__.pyi` lists the public names, which load on first use: safetensors and Orbax only if needed.
 """
 
 import lazy_loader

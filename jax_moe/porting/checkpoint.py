@@ -1,4 +1,4 @@
-"""A module with its contract, in memory and in any form on disk; a training checkpoint with its optimizer's state."""
+"""Checkpoints in memory and in any form on disk: a module, its contract and, after training, optimizer state."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -35,9 +35,9 @@ FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A module, the family whose names it is written under, and its characters if it is a language model that has them.
+    """A module, the family whose names it is written under, and the characters of a character model.
 
-    `assumed` are the settings that a file does not say and nobody gave; `note` says which of a run's weights these are.
+    `assumed` are the settings that neither file nor caller gave; `note` says which of a run's weights these are.
     """
 
     family: str  # a family's name, or "decoder" of a Hugging Face model
@@ -46,7 +46,7 @@ class Checkpoint:
     assumed: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
     optimizer: Optimizer | None = None  # of a training checkpoint
-    left_out: tuple[str, ...] = ()  # what else stood in its file and is not plain
+    left_out: tuple[str, ...] = ()  # other entries of its file that JSON cannot hold
 
     @property
     def config(self) -> Any:
@@ -55,23 +55,23 @@ class Checkpoint:
 
     @property
     def record(self) -> Family:
-        """Its family."""
+        """The record of its family."""
         origin = self.module.origin if isinstance(self.module, Decoder) else None
         return FAMILIES[self.family] if origin is None else family_named(origin.model_type)
 
     @property
     def name(self) -> str:
-        """The family's name, of a decoder Hugging Face's word for it."""
+        """The family's name; of a decoder its model_type."""
         return self.record.name
 
     @property
     def layout(self) -> str | None:
-        """The family's names of such a module; None: those that a decoder is written under."""
+        """The layout with the family's names; None for a decoder, whose file layout is used."""
         return None if self.family == DECODER or self.record.state is None else self.record.state.table.name
 
     @property
     def of_characters(self) -> bool:
-        """Whether it is a language model of characters: makeMoE's."""
+        """Whether it is a character model: makeMoE."""
         return self.family != DECODER and self.record.state is not None and self.record.state.takes == "characters"
 
     @property
@@ -88,11 +88,11 @@ def load(
     path: Path, choices: Choices | None = None, *, allow_nonfinite: bool = False, dtype: str | None = None,
     with_optimizer: bool = False,
 ) -> Checkpoint:
-    """A checkpoint in any form: a folder of ours or Hugging Face's, a run of train.py (its newest weights), or a file.
+    """A checkpoint in any form: our folder or Hugging Face's, a run of train.py (its newest weights), or a file.
 
-    Files are `.pt` or `.safetensors` under a family's own names; of a training file its weights, and the optimizer's
-    state if asked for. `choices` say what a file's weights do not tell; a folder knows. Raises ValueError for what is
-    not a whole checkpoint, of no known family, or holds NaN or infinity.
+    Files are `.pt` or `.safetensors` under a family's own names. A training file gives its weights and, with
+    `with_optimizer`, the optimizer state. `choices` are the settings that a file's weights do not tell; a folder stores
+    them. Raises ValueError for a damaged checkpoint, an unknown family, and NaN or infinity.
     """
     return load_found(open_path(path, choices), allow_nonfinite, dtype, with_optimizer)
 
@@ -100,7 +100,7 @@ def load(
 def load_found(
     found: Found, allow_nonfinite: bool = False, dtype: str | None = None, with_optimizer: bool = False
 ) -> Checkpoint:
-    """As `load`, of what was found at a path."""
+    """As `load`, from an opened path."""
     module = _module(found, allow_nonfinite, dtype)
     family, characters, assumed = DECODER if found.decoder else found.family.name, found.characters, found.assumed
     if with_optimizer and found.optimizer is not None:
@@ -139,7 +139,7 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage
 
 
 def save_file(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) -> None:
-    """Writes one file under the original names; with an optimizer's state the `.pt` of a trainer, as it was read."""
+    """Writes a file under the original names; with optimizer state a trainer's `.pt`, structured as it was read."""
     optimizer = checkpoint.optimizer
     if optimizer is None:
         write_state(path, checkpoint.state(), overwrite=overwrite)
@@ -158,7 +158,7 @@ def save_file(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False) ->
 
 
 def _in_order(state: dict[str, np.ndarray], order: list[str]) -> dict[str, np.ndarray]:
-    """The state dict with its parameters in the optimizer's order: whoever reads the file takes that order from it."""
+    """The state dict with its parameters in the optimizer's order, which readers take from the file."""
     rest = iter(order)
     wanted = set(order)
     names = [next(rest) if name in wanted else name for name in state]
@@ -168,8 +168,8 @@ def _in_order(state: dict[str, np.ndarray], order: list[str]) -> dict[str, np.nd
 def _module_for(found: Found, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:
     """The abstract module, in the weights' dtype unless another is given.
 
-    Raises ValueError if the contract asks for far more numbers than the weights are, before anything of that size is
-    made or named: a few missing tensors are named one by one later.
+    Raises ValueError if the contract needs far more numbers than the file has, before anything of that size is made. A
+    few missing tensors are listed later.
     """
     assert found.family.state is not None
     module = abstract_module(found.family.state.module, found.config, dtype or _float_dtype(weights))
@@ -181,9 +181,9 @@ def _module_for(found: Found, weights: Mapping[str, np.ndarray], dtype: np.dtype
 
 
 def _load_module(found: Found, allow_nonfinite: bool, dtype: str | None) -> nnx.Module:
-    """A module that is no Hugging Face model, as `dtype` but for the weights that keep their own."""
+    """A module that is no Hugging Face model, converted to `dtype` except for weights that keep their own."""
     assert found.family.state is not None
-    weights, layout = {name: one.read() for name, one in found.tensors.items()}, found.family.state.table.name
+    weights, layout = {name: header.read() for name, header in found.tensors.items()}, found.family.state.table.name
     _refuse_nonfinite(found.path, weights, allow_nonfinite)
     try:
         abstract = _module_for(found, weights, np.dtype(np.float32))
@@ -197,10 +197,10 @@ def _load_module(found: Found, allow_nonfinite: bool, dtype: str | None) -> nnx.
 
 
 def _load_decoder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Decoder:
-    """A Hugging Face model under our paths; each array keeps its own dtype, unless another is named."""
+    """A Hugging Face model from arrays under our paths; each keeps its dtype unless `dtype` is given."""
     model = found.model
     assert model is not None
-    weights = _converted({name: one.read() for name, one in found.tensors.items()}, dtype, kept_paths(model))
+    weights = _converted({name: header.read() for name, header in found.tensors.items()}, dtype, kept_paths(model))
     _refuse_nonfinite(found.path, weights, allow_nonfinite)
     typed = [
         (keys, v.replace(jax.ShapeDtypeStruct(v.shape, weights[".".join(map(str, keys))].dtype)))
@@ -211,7 +211,7 @@ def _load_decoder(found: Found, allow_nonfinite: bool, dtype: str | None) -> Dec
 
 
 def _converted(state: Mapping[str, np.ndarray], dtype: str | None, kept: Collection[str]) -> dict[str, np.ndarray]:
-    """Every float as `dtype`, but those named in `kept`."""
+    """Every float array converted to `dtype`, except those in `kept`."""
     if dtype is None:
         return dict(state)
     return {
@@ -221,9 +221,9 @@ def _converted(state: Mapping[str, np.ndarray], dtype: str | None, kept: Collect
 
 
 def _float_dtype(state: Mapping[str, np.ndarray]) -> np.dtype:
-    """The commonest float dtype, so that loading names the ones that differ; fp64 needs jax's x64 mode."""
+    """The commonest float dtype, so that loading names the arrays that differ; fp64 needs jax's x64 mode."""
     found = [value.dtype for value in state.values() if value.dtype in FLOATS.values()]
-    dtype = max(set(found), key=lambda one: (found.count(one), str(one))) if found else np.dtype(np.float32)
+    dtype = max(set(found), key=lambda dtype: (found.count(dtype), str(dtype))) if found else np.dtype(np.float32)
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError("holds float64: jax needs JAX_ENABLE_X64=1 for it")
     return dtype
@@ -234,6 +234,4 @@ def _refuse_nonfinite(path: Path, state: Mapping[str, np.ndarray], allow: bool) 
     bad = [] if allow else [name for name, value in floats.items() if not all_finite(value)]
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise ValueError(
-            f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (allow_nonfinite=True takes them as they are)"
-        )
+        raise ValueError(f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (allow_nonfinite=True accepts them)")

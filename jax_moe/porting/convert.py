@@ -1,4 +1,4 @@
-"""A Hugging Face model carried between its folder and an Orbax checkpoint, tensor by tensor, no model built."""
+"""A Hugging Face model copied between its folder and an Orbax checkpoint, tensor by tensor, without building it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,10 +32,10 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class Source:
-    """A model to carry, its tensors as they will be."""
+    """A model to copy, with the tensors to write."""
 
     found: Found
-    origin: Origin  # with the text of config.json as it will be
+    origin: Origin  # with the text of the new config.json
     plan: Plan
     tensors: dict[str, Header]
 
@@ -47,7 +47,7 @@ class Ported:
     parameters: int
     dtypes: list[str]
     files: int  # shards; 0: none
-    kept: int  # of them left by an interrupted port
+    kept: int  # shards left by an interrupted port
 
 
 def port_decoder(
@@ -75,11 +75,11 @@ def port_decoder(
     write = _write_hf if to == "hf" else _write_orbax
     files, kept = write(Source(found, origin, plan, read), target, max_shard_bytes, overwrite, progress, say, also)
     elements = sum(math.prod(shape) for shape in plan.our_shapes.values())
-    return Ported(elements, sorted({one.dtype.name for one in read.values()}), files, kept)
+    return Ported(elements, sorted({header.dtype.name for header in read.values()}), files, kept)
 
 
 def replaceable(path: Path) -> bool:
-    """Whether a folder is a checkpoint of either kind."""
+    """Whether a folder is a checkpoint of either form."""
     return is_hf(path) or is_folder(path)
 
 
@@ -88,10 +88,10 @@ def _write_hf(
     also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = _theirs(source.plan, source.tensors) if source.found.ours else source.tensors
-    shards, total = plan_shards(tensors, max_shard_bytes), sum(one.nbytes for one in tensors.values())
+    shards, total = plan_shards(tensors, max_shard_bytes), sum(header.nbytes for header in tensors.values())
     check_target(target, overwrite, replaceable)
     room_for(target, total)
-    dtypes = {name: one.dtype.name for name, one in tensors.items()}
+    dtypes = {name: header.dtype.name for name, header in tensors.items()}
     note = {"source": identity(source.found.folder), "dtypes": dtypes, "shards": shards}
     with (
         resumable(target, overwrite, replaceable, note, say) as part,
@@ -106,11 +106,10 @@ def _write_hf(
 
 def _write_orbax(
     source: Source, target: Path, _max_shard_bytes: int, overwrite: bool, progress: Progress,
-    _say: Callable[[str], None],
-    also: Callable[[Path], None],
+    _say: Callable[[str], None], also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = source.tensors if source.found.ours else _ours(source.plan, source.tensors)
-    total = sum(one.nbytes for one in tensors.values())
+    total = sum(header.nbytes for header in tensors.values())
     check_target(target, overwrite, replaceable)
     room_for(target, total)
     about = about_folder(DECODER, source.found.config, "orbax", origin=source.origin)
@@ -128,7 +127,7 @@ def _write_orbax(
 
 
 def _ours(plan: Plan, theirs: Mapping[str, Header]) -> dict[str, Header]:
-    """Our stacked arrays, each read from all of its tensors."""
+    """Our stacked arrays, each read from all tensors that it stacks."""
 
     def reader(name: str, pieces: list[Piece]) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -151,11 +150,11 @@ def _of_ours(piece: Piece) -> str:
 
 
 def _theirs(plan: Plan, ours: Mapping[str, Header]) -> dict[str, Header]:
-    """Their tensors, each taken out of ours, which stay in memory: a shard wants a little of every stacked array."""
-    kept = {name: replace(one, read=cache(one.read)) for name, one in ours.items()}
-    return theirs_from(plan, kept, lambda one, index: one.read()[index])
+    """The family's tensors, cut out of our arrays. These stay in memory: a shard needs parts of every array."""
+    kept = {name: replace(header, read=cache(header.read)) for name, header in ours.items()}
+    return theirs_from(plan, kept, lambda header, index: header.read()[index])
 
 
 def dtype_named(name: str | None) -> Any:
-    """numpy's dtype of a name on the command line."""
-    return None if name is None else {str(one): one for one in DTYPES.values()}[name]
+    """The numpy dtype named on a command line."""
+    return None if name is None else {str(dtype): dtype for dtype in DTYPES.values()}[name]

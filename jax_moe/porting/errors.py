@@ -1,4 +1,4 @@
-"""What a port raises."""
+"""The error of porting, and the comparison of names that raises it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ MAX_NAMES = 40
 
 
 class PortError(ValueError):
-    """All that keeps a state dict from loading, found before anything was changed."""
+    """Every reason why a state dict cannot be loaded; nothing was changed."""
 
     def __init__(
         self, where: str, missing: Iterable[str] = (), unexpected: Iterable[str] = (), misshapen: Iterable[str] = (),
@@ -34,10 +34,10 @@ def check_names(
     where: str, there: Mapping[str, Any], wanted: Mapping[str, Any], *, dtypes: bool = False, spare: bool = False,
     mistyped: Iterable[str] = (), wrong: Iterable[str] = (),
 ) -> None:
-    """Raises one PortError unless exactly the wanted arrays are there; with `spare`, others may be there too.
+    """Raises a single PortError unless `there` has exactly the wanted arrays; with `spare` it may have others too.
 
-    `wanted`: by name a shape, or an array whose shape, and with `dtypes` dtype, must be met, or None for anything.
-    `mistyped` and `wrong`: what else was found.
+    `wanted` is {name: shape, or an array with the required shape and (with `dtypes`) dtype, or None for any}.
+    `mistyped` and `wrong` are further messages for the error.
     """
     pairs = [(name, there[name], like) for name, like in wanted.items() if name in there and like is not None]
     shapes = [(name, value.shape, like if isinstance(like, tuple) else like.shape) for name, value, like in pairs]

@@ -31,10 +31,10 @@ def load(
     """The model at `path`: MakeMoE, MoE, SoftMoE or Decoder, its contract at `.config`.
 
     `path` is a Hugging Face folder, a folder of `save` or `jax-moe port` (Orbax too), a run of train.py, finished or
-    not (its newest weights), or a .pt or .safetensors file under the names of makeMoE, a Mixtral block, a Switch layer
-    or Soft MoE. `choices` say what a file's weights do not tell (top_k, capacity_factor, ..., as `jax-moe inspect
-    --help` lists them); what neither says is assumed as published, with a warning. `mesh` is for Hugging Face folders,
-    as in `load_pretrained`. Raises ValueError for anything that is not a whole checkpoint.
+    not (its newest weights are read), or a .pt or .safetensors file under the names of makeMoE, a Mixtral block, a
+    Switch layer or Soft MoE. `choices` are settings that a file's weights do not tell (top_k, capacity_factor, ...;
+    `jax-moe inspect --help` lists them); settings that neither gives take their published values, with a warning.
+    `mesh` is for Hugging Face folders, as in `load_pretrained`. Raises ValueError for anything but a whole checkpoint.
     """
     place = Path(path)
     found = open_path(place, _choices(choices))
@@ -47,9 +47,7 @@ def load(
     read = checkpoint.load_found(found, allow_nonfinite, None if dtype is None else float_dtype(dtype).name)
     if read.assumed:
         said = ", ".join(f"{name}={value!r}" for name, value in read.assumed.items())
-        warnings.warn(
-            f"{place}: does not say, and assumed was {said}; jax_moe.load(path, {said}) says it", stacklevel=2
-        )
+        warnings.warn(f"{place}: does not store {said}: assumed; jax_moe.load(path, {said}) sets it", stacklevel=2)
     return read.module
 
 
@@ -57,12 +55,12 @@ def save(
     model: nnx.Module, path: str | os.PathLike[str], *, overwrite: bool = False, model_type: str | None = None,
     characters: str | None = None,
 ) -> None:
-    """Writes the model whole or not at all, read back bit for bit; `load` reads it.
+    """Writes the model whole or not at all, verified by reading it back; `load` reads it.
 
-    A path that ends in .pt, .pth, .bin or .safetensors becomes a file under the original project's names; any other a
-    folder: of a Decoder a Hugging Face folder (`model_type` as in `save_pretrained`), of the others config.json and the
-    weights. `characters` go into a MakeMoE's folder, for `jax-moe generate`. Raises ValueError if `path` exists
-    (without `overwrite`), cannot be written, or is a file that could not say what the layer is.
+    A path that ends in .pt, .pth, .bin or .safetensors becomes a file under the original project's names. Any other
+    path becomes a folder: for a Decoder a Hugging Face folder (`model_type` as in `save_pretrained`), for other models
+    config.json and the weights. `characters` go into a MakeMoE's folder, for `jax-moe generate`. Raises ValueError if
+    `path` exists (without `overwrite`) or cannot be written, or if a file alone could not tell the contract.
     """
     place = Path(path)
     whole = None if isinstance(model, Decoder) else Checkpoint(_family(model).name, model, characters)
@@ -81,7 +79,7 @@ def save(
     assert whole is not None
     if place.suffix in SUFFIXES:
         if whole.record.state is not None and whole.record.state.read is None:
-            raise ValueError(f"{place}: must be a folder: its contract is of no family whose file alone would tell it")
+            raise ValueError(f"{place}: must be a folder: a file of no family could tell this contract")
         with saving(place, overwrite, Path.is_file) as part:
             write_state(part, whole.state())
         return
@@ -94,11 +92,11 @@ def _family(model: nnx.Module) -> Family:
     found = families_of(model)
     if not found:
         raise ValueError(f"model={type(model).__name__}: must be a MakeMoE, MoE, SoftMoE or Decoder")
-    return next((one for one in found if len(found) > 1 and _says(one, model)), found[0])
+    return next((family for family in found if len(found) > 1 and _says(family, model)), found[0])
 
 
 def _says(family: Family, model: Any) -> bool:
-    """Whether a file under the family's names tells the contract of the layer, together with what the user is asked."""
+    """Whether a file under the family's names, together with the user's choices, tells the contract of the model."""
     state = family.state
     assert state is not None
     try:
@@ -106,12 +104,12 @@ def _says(family: Family, model: Any) -> bool:
         told: Any = state.config(family.name, their_shapes(model, state.table.name), choices)
     except ValueError:
         return False
-    # how tokens are moved is no part of the contract
+    # a file does not tell the dispatcher, which changes no answer
     return replace(told, dispatcher=model.config.dispatcher) == model.config
 
 
 def _choices(choices: Mapping[str, Any]) -> Choices:
-    known = [one.name for one in fields(Choices)]
+    known = [field.name for field in fields(Choices)]
     unknown = [name for name in choices if name not in known]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: must be one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Hugging Face folders: `load_pretrained` makes a Decoder of one, `save_pretrained` writes one."""
+"""Hugging Face folders: `load_pretrained` reads a Decoder, `save_pretrained` writes it."""
 
 import os
 import warnings
@@ -32,10 +32,10 @@ def load_pretrained(
 ) -> Decoder:
     """The decoder in a folder that `transformers` or `save_pretrained` wrote.
 
-    Weights keep the dtype they are stored in, unless `dtype` names another; a router's correction bias keeps its own
-    all the same. One stacked array at a time passes through host memory; on a `mesh` (or the one that `jax.set_mesh`
-    has set) experts are split over its expert axis, one device's part at a time. Raises ValueError (PortError for
-    weights) with everything that is wrong; runs no code found there.
+    Weights keep their stored dtype unless `dtype` is given; a router's correction bias always keeps its own. One
+    stacked array at a time passes through host memory. On a `mesh` (default: that of `jax.set_mesh`) experts are split
+    over its expert axis, one device's part at a time. Raises ValueError (PortError for weights) with everything that is
+    wrong; runs no code from the folder.
     """
     found = open_folder(Path(directory))
     model = read_pretrained(found, dtype, mesh, allow_nonfinite)
@@ -45,7 +45,7 @@ def load_pretrained(
 
 
 def read_pretrained(found: Found, dtype: Any, mesh: Mesh | None, allow_nonfinite: bool) -> Decoder:
-    """As `load_pretrained`, of a Hugging Face folder that was opened; its model is filled."""
+    """As `load_pretrained`, from an opened Hugging Face folder, whose abstract model is filled."""
     target = None if dtype is None else float_dtype(dtype)
     model, plan = found.model, found.plan
     assert model is not None and plan is not None
@@ -64,9 +64,9 @@ def save_pretrained(
 ) -> None:
     """Writes config.json, the weights under the family's own names and, of a loaded model, the tokenizer's files.
 
-    Whole or not at all. The folder may be there if it is empty; one with a checkpoint in it is replaced with
-    `overwrite`; missing parents are made. `model_type` names the family of a decoder that was not loaded. Raises
-    ValueError if the folder holds anything else or cannot be written, or if the family cannot say this contract.
+    The folder is written whole or not at all. It may exist if it is empty; a checkpoint is replaced with `overwrite`;
+    missing parents are made. `model_type` names the family of a decoder that was not loaded. Raises ValueError if the
+    folder holds anything else or cannot be written, or if the family's config.json cannot express this contract.
     """
     path = Path(directory)
     origin = model.origin
@@ -91,7 +91,7 @@ def save_pretrained(
 
 
 def float_dtype(dtype: Any) -> np.dtype:
-    """numpy's dtype of a float dtype that weights may have. Raises ValueError for another."""
+    """The numpy dtype of a float dtype that weights may have. Raises ValueError for other dtypes."""
     try:
         found = np.dtype(jnp.dtype(dtype))
     except TypeError:

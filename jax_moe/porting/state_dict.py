@@ -1,4 +1,4 @@
-"""Modules and state dicts: what `jax_moe.from_torch` and `jax_moe.to_torch` do to nnx modules."""
+"""Modules and state dicts: `jax_moe.from_torch`, `jax_moe.to_torch` and their like for trees."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     """Loads a state dict of tensors or arrays into the layer, in place, and returns it.
 
     Strict: raises PortError with every missing, unexpected, misshapen and wrongly typed name; then nothing has
-    changed. `layout` names the project whose names are used; None takes the one whose names all match. `cast=True`
+    changed. `layout` names the project whose names are used; None takes the layout whose names all match. `cast=True`
     converts to the parameters' dtypes; without it a differing dtype is an error.
     """
     arrays = {str(name): _to_numpy(value) for name, value in state.items()}
@@ -44,9 +44,7 @@ def _refuse_far_larger(layer: nnx.Module, variables: Mapping[str, nnx.Variable],
     here = sum(math.prod(v.shape[:-2]) for v in variables.values())  # a name for each layer, expert, head
     if here > 100 * (there + 100):
         name = type(layer).__name__
-        raise ValueError(
-            f"cannot load into {name}: its contract has about {here:,} tensors, another model's {there:,} are there"
-        )
+        raise ValueError(f"cannot load {there:,} tensors into {name}: its contract has about {here:,}")
 
 
 def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
@@ -57,7 +55,7 @@ def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
 
 
 def _fill(layer: Module, values: Mapping[str, np.ndarray]) -> Module:
-    """Puts every checked value in its place, all or (on an error) none."""
+    """Sets every variable to its checked value; on an error sets none."""
     flat = nnx.to_flat_state(stored_state(layer))
     new = [(keys, v.replace(_place(values[_path(keys)], v, _path(keys)))) for keys, v in flat]
     nnx.update(layer, nnx.from_flat_state(new))
@@ -67,8 +65,8 @@ def _fill(layer: Module, values: Mapping[str, np.ndarray]) -> Module:
 def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) -> dict[str, np.ndarray]:
     """{their name: contiguous numpy array} of the layer's weights, masks included.
 
-    With a `tree` shaped like the layer's parameters (gradients, an optimizer's moments; nnx.State or nested dict) that
-    tree's arrays under the same names, masks left out. Raises PortError if the tree does not fit.
+    With a `tree` shaped like the layer's parameters (gradients, an optimizer's moments; nnx.State or nested dict) the
+    arrays are the tree's, under the same names and without masks. Raises PortError if the tree does not fit.
     """
     variables = stored_variables(layer)
     table_name = layout or default_table(layer).name
@@ -102,12 +100,12 @@ def their_shapes(layer: nnx.Module, layout: str) -> Shapes:
 
 
 def tree_plan(layer: nnx.Module, names: Iterable[str] | None = None, layout: str | None = None) -> Plan:
-    """How gradients or moments of the layer are named: in that layout, or in the one nearest to the names."""
+    """The plan for gradients or moments of the layer: that of the layout, or the plan nearest to the names."""
     return _choose_plan(layer, _in_tree(stored_variables(layer), set()), None if names is None else set(names), layout)
 
 
 def kept_names(layer: nnx.Module, names: Iterable[str], layout: str | None = None) -> frozenset[str]:
-    """Which of a state dict's names are of variables that keep their dtype."""
+    """The names in a state dict whose variables keep their dtype."""
     return their_names(_choose_plan(layer, declared(layer), set(names), layout), kept_paths(layer))
 
 
@@ -138,7 +136,7 @@ def _path(keys: tuple) -> str:
 
 
 def _in_tree(variables: dict[str, nnx.Variable], present: set[str]) -> dict[str, Declared]:
-    """Parameters, and of the other variables those that the tree has."""
+    """The parameters, and those other variables that the tree has."""
     return {path: of_variable(v) for path, v in variables.items() if isinstance(v, nnx.Param) or path in present}
 
 
@@ -168,7 +166,7 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 
 def _place(value: np.ndarray, like: nnx.Variable, path: str) -> jax.Array:
-    """A jax array where the old one lay. Raises PortError rather than let jax narrow fp64 to fp32."""
+    """A jax array on the devices of the variable. Raises PortError if jax would narrow fp64 to fp32."""
     sharding = getattr(like.get_value(), "sharding", None)
     # one device: stay uncommitted, as freshly made weights are
     spread = sharding is not None and len(sharding.device_set) > 1
@@ -186,5 +184,5 @@ def abstract_module(kind: type[Module], config: Any, dtype: np.dtype) -> Module:
 
 
 def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:
-    """A decoder of shapes without numbers."""
+    """A decoder with shapes and dtypes but no numbers yet."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), origin=origin))

@@ -1,4 +1,4 @@
-"""Where Python code saves to: as `files.writing`, but empty folders and missing parents are allowed."""
+"""Where Python code saves to: as `disk.writing`, but empty folders and missing parents are allowed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +11,7 @@ from jax_moe.disk import writing
 def saving(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
     """A path to write to: renamed to `path` at the end; on any error removed together with the parents made for it.
 
-    Raises ValueError if `path` is more than an empty folder and may not be overwritten (`replaceable` says what is a
+    Raises ValueError if `path` is more than an empty folder and may not be overwritten (`replaceable` recognises a
     checkpoint), is the working folder, or cannot be written.
     """
     try:
@@ -30,19 +30,19 @@ def saving(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> 
 
 @contextmanager
 def _parents(folder: Path) -> Iterator[None]:
-    """The folder with its parents; on any error those that were made are removed again."""
+    """Makes the folder with its parents; on any error removes those that were made."""
     made: list[Path] = []
     try:
         try:
-            for one in (*reversed(folder.parents), folder):
-                if not one.exists():
-                    one.mkdir()
-                    made.append(one)
+            for parent in (*reversed(folder.parents), folder):
+                if not parent.exists():
+                    parent.mkdir()
+                    made.append(parent)
         except OSError as error:
             raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
         yield
     except BaseException:
-        for one in reversed(made):
+        for parent in reversed(made):
             with suppress(OSError):  # not empty any more
-                one.rmdir()
+                parent.rmdir()
         raise

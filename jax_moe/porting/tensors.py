@@ -1,4 +1,4 @@
-"""A tensor that is not read yet, and whether its numbers are finite."""
+"""Tensors that are read on demand, and the check for finite numbers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 EXPONENT = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-CHUNK = 1 << 18  # bytes looked at a time: they stay in the cache
+CHUNK = 1 << 18  # bytes checked at a time, so that they stay in the cache
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -19,7 +19,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of a tensor before it is read; `dtype` and `shape` as of an array."""
+    """A tensor's shape and dtype, as a file tells them, and how to read it."""
 
     shape: tuple[int, ...]
     dtype: Any  # a dtype, or the name of one that is not supported
@@ -32,7 +32,7 @@ class Header:
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Header]:
-    """Arrays that were read already, as tensors to read."""
+    """Headers for arrays that are in memory already."""
     return {name: Header(tuple(value.shape), value.dtype, partial(_itself, value)) for name, value in arrays.items()}
 
 
@@ -41,7 +41,7 @@ def _itself(value: np.ndarray) -> np.ndarray:
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """No NaN and no infinity. Reads exponents as integers, ten times as fast as np.isfinite does bfloat16."""
+    """Whether there is no NaN and no infinity. Exponents are compared as integers, 10x faster in bfloat16."""
     flat = value.transpose(np.argsort([-stride for stride in value.strides], kind="stable")).reshape(-1)
     kind = EXPONENT[value.itemsize]
     bits = flat.view(kind)

@@ -1,10 +1,9 @@
-"""Where arrays live: the only file that names a mesh axis.
+"""Meshes of devices: the only file that names a mesh axis.
 
-Data parallel: the batch is split over the devices of one machine, everything else is on all of them. The
-programs stay written for the whole batch, so capacity and drops are those of one device. On a mesh with an expert
+Data parallel: the batch is split over the devices of one machine, everything else is on all of them. Programs
+are written for the whole batch, so capacity and drops are those of a single device. On a mesh with an expert
 axis the experts' weights are split over it as well; the results stay the same.
 """
-
 
 import jax
 from jax.sharding import AxisType, Mesh

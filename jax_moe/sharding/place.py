@@ -13,12 +13,10 @@ from jax_moe.sharding.mesh import DATA_AXIS
 from jax_moe.sharding.rules import batch_split, weight_split
 
 
-def place(
-    part: Callable[[tuple[slice, ...]], np.ndarray], array: Declared, mesh: Mesh | None
-) -> jax.Array:
-    """The array of which `part` makes the window it is asked for: one at a time, those of this process's devices only.
+def place(part: Callable[[tuple[slice, ...]], np.ndarray], array: Declared, mesh: Mesh | None) -> jax.Array:
+    """The placed array, made of windows `part(index)`: one at a time, only those of this process's devices.
 
-    The memory that `part` returns is jax's from then on: on a CPU it may become the array.
+    jax takes over the memory that `part` returns: on a CPU it may become the array.
     """
     shape = array.shape
     if mesh is None:
@@ -30,7 +28,7 @@ def place(
         holders.setdefault(bounds, []).append(device)
     pieces = []
     for bounds, devices in holders.items():
-        value = part(tuple(slice(*one) for one in bounds))
+        value = part(tuple(slice(*bound) for bound in bounds))
         pieces += [jax.block_until_ready(jax.device_put(value, device)) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
@@ -42,22 +40,20 @@ def fetch(array: Any, index: tuple) -> np.ndarray:
     """
     if not isinstance(array, jax.Array):
         return np.asarray(array)[index]
-    require(
-        array.is_fully_addressable, "array.is_fully_addressable", False,
-        "True: gather a model that other hosts hold too",
-    )
+    here, name = array.is_fully_addressable, "array.is_fully_addressable"
+    require(here, name, here, "True: gather a model that other hosts hold too")
     return np.asarray(array)[index] if array.is_fully_replicated and _on_host(array) else _gathered(array, index)
 
 
 def _gathered(array: jax.Array, index: tuple) -> np.ndarray:
-    kept = [axis for axis, one in enumerate(index) if isinstance(one, slice)]
+    kept = [axis for axis, wanted in enumerate(index) if isinstance(wanted, slice)]
     value = np.empty([array.shape[axis] for axis in kept], array.dtype)
     for shard in array.addressable_shards:
-        spans = [slice(*one.indices(size)[:2]) for one, size in zip(shard.index, array.shape, strict=True)]
+        spans = [slice(*span.indices(size)[:2]) for span, size in zip(shard.index, array.shape, strict=True)]
         pairs = list(zip(index, spans, strict=True))
-        here = all(isinstance(one, slice) or span.start <= one < span.stop for one, span in pairs)
+        here = all(isinstance(wanted, slice) or span.start <= wanted < span.stop for wanted, span in pairs)
         if shard.replica_id == 0 and here:
-            inside = tuple(one if isinstance(one, slice) else one - span.start for one, span in pairs)
+            inside = tuple(wanted if isinstance(wanted, slice) else wanted - span.start for wanted, span in pairs)
             piece = np.asarray(shard.data)[inside] if _on_host(array) else np.asarray(shard.data[inside])
             value[tuple(spans[axis] for axis in kept)] = piece
     return value

@@ -24,9 +24,8 @@ def weight_split(mesh: AnyMesh, array: Declared, rules: Rules = RULES) -> NamedS
     for axis in filter(None, axes):
         if axes.count(axis) > 1:
             both = " and ".join(letter for letter in array.letters if rules.get(letter) == axis)
-            raise ValueError(
-                f"dims={array.dims!r}: must have one dim at most on axis {axis!r}, which the rules give to {both}"
-            )
+            allowed = f"must have one dim at most on axis {axis!r}, which the rules give to {both}"
+            raise ValueError(f"dims={array.dims!r}: {allowed}")
     fits = [axis if size % mesh.shape.get(axis, 1) == 0 else None for axis, size in zip(axes, array.shape, strict=True)]
     used = [axis if axis is not None and mesh.shape.get(axis, 1) > 1 else None for axis in fits]
     return NamedSharding(mesh, PartitionSpec(*used)) if any(used) else replicated(mesh)

@@ -34,16 +34,16 @@ tr.flip td.verdict-word { color: var(--flip); font-weight: 600; }
 SECTIONS: list[tuple[str, str, str, Callable[[StageResult], bool], plots.Draw]] = [
     ("Error by stage",
      "Largest difference divided by the largest value, in the order of computation. An error of 0 lies on the axis.",
-     "tolerance", lambda one: one.kind != "gradient" and one.tolerance > 0, plots.errors),
+     "tolerance", lambda stage: stage.kind != "gradient" and stage.tolerance > 0, plots.errors),
     ("Error by layer",
      "The share of its tolerance that each stage uses: pale is a ten-thousandth or less, full colour is all of it.",
-     "", lambda one: one.layer is not None and one.tolerance > 0, plots.stage_map),
+     "", lambda stage: stage.layer is not None and stage.tolerance > 0, plots.stage_map),
     ("Expert agreement", "The share of choices that are equal on both sides.",
-     "", lambda one: one.agreement is not None, plots.agreement),
+     "", lambda stage: stage.agreement is not None, plots.agreement),
     ("Margins",
      "The difference of the two closest competing scores; rounding may exchange scores below the dashed line.",
-     "what rounding explains", lambda one: one.closest is not None, plots.margins),
-    ("Gradients", "The largest errors, by norm.", "tolerance", lambda one: one.kind == "gradient", plots.gradients),
+     "what rounding explains", lambda stage: stage.closest is not None, plots.margins),
+    ("Gradients", "The largest errors, by norm.", "tolerance", lambda stage: stage.kind == "gradient", plots.gradients),
 ]
 
 
@@ -67,7 +67,7 @@ def _section(report: Report) -> str:
         f'<p class="verdict {style}">{escape(report.sentence())}</p>',
     ]
     for title, note, line, is_shown, draw in SECTIONS:
-        shown = [one for one in report.results if is_shown(one)]
+        shown = [stage for stage in report.results if is_shown(stage)]
         if shown:
             parts.append(f'<h2>{title}</h2><p class="note">{note} {_key(line)}</p>{plots.svg(draw, shown, title)}')
     return "".join(parts) + f"<h2>Every stage</h2>{_table(report.results)}"
@@ -83,11 +83,12 @@ def _key(line: str) -> str:
 
 def _table(results: Sequence[StageResult]) -> str:
     rows = []
-    for one in results:
+    for stage in results:
         rows.append(
-            f'<tr class="{plots.verdict_class(one)}"><td>{escape(one.name)}</td><td class="number">{one.error:.2e}</td>'
-            f'<td class="number">{one.tolerance:.0e}</td><td class="verdict-word">{one.verdict}</td>'
-            f'<td class="where">{escape(one.where)}</td></tr>'
+            f'<tr class="{plots.verdict_class(stage)}"><td>{escape(stage.name)}</td>'
+            f'<td class="number">{stage.error:.2e}</td>'
+            f'<td class="number">{stage.tolerance:.0e}</td><td class="verdict-word">{stage.verdict}</td>'
+            f'<td class="where">{escape(stage.where)}</td></tr>'
         )
     head = "<tr><th>stage</th><th>error</th><th>tolerance</th><th>verdict</th><th>worst entry</th></tr>"
     return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'

@@ -56,7 +56,7 @@ def svg(draw: Draw, stages: Sequence[StageResult], label: str) -> str:
     inside = set(re.findall(r"#(\w+)", text))  # ids that the drawing itself refers to
     root = ElementTree.fromstring(text)
     for element in list(root.iter()):
-        for child in [one for one in element if one.tag.endswith(("}metadata", "}style"))]:
+        for child in [node for node in element if node.tag.endswith(("}metadata", "}style"))]:
             element.remove(child)
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
@@ -75,13 +75,16 @@ def svg(draw: Draw, stages: Sequence[StageResult], label: str) -> str:
 def errors(figure: Figure, stages: Sequence[StageResult]) -> None:
     """Every stage's error in the order of computation, and the tolerance."""
     axes = _axes(figure, 4.0)
-    place = _log_axis(axes, "y", [value for one in stages for value in (one.error, one.tolerance)])
+    place = _log_axis(axes, "y", [value for stage in stages for value in (stage.error, stage.tolerance)])
     edges = np.arange(len(stages) + 1) - 0.5
-    axes.stairs([one.tolerance for one in stages], edges, baseline=None, color=COLOURS["allowed"], linestyle="--")
-    axes.plot([place(one.error) for one in stages], color=COLOURS["soft"], linewidth=0.7)
-    for i, one in enumerate(stages):
-        _dot(axes, i, place(one.error), verdict_class(one), f"{one.name}: {_error(one)}; {one.where}".rstrip("; "))
-    begins = [i for i, one in enumerate(stages) if i == 0 or one.layer != stages[i - 1].layer]
+    axes.stairs([stage.tolerance for stage in stages], edges, baseline=None, color=COLOURS["allowed"], linestyle="--")
+    axes.plot([place(stage.error) for stage in stages], color=COLOURS["soft"], linewidth=0.7)
+    for i, stage in enumerate(stages):
+        _dot(
+            axes, i, place(stage.error), verdict_class(stage),
+            f"{stage.name}: {_error(stage)}; {stage.where}".rstrip("; "),
+        )
+    begins = [i for i, stage in enumerate(stages) if i == 0 or stage.layer != stages[i - 1].layer]
     words = [("after" if i else "") if stages[i].layer is None else f"layer {stages[i].layer}" for i in begins]
     _label(axes, begins, words)
     axes.set_xlim(-0.5, len(stages) - 0.5)
@@ -89,14 +92,16 @@ def errors(figure: Figure, stages: Sequence[StageResult]) -> None:
 
 def stage_map(figure: Figure, stages: Sequence[StageResult]) -> None:
     """A cell for each layer and kind of stage: the fuller its colour, the more of its tolerance the stage uses."""
-    layers = sorted({one.layer for one in stages if one.layer is not None})
-    kinds = sorted({one.kind for one in stages}, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
+    layers = sorted({stage.layer for stage in stages if stage.layer is not None})
+    kinds = sorted(
+        {stage.kind for stage in stages}, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS)
+    )
     axes = _axes(figure, ROW * len(kinds) + 0.6)
-    for one in stages:
-        x, y = layers.index(one.layer), kinds.index(one.kind)  # type: ignore[arg-type]
-        used = min(max(strain(one), PALEST), 1.0)
+    for stage in stages:
+        x, y = layers.index(stage.layer), kinds.index(stage.kind)  # type: ignore[arg-type]
+        used = min(max(strain(stage), PALEST), 1.0)
         opacity = 0.12 + 0.88 * (1 - math.log(used) / math.log(PALEST))
-        tip, colour = f"{TIP}{one.name}: {_error(one)}", COLOURS[verdict_class(one)]
+        tip, colour = f"{TIP}{stage.name}: {_error(stage)}", COLOURS[verdict_class(stage)]
         axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, color=colour, alpha=opacity, linewidth=0, gid=tip))
     axes.set(xlim=(-0.5, max(len(layers), 12) - 0.5), ylim=(len(kinds) - 0.5, -0.5))
     axes.set_xlabel("layer", loc="left")
@@ -108,10 +113,10 @@ def stage_map(figure: Figure, stages: Sequence[StageResult]) -> None:
 def agreement(figure: Figure, stages: Sequence[StageResult]) -> None:
     """The share of equal choices, a bar for each mixture."""
     axes = _axes(figure, 2.2)
-    for i, one in enumerate(stages):
-        assert one.agreement is not None
-        tip = f"{TIP}{one.name}: {one.agreement:.4%} of the choices are equal, {one.num_flips} differ"
-        axes.bar(i, one.agreement, width=0.6, color=COLOURS[verdict_class(one)], gid=tip)
+    for i, stage in enumerate(stages):
+        assert stage.agreement is not None
+        tip = f"{TIP}{stage.name}: {stage.agreement:.4%} of the choices are equal, {stage.num_flips} differ"
+        axes.bar(i, stage.agreement, width=0.6, color=COLOURS[verdict_class(stage)], gid=tip)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _label_mixtures(axes, stages)
@@ -120,13 +125,18 @@ def agreement(figure: Figure, stages: Sequence[StageResult]) -> None:
 def margins(figure: Figure, stages: Sequence[StageResult]) -> None:
     """The closest choice of each mixture, those that flipped, and the margin that rounding explains."""
     axes = _axes(figure, 3.0)
-    values = [value for one in stages for value in (one.closest or 0, one.noise or 0, *(f.margin for f in one.flips))]
+    values = [
+        value for stage in stages for value in (stage.closest or 0, stage.noise or 0, *(f.margin for f in stage.flips))
+    ]
     place = _log_axis(axes, "y", values)
-    for i, one in enumerate(stages):
-        assert one.closest is not None and one.noise is not None
-        axes.hlines(place(one.noise), i - 0.5, i + 0.5, color=COLOURS["allowed"], linestyle="--")
-        _dot(axes, i, place(one.closest), "same", f"{one.name}: the closest choice has a margin of {one.closest:.2g}")
-        for flip in one.flips:
+    for i, stage in enumerate(stages):
+        assert stage.closest is not None and stage.noise is not None
+        axes.hlines(place(stage.noise), i - 0.5, i + 0.5, color=COLOURS["allowed"], linestyle="--")
+        _dot(
+            axes, i, place(stage.closest), "same",
+            f"{stage.name}: the closest choice has a margin of {stage.closest:.2g}",
+        )
+        for flip in stage.flips:
             chosen = f"JAX chose expert {flip.ours}, the reference {flip.theirs}"
             words = f"{list(flip.index)}: {chosen}, margin {flip.margin:.2g}"
             _dot(axes, i, place(flip.margin), "flip" if flip.near_tie else "wrong", words)
@@ -135,21 +145,21 @@ def margins(figure: Figure, stages: Sequence[StageResult]) -> None:
 
 def gradients(figure: Figure, stages: Sequence[StageResult]) -> None:
     """The gradients with the largest errors, and the tolerance."""
-    shown = sorted(stages, key=lambda one: -one.error)[:MOST_GRADIENTS]
+    shown = sorted(stages, key=lambda stage: -stage.error)[:MOST_GRADIENTS]
     axes = _axes(figure, ROW * len(shown) + 0.6)
-    place = _log_axis(axes, "x", [shown[0].tolerance, *(one.error for one in shown)])
-    for i, one in enumerate(shown):
-        tip = f"{TIP}{one.name}: {_error(one)}"
-        axes.barh(i, place(one.error), height=0.6, color=COLOURS[verdict_class(one)], gid=tip)
+    place = _log_axis(axes, "x", [shown[0].tolerance, *(stage.error for stage in shown)])
+    for i, stage in enumerate(shown):
+        tip = f"{TIP}{stage.name}: {_error(stage)}"
+        axes.barh(i, place(stage.error), height=0.6, color=COLOURS[verdict_class(stage)], gid=tip)
     axes.axvline(shown[0].tolerance, color=COLOURS["allowed"], linestyle="--")
-    names = [one.name.removeprefix("gradient of ") for one in shown]
+    names = [stage.name.removeprefix("gradient of ") for stage in shown]
     axes.set_yticks(range(len(shown)), [name if len(name) <= 54 else f"...{name[-51:]}" for name in names])
     axes.set_ylim(len(shown) - 0.5, -0.5)
 
 
-def verdict_class(one: StageResult) -> str:
+def verdict_class(stage: StageResult) -> str:
     """What a stage's verdict is called in the page's CSS."""
-    return {"same": "same", "wrong number": "wrong"}.get(one.verdict, "flip")
+    return {"same": "same", "wrong number": "wrong"}.get(stage.verdict, "flip")
 
 
 def decades(values: Sequence[float]) -> tuple[float, float]:
@@ -187,13 +197,13 @@ def _label(axes: Axes, places: Sequence[int], words: Sequence[Any]) -> None:
 
 
 def _label_mixtures(axes: Axes, stages: Sequence[StageResult]) -> None:
-    _label(axes, range(len(stages)), ["" if one.layer is None else f"layer {one.layer}" for one in stages])
+    _label(axes, range(len(stages)), ["" if stage.layer is None else f"layer {stage.layer}" for stage in stages])
     axes.set_xlim(-0.5, max(len(stages), 8) - 0.5)
     axes.grid(False, axis="x")
 
 
-def _error(one: StageResult) -> str:
-    return f"{one.error:.2g}, tolerance {one.tolerance:.0e}"
+def _error(stage: StageResult) -> str:
+    return f"{stage.error:.2g}, tolerance {stage.tolerance:.0e}"
 
 
 RUN_COLOURS = {"float64": "#2b6cb0", "float32": "#c05621"}
@@ -205,9 +215,9 @@ def picture(runs: Sequence[Runs], title: str) -> Figure:
     with matplotlib.rc_context(STYLE | {"font.size": 10, "text.color": "black", "axes.labelcolor": "black"}):
         figure = Figure(figsize=(8, 7), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    one = runs[0]
-    above.plot(one.theirs.loss_S, color="#a0aec0", linewidth=4, label=f"PyTorch, {one.dtype}")
-    above.plot(one.ours.loss_S, color=RUN_COLOURS[one.dtype], linewidth=1.2, label=f"JAX, {one.dtype}")
+    first = runs[0]
+    above.plot(first.theirs.loss_S, color="#a0aec0", linewidth=4, label=f"PyTorch, {first.dtype}")
+    above.plot(first.ours.loss_S, color=RUN_COLOURS[first.dtype], linewidth=1.2, label=f"JAX, {first.dtype}")
     above.set_ylabel("training loss, nats")
     above.set_title(title, loc="left")
     above.legend(frameon=False)

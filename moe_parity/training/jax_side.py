@@ -109,7 +109,7 @@ def expert_counts(state: optax.OptState) -> dict[str, np.ndarray]:
     """{path of experts: number of steps of each expert}, if the optimizer counts them separately."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SkippingAdamState))
     counted = [flat_counts(node.expert_counts) for node in nodes if isinstance(node, SkippingAdamState)]
-    return {path: np.asarray(value) for one in counted for path, value in one.items()}
+    return {path: np.asarray(value) for counts in counted for path, value in counts.items()}
 
 
 @cache

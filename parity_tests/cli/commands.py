@@ -1,4 +1,4 @@
-"""`jax-moe` run by tests: what it prints, how it fails, what it leaves, and ways to stop it in the middle."""
+"""`jax-moe` in tests: its output, its errors, the files it leaves, and ways to interrupt it."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ PORT = ("--to", "hf", "--max-shard-bytes", "2000", "--dtype", "float16")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that must succeed prints; nothing on stderr but what was assumed of a file."""
+    """The output of a command that must succeed; stderr may only name assumed settings."""
     assert main([str(argument) for argument in arguments]) == 0
     streams = capsys.readouterr()
     assert [
@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail with status 1, nothing on stdout but a listing and one line on stderr; the line."""
+    """The error line of a command that must fail with status 1, one line on stderr and at most a listing on stdout."""
     assert main([str(argument) for argument in arguments]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("jax-moe: error: ") and errors.count("\n") == 1
@@ -38,7 +38,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def command(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, after some Python."""
+    """Runs the command in a subprocess, after the Python code `before`."""
     words = ["jax-moe", *map(str, arguments)]
     code = f"{before}\nimport sys\nfrom moe_cli.main import main\nsys.argv = {words!r}\nsys.exit(main())"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -48,20 +48,20 @@ def command(*arguments: object, before: str = "") -> subprocess.CompletedProcess
 
 
 def names(folder: Path) -> set[str]:
-    """What lies in a folder, hidden files too."""
+    """The names in a folder, including hidden files."""
     return {path.name for path in folder.iterdir()}
 
 
-def same_folders(one: Path, two: Path) -> None:
-    """Raises unless both have the same weights, bit for bit, and the same config and tokenizer."""
-    check_exact(weights(one), weights(two), "weights")
+def same_folders(first: Path, second: Path) -> None:
+    """Raises unless weights, config and tokenizer are equal, bit for bit."""
+    check_exact(weights(first), weights(second), "weights")
     for name in ("config.json", "tokenizer.json"):
-        assert (one / name).exists() == (two / name).exists()
-        assert not (one / name).exists() or (one / name).read_bytes() == (two / name).read_bytes(), name
+        assert (first / name).exists() == (second / name).exists()
+        assert not (first / name).exists() or (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 def stop_before(number: int, how: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something happens as the shard of that number, from 1, is to be written."""
+    """Calls `how` before the shard of that number, counted from 1, is written."""
     real, seen = resumable.write_tensors, []
 
     def write(path: Path, headers: Any) -> None:
@@ -75,6 +75,6 @@ def stop_before(number: int, how: Callable[[], object], monkeypatch: pytest.Monk
 
 
 def interrupt() -> None:
-    """Ctrl-C, also where the tests run in the background and inherit that it is ignored."""
+    """Ctrl-C, also in background processes, which inherit that it is ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)

@@ -154,7 +154,7 @@ def test_the_module_runs_and_the_command_line_is_checked(tmp_path: Path) -> None
 def test_without_torch_pt_files_are_one_clear_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)  # what import does where it is not installed
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     write_state(tmp_path / "a.safetensors", makemoe_state())
     (tmp_path / "a.pt").write_bytes(b"x")
     assert "needs PyTorch" in fails(capsys, "port", tmp_path / "a.pt", tmp_path / "f")

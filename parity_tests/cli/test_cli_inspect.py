@@ -51,12 +51,12 @@ def holes(folder: Path, values: dict[str, Any], shards: int) -> Path:
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixtral-8x7B as published, 87 GiB of nothing."""
+    """Mixtral-8x7B in its published size, 87 GiB without weights."""
     return holes(tmp_path_factory.mktemp("holes") / "Mixtral-8x7B-v0.1", MIXTRAL_8X7B, 19)
 
 
 def test_inspect_counts_the_published_mixtral(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """46.7 and 12.9 billion parameters, as its authors say; here to the last one, with a pencil."""
+    """46.7 and 12.9 billion parameters, as its authors say; the exact numbers are worked by hand."""
     D, F, L, V, E, K = 4096, 14336, 32, 32000, 8, 2
     layer = 2 * D * D + 2 * D * 1024 + E * D + 2 * D  # q, o; k, v; router; norms
     expert, outside = 3 * D * F, 2 * V * D + D
@@ -86,7 +86,7 @@ def test_inspect_counts_the_published_mixtral(mixtral: Path, capsys: pytest.Capt
 
 
 def test_inspect_reads_no_weight_and_loads_no_framework_of_theirs(mixtral: Path) -> None:
-    """87 GiB in a process that may hold 8: and neither torch nor transformers nor orbax is imported."""
+    """87 GiB in a process limited to 8 GiB; neither torch nor transformers nor orbax is imported."""
     check = "import atexit, resource, sys\nresource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))\n"
     check += "heavy = ('torch', 'transformers', 'orbax')\n"
     check += "atexit.register(lambda: print('loaded', [name for name in heavy if name in sys.modules]))"
@@ -107,8 +107,8 @@ WORDS = {
         "normed over their full width", "clipped to +-3.5", "weight 0.02", "queries, keys and values and the output"
     ],
     "granitemoe": [
-        "the head is the embedding", "scores times 0.2",
-        "embeddings times 2, each half of a block times 0.5, logits divided by 3",
+        "tied head", "scores times 0.2",
+        "embeddings times 2, residual branches times 0.5, logits divided by 3",
         "the best 2 of 4, then softmax over them",
     ],
 }
@@ -116,7 +116,7 @@ WORDS = {
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_inspect_says_the_contract(model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In words, and as it stands in the config.json of an Orbax folder."""
+    """In words, and in the config.json of an Orbax folder."""
     model = decoder(model_type)
     jax_moe.save_pretrained(model, tmp_path / "model", model_type=model_type)
     out = run(capsys, "inspect", tmp_path / "model")
@@ -128,7 +128,7 @@ def test_inspect_says_the_contract(model_type: str, tmp_path: Path, capsys: pyte
 
 
 def test_inspect_on_chosen_devices_and_with_names(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three devices share four experts: the fullest has two of four."""
+    """Three devices share four experts: the fullest device holds two."""
     out = run(capsys, "inspect", whole, "--devices", "3", "--names")
     held = weights(whole)
     total = sum(value.size for value in held.values())

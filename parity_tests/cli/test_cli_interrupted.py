@@ -1,4 +1,4 @@
-"""`jax-moe port` interrupted, killed or run twice at once: what it leaves, and how it goes on."""
+"""`jax-moe port` interrupted, killed or run twice at once: what it leaves, and how it continues."""
 
 import signal
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def test_what_does_not_match_starts_afresh(
 
 
 def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The process is gone without a word; its lock with it."""
+    """The process and its lock vanish without a message."""
     before = "import os, signal, pytest\nfrom parity_tests.cli.commands import stop_before\n"
     before += "stop_before(3, lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())"
     done = command("port", whole, tmp_path / "target", *PORT, before=before)
@@ -92,7 +92,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_a_port_to_orbax_clears_what_an_interrupted_port_left(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The finished shards are of no use any more; a folder of that name that is not a port's stays."""
+    """The finished shards are removed; a folder of that name that no port made stays."""
     with pytest.MonkeyPatch.context() as patch:
         stop_before(3, interrupt, patch)
         assert main(["port", str(whole), str(tmp_path / "target"), *PORT]) == 130
@@ -107,7 +107,7 @@ def test_a_port_to_orbax_clears_what_an_interrupted_port_left(
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
 def test_two_at_once(to: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One lock for every form that a target may get."""
+    """All forms of a target share a lock."""
     with alone(tmp_path / "target"):
         said = fails(capsys, "port", whole, tmp_path / "target", "--to", to)
         assert "target: is being written by another process" in said
@@ -140,7 +140,7 @@ def test_a_port_interrupted_again_and_again(whole: Path, tmp_path: Path, capsys:
 def test_a_text_interrupted_twice(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second Ctrl-C comes while the first is answered."""
+    """The second Ctrl-C comes while the first is handled."""
 
     def interrupted(model: object, tokens: object, *, callback: Callable[[int, np.ndarray], None], **_: object) -> None:
         callback(0, np.asarray([5]))

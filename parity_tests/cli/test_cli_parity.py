@@ -53,7 +53,7 @@ def test_parity_without_the_reference(
     whole = tmp_path / "whole"
     jax_moe.save_pretrained(decoder("qwen2_moe"), whole, model_type="qwen2_moe")
     assert "num_tokens=1: must be at least 2" in fails(capsys, "parity", whole, "--num-tokens", "1")
-    monkeypatch.setitem(sys.modules, "torch", None)  # what import does where it is not installed
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     assert "parity needs PyTorch" in fails(capsys, "parity", whole)
     monkeypatch.undo()
     pytest.importorskip("torch", reason="the rest is said only where PyTorch is")

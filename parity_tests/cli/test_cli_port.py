@@ -1,4 +1,4 @@
-"""`jax-moe port` between Hugging Face folders and Orbax checkpoints: what arrives, its memory and its progress."""
+"""`jax-moe port` between Hugging Face folders and Orbax checkpoints: results, memory and progress."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from parity_tests.shared.compare import check_exact
 
 
 def test_port_to_orbax_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything returns, and both forms say the same of themselves."""
+    """A round trip is complete, and `inspect` prints the same for both forms."""
     there, orbax, back = tmp_path / "there", tmp_path / "orbax-0.1", tmp_path / "back"
     model = decoder("granitemoe", "bfloat16")
     jax_moe.save_pretrained(model, there, model_type="granitemoe")

@@ -24,12 +24,12 @@ from parity_tests.porting.decoder_cases import weights
 from parity_tests.porting.porting_cases import STATES
 from parity_tests.shared.compare import check_exact
 
-OTHERWISE = {"config is a list": 'must say "format"'}  # no Hugging Face folder, to its looks
+OTHERWISE = {"config is a list": 'must say "format"'}  # it does not look like a Hugging Face folder
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_folders(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line with all that is wrong, from headers where they tell; nothing written."""
+    """One line names all faults, from headers where possible; nothing is written."""
     BROKEN[name][0](folder)
     words = OTHERWISE.get(name, BROKEN[name][1])
     if name == "NaN":  # a weight, which inspect does not read
@@ -43,7 +43,7 @@ def test_broken_folders(name: str, folder: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_nan_and_what_is_too_large(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of them are named; on request they pass."""
+    """All tensors are named; allow-nonfinite accepts them."""
     for file, value in zip(sorted(folder.glob("*.safetensors"))[1:4], (np.nan, np.inf, 1e6), strict=True):
         state = read_safetensors(file)
         state[min(state)].flat[0] = value

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
-    """What a greedy text of eight tokens prints."""
+    """The output of a greedy text of eight tokens."""
     command = ["generate", str(folder), "--max-new-tokens", "8", "--temperature", "0", *arguments]
     assert main(command) == 0, capsys.readouterr().err
     return capsys.readouterr().out
@@ -75,11 +75,11 @@ def test_text_numbers_and_stops(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_an_orbax_folder_writes_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its tokenizer came with it, and where a text ends is said by the config.json that it was made from."""
+    """It has the tokenizer, and takes the end of text from the original config.json."""
     tokenizer, source, orbax = read_tokenizer(folder), tmp_path / "model", tmp_path / "orbax"
     prompt = tokenizer.encode("the queen").ids
     numbers = ",".join(map(str, prompt))
-    tokens = [int(one) for one in run(capsys, folder, "--tokens", numbers).split(",")]
+    tokens = [int(token) for token in run(capsys, folder, "--tokens", numbers).split(",")]
     text = tokens[: tokens.index(tokens[-3], len(prompt))]
     shutil.copytree(folder, source)
     config = json.loads((source / "config.json").read_text())
@@ -148,7 +148,7 @@ def test_errors(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     (folder / "tokenizer.json").write_text("[]")
     assert "tokenizer.json: must be a tokenizer" in line("--prompt", "a")
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tokenizers", None)  # what import does where it is not installed
+        patch.setitem(sys.modules, "tokenizers", None)  # as if it were not installed
         assert "needs the package tokenizers: pip install 'jax-moe[text]'" in line("--prompt", "a")
     (folder / "tokenizer.json").unlink()
     assert "has no tokenizer.json; --tokens 1,2,3" in line("--prompt", "a")

@@ -4,7 +4,7 @@
 
 Each input is a small valid file with one to four changes: bytes flipped, cut, doubled, numbers made huge, JSON values
 replaced by values of another kind. `damaged(kind, generator)` is a pure function of the seed, so that a finding
-repeats.
+repeats. Long because every kind of file is made here.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "v0_1_0"
-SLOW = 0.02  # the share of a kind whose reader takes half a second
+SLOW = 0.02  # share of a kind whose reader takes half a second
 LONGEST, MOST_BYTES = 5.0, 300e6  # seconds and bytes that one input may take
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0",
@@ -42,11 +42,11 @@ class Kind:
     valid: Callable[[], bytes]
     read: Callable[[Path], object]  # gets the folder
     others: Callable[[], dict[str, bytes]] = dict  # files beside it
-    share: float = 1.0  # of the inputs that a kind would get if all got the same
+    share: float = 1.0  # of the inputs that a kind gets with equal shares
 
 
 def finding(kind: Kind, data: bytes, folder: Path) -> str | None:
-    """What is wrong with the reader's answer to this file; None if nothing is."""
+    """What is wrong with the reader's answer to this file, or None."""
     write_files(folder, {**kind.others(), kind.name: data})
     begin, before, said = time.perf_counter(), _largest(), None
     try:
@@ -74,12 +74,12 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _largest() -> int:
-    """Bytes that this process has held at most."""
+    """The peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def damaged(data: bytes, draw: np.random.Generator) -> bytes:
-    """The file with some changes; JSON, also that of a safetensors header, is changed as JSON half of the time."""
+    """The file with some changes; JSON, also in a safetensors header, is changed as JSON half of the time."""
     if draw.random() < 0.5:
         if data[:1] == b"{":
             return _json_changed(data, draw)
@@ -107,18 +107,18 @@ def damaged(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _pickle_changed(data: bytes, draw: np.random.Generator) -> bytes:
-    """A `.pt` whose pickle has other bytes and whose archive is whole, so that torch reads on."""
+    """A `.pt` with a changed pickle in an intact archive, so that torch reads the pickle."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        records = {one.filename: archive.read(one) for one in archive.infolist()}
-    name = next(one for one in records if one.endswith("data.pkl"))
+        records = {member.filename: archive.read(member) for member in archive.infolist()}
+    name = next(entry for entry in records if entry.endswith("data.pkl"))
     pickled = bytearray(records[name])
     for _ in range(draw.integers(1, 4)):
         at, what = int(draw.integers(0, len(pickled))), draw.integers(0, 3)
         pickled[at : at + (1, 0, 4)[what]] = (bytes([int(draw.integers(0, 256))]), b"K\3", b"\xff\xff\xff\x7f")[what]
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for one, record in {**records, name: bytes(pickled)}.items():
-            archive.writestr(one, record)
+        for entry, record in {**records, name: bytes(pickled)}.items():
+            archive.writestr(entry, record)
     return out.getvalue()
 
 
@@ -146,7 +146,7 @@ def _json_changed(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def kinds() -> dict[str, Kind]:
-    """Every container; `.pt` where torch is installed."""
+    """Every kind of file; `.pt` if torch is installed."""
     import importlib.util
 
     from jax_moe.guarded import read_npy
@@ -185,14 +185,14 @@ def kinds() -> dict[str, Kind]:
 def _among(
     folder: Path, name: str, read: Callable[[Path], object], without: str | None = None, share: float = 1.0
 ) -> Kind:
-    """A file of a folder, with the other files beside it but those under `without`."""
+    """A file of a folder, beside the folder's other files except those under `without`."""
     files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     others = {other: data for other, data in files.items() if other != name and other.split("/")[0] != without}
     return Kind(name, lambda: files[name], read, lambda: others, share)
 
 
 def _load_orbax(folder: Path) -> None:
-    """Loads a folder whose sums are those of its files, so that more than the sums is tested."""
+    """Loads a folder with updated sums, so that more than the check of sums is tested."""
     from jax_moe.porting.checkpoint import load
 
     about = json.loads((folder / "config.json").read_bytes())
@@ -204,7 +204,7 @@ def _load_orbax(folder: Path) -> None:
 
 
 def _read_optimizer(folder: Path) -> None:
-    """The JSON as the metadata of an optimizer.safetensors."""
+    """Reads the JSON as the metadata of an optimizer.safetensors."""
     from jax_moe.porting.formats.safetensors import write_safetensors
     from jax_moe.porting.optimizer import own_file
 
@@ -214,12 +214,12 @@ def _read_optimizer(folder: Path) -> None:
 
 
 def _trained(state: dict[str, np.ndarray], path: Path) -> bytes:
-    """A trainer's file around a state dict, after a step."""
+    """A trainer's file with a state dict and an optimizer after a step."""
     import torch
 
     weights = [torch.nn.Parameter(torch.tensor(value)) for value in state.values()]
     optimizer = torch.optim.AdamW(weights)
-    sum((one**2).sum() for one in weights).backward()  # type: ignore[union-attr]
+    sum((weight**2).sum() for weight in weights).backward()  # type: ignore[union-attr]
     optimizer.step()
     torch.save({"model": dict(zip(state, weights, strict=True)), "optimizer": optimizer.state_dict(), "epoch": 1}, path)
     return path.read_bytes()
@@ -265,7 +265,7 @@ def _made() -> dict[str, Any]:
 
 
 def fuzz(count: int, seed: int, show: Callable[[str], None] = lambda line: None) -> list[str]:
-    """`count` inputs, shared by the kinds; a line for every finding, with what repeats it."""
+    """Tries `count` inputs, shared by the kinds; returns a line per finding, with its seed and number."""
     found: list[str] = []
     chosen = list(kinds().items())
     for number in range(count):

@@ -14,7 +14,7 @@ def test_no_reader_lets_an_exception_through() -> None:
 
 
 def test_every_valid_file_is_read(tmp_path: Path) -> None:
-    """Else the fuzzer would only ever test the first check."""
+    """Otherwise the fuzzer would only test the first check."""
     for name, kind in kinds().items():
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()

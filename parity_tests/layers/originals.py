@@ -1,4 +1,4 @@
-"""The originals, told again in other words: plain PyTorch that follows what those projects' modules do, step by step.
+"""The originals, written again: plain PyTorch that follows those projects' modules step by step.
 
 They are a third judge and import neither `torch_ref` nor `jax_moe`. Parameters have the originals' names, so that their
 state dicts load here. Capacities are computed in floats, as in the original.
@@ -18,7 +18,7 @@ def no_noise(like: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """makeMoE's noisy router: the chosen noisy logits survive, all others become -inf, then one softmax over E."""
+    """makeMoE's noisy router: unchosen noisy logits become -inf, then a softmax over E."""
 
     def __init__(self, width: int, num_experts: int, top_k: int):
         super().__init__()
@@ -125,7 +125,7 @@ class LanguageModel(nn.Module):
         return self.lm_head(self.ln_f(self.blocks(x)))
 
     def silence(self) -> "LanguageModel":
-        """No dropout and no noise: the original has no switch for the latter."""
+        """Turns off dropout and noise; the original has no switch for noise."""
         for module in self.modules():
             if isinstance(module, Router):
                 module.draw = no_noise
@@ -133,7 +133,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def greedy(self, tokens: Tensor, count: int) -> Tensor:
-        """The original's loop with the best token in place of a drawn one."""
+        """The original's loop with the likeliest token in place of a drawn token."""
         for _ in range(count):
             best = self(tokens[:, -self.block :])[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, best], dim=1)
@@ -151,7 +151,7 @@ class MixtralMLP(nn.Module):
 
 
 class MixtralBlock(nn.Module):
-    """Hugging Face's Mixtral block as it was before version 5, while each expert was a module of its own."""
+    """Hugging Face's Mixtral block before version 5, when each expert was a module of its own."""
 
     def __init__(self, width: int, expert_width: int, num_experts: int, top_k: int):
         super().__init__()
@@ -162,7 +162,7 @@ class MixtralBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         rows = hidden_states.flatten(0, 1)
         router_logits = self.gate(rows)
-        wide = torch.promote_types(rows.dtype, torch.float32)  # theirs is always fp32; in fp64 nothing may be lost
+        wide = torch.promote_types(rows.dtype, torch.float32)  # the original is always fp32; fp64 must stay fp64
         weights, chosen = router_logits.softmax(dim=1, dtype=wide).topk(self.top_k, dim=-1)
         weights = (weights / weights.sum(dim=-1, keepdim=True)).to(rows.dtype)
         total = torch.zeros_like(rows)

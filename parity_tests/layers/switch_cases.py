@@ -1,6 +1,6 @@
-"""Switch Transformers' sparse layer told twice more: transformers' own, and the papers' equations token by token.
+"""Switch Transformers' sparse layer in two more forms: transformers' own, and the papers' equations token by token.
 
-The second is a third judge: no batching, no masks, no queue arithmetic. Names are those of transformers on disk.
+The latter is a third judge: no batching, no masks, no queue arithmetic. Names are those of transformers on disk.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Sizes:
         return np.random.default_rng(seed).normal(size=(self.batch, self.length, self.width))
 
     def theirs(self, **settings: Any) -> hf.SwitchTransformersSparseMLP:
-        """transformers' layer with weights that spread tokens over the experts, unevenly."""
+        """transformers' layer with weights that spread tokens unevenly over the experts."""
         config = hf.SwitchTransformersConfig(**{
             "d_model": self.width, "d_ff": self.expert_width, "num_experts": self.experts,
             "expert_capacity": self.slots, "router_jitter_noise": 0.0, "dropout_rate": 0.0, **settings,
@@ -71,7 +71,7 @@ def state_of(layer: torch.nn.Module) -> State:
 def ours(config: MoEConfig, state: State) -> jax_moe.MoE:
     """Our layer with these weights, loaded strictly."""
     dtype = next(iter(state.values())).dtype
-    empty = nnx.eval_shape(lambda: jax_moe.MoE(config, param_dtype=dtype))  # nothing is drawn to be overwritten
+    empty = nnx.eval_shape(lambda: jax_moe.MoE(config, param_dtype=dtype))  # no weights are drawn, as all are loaded
     return jax_moe.from_torch(empty, state)
 
 
@@ -82,7 +82,7 @@ def call(layer: jax_moe.MoE, x_BTD: Any, **arrays: Any) -> Any:
 
 
 def mirror(layer: jax_moe.MoE) -> torch_ref.MoE:
-    """torch_ref's layer with the weights of ours."""
+    """torch_ref's layer with our layer's weights."""
     state = {name: numpy_to_tensor(value) for name, value in jax_moe.to_torch(layer).items()}
     copy = torch_ref.MoE(layer.config).to(next(iter(state.values())).dtype)
     copy.load_state_dict(state, strict=True)
@@ -125,7 +125,7 @@ def paper(
 
 
 def numbers(y: Tensor, balance: Tensor, z_loss: Tensor, x: Tensor, named: dict[str, Tensor]) -> State:
-    """Outputs, losses and the gradients of one scalar that mixes them, by name."""
+    """Outputs, losses and the gradients of a weighted sum of them, by name."""
     probe = torch.from_numpy(np.random.default_rng(9).normal(size=tuple(y.shape))).to(y.dtype)
     ((y * probe).sum() + BALANCE * balance + Z * z_loss).backward()
     found = {"y": y, "balance": balance, "z": z_loss, "x.grad": x.grad}
@@ -134,7 +134,7 @@ def numbers(y: Tensor, balance: Tensor, z_loss: Tensor, x: Tensor, named: dict[s
 
 
 def our_numbers(layer: jax_moe.MoE, x_BTD: np.ndarray) -> tuple[State, Any]:
-    """The same of our layer under transformers' names, and its statistics."""
+    """The numbers of our layer under transformers' names, and its statistics."""
     graphdef, params = nnx.split(layer)
     probe = np.random.default_rng(9).normal(size=x_BTD.shape).astype(x_BTD.dtype)
 
@@ -154,7 +154,7 @@ def our_numbers(layer: jax_moe.MoE, x_BTD: np.ndarray) -> tuple[State, Any]:
 
 
 def mirror_numbers(layer: jax_moe.MoE, x_BTD: np.ndarray) -> State:
-    """The same of torch_ref's layer."""
+    """The numbers of torch_ref's layer."""
     copy = mirror(layer)
     x = torch.from_numpy(x_BTD).requires_grad_()
     y, stats = copy(x)
@@ -165,7 +165,7 @@ def mirror_numbers(layer: jax_moe.MoE, x_BTD: np.ndarray) -> State:
 
 
 def contract(sizes: Sizes, **settings: Any) -> MoEConfig:
-    """The preset at these sizes, by default as transformers has it: constant capacity, loss a sequence."""
+    """The preset at these sizes, by default as in transformers: constant capacity, balance loss per sequence."""
     settings = {"expert_capacity": sizes.slots, "balance_per_sequence": True, "jitter_eps": 0.0, **settings}
     return presets.switch(sizes.width, sizes.expert_width, sizes.experts, **settings)
 

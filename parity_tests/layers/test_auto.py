@@ -10,7 +10,7 @@ DROPLESS = presets.mixtral(model_dim=4, expert_dim=96, num_experts=8, top_k=2)
 
 
 def capped(group_size: int) -> MoEConfig:
-    """Groups of a fixed number of tokens."""
+    """A contract with groups of a fixed number of tokens."""
     return DROPLESS.with_capacity(1.0, group="fixed", group_size=group_size)
 
 

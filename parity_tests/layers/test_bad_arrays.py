@@ -1,6 +1,6 @@
 """An array of the wrong shape, dtype or range is refused; the message names it and says what it must be.
 
-Shapes and kinds run in a process of their own (see `bad_arrays.py`); what is traced runs here too.
+Shapes and kinds are tested in a subprocess (see `bad_arrays.py`); traced arrays here.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, str]:
-    """What jax_moe says to every case."""
+    """jax_moe's message for every case."""
     return answers("jax")
 
 
 def answers(framework: str) -> dict[str, str]:
-    """What a framework says to every case, in a fresh interpreter."""
+    """A framework's message for every case, from a fresh interpreter."""
     command = [sys.executable, "-W", "error", "-m", "parity_tests.layers.bad_arrays", framework]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

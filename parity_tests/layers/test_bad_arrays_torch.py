@@ -1,4 +1,4 @@
-"""`torch_ref` says of wrong tensors what `jax_moe` says of wrong arrays."""
+"""`torch_ref` refuses wrong tensors with the messages of `jax_moe`."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from parity_tests.layers.test_bad_arrays import answers
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, str]:
-    """What torch_ref says to every case."""
+    """torch_ref's message for every case."""
     return answers("torch")
 
 

@@ -1,4 +1,4 @@
-"""Batch Prioritized Routing against V-MoE's own rule, told again in NumPy: token for token, in both frameworks."""
+"""Batch Prioritized Routing against V-MoE's rule, written again in NumPy: token by token, in both frameworks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def by_vmoe(gates_SE: np.ndarray, capacity: int, by_best_weight: bool) -> np.nda
 
 
 def in_jax(logits_SE: np.ndarray, config: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Gates of all experts as the router computed them, and slots."""
+    """The router's scores of all experts, and slots."""
     routing = route(jnp.asarray(logits_SE)[None], config)
     slots = assign_slots(routing, config, config.expert_capacity(S))
     gates = np.asarray(route(jnp.asarray(logits_SE)[None], dataclasses.replace(config, top_k=E)).weight_GSK[0])
@@ -61,7 +61,7 @@ Side = Callable[[np.ndarray, MoEConfig], tuple[np.ndarray, np.ndarray]]
 
 
 def differing(side: Side, priority: str, by_best_weight: bool, ties: bool = False) -> int:
-    """In how many of the groups the slots are others than V-MoE's."""
+    """The number of groups whose slots differ from V-MoE's."""
     config, count = contract(priority), 0
     for seed in range(GROUPS):
         gates, slots = side(logits(seed, ties), config)

@@ -1,4 +1,4 @@
-"""The choice of the best: ties, infinities, signed zeros and NaN, in both frameworks, against a plain sort."""
+"""The choice of the best scores: ties, infinities, signed zeros and NaN, in both frameworks, against a plain sort."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +8,12 @@ from jax_moe.top_k import LARGEST_COUNT, best_first
 
 
 def scores(kind: str, dtype: str) -> np.ndarray:
-    """Rows of 13 numbers of the named sort."""
+    """Rows of 13 numbers of the named kind."""
     score_SE = np.random.default_rng(0).normal(size=(40, 13)).astype(dtype)
     if kind == "tied":
-        score_SE = np.round(score_SE)  # many equal ones, -0 among them
+        score_SE = np.round(score_SE)  # many equal numbers, -0 among them
     if kind == "mostly -inf":
-        score_SE[score_SE < 1] = -np.inf  # as where clusters are filled: fewer numbers than choices
+        score_SE[score_SE < 1] = -np.inf  # as for filled clusters: fewer finite numbers than choices
     if kind == "NaN":
         score_SE[score_SE > 1] = np.nan
         score_SE[score_SE < -1] = -np.nan

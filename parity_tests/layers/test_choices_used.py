@@ -23,14 +23,15 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 5)), jnp.int32
 
 
 def model_of(contract: str, **changes: Any) -> Decoder:
-    alike = {"dense_layers": (), "dense_dim": 0, "sliding_layers": (), "sliding_window": None}  # layers compiled once
+    # equal layers are compiled once
+    alike = {"dense_layers": (), "dense_dim": 0, "sliding_layers": (), "sliding_window": None}
     return decoder("qwen2_moe", moe=CONTRACTS[contract], **alike, **changes)
 
 
-def same(one: Any, two: Any) -> None:
-    """Raises unless two outputs are the same in every bit."""
-    for first, second in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+def same(first: Any, second: Any) -> None:
+    """Raises unless two outputs are equal bit for bit."""
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize(("contract", "training"), [*((name, True) for name in CONTRACTS), ("noise", False)])
@@ -47,7 +48,7 @@ def test_a_replay_with_the_same_key_is_the_same_run(contract: str, training: boo
 
 
 def test_they_are_those_of_the_mixture_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every routing that was computed, seen where it is computed."""
+    """`MoE.routing` is recorded as it is computed."""
     seen: list[Any] = []
     real = MoE._route
 

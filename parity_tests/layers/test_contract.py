@@ -1,6 +1,6 @@
 """The contract: exact capacities, and errors that name the field, the value and what is allowed. No framework needed.
 
-Long because every field has its bad values here, a row each.
+Long because every field's bad values are here, a row each.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEC
 
 @pytest.fixture(autouse=True, scope="module")
 def as_users_call_it() -> Iterator[None]:
-    """Without the type checks that run under pytest only: a user meets the contract's own errors."""
+    """Turns off the type checks of pytest, so that the contract's own errors are raised, as for users."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -55,7 +55,7 @@ def slots(group_size: int, num_experts: int, top_k: int, factor: object, **rule:
         (64, 8, 2, 0.1, {"multiple": 3, "minimum": 4}, 4),  # 1.6 -> 1 -> 3, at least 4: the minimum is not rounded up
         (6, 2, 2, 1.25, {}, 6),  # 7.5 -> 7, but a group has six tokens
         (6, 2, 2, 1.25, {"clamp": False}, 7),
-        (3, 8, 2, 1.0, {"minimum": 4}, 3),  # the clamp has the last word
+        (3, 8, 2, 1.0, {"minimum": 4}, 3),  # the clamp is applied last
         (3, 8, 2, 1.0, {"minimum": 4, "clamp": False}, 4),
         (64, 8, 2, 1.25, {"counts_top_k": False, "rounding": "ceil"}, 10),  # Switch: 64 / 8 * 1.25
         (64, 8, 2, 1.25, {}, 20),
@@ -100,7 +100,7 @@ def test_capacity_against_two_other_computations(
 ) -> None:
     top_k = min(top_k, num_experts)
     choices = group_size * top_k if rule["counts_top_k"] else group_size
-    # in whole thousandths, by counting up; and in Decimal with the division last, so that only it can round
+    # in integers of thousandths, and in Decimal with the division last, the only operation that can round
     thousandths = choices * int(factor * 1000)
     by_integers = thousandths // (1000 * num_experts) + (
         rule["rounding"] == "ceil" and thousandths % (1000 * num_experts) > 0
@@ -123,8 +123,8 @@ def test_capacity_against_two_other_computations(
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.integers(1, 500), st.integers(1, 16), FACTORS, FACTORS)
-def test_capacity_grows_with_the_factor(group_size: int, num_experts: int, one: Decimal, other: Decimal) -> None:
-    low, high = sorted((one, other))
+def test_capacity_grows_with_the_factor(group_size: int, num_experts: int, first: Decimal, second: Decimal) -> None:
+    low, high = sorted((first, second))
     assert slots(group_size, num_experts, 1, str(low), below_one="drop_all") <= slots(
         group_size, num_experts, 1, str(high), below_one="drop_all"
     )
@@ -290,7 +290,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("config", "arguments", "message"), BAD, ids=[f"{one[0].__name__}, {one[2]}" for one in BAD])
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"), BAD, ids=[f"{case[0].__name__}, {case[2]}" for case in BAD]
+)
 def test_bad_settings_are_named(config: type, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         config(**arguments)
@@ -313,7 +315,7 @@ def test_every_contract_has_a_bad_setting_here() -> None:
         RouterConfig, CapacityConfig, ExpertConfig, BalanceConfig, MoEConfig, SoftMoEConfig, AttentionConfig,
         BlockConfig,
     }
-    assert {one[0] for one in BAD} == every | {MakeMoEConfig}
+    assert {case[0] for case in BAD} == every | {MakeMoEConfig}
 
 
 def test_unknown_and_positional_settings_are_refused() -> None:
@@ -323,7 +325,7 @@ def test_unknown_and_positional_settings_are_refused() -> None:
         RouterConfig("softmax")  # type: ignore[misc]
 
 
-# A number of a type that the annotations do not allow, from a configuration file or a command line
+# Values of types that the annotations do not allow, as from a configuration file or a command line
 WRONG_TYPES = [
     (RouterConfig, {"scale": "2.5"}, "scale='2.5'"),
     (RouterConfig, {"renormalise_eps": None}, "renormalise_eps=None"),

@@ -41,7 +41,7 @@ def call(model: Decoder, tokens: jax.Array, mask: jax.Array, positions: jax.Arra
 
 
 def logits(model: Decoder, tokens: Any, mask: Any = None, positions: Any = None) -> np.ndarray:
-    """Logits, without padding and with positions from 0 unless given."""
+    """Logits; by default without padding and with positions from 0."""
     mask = np.ones(tokens.shape, bool) if mask is None else mask
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
     return np.asarray(call(model, jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(positions)))
@@ -112,10 +112,10 @@ def test_rotary_frequencies_by_their_equations() -> None:
     make = {"factor": 4.0, "max_positions": 32, "original_max_positions": 32}
     found = {kind: FREQUENCIES[kind](RopeConfig(kind=kind, **make), 64, 128) for kind in FREQUENCIES}
     np.testing.assert_allclose(found["linear"], kept / 4)
-    # dynamic: four times the length at factor 4 is a base of theta * 13^(64/62); no longer than trained: unchanged
+    # dynamic: at factor 4, four times the trained length has base theta * 13^(64/62); up to that length it is unchanged
     np.testing.assert_allclose(found["dynamic"], powers(10000.0 * 13 ** (64 / 62), 64))
     np.testing.assert_allclose(FREQUENCIES["dynamic"](RopeConfig(kind="dynamic", **make), 64, 32), kept)
-    for kind in ("yarn", "llama3"):  # the fastest pair is kept, the slowest stretched by the whole factor
+    for kind in ("yarn", "llama3"):  # the fastest pair is unchanged, the slowest divided by the factor
         assert found[kind][0] == pytest.approx(kept[0]) and found[kind][-1] == pytest.approx(kept[-1] / 4)
         assert (np.diff(found[kind]) < 0).all()
     assert attention_factor(RopeConfig(kind="yarn", **make)) == pytest.approx(0.1 * np.log(4) + 1)

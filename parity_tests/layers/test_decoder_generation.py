@@ -42,7 +42,7 @@ def model() -> Decoder:
 
 
 def cached_logits(model: Decoder, off: int = 0, blind: bool = False) -> np.ndarray:
-    """Logits after the prompt and every further token of TEXT; two faults can be planted in the steps."""
+    """Logits after the prompt and every further token of TEXT; `off` and `blind` plant faults in the steps."""
     start_B = jnp.asarray(START, jnp.int32)
 
     @jax.jit
@@ -66,7 +66,7 @@ def cached_logits(model: Decoder, off: int = 0, blind: bool = False) -> np.ndarr
 
 
 def whole_logits(model: Decoder) -> np.ndarray:
-    """The same from one call without a cache."""
+    """The same logits from a single call without a cache."""
     positions = jnp.asarray(np.maximum(np.cumsum(MASK, axis=1) - 1, 0), jnp.int32)
     arrays = {"mask_BT": jnp.asarray(MASK), "position_BT": positions}
     return np.asarray(jax.jit(lambda model: model(jnp.asarray(TEXT), **arrays))(model))[:, PROMPT - 1 :]
@@ -173,8 +173,8 @@ def test_sampling(model: Decoder) -> None:
     request = partial(generate, model, TEXT[:, :PROMPT], max_new_tokens=8)
     greedy = np.asarray(request(temperature=0))
     np.testing.assert_array_equal(request(key=jax.random.key(0), top_k=1), greedy)
-    one, other = (np.asarray(request(key=jax.random.key(seed), top_k=5)) for seed in (0, 1))
-    assert (one != other).any() and (one != greedy).any()
+    first, second = (np.asarray(request(key=jax.random.key(seed), top_k=5)) for seed in (0, 1))
+    assert (first != second).any() and (first != greedy).any()
 
 
 BAD = [
@@ -191,7 +191,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), BAD, ids=[one[1] for one in BAD])
+@pytest.mark.parametrize(("settings", "message"), BAD, ids=[case[1] for case in BAD])
 def test_errors(model: Decoder, settings: dict[str, Any], message: str) -> None:
     settings = {"tokens": [[1, 2]], "max_new_tokens": 3, "temperature": 0, **settings}
     if "mask_BT" in settings:
@@ -208,7 +208,7 @@ def test_a_capacity_is_refused() -> None:
 
 
 def compiled_step(num_experts: int, dispatcher: Any = "auto") -> Any:
-    """The program of one step of a batch of two."""
+    """The compiled step of a batch of two."""
     moe = presets.mixtral(32, 64, num_experts, 2)
     config = DecoderConfig.grouped(**SIZES | {"model_dim": 32, "moe": dataclasses.replace(moe, dispatcher=dispatcher)})
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -216,20 +216,20 @@ def compiled_step(num_experts: int, dispatcher: Any = "auto") -> Any:
 
 
 def step_arguments(model: Decoder) -> list[Any]:
-    """What a step of a batch of two takes, as shapes."""
+    """The abstract arguments of a step of a batch of two."""
     integers = [jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2,), (), (2,))]
     return [*integers, jax.eval_shape(lambda start_B: empty_cache(model, start_B, 16, jnp.float32), integers[2])]
 
 
 def test_a_step_does_not_touch_experts_that_were_not_chosen() -> None:
-    """Memory traffic and scratch space of a step hardly grow with E; a plain dispatcher's grow with it."""
+    """Memory traffic and scratch space of a step hardly grow with E; those of other dispatchers do."""
     def cost(program: Any) -> np.ndarray:
         return np.asarray([program.cost_analysis()["bytes accessed"], program.memory_analysis().temp_size_in_bytes])
 
     few, many = (cost(compiled_step(num)) for num in (8, 64))
     all_experts = cost(compiled_step(64, "grouped"))
     expert = 3 * 32 * 64 * 4
-    # the router's own rows do grow: 56 of them a layer, and the counts over E
+    # the router's rows grow: 56 a layer, and the counts over E
     assert (many - few < 2 * expert).all(), f"{(many - few) / expert} experts' bytes more for 56 more experts"
     assert (all_experts - few > 50 * expert).all(), "the measure would not see a dispatcher that touches all"
 

@@ -1,6 +1,6 @@
 """Greedy text against `transformers.generate`: left padding and stop tokens, in every Hugging Face family.
 
-Among them a window, dynamic rope and dense layers; the cache against one call is tested elsewhere, without PyTorch.
+The families include a window, dynamic rope and dense layers. `test_decoder_generation.py` tests the cache.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ CHOSEN = [case for case in CASES if case.name in NAMES]
 
 
 def theirs(reference: "torch.nn.Module", tokens: np.ndarray, stops: list[int] | None) -> np.ndarray:
-    """transformers' own text, filled up to NEW as ours is (it returns as soon as all have stopped)."""
+    """transformers' tokens, padded to NEW like ours (it returns as soon as all sequences have stopped)."""
     mask = torch.from_numpy(MASK.astype(np.int64))
     found = reference.generate(
         torch.from_numpy(tokens), attention_mask=mask, do_sample=False, max_new_tokens=NEW, eos_token_id=stops,
@@ -33,7 +33,7 @@ def theirs(reference: "torch.nn.Module", tokens: np.ndarray, stops: list[int] | 
 
 
 def ours(model: jax_moe.Decoder, tokens: np.ndarray, stops: list[int] | None, mask: np.ndarray = MASK) -> np.ndarray:
-    """Our text."""
+    """Our tokens."""
     stop_tokens = tuple(stops or ())
     found = jax_moe.generate(
         model, tokens, max_new_tokens=NEW, temperature=0, mask_BT=mask, stop_tokens=stop_tokens, pad_token=PAD

@@ -1,4 +1,4 @@
-"""Sampling: which tokens stay, how often they are drawn, and what is refused."""
+"""Sampling: which tokens remain, how often they are drawn, and which settings are refused."""
 
 from math import log
 
@@ -19,7 +19,7 @@ SHARES = [0.10, 0.50, 0.15, 0.25]
 
 
 def reference_filter(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:
-    """One row at a time, one token at a time: take the best until there are k, or until they weigh top_p."""
+    """A plain loop over rows and tokens: takes the likeliest until there are k, or until they sum to top_p."""
     result = np.full(logits.shape, -np.inf)
     for row, out in zip(logits, result, strict=True):
         best_first = sorted(range(len(row)), key=lambda v: (-row[v], v))
@@ -75,7 +75,7 @@ def tiny(seed: int) -> MakeMoE:
 
 @pytest.fixture(scope="module")
 def dice() -> MakeMoE:
-    """A model that says the same whatever it reads: 1/10, 1/2, 3/20, 1/4, and never the last token."""
+    """A model with constant probabilities: 1/10, 1/2, 3/20, 1/4, and 0 for the last token."""
     model = tiny(0)
     model.head.kernel[...] = jnp.zeros((4, 5), jnp.float32)
     model.head.bias[...] = jnp.asarray([*map(log, SHARES), -1e9], jnp.float32)
@@ -100,7 +100,7 @@ def test_tokens_are_drawn_as_often_as_they_should(dice: MakeMoE, settings: dict,
     assert not counts[expected == 0].any(), "a filtered token was drawn"
     possible = expected > 0
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < 16.3, f"{counts} for {expected}"  # one in a thousand exceeds it with three degrees of freedom
+    assert chi_square < 16.3, f"{counts} for {expected}"  # exceeded with probability 1/1000 at three degrees of freedom
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("tokens", "settings", "message"), BAD, ids=[one[2] for one in BAD])
+@pytest.mark.parametrize(("tokens", "settings", "message"), BAD, ids=[case[2] for case in BAD])
 def test_errors(model: MakeMoE, tokens: list, settings: dict, message: str) -> None:
     settings = {"max_new_tokens": 3, **settings}
     if "key" in settings:

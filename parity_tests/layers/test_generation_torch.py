@@ -1,4 +1,4 @@
-"""`torch_ref.generate` under the same rules as `jax_moe.generate`; the literals are those of `test_generation.py`."""
+"""`torch_ref.generate` with the rules of `jax_moe.generate` and the literals of `test_generation.py`."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_greedy_is_argmax_over_the_window(model: torch_ref.MakeMoE) -> None:
     assert torch.equal(torch_ref.generate(model, prompt, max_new_tokens=6, temperature=0), tokens)
 
 
-@pytest.mark.parametrize(("tokens", "settings", "message"), BAD[:-1], ids=[one[2] for one in BAD[:-1]])
+@pytest.mark.parametrize(("tokens", "settings", "message"), BAD[:-1], ids=[case[2] for case in BAD[:-1]])
 def test_errors(model: torch_ref.MakeMoE, tokens: list, settings: dict, message: str) -> None:
     settings = {"max_new_tokens": 3, **settings}
     if "key" in settings:

@@ -1,4 +1,4 @@
-"""Initialisation: as many parameters as published, and every expert drawn as if it stood alone."""
+"""Initialisation: the published number of parameters, and every expert drawn as a module of its own."""
 
 from collections.abc import Callable
 from functools import partial
@@ -66,7 +66,7 @@ def drawn() -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
 
 
-# torch's kaiming_normal_: std sqrt(2 / fan_in); an expert's fan_in is its own rows, not the experts' times its rows
+# torch's kaiming_normal_: std sqrt(2 / fan_in); an expert's fan_in is its number of rows, not E times that
 KAIMING = {
     "blocks.moe.experts.up": 64, "blocks.moe.experts.down": 256, "blocks.moe.router.kernel": 64,
     "blocks.moe.router.noise_kernel": 64, "blocks.attention.query": 64, "blocks.attention.key": 64,
@@ -90,9 +90,9 @@ def test_no_parameter_is_forgotten_here(drawn: dict[str, np.ndarray]) -> None:
 def test_kernels_are_kaiming_normal_each_on_its_own(drawn: dict[str, np.ndarray], name: str, fan_in: int) -> None:
     value = drawn[name]
     layers = [value] if name == "head.kernel" else list(value)
-    each = [one for layer in layers for one in layer] if ".experts." in name else layers
-    for number, one in enumerate(each):
-        check_std(one, (2 / fan_in) ** 0.5, f"{name} number {number}")
+    each = [expert for layer in layers for expert in layer] if ".experts." in name else layers
+    for number, kernel in enumerate(each):
+        check_std(kernel, (2 / fan_in) ** 0.5, f"{name} number {number}")
     for other in each[1:]:
         assert not np.array_equal(other, each[0]), "every layer and every expert has numbers of its own"
 
@@ -150,7 +150,7 @@ MODULES: dict[str, Callable[..., nnx.Module]] = {
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 def test_bf16_weights_are_the_fp32_draw_rounded_once(make: Callable[..., nnx.Module]) -> None:
-    """So their means and variances are those of the fp32 draw, up to rounding."""
+    """Means and variances are those of the fp32 draw, up to rounding."""
     @partial(jax.jit, compiler_options=QUICK)
     def drawn() -> list[nnx.State]:
         made = (make(rngs=nnx.Rngs(0), param_dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))

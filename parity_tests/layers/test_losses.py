@@ -49,7 +49,7 @@ def agree(got: np.ndarray, want: np.ndarray) -> None:
 
 
 def counted_share(logits: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """f: how often each expert is among the K best of a real token, over all choices."""
+    """f: the share of all choices of real tokens that each expert gets."""
     chosen = np.argsort(-logits, axis=-1)[..., :K][real]
     return np.bincount(chosen.ravel(), minlength=E) / chosen.size
 
@@ -70,12 +70,12 @@ def test_gradient_of_the_pooled_balance_loss() -> None:
     config = dataclasses.replace(CONFIG, balance=BalanceConfig(f_sums_to="k", pooled="over_layers"))
     layers = np.stack([logits_of(1), logits_of(2)])
     real = np.ones((G, S), bool)
-    f = K * np.mean([counted_share(one, real) for one in layers], axis=0)
+    f = K * np.mean([counted_share(layer, real) for layer in layers], axis=0)
     p = softmax(layers)
     want = E / (2 * G * S) * p * (f - (f * p).sum(-1, keepdims=True))
 
     def pooled(layers: jax.Array) -> jax.Array:
-        each = [stats_of(one, config, None) for one in layers]
+        each = [stats_of(layer, config, None) for layer in layers]
         return losses.pool_balance_loss(jax.tree.map(lambda *x: jnp.stack(x), *each), config)
 
     agree(gradient(pooled, layers), want)
@@ -105,7 +105,7 @@ def test_importance_has_a_gradient_and_load_has_none() -> None:
     logits = logits_of(5)
     slope = gradient(lambda logits: stats_of(logits, CONFIG, MASK).importance_cv2, logits)
     assert np.abs(slope[MASK]).max() > 1e-3 and (slope[~MASK] == 0).all()
-    # by a central difference along the gradient itself; measured 3e-11 of it
+    # by a central difference along the gradient; relative error measured: 3e-11
     step = 1e-5 * slope / np.linalg.norm(slope)
     ends = [float(stats_of(jnp.asarray(logits + sign * step), CONFIG, MASK).importance_cv2) for sign in (1, -1)]
     np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, np.linalg.norm(slope), rtol=3e-10)
@@ -122,7 +122,7 @@ def test_a_batch_of_nothing_but_padding_is_finite() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_smooth_load_is_the_chance_of_being_chosen_again(top_k: int) -> None:
-    # Draw one expert's noise again, 20000 times, and count how often it is then among the best. Four standard errors
+    # Redraws an expert's noise 20000 times and counts how often it is among the best. Four standard errors
     rng = np.random.default_rng(7)
     clean, scale = rng.normal(size=(1, 1, E)), rng.uniform(0.3, 1.5, size=(1, 1, E))
     noisy = clean + scale * rng.normal(size=(1, 1, E))

@@ -1,6 +1,6 @@
-"""The two packages say the same: file by file the public names, the argument names and the shapes agree.
+"""The two packages mirror each other: file by file, public names, argument names and shapes agree.
 
-What may differ stands in the tables below with its reason, and nothing may stand there that does not differ.
+The tables below list the allowed differences with their reasons, and must list no others.
 """
 
 import ast
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Files of the same name in both packages, but for those that share no idea beyond it.
+# Files of the same name in both packages, except those that have only the name in common.
 NOT_COMPARED = {
     "unchosen.py": "an optax transformation; torch's AdamW takes parameters without a gradient as they are",
     "optimizers.py": "optax is set up to take the step that torch.optim takes",
@@ -34,7 +34,7 @@ TORCH_ARGUMENTS = {
     "training": "module.training, handed on to a pure function",
     "generator": "torch's way to a stream of random numbers",
 }
-# Public names of one side alone: {file: {name or "Class.*": reason}}.
+# Public names of one side only: {file: {name or "Class.*": reason}}.
 JAX_ONLY = {
     "dispatch.py": {
         "Moves.dropout": "in whatever shape a dispatcher holds answers; torch draws for one expert at a time",
@@ -163,7 +163,7 @@ class Signature:
 
 
 def shapes_in(annotation: ast.expr | None) -> tuple[str, ...]:
-    """Float[Array, "B T D"] -> ("Float B T D",), in order of appearance; empty where no shape is written."""
+    """Float[Array, "B T D"] -> ("Float B T D",), in order of appearance; empty without a shape."""
     if annotation is None:
         return ()
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
@@ -182,7 +182,7 @@ def shapes_in(annotation: ast.expr | None) -> tuple[str, ...]:
 
 
 def signature(node: ast.FunctionDef) -> Signature:
-    """Of a function or method, without self."""
+    """The signature of a function or method, without self."""
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     arguments = [argument for argument in arguments if argument.arg not in ("self", "cls")]
     shapes = {argument.arg: shapes_in(argument.annotation) for argument in arguments}
@@ -225,7 +225,7 @@ def differences(ours: dict[str, Signature], theirs: dict[str, Signature]) -> tup
 
 
 def folded(names: set[str]) -> set[str]:
-    """A class that is there on one side only, with all of its methods, as "Class.*"."""
+    """The names, with a class of one side and its methods written as "Class.*"."""
     classes = {name for name in names if name[0].isupper() and "." not in name}
     return {name for name in names if name.split(".")[0] not in classes} | {f"{name}.*" for name in classes}
 

@@ -1,4 +1,4 @@
-"""No sequences and no positions: an empty answer and statistics of 0, or one clear line; never an error from inside."""
+"""No sequences or no positions: an empty answer and statistics of 0, or a clear message; never an internal error."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""`torch_ref` answers no sequences and no positions as `jax_moe` does."""
+"""`torch_ref` answers inputs without sequences or positions as `jax_moe` does."""
 
 import pytest
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,7 +18,7 @@ from parity_tests.layers import originals  # noqa: E402
 from torch_ref.models.makemoe import SparseMoE  # noqa: E402
 
 WIDE = jnp.dtype("float64")
-TOLERANCE = 1e-14  # of the largest entry, or of 1
+TOLERANCE = 1e-14  # relative to the largest entry, or to 1
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +37,7 @@ def tokens_of(seed: int, *shape: int) -> torch.Tensor:
 
 
 def made(make: type, *args: object, **kwargs: object) -> torch.nn.Module:
-    """An original with weights of its own initialisation, the same ones every time, without noise or dropout."""
+    """An original with its own initialisation under a fixed seed, without noise or dropout."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return make(*args, **kwargs).to(torch.float64)
@@ -49,7 +48,7 @@ def numpy_of(state: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def check_there_and_back(layer: nnx.Module, original: torch.nn.Module, **layout: str) -> None:
-    """What to_torch returns loads strictly into the original and is bit for bit what it was."""
+    """The result of to_torch loads strictly into the original and is bit for bit the original's state."""
     before = {name: value.clone() for name, value in original.state_dict().items()}
     returned = jax_moe.to_torch(layer, **layout)
     original.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in returned.items()}, strict=True)
@@ -60,7 +59,7 @@ def check_there_and_back(layer: nnx.Module, original: torch.nn.Module, **layout:
 def check_layer(
     layer: nnx.Module, call: Callable, original: torch.nn.Module, answer: torch.Tensor, x: torch.Tensor, **layout: str
 ) -> None:
-    """The answer, and the gradients of sum(answer * cos(its position)) by the input and by name."""
+    """Checks the answer, and the gradients of sum(answer * cos(index)) by the input and by name."""
     graphdef, state = nnx.split(layer)
 
     def loss(state: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +100,7 @@ def test_sparse_moe(batch: int, length: int, top_k: int, factor: float, noisy: b
     reference.load_state_dict(original.state_dict(), strict=True)
     agree(reference(x, noise_BTE=noise)[0].detach(), want)
 
-    # einsum serves every capacity, none included
+    # einsum serves every capacity and dropless layers
     config = dataclasses.replace(config, dispatcher="einsum")
     layer = nnx.eval_shape(lambda: jax_moe.MoE(config, rngs=nnx.Rngs(0), param_dtype=WIDE))
     jax_moe.from_torch(layer, original.state_dict())
@@ -175,14 +174,6 @@ def test_soft_moe(hidden: list[int]) -> None:
 VOCAB, BLOCK, WIDTH, HEADS, LAYERS_DEEP, EXPERTS, TOP_K = 17, 8, 16, 4, 2, 4, 2
 
 
-@pytest.fixture
-def without_type_checks() -> Iterator[None]:
-    """200 characters call every function thousands of times; the checks run in all other tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @functools.cache
 def language_models(factor: float | None) -> tuple[torch.nn.Module, torch_ref.MakeMoE, jax_moe.MakeMoE]:
     """The original, torch_ref and jax_moe with its weights. If dropless, the original gets room for every token."""
@@ -200,7 +191,7 @@ def language_models(factor: float | None) -> tuple[torch.nn.Module, torch_ref.Ma
 
 
 @pytest.mark.parametrize("factor", [1.0, None], ids=["capacity 1", "dropless"])
-def test_language_model(factor: float | None, without_type_checks: None) -> None:
+def test_language_model(factor: float | None, unchecked: None) -> None:
     original, reference, model = language_models(factor)
     tokens = torch.randint(VOCAB, (3, BLOCK), generator=torch.Generator().manual_seed(5))
     want = original(tokens)
@@ -214,7 +205,7 @@ def test_language_model(factor: float | None, without_type_checks: None) -> None
     ("factor", "batch", "length"), [(1.0, 1, 1), (1.0, 3, 20), (None, 1, 20), (None, 3, 3)],
     ids=["capacity, short prompt", "capacity, long prompts", "dropless, long prompt", "dropless, short prompts"],
 )
-def test_greedy_text_is_the_same(factor: float | None, batch: int, length: int, without_type_checks: None) -> None:
+def test_greedy_text_is_the_same(factor: float | None, batch: int, length: int, unchecked: None) -> None:
     original, reference, model = language_models(factor)
     prompt = torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(6))
     want = original.greedy(prompt, 200)

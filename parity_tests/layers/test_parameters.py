@@ -1,4 +1,4 @@
-"""Every stored array of every module says its dims and its role, whatever nnx does to it."""
+"""Every stored array of every module declares its dims and its role, after every nnx transform too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,13 +45,13 @@ MODULES: dict[str, Callable[[], nnx.Module]] = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_stored_array_says_its_dims(name: str) -> None:
-    """One word a dim, and within a module a letter has one size (but for W, I and O, which have any)."""
+    """A word per dim; within a module a letter has a single size (except W, I and O, which have any)."""
     found = declared(nnx.eval_shape(MODULES[name]))
     sizes: dict[tuple[str, str], int] = {}
-    for path, one in found.items():
-        assert one.dims is not None and one.role is not None, path
-        assert len(one.letters) == len(one.shape), path
-        for letter, size in zip(one.letters, one.shape, strict=True):
+    for path, array in found.items():
+        assert array.dims is not None and array.role is not None, path
+        assert len(array.letters) == len(array.shape), path
+        for letter, size in zip(array.letters, array.shape, strict=True):
             if letter.isdigit():
                 assert size == int(letter), path
             elif letter not in "WIO" and not (letter in "LF" and name in ("decoder", "wide norms", "correction")):
@@ -81,7 +81,7 @@ def test_it_survives_what_nnx_does() -> None:
     assert declared(jax.tree.map(jnp.asarray, module)) == said
     assert declared(jax.eval_shape(lambda: stored_state(jax_moe.MakeMoE(MAKEMOE)))) == said
     assert declared(nnx.clone(module)) == said
-    experts = {path for path, one in said.items() if one.role == "expert"}
+    experts = {path for path, array in said.items() if array.role == "expert"}
     assert set(declared(nnx.state(module, of_role("expert")))) == experts != set()
     assert hash(graphdef) == hash(nnx.graphdef(jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(1)))), "a jit cache would miss"
 
@@ -89,7 +89,7 @@ def test_it_survives_what_nnx_does() -> None:
 def test_wrong_declarations() -> None:
     with pytest.raises(ValueError, match=r"dims='E D': must be a word for each dim of shape \(2, 3, 4\)"):
         parameter(jnp.zeros((2, 3, 4)), "E D", "expert")
-    with pytest.raises(Exception, match="router"):  # ValueError, or where types are checked theirs
+    with pytest.raises(Exception, match="router"):  # ValueError, or the type checker's error
         parameter(jnp.zeros((2,)), "E", "routers")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Every JAX dispatcher against answers worked by hand (`pencil.py` tells the story)."""
+"""Every JAX dispatcher against answers worked by hand (see `pencil.py`). Long because every part has its stories."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,14 +31,14 @@ def fp64() -> Iterator[None]:
 
 
 def agree(got: object, want: object, rtol: float = RTOL) -> None:
-    """Raises unless `got` is `want` to `rtol` of the largest entry, NaN and shape included."""
+    """Raises unless `got` equals `want` to `rtol` of the largest entry, including NaN and shape."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"shape {got.shape}: must be {want.shape}"
     np.testing.assert_allclose(got, want, rtol=0, atol=rtol * max(1.0, np.abs(want).max()))
 
 
 def build(config: MoEConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = WIDE) -> MoE:
-    """The layer with every one of its parameters set; a name left out, or one too many, raises."""
+    """The layer with all its parameters set. Raises for a missing or an additional name."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, rngs=nnx.Rngs(0), param_dtype=dtype)))
     flat = nnx.to_flat_state(state)
     assert {".".join(path) for path, _ in flat} == set(weights)
@@ -75,8 +75,8 @@ def test_a_wrong_story_is_caught() -> None:
 
 def test_the_three_priorities_drop_three_different_people() -> None:
     answers = [pencil.KEEPS_TOKEN, pencil.KEEPS_CHOICE, pencil.KEEPS_PROBABILITY]
-    assert all(answers.count(one) == 1 for one in answers)
-    assert all(list(pencil.SERVED.values()).count(one) == 1 for one in pencil.SERVED.values())
+    assert all(answers.count(answer) == 1 for answer in answers)
+    assert all(list(pencil.SERVED.values()).count(served) == 1 for served in pencil.SERVED.values())
 
 
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
@@ -100,7 +100,7 @@ def test_ties_go_to_the_lower_index_in_every_dtype(dtype: jnp.dtype, order: str)
 
 
 def test_replayed_choices_get_the_weights_of_their_scores() -> None:
-    # told to use experts 2 and 0 although 0 and 1 are best: 60 * 1/6 and 60 * 1/2
+    # experts 2 and 0 are given, though 0 and 1 are best: 60 * 1/6 and 60 * 1/2
     moe = build(layer(), pencil.pencil_weights(layer()))
     y_BTD, _ = moe(
         jnp.asarray([[[*pencil.HALF_THIRD_SIXTH, 60.0]]], WIDE), expert_BTK=jnp.asarray([[[2, 0]]], jnp.int32)
@@ -264,7 +264,7 @@ def test_attention(scale: str, projections: str) -> None:
     if projections == "fused":
         attention.qkv[...] = jnp.asarray(np.moveaxis(maps, 0, 1), WIDE)
     else:
-        attention.query[...], attention.key[...], attention.value[...] = (jnp.asarray(one, WIDE) for one in maps)
+        attention.query[...], attention.key[...], attention.value[...] = (jnp.asarray(kernel, WIDE) for kernel in maps)
     attention.out[...] = jnp.asarray(np.eye(4).reshape(4, 1, 4), WIDE)
     attention.out_bias[...] = jnp.zeros((4,), WIDE)
     y = attention(jnp.asarray(pencil.ATTENTION_X, WIDE))

@@ -1,4 +1,4 @@
-"""`torch_ref` against the answers worked by hand: the same stories as `test_pencil.py`, the same literals."""
+"""`torch_ref` against answers worked by hand: the stories and literals of `test_pencil.py`."""
 
 import dataclasses
 from math import exp, log
@@ -38,7 +38,7 @@ def agree(got: torch.Tensor, want: object, rtol: float = RTOL) -> None:
 
 
 def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Our names to `torch_ref.MoE`'s by hand, one line a kind: the porting tables are not trusted to judge."""
+    """Our names to `torch_ref.MoE`'s by hand, a line per kind, independent of the porting tables."""
     named = {}
     for name, value in weights.items():
         part, _, leaf = name.partition(".")
@@ -51,8 +51,8 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         elif part == "shared":
             named[f"shared.{kind}.{ending}"] = tensor(value[0].T)
         else:
-            for e, one in enumerate(value):
-                named[f"experts.{e}.{kind}.{ending}"] = tensor(one.T)
+            for e, matrix in enumerate(value):
+                named[f"experts.{e}.{kind}.{ending}"] = tensor(matrix.T)
     return named
 
 

@@ -1,4 +1,4 @@
-"""Every preset against its source: sizes and switches as the papers and Hugging Face's code have them."""
+"""Every preset against its source: sizes and switches as in the papers and in Hugging Face's code."""
 
 import dataclasses
 from inspect import isfunction
@@ -10,7 +10,7 @@ from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
 
 # Written from the publications and from reading the modelling code, field by field: sizes (model, expert, experts,
-# chosen), then every switch that differs from the plainest layer (softmax over all, chosen as they are, plain SwiGLU)
+# chosen), then every switch that differs from the plainest layer (softmax over all, not renormalised, plain SwiGLU)
 SIZES = {
     "makemoe": (128, 512, 8, 2),
     "mixtral": (4096, 14336, 8, 2),
@@ -24,7 +24,7 @@ SIZES = {
     "gpt_oss": (2880, 2880, 32, 4),
     "granite_moe": (1536, 512, 40, 8),
 }
-# score, where the softmax stands, renormalised, times, router bias, correction bias, clusters, of which kept
+# score, order of softmax and choice, renormalised, scale, router bias, correction bias, clusters, kept clusters
 ROUTERS = {
     "makemoe": ("softmax", "select_then_softmax", "none", 1.0, True, False, 1, 1),
     "mixtral": ("softmax", "score_then_select", "sum", 1.0, False, False, 1, 1),
@@ -55,7 +55,7 @@ EXPERTS = {
 # dtype of the router's product and of the weights: fp32 kept, or the model's own
 DTYPES = {
     "makemoe": ("float32", "float32"),
-    "mixtral": ("input", "float32"),  # logits in the model's dtype, weights stay fp32 until they have multiplied
+    "mixtral": ("input", "float32"),  # logits in the model's dtype, weights stay fp32 in the product
     "switch": ("float32", "input"),  # fp32 inside the router, rounded at its end: "selective precision"
     "vmoe": ("float32", "float32"),
     "qwen2_moe": ("input", "input"),  # weights are cast to the logits' dtype first

@@ -60,7 +60,7 @@ def test_a_draw_in_the_logits_own_dtype_is_caught(dtype: str) -> None:
 
 
 def test_a_cut_in_the_logits_own_dtype_is_caught() -> None:
-    """In bf16 the sum of 1000 equal shares stands still long before it is 1."""
+    """In bf16 the cumulative sum of 1000 equal probabilities stops growing long before 1."""
     logits = jnp.zeros((1, 1000), jnp.bfloat16)
     probs = jax.nn.softmax(logits, axis=-1)
     assert int((jnp.cumsum(probs, axis=-1) - probs < 0.5).sum()) != 500

@@ -1,4 +1,4 @@
-"""`torch_ref` draws tokens as often as it should, whatever dtype their logits have."""
+"""`torch_ref` draws tokens with the right frequencies in every dtype of the logits."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_draws_follow_the_distribution(case: str, dtype: str) -> None:
 
 
 def test_a_cut_in_the_logits_own_dtype_is_caught() -> None:
-    """In bf16 the sum of 1000 equal shares stands still long before it is 1."""
+    """In bf16 the cumulative sum of 1000 equal probabilities stops growing long before 1."""
     logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
     probs = logits.softmax(dim=-1)
     assert int((probs.cumsum(dim=-1) - probs < 0.9).sum()) != 900

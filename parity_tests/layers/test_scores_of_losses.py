@@ -1,4 +1,4 @@
-"""The balance loss and the entropy follow the scores of their router, down to scores that fp32 cannot tell from 0."""
+"""Balance loss and entropy use the router's scores, down to scores that fp32 cannot distinguish from 0."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def in_torch(logits: np.ndarray, config: MoEConfig) -> Stats:
 
 
 def probs_of(logits: np.ndarray, score: str) -> np.ndarray:
-    """Scores over their sum, in numbers of 80 bits whose exponents reach to 1e-4932."""
+    """Scores over their sum, in 80-bit floats, whose range reaches 1e-4932."""
     wide = logits.astype(np.longdouble)
     if score == "softmax":
         scores = np.exp(wide - wide.max(axis=-1, keepdims=True))
@@ -66,7 +66,7 @@ both_sides = pytest.mark.parametrize("side", [in_jax, in_torch])
 @both_sides
 @pytest.mark.parametrize("counted_in", ["batch", "group"])
 def test_scores_of_nought_balance(side: Side, counted_in: str) -> None:
-    """All scores 0: the choice takes them for equal, and so does the loss."""
+    """All scores are 0: the choice treats them as equal, and so does the loss."""
     logits = (np.random.default_rng(0).normal(size=(S, E)) * 10 - 150).astype(np.float32)
     config = presets.deepseek_v3(4, 4, E, K, num_clusters=1, top_clusters=1)
     stats = side(
@@ -87,7 +87,7 @@ def test_probabilities_are_scores_over_their_sum(side: Side, score: Score, shift
     prob = probs_of(logits, score)
     stats = side(logits, config_of(score))
     load = np.bincount(np.argsort(-logits, axis=1)[:, :K].ravel(), minlength=E) / (S * K)
-    if shift <= 20 or score != "sigmoid":  # above, sigmoids are 1 but for rounding, and the choice is by ties
+    if shift <= 20 or score != "sigmoid":  # beyond, sigmoids round to 1, and choices are ties
         np.testing.assert_array_equal(stats["expert_load_E"], load)
     for name, want in (("router_prob_E", prob.mean(0)), ("router_entropy", -(prob * np.log(prob)).sum(1).mean())):
         np.testing.assert_allclose(stats[name], want.astype(float), rtol=2e-14, err_msg=name)  # measured: 3e-15

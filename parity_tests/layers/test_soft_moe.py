@@ -40,7 +40,7 @@ def inputs(seed: int = 0, *shape: int) -> jax.Array:
 def phi_gradient(
     layer: SoftMoE, x: jax.Array, mask: np.ndarray | None, real: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the sum of the real tokens' squared answers by phi and by the input."""
+    """Gradients of the real tokens' summed squared answers by phi and by the input."""
 
     def loss(phi: jax.Array, x: jax.Array) -> jax.Array:
         graphdef, state = nnx.split(layer)
@@ -60,10 +60,10 @@ def test_a_row_of_nothing_but_padding_is_finite(layer: SoftMoE) -> None:
 
 def test_padding_does_not_reach_the_others(layer: SoftMoE) -> None:
     x = inputs()
-    other = jnp.where(jnp.asarray(MASK)[..., None], x, 1e6 * inputs(1))
-    one, two = (np.asarray(layer(one, jnp.asarray(MASK))) for one in (x, other))
-    np.testing.assert_array_equal(one[MASK], two[MASK])  # bit for bit
-    assert not np.array_equal(np.asarray(layer(x))[MASK], one[MASK]), "without the mask it does"
+    second = jnp.where(jnp.asarray(MASK)[..., None], x, 1e6 * inputs(1))
+    first, second = (np.asarray(layer(tokens, jnp.asarray(MASK))) for tokens in (x, second))
+    np.testing.assert_array_equal(first[MASK], second[MASK])  # bit for bit
+    assert not np.array_equal(np.asarray(layer(x))[MASK], first[MASK]), "without the mask it does"
 
 
 def test_masked_is_as_if_it_were_not_there(layer: SoftMoE) -> None:
@@ -91,7 +91,7 @@ def test_one_slot_and_one_token() -> None:
     x = inputs(0, 2, 1, 6)
     kernel, bias = single.experts.last_fc.kernel[...][0], single.experts.last_fc.bias[...][0]
     np.testing.assert_allclose(single(x), x + x @ kernel + bias, rtol=0, atol=1e-15)
-    # more tokens: everybody gets the same answer, since there is one slot to read
+    # more tokens: all get the same answer, since there is only one slot to read
     y = np.asarray(single(inputs()))
     np.testing.assert_allclose(y, np.broadcast_to(y[:, :1], y.shape), rtol=0, atol=1e-15)
 

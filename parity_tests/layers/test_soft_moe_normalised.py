@@ -19,7 +19,7 @@ from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.shared.filled import filled
 
 CONFIG = jax_moe.SoftMoEConfig(model_dim=4, num_experts=2, num_slots=2, normalise=True)
-# Tokens of lengths 3 and 5, phi's columns of lengths 2 and 7: only directions count. Cosines 1 and 3/5, scale ln 2 ...
+# Tokens of lengths 3 and 5, phi's columns of lengths 2 and 7: only directions count. Cosines 1 and 3/5, scale ln 2.
 X = [[[3.0, 0.0], [3.0, 4.0]]]
 PHI = [[[2.0, 7.0]], [[0.0, 0.0]]]
 LOGITS = [[log(2.0), log(2.0)], [0.6 * log(2.0), 0.6 * log(2.0)]]
@@ -31,7 +31,7 @@ def check(actual: object, expected: object, tolerance: float) -> None:
 
 
 def test_pencil() -> None:
-    """... so that both slots read the tokens in the proportion 2 : 2^0.6, and tokens read both slots alike."""
+    """Both slots read the tokens in the proportion 2 : 2^0.6, and tokens read both slots equally."""
     dispatch, combine = soft_weights(jnp.asarray(X), jnp.asarray(PHI), None, jnp.asarray(log(2.0)))
     expected = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=0)
     check(dispatch[0, :, 0], expected, 1e-6)  # fp32, and the epsilon under the root
@@ -44,9 +44,9 @@ def test_pencil() -> None:
 def test_the_length_of_a_token_does_not_matter_and_a_zero_token_has_finite_gradients() -> None:
     layer = filled(lambda: jax_moe.SoftMoE(CONFIG))
     x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
-    one, _ = soft_weights(jnp.asarray(x), layer.phi[...], None, layer.scale[...])
-    two, _ = soft_weights(jnp.asarray(1000 * x), layer.phi[...], None, layer.scale[...])
-    check(one, two, 5e-6)  # the epsilon weighs on the shorter
+    first, _ = soft_weights(jnp.asarray(x), layer.phi[...], None, layer.scale[...])
+    second, _ = soft_weights(jnp.asarray(1000 * x), layer.phi[...], None, layer.scale[...])
+    check(first, second, 5e-6)  # the epsilon matters more for the shorter token
     x[0, 1] = 0
     graphdef, state = nnx.split(layer)
     grads = jax.grad(lambda s, x: nnx.merge(graphdef, s)(x).sum(), argnums=(0, 1))(state, jnp.asarray(x))

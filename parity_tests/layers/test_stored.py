@@ -46,7 +46,7 @@ ROWS = (
 
 
 def with_bias(*sizes: int) -> jax_moe.MoEConfig:
-    """A mixture whose choices a correction bias moves."""
+    """A mixture with a correction bias."""
     config = presets.mixtral(*sizes)
     return replace(config, router=replace(config.router, score="sigmoid", correction_bias=True))
 
@@ -74,7 +74,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> jax_moe.Decoder:
 
 
 def check_bias(found: nnx.Module, model: jax_moe.Decoder) -> None:
-    """Bit for bit in fp32, all else bf16."""
+    """The bias is equal bit for bit in fp32; all other variables are bf16."""
     variables = stored_variables(found)
     check_exact(
         {"bias": np.asarray(variables[BIAS][...])}, {"bias": np.asarray(stored_variables(model)[BIAS][...])}, "bias"

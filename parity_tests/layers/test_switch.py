@@ -5,11 +5,9 @@ the papers are in test_switch_findings.py.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -47,7 +45,7 @@ every_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"B{s.batch}T
 
 @every_size
 def test_against_transformers(sizes: Sizes) -> None:
-    """Output, balance loss, z-loss and all gradients in fp32, tokens dropped; ours and torch_ref's."""
+    """Output, balance loss, z-loss and all gradients in fp32 with dropped tokens, for both packages."""
     theirs, x = sizes.theirs().train(), sizes.tokens().astype(np.float32)
     expected = their_numbers(theirs, x)
     layer = ours(contract(sizes), state_of(theirs))
@@ -66,7 +64,7 @@ def test_against_transformers(sizes: Sizes) -> None:
     (SIZES[1], "batch", "batch"), (SIZES[2], "sequence", "group"), (SIZES[3], "batch", "batch"),
 ])
 def test_against_the_papers(sizes: Sizes, group: str, balance: str) -> None:
-    """Eq. 3's capacity with a factor that drops, both groups, both countings of the balance loss, in fp64."""
+    """Eq. 3's capacity with a factor that drops tokens, both groups, both ways to count the balance loss, in fp64."""
     x = sizes.tokens(2)
     state = {name: value.astype(np.float64) for name, value in state_of(sizes.theirs()).items()}
     config = contract(sizes, expert_capacity=None, capacity_factor=0.8).with_capacity(0.8, group=group)
@@ -87,7 +85,7 @@ def test_against_the_papers(sizes: Sizes, group: str, balance: str) -> None:
 
 
 def test_the_two_countings_of_the_balance_loss_differ() -> None:
-    """A mean of products is not the product of means, so a test that mixed them up would be seen."""
+    """A mean of products is not the product of means, so a test that confused them would fail."""
     sizes, x = SIZES[1], SIZES[1].tokens()
     state = state_of(sizes.theirs())
     losses = [
@@ -115,7 +113,7 @@ def test_round_trip(dtype: str, bias: bool) -> None:
 
 
 def test_loading_is_strict() -> None:
-    """Everything that is wrong at once, under transformers' names."""
+    """A single error names everything that is wrong, by transformers' names."""
     state = state_of(SIZES[0].theirs())
     state["experts.expert_3.wi_0.weight"] = state.pop("experts.expert_3.wi.weight")
     state["router.classifier.weight"] = state["router.classifier.weight"][:3]
@@ -131,16 +129,16 @@ def test_loading_is_strict() -> None:
 
 
 def swapped(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Two experts in each other's place."""
+    """The state with two experts exchanged."""
     names = {"experts.expert_0.": "experts.expert_1.", "experts.expert_1.": "experts.expert_0."}
     return {next((b + n.removeprefix(a) for a, b in names.items() if n.startswith(a)), n): v for n, v in state.items()}
 
 
 @pytest.mark.parametrize("fault", ["experts", "slots", "order", "balance"])
 def test_planted_fault_is_caught(fault: str) -> None:
-    """Experts swapped, one slot too many, the surest tokens first, the other counting of the balance loss.
+    """Experts swapped, a slot too many, drops by probability, the other way to count the balance loss.
 
-    Without a fault the same comparison is `test_against_transformers`.
+    Without a fault the comparison is `test_against_transformers`.
     """
     sizes, config = SIZES[1], contract(SIZES[1])
     theirs, x = sizes.theirs().train(), sizes.tokens().astype(np.float32)
@@ -156,15 +154,7 @@ def test_planted_fault_is_caught(fault: str) -> None:
         check_close(our_numbers(ours(config, state), x)[0], expected, 1e3 * FP32, fault)
 
 
-@pytest.fixture
-def as_users_call_it() -> Iterator[None]:
-    """Without the type checks that run under pytest only: a user meets the contract's own errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("as_users_call_it")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: CapacityConfig(slots=0), "slots=0: must be an integer of at least 1"),
     (lambda: presets.switch(expert_capacity=2.5), "slots=2.5: must be an integer of at least 1"),
@@ -181,7 +171,7 @@ def test_bad_settings(make: Any, message: str) -> None:
 
 
 def test_groups_of_padding_do_not_count() -> None:
-    """A sequence of padding alone has no share in the loss that is counted in groups."""
+    """A sequence of only padding does not count in the loss over groups."""
     sizes, x = SIZES[1], SIZES[1].tokens().astype(np.float32)
     layer = ours(contract(sizes), state_of(sizes.theirs()))
     mask = np.array([[True], [False], [True]]).repeat(sizes.length, axis=1)

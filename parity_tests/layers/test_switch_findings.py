@@ -1,7 +1,7 @@
 """Where transformers' Switch layer differs from the papers or between versions, and what happens to a dropped token.
 
-Checked with transformers 5.23.0. Each finding is a test whose name begins with `test_finding`; it holds the
-disagreement as a fact about transformers, and what we do instead.
+Checked with transformers 5.23.0. Each finding is a test whose name begins with `test_finding`; it checks
+transformers' behaviour and ours.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from parity_tests.shared.compare import MismatchError, check_close, check_exact
 
 
 def test_a_dropped_token_gets_exactly_nothing_and_keeps_its_residual() -> None:
-    """The layer's answer is 0 there; around it `x + layer(norm(x))` leaves the token as it was, bit for bit."""
+    """The layer's answer is 0 for it, so `x + layer(norm(x))` leaves the token unchanged, bit for bit."""
     sizes = SIZES[1]
     theirs, x = sizes.theirs().eval(), sizes.tokens().astype(np.float32)
     y_BTD, _ = call(ours(contract(sizes), state_of(theirs)), x)
@@ -79,7 +79,7 @@ def test_finding_transformers_4_kept_the_dropped_token() -> None:
         check_close({"y": found["y"]}, {"y": kept.reshape(x.shape)}, 0.1, "transformers 4's")
 
 
-# What transformers has otherwise
+# Where transformers differs
 
 
 def test_finding_the_capacity_is_a_constant() -> None:
@@ -96,7 +96,7 @@ def test_finding_the_capacity_is_a_constant() -> None:
 def test_finding_padding_takes_slots() -> None:
     """Finding: `router_ignore_padding_tokens` is stored and read nowhere; padding is routed, counted and can drop text.
 
-    In Mesh TensorFlow padding takes no slot. Ours with a mask: text after padding gets what it gets without.
+    In Mesh TensorFlow padding takes no slot. With a mask our layer gives text after padding its answer without padding.
     """
     sizes = Sizes(1, 8, 6, 10, 2, 2)
     theirs, text = sizes.theirs(router_ignore_padding_tokens=True).eval(), sizes.tokens().astype(np.float32)
@@ -112,7 +112,7 @@ def test_finding_padding_takes_slots() -> None:
     for (y_BTD, stats), (plain_BTD, plain) in answers:
         found = {"y": y_BTD[:, 4:], "balance": stats.load_balance_loss, "z": stats.router_z_loss}
         wanted = {"y": plain_BTD, "balance": plain.load_balance_loss, "z": plain.router_z_loss}
-        arrays = [{name: np.asarray(value) for name, value in one.items()} for one in (found, wanted)]
+        arrays = [{name: np.asarray(value) for name, value in named.items()} for named in (found, wanted)]
         check_close(arrays[0], arrays[1], 1e-7, "behind padding")  # measured: 0
         assert not np.asarray(y_BTD[:, :4]).any()
 
@@ -145,7 +145,7 @@ def test_finding_jitter_reaches_the_experts_in_fp32() -> None:
 
 
 def test_finding_bf16_chooses_from_rounded_probabilities() -> None:
-    """Finding: probabilities are rounded to the input's dtype before the argmax; two that round alike go to the lower
+    """Finding: probabilities are rounded to the input's dtype before the argmax; a tie from rounding goes to the lower
     expert, not the likelier. We choose in fp32, as "selective precision" says, and round the weight afterwards.
     """
     sizes = Sizes(1, 1, 2, 3, 2, 1)
@@ -165,7 +165,7 @@ def test_finding_bf16_chooses_from_rounded_probabilities() -> None:
 
 
 def test_a_bf16_answer_is_transformers_to_the_bit() -> None:
-    """bf16 weights and input: the router in fp32, its probability rounded, one product: no bit differs."""
+    """With bf16 weights and input, an fp32 router and a rounded probability, the answers are equal bit for bit."""
     sizes = SIZES[1]
     theirs, x = sizes.theirs().to(torch.bfloat16).eval(), torch.from_numpy(sizes.tokens()).to(torch.bfloat16)
     state = state_of(theirs)
@@ -177,10 +177,10 @@ def test_a_bf16_answer_is_transformers_to_the_bit() -> None:
 
 @pytest.mark.parametrize("sparse", [1, 2])
 def test_finding_losses_of_a_stack(sparse: int) -> None:
-    """Finding: with every layer sparse both losses are silently 0; otherwise layers are joined along the sequence.
+    """Finding: if every layer is sparse both losses are silently 0; otherwise layers are joined along the sequence.
 
-    The paper adds each layer's loss. Joined, f and P are averaged over layers first, so that layers which lean to
-    different experts pass for balanced; and the joined z-loss is the mean over layers, not the sum.
+    The paper adds each layer's loss. In the joined loss f and P are averaged over layers first, so that layers which
+    favour different experts count as balanced; and the joined z-loss is the mean over layers, not the sum.
     """
     config = transformers.SwitchTransformersConfig(
         vocab_size=11, d_model=8, d_kv=4, d_ff=6, num_heads=2, num_layers=4, num_decoder_layers=4, num_experts=4,

@@ -26,7 +26,7 @@ DROPOUT = dataclasses.replace(MIXTRAL, expert=dataclasses.replace(MIXTRAL.expert
 
 
 def choices(load: str, num_tokens: int) -> np.ndarray:
-    """[1, T, K]: spread, all to one pair, or all but two experts empty."""
+    """Choices [1, T, K]: spread over experts, all the same pair, or only two experts used."""
     random = np.random.default_rng(len(load))
     if load == "spread":
         return np.argsort(random.normal(size=(num_tokens, E)), axis=1)[None, :, :K]
@@ -34,7 +34,7 @@ def choices(load: str, num_tokens: int) -> np.ndarray:
 
 
 def answers(config: MoEConfig, dispatcher: str, load: str, num_tokens: int, masked: bool) -> dict[str, np.ndarray]:
-    """Answer, statistics and all gradients in fp64, with the choices given."""
+    """Answer, statistics and all gradients in fp64, with given choices."""
     with jax.enable_x64(True):
         config = dataclasses.replace(config, dispatcher=dispatcher)  # type: ignore[arg-type]
         layer = filled(lambda: MoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
@@ -69,7 +69,7 @@ def compare_with_reference(what: str, config: MoEConfig = MIXTRAL, load: str = "
 
 @functools.cache
 def reference(config: MoEConfig, load: str, masked: bool) -> dict[str, np.ndarray]:
-    """Of the one-hot dispatcher."""
+    """The answers of the one-hot dispatcher."""
     return answers(config, "einsum", load, 23, masked)
 
 
@@ -108,7 +108,7 @@ def test_a_gradient_that_forgets_the_first_tile_shows(monkeypatch: pytest.Monkey
 
 
 def test_sizes_hold_what_they_must() -> None:
-    """Rising, and the waste below a sixth of the rows where experts have a fair share of many."""
+    """Sizes rise; with many rows per expert less than a sixth of them is padding."""
     for num_rows, num_experts in ((1, 1), (20, 5), (2047, 8), (4096, 8), (16384, 64), (65536, 128), (100, 500)):
         sizes = tiles.tile_sizes(num_rows, num_experts)
         assert list(sizes) == sorted(set(sizes)) and sizes[0] >= 1
@@ -119,7 +119,7 @@ def test_sizes_hold_what_they_must() -> None:
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 @pytest.mark.parametrize("packed", [True, False], ids=["one key", "two keys"])
 def test_queue_positions_by_counting(monkeypatch: pytest.MonkeyPatch, priority: str, packed: bool) -> None:
-    """Each choice's place is how many of its expert's came earlier, whichever way they are sorted."""
+    """Each choice's place is the number of earlier choices of its expert, with both ways to sort."""
     if not packed:
         monkeypatch.setattr(dispatch, "LARGEST_KEY", 0)
     random = np.random.default_rng(3)

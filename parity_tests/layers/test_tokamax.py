@@ -17,7 +17,7 @@ from parity_tests.shared.filled import filled
 from parity_tests.shared.quick import QUICK
 
 CONFIG = dataclasses.replace(presets.mixtral(model_dim=6, expert_dim=10, num_experts=4, top_k=2), dispatcher="ragged")
-MASK = jnp.asarray([[True, True, False, True, False]])  # padding's choices are the rows behind
+MASK = jnp.asarray([[True, True, False, True, False]])  # choices of padding are the rows after the last expert's
 
 
 def answers() -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ def layer_of(config: MoEConfig) -> MoE:
 
 
 def gradients(layer: MoE, balance: float = 0.0) -> dict[str, np.ndarray]:
-    """Gradients of the sum of squared answers, and `balance` times the balance loss, by our names."""
+    """Gradients of the summed squared answers plus `balance` times the balance loss, by our names."""
     graphdef, state = nnx.split(layer)
 
     def loss(state: nnx.State) -> tuple[jax.Array, jax.Array]:
@@ -69,11 +69,11 @@ def test_its_own_gradient_is_exactly_zero(config: MoEConfig, dispatcher: str) ->
     for name, value in experts.items():
         assert (value[UNCHOSEN] == 0).all(), name  # bitwise, not by tolerance
         others = np.delete(value, UNCHOSEN, axis=0)
-        assert all(one.any() for one in others), f"{name}: those chosen do get one"
+        assert all(gradient.any() for gradient in others), f"{name}: those chosen do get one"
 
 
 def test_the_routers_row_under_a_softmax_over_all() -> None:
-    # weights are probabilities among all five: each chosen one grows if an unchosen logit falls
+    # weights are probabilities among all five: each chosen weight grows if an unchosen logit falls
     row = np.abs(gradients(layer_of(OLMOE))["router.kernel"]).max(axis=0)
     assert (row[UNCHOSEN] > 1e-4).all(), row
 
@@ -104,7 +104,7 @@ def test_adamw_moves_it_all_the_same() -> None:
     state = optimizer.init(weight)
     update, state = optimizer.update(jnp.zeros(1), state, weight)
     np.testing.assert_allclose(weight + update, [2.0 * (1 - 0.1 * 0.01)], rtol=1e-15)  # decay alone
-    # chosen once and never again: momentum goes on; first moment 0.1 * 0.9, second 0.001 * 0.999, both made unbiased
+    # chosen once, then never: momentum continues; first moment 0.1 * 0.9, second 0.001 * 0.999, both bias-corrected
     state = optimizer.init(weight)
     update, state = optimizer.update(jnp.ones(1), state, weight)
     update, state = optimizer.update(jnp.zeros(1), state, weight)
@@ -116,7 +116,7 @@ def test_over_a_run_every_expert_gets_a_gradient() -> None:
     config = MakeMoEConfig(
         vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=8, top_k=2, dropout=0.0
     )
-    # its own initialisation: with a router biased enough, noise or not, an expert can starve for the whole run
+    # default initialisation: with a strongly biased router an expert may get no token in the whole run, noise or not
     graphdef, weights = nnx.split(MakeMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float32")))
     optimizer = optax.adamw(1e-2)
     text = np.random.default_rng(1).integers(0, 11, size=(20, 2, 9)).astype(np.int32)

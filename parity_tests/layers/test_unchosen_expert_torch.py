@@ -1,4 +1,4 @@
-"""The same question in PyTorch: `test_unchosen_expert.py` tells the answer."""
+"""The question of `test_unchosen_expert.py` in PyTorch."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def layer_of(config: MoEConfig) -> torch_ref.MoE:
 
 
 def backward(layer: torch_ref.MoE, balance: float = 0.0) -> torch.Tensor:
-    """Fills the gradients; returns the router's kernel's, [E, D]."""
+    """Computes all gradients; returns that of the router's kernel, [E, D]."""
     noise = torch.zeros(2, 8, 5, dtype=torch.float64) if layer.config.router.noise == "learned_gaussian" else None
     y, stats = layer(torch.from_numpy(X), noise_BTE=noise)
     assert (stats.expert_load_E[UNCHOSEN] == 0).all() and (stats.expert_load_E[CHOSEN] > 0).all(), "the case is as told"

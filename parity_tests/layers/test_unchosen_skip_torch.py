@@ -1,4 +1,7 @@
-"""`unchosen="skip"`, experts without tokens left alone: PyTorch's steps; state converts both ways and through files."""
+"""`unchosen="skip"`, experts without tokens left alone: PyTorch's steps; state converts both ways and through files.
+
+Long because steps, state, files and a whole run are tested on the same two sides.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,8 +28,9 @@ from moe_cli.main import main  # noqa: E402
 from moe_parity.training.jax_side import JaxTrainer, expert_counts, makemoe_loss  # noqa: E402
 from parity_tests.layers import originals  # noqa: E402
 from parity_tests.porting.decoder_cases import decoder  # noqa: E402
-from parity_tests.shared.compare import MismatchError, check_close, check_exact  # noqa: E402
+from parity_tests.shared.compare import MismatchError, check_close  # noqa: E402
 from parity_tests.shared.filled import filled  # noqa: E402
+from parity_tests.shared.state_dicts import check_same_state, check_same_weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = jax_moe.presets.switch(4, 6, 5)  # top-1 with a capacity
@@ -132,7 +136,7 @@ def test_what_chosen_must_be() -> None:
     for wrong in (jnp.ones(4, bool), jnp.ones(5), {"experts": jnp.ones(5, bool), "other": jnp.ones(5, bool)}):
         with pytest.raises(ValueError, match=r"must be \{'experts': \(\(5,\), 'bool'\)\}"):
             optimizer.update(params, optimizer.init(params), params, chosen=wrong)
-    with pytest.raises(Exception, match="unchosen"):  # ValueError, or where types are checked theirs
+    with pytest.raises(Exception, match="unchosen"):  # ValueError, or the type checker's error
         skipping("drop")
     dense = {"kernel": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"declared=None: must be jax_moe\.declared"):
@@ -145,7 +149,7 @@ def test_who_had_tokens() -> None:
     x, mask = np.random.default_rng(0).normal(size=(2, 4, 4)), np.asarray([[True] * 4, [False] * 4])
     everything_dropped = jax_moe.presets.makemoe(4, num_experts=5, capacity_factor=0.1)
     for config, replay, expected in (
-        (CONFIG, [[[0], [0], [2], [2]], [[4]] * 4], [True, False, True, False, False]),  # expert 4 had padding alone
+        (CONFIG, [[[0], [0], [2], [2]], [[4]] * 4], [True, False, True, False, False]),  # expert 4 got only padding
         (everything_dropped, [[[0, 1]] * 4] * 2, [False] * 5),
     ):
         layer, module = sides(config)
@@ -181,14 +185,6 @@ def test_state_there_and_back() -> None:
     broken = {**broken, "state": {**broken["state"], number: {**broken["state"][number], "step": torch.tensor(99.0)}}}
     with pytest.raises(ValueError, match=r"step of experts.* is 99, must be \d as of its expert's other parameters"):
         jax_moe.optimizer_from_torch(layer, broken, fresh, names=names)
-
-
-def check_same_state(one: dict[str, Any], two: dict[str, Any]) -> None:
-    assert one["param_groups"] == two["param_groups"] and one["state"].keys() == two["state"].keys()
-    flat = [
-        {f"{i} {k}": v.numpy() for i, entry in each["state"].items() for k, v in entry.items()} for each in (one, two)
-    ]
-    check_exact(*flat, "optimizer state")
 
 
 def test_equal_counts_fit_both_kinds() -> None:
@@ -234,8 +230,8 @@ def test_port_of_the_originals_training_file(
     assert main(["port", str(path), str(folder), "--top-k", "2"]) == 0
     assert "after 4 steps (0 to 3 where experts had no tokens)" in capsys.readouterr().out
     assert main(["port", str(folder), str(back)]) == 0
-    before, after = (torch.load(one, weights_only=True) for one in (path, back))
-    check_exact(*({n: v.numpy() for n, v in one["model"].items()} for one in (after, before)), "weights")
+    before, after = (torch.load(file, weights_only=True) for file in (path, back))
+    check_same_weights(after["model"], before["model"])
     check_same_state(after["optimizer"], before["optimizer"])
     assert len(set(steps_by_number(before["optimizer"]).values())) > 2
     config = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=9)
@@ -251,7 +247,7 @@ def test_port_of_the_originals_training_file(
 
 
 def test_sgd_whose_experts_have_no_momentum_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """There and back bit for bit; optax's momentum of zero goes on as torch's None does."""
+    """A round trip bit for bit; optax's momentum of zero behaves as torch's None."""
     torch.manual_seed(0)
     module = originals.SparseMoE(4, 6, 1, 6.0, 0.0)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
@@ -298,7 +294,7 @@ def test_decoders_count_their_routed_experts_alone() -> None:
 
 
 def test_a_decayed_expert_is_caught() -> None:
-    """Sixteen steps of makeMoE's own modules and ours; with decay in place of skipping, the same comparison is red."""
+    """Sixteen steps of makeMoE's own modules and of ours; with decay in place of skipping the comparison fails."""
     pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
     from parity_tests.table.run_checks import OPTIONS, SKIPPING, original_sides
 

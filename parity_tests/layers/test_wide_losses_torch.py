@@ -1,4 +1,4 @@
-"""Losses and statistics of bf16 and fp16 arrays are those of the same numbers in fp32, in both packages."""
+"""Losses and statistics of bf16 and fp16 arrays equal those of the same numbers in fp32, in both packages."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def value(name: str, package: Any, arguments: dict[str, Any]) -> np.ndarray:
-    """A loss of either package, as numpy; that of a float array must be in fp32."""
+    """A loss of either package, as numpy; for float arrays it must be in fp32."""
     found = getattr(package, name)(**arguments)
     assert str(found.dtype).removeprefix("torch.") == "float32"
     return np.asarray(found)
@@ -48,7 +48,7 @@ def test_narrow_arrays_are_computed_wide(name: str, dtype: str) -> None:
     wide = {key: x.float() for key, x in floats.items()}
     wanted = value(name, theirs, wide | as_torch)
     narrow = {key: jnp.asarray(x.float().numpy(), dtype) for key, x in floats.items()}
-    # measured: 3e-7; the sums of bf16 are off by 4e-3
+    # measured: 3e-7; sums in bf16 are off by 4e-3
     np.testing.assert_allclose(value(name, theirs, floats | as_torch), wanted, rtol=3e-6)
     np.testing.assert_allclose(value(name, ours, narrow | as_jax), wanted, rtol=3e-6)
 

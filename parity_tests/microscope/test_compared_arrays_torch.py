@@ -1,4 +1,4 @@
-"""What the comparisons are given is checked before anything runs, and losses of bf16 logits are taken in fp32."""
+"""Inputs of comparisons are checked before anything runs, and losses of bf16 logits are computed in fp32."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every known convention, planted into our side, is named when that side is compared with the untouched one."""
+"""Every known convention planted into one side is named by a comparison with the unchanged side."""
 
 import dataclasses
 from typing import Any
@@ -37,14 +37,14 @@ DECODER = DecoderConfig.grouped(
 )
 X = np.random.default_rng(3).normal(size=(2, 12, 6)).astype(np.float32)
 TOKENS = np.random.default_rng(4).integers(0, 11, (2, 7))
-# Of one layer nothing tells pooled losses from their mean, and where nobody ties, nothing tells who would win.
+# A single layer cannot distinguish pooled losses from their mean; without ties their rule has no effect.
 UNSEEN = {"balance.pooled='over_layers'", "ties to the higher expert index"}
 BEYOND = 1e-4  # what a convention changes is far above rounding: gelu and its tanh form are 2e-4 apart here
 
 
 def moe(config: MoEConfig) -> Any:
     made = filled(lambda: jax_moe.MoE(config, rngs=nnx.Rngs(0)), seed=5)
-    if config.router.correction_bias:  # below all scores: experts of a cluster that is out win where they count as 0
+    if config.router.correction_bias:  # below all scores: experts of an excluded cluster win if they count as 0
         made.router.correction_bias[...] = made.router.correction_bias[...] - 1.0
     return made
 
@@ -54,20 +54,20 @@ def decoder() -> Any:
 
 
 def planted(module: Any, *names: str, x: np.ndarray = X) -> Answer:
-    """The answer of a side that has other conventions."""
-    plants = [one for one in conventions_of(module) if one.name in names]
+    """The answer of a side with these conventions planted."""
+    plants = [convention for convention in conventions_of(module) if convention.name in names]
     assert len(plants) == len(names), names
     return our_answer(changed(module, *plants), jnp.asarray(x), {})
 
 
 def overlooked(module: Any, x: np.ndarray, unseen: set[str], only: tuple[str, ...] = ("",)) -> list[str]:
-    """Plants every convention whose name starts so; those that were not named, or not alone."""
-    wrong, candidates = [], [one for one in conventions_of(module) if one.name.startswith(only)]
+    """Plants every convention whose name starts with a prefix of `only`; returns those not named alone."""
+    wrong, candidates = [], [convention for convention in conventions_of(module) if convention.name.startswith(only)]
     for convention in candidates:
         tried = explain(module, planted(module, convention.name, x=x), x, pairs=False, candidates=candidates)
-        named = {one.conventions for one in tried if one.matches}
+        named = {attempt.conventions for attempt in tried if attempt.matches}
         expected = {()} if convention.name in unseen else {(convention.name,)}
-        configured = next(one.error for one in tried if not one.conventions)
+        configured = next(attempt.error for attempt in tried if not attempt.conventions)
         if named != expected or (convention.name not in unseen and configured < BEYOND):
             wrong.append(f"{convention.name}: {named}, as configured {configured:.1g}")
     return wrong
@@ -82,7 +82,8 @@ def test_softmax_before_or_after_and_what_is_the_same_as_that() -> None:
     after = our_answer(
         moe(dataclasses.replace(SMALL, router=RouterConfig(order="select_then_softmax"))), jnp.asarray(X), {}
     )
-    only = [one for one in conventions_of(moe(SMALL)) if one.group.startswith(("router.order", "router.renormalise"))]
+    groups = ("router.order", "router.renormalise")
+    only = [known for known in conventions_of(moe(SMALL)) if known.group.startswith(groups)]
     said = in_words(explain(moe(SMALL), after, X, candidates=only))
     # equal in mathematics too
     assert "router.order='select_then_softmax'" in said and "router.renormalise='sum'" in said
@@ -94,7 +95,7 @@ def test_ties_are_told_from_each_other() -> None:
     even.router.kernel[...] = 0 * even.router.kernel[...]
     theirs = planted(even, "ties to the higher expert index")
     tried = explain(even, theirs, X)
-    assert [one.conventions for one in tried if one.matches] == [("ties to the higher expert index",)]
+    assert [attempt.conventions for attempt in tried if attempt.matches] == [("ties to the higher expert index",)]
 
 
 def test_conventions_of_a_decoder_in_fp64() -> None:
@@ -109,7 +110,7 @@ def test_conventions_of_a_decoder_in_fp64() -> None:
 def test_conventions_of_a_makemoe_model_include_its_scale_of_attention() -> None:
     config = jax_moe.MakeMoEConfig(vocab_size=11, block_size=7, model_dim=8, num_heads=2, num_layers=2, num_experts=4)
     model = filled(lambda: jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)))
-    only = [one for one in conventions_of(model) if one.name.startswith(("attention", "capacity.rounding"))]
+    only = [known for known in conventions_of(model) if known.name.startswith(("attention", "capacity.rounding"))]
     theirs = planted(model, "attention scaled by head_dim**-0.5", x=TOKENS)
     assert in_words(explain(model, theirs, TOKENS, candidates=only)).startswith(
         "matches if attention scaled by head_dim**-0.5 ("
@@ -119,7 +120,8 @@ def test_conventions_of_a_makemoe_model_include_its_scale_of_attention() -> None
 def test_a_pair_is_named_where_no_single_one_explains() -> None:
     layer, pair = moe(SMALL), ("router.renormalise='sum'", "down of the experts transposed")
     tried = explain(layer, planted(layer, *pair), X, candidates=[
-        one for one in conventions_of(layer) if one.group in ("router.renormalise", "transposed", "expert.weight_on")
+        known for known in conventions_of(layer)
+        if known.group in ("router.renormalise", "transposed", "expert.weight_on")
     ])
     assert set(tried[0].conventions) == set(pair) and tried[0].matches
     assert " and " in in_words(tried)
@@ -128,7 +130,7 @@ def test_a_pair_is_named_where_no_single_one_explains() -> None:
 def test_what_nothing_explains_is_said_with_what_comes_nearest() -> None:
     layer = moe(SMALL)
     noise = np.random.default_rng(0).normal(size=X.shape)
-    only = [one for one in conventions_of(layer) if one.group in ("router.renormalise", "expert.weight_on")]
+    only = [known for known in conventions_of(layer) if known.group in ("router.renormalise", "expert.weight_on")]
     said = in_words(explain(layer, noise, X, candidates=only))
     assert said.startswith("no known convention and no pair of them explains it; nearest: ")
     assert in_words(explain(layer, our_answer(layer, jnp.asarray(X), {}), X)) == "matches as configured (error 0)"
@@ -149,7 +151,8 @@ def test_their_side_may_be_a_function_of_the_input_and_of_torch() -> None:
         y, stats = reference(torch.from_numpy(x))
         return Answer(y.detach().numpy(), stats.load_balance_loss.item())
 
-    only = [one for one in conventions_of(layer) if one.group in ("router.renormalise", "balance.f_sums_to", "gate/up")]
+    groups = ("router.renormalise", "balance.f_sums_to", "gate/up")
+    only = [known for known in conventions_of(layer) if known.group in groups]
     tried = explain(layer, theirs, X, candidates=only)
     assert set(tried[0].conventions) == {"router.renormalise='sum'", "balance.f_sums_to='k'"}
     assert explain(layer, lambda x: reference(torch.from_numpy(x))[0], X, candidates=only)[0].conventions == (

@@ -35,8 +35,8 @@ def model() -> Any:
 
 def worst(results: tuple[StageResult, ...] | list[StageResult]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for one in results:
-        found[one.kind] = max(found.get(one.kind, 0.0), one.error)
+    for stage in results:
+        found[stage.kind] = max(found.get(stage.kind, 0.0), stage.error)
     return found
 
 
@@ -50,7 +50,7 @@ def test_a_healthy_language_model_passes() -> None:
         "slots", "expert_outputs", "combined", "residual", "balance_loss", "logits", "loss", "own_call", "gradient",
     }
     assert kinds.pop("gradient") <= 1e-13 and max(kinds.values()) <= 1e-14
-    assert sum(one.kind == "gradient" for one in report.results) == 70
+    assert sum(stage.kind == "gradient" for stage in report.results) == 70
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -60,11 +60,11 @@ def test_healthy_layers_pass(name: str) -> None:
     x = np.random.default_rng(0).standard_normal((2, 6, layer.config.model_dim))
     report = compare_checkpoint(Checkpoint("moe", layer), x, dtype="float64", grads=name == "deepseek_v3")
     assert report.passed, report.sentence()
-    assert {one.kind for one in report.results} >= {"slots", "expert_outputs", "combined"}
+    assert {stage.kind for stage in report.results} >= {"slots", "expert_outputs", "combined"}
 
 
 def test_switch_without_capacity_still_balances_each_sequence() -> None:
-    """Nothing is dropped, and the loss is the mean of the sequences' own; measured: 0."""
+    """Nothing is dropped, and the loss is the mean over sequences; measured: 0."""
     config = jax_moe.presets.switch(8, 6, 4, capacity_factor=None, jitter_eps=0.0, balance_per_sequence=True)
     layer = filled(lambda: jax_moe.MoE(config), seed=2)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 7, 8)), jnp.float32)
@@ -77,7 +77,7 @@ def test_switch_without_capacity_still_balances_each_sequence() -> None:
 def test_a_healthy_soft_moe_passes() -> None:
     x = np.random.default_rng(0).standard_normal((2, 5, 8))
     report = compare_checkpoint(Checkpoint("soft_moe", make("soft_moe", 1)), x, dtype="float64", grads=True)
-    assert report.passed and {one.name for one in report.results} >= {
+    assert report.passed and {stage.name for stage in report.results} >= {
         "weights (dispatch)", "slot inputs", "expert outputs"
     }, SOFT
 
@@ -97,7 +97,7 @@ def other_norm(blocks: Any) -> None:
 
 
 def other_scale(blocks: Any) -> None:
-    """By sqrt(head_dim) in place of makeMoE's sqrt(model_dim)."""
+    """Scales by sqrt(head_dim) in place of makeMoE's sqrt(model_dim)."""
     blocks.attention.config = dataclasses.replace(blocks.attention.config, scale="head_dim")
 
 
@@ -109,12 +109,12 @@ FAULTS: list[tuple[Callable[[Any], None], str]] = [
 
 @pytest.fixture(scope="module")
 def theirs() -> dict[Place, np.ndarray]:
-    """The healthy other side, in fp64."""
+    """The reference without a fault, in fp64."""
     weights = {name: np.asarray(value, np.float64) for name, value in jax_moe.to_torch(model()).items()}
     return trace_torch_ref(SMALL, weights, tokens(), None, False)
 
 
-@pytest.mark.parametrize(("fault", "where"), FAULTS, ids=lambda one: getattr(one, "__name__", None))
+@pytest.mark.parametrize(("fault", "where"), FAULTS, ids=lambda fault: getattr(fault, "__name__", None))
 def test_a_planted_fault_is_named(fault: Callable[[Any], None], where: str, theirs: dict[Place, np.ndarray]) -> None:
     with settings("float64"):
         ours = filled(lambda: jax_moe.MakeMoE(SMALL, param_dtype="float64"), seed=3)
@@ -123,11 +123,11 @@ def test_a_planted_fault_is_named(fault: Callable[[Any], None], where: str, thei
         results = compare_traces(ours, tokens(), theirs, dtype="float64")
     first = first_divergence(results)
     assert first is not None and first.name == where and first.verdict == "wrong number"
-    assert not next(one for one in results if one.kind == "logits").passed
+    assert not next(stage for stage in results if stage.kind == "logits").passed
 
 
 def tied(upper: int) -> Any:
-    """Two columns of layer 1's router equal but for 1e-7, the larger at `upper`."""
+    """A model whose layer 1 has two router columns that differ by 1e-7, the larger at `upper`."""
     made = model()
     router = made.blocks.moe.router
     kernel, bias = np.array(router.kernel[...]), np.array(router.bias[...])
@@ -145,18 +145,18 @@ def test_a_flip_at_a_near_tie_is_told_from_a_wrong_number() -> None:
     with settings("float32"):
         followed = compare_traces(tied(1), x, other, dtype="float32", grads=True)
         alone = compare_traces(tied(1), x, other, dtype="float32", replay=False)
-    flips = [one for one in followed if one.num_flips]
-    assert [one.name for one in flips] == ["layer 1: chosen experts"] and flips[0].verdict == "flip at a near tie"
+    flips = [stage for stage in followed if stage.num_flips]
+    assert [stage.name for stage in flips] == ["layer 1: chosen experts"] and flips[0].verdict == "flip at a near tie"
     flip = flips[0].flips[0]
     assert 0 < flip.margin < 1e-6 < flips[0].noise and {flip.ours, flip.theirs} == {0, 1}  # type: ignore[operator]
     assert first_divergence(followed) is None, "with their choices everything after the flip agrees"
-    assert sum(one.kind == "gradient" for one in followed) == 70
+    assert sum(stage.kind == "gradient" for stage in followed) == 70
     first = first_divergence(alone)
     assert first is not None and first.layer == 1 and first.kind in ("weights", "slots", "expert_outputs")
 
 
 def test_another_rule_of_choosing_is_a_wrong_number(theirs: dict[Place, np.ndarray]) -> None:
-    """The same logits, the second best chosen first: no tie explains it."""
+    """Equal logits, but the second best is chosen first: no tie explains it."""
     place = Place("experts", 1)
     turned = {**theirs, place: theirs[place][..., ::-1].copy()}
     with settings("float64"):
@@ -177,7 +177,9 @@ def test_one_row_of_a_gradient_zeroed_is_seen() -> None:
         assert first_divergence(compare_traces(layer, x, other, dtype="float32", grads=True)) is None
         other[name] = other[name].copy()
         other[name][3] = 0
-        failed = [one.name for one in compare_traces(layer, x, other, dtype="float32", grads=True) if not one.passed]
+        failed = [
+            stage.name for stage in compare_traces(layer, x, other, dtype="float32", grads=True) if not stage.passed
+        ]
     assert failed == ["gradient of experts.2.up.weight"]
 
 
@@ -196,9 +198,9 @@ def test_judge_says_why(ours: np.ndarray, theirs: np.ndarray, words: str) -> Non
 
 
 def test_pair_keeps_what_both_have_and_gradients_of_one_side_alone() -> None:
-    one = np.ones(2)
-    ours = {Place("embedding"): one, Place("logits"): one, Place("gradient", None, "a"): one}
-    theirs = {Place("embedding"): one, Place("loss"): one, Place("gradient", None, "b"): 3 * one}
+    ones = np.ones(2)
+    ours = {Place("embedding"): ones, Place("logits"): ones, Place("gradient", None, "a"): ones}
+    theirs = {Place("embedding"): ones, Place("loss"): ones, Place("gradient", None, "b"): 3 * ones}
     stages = pair(ours, theirs, {"": 1e-5, "gradient": 1e-4})
     assert [stage.name for stage in stages] == ["embedding", "gradient of a", "gradient of b"]
     assert [judge(stage).verdict for stage in stages] == ["same", "wrong number", "wrong number"]

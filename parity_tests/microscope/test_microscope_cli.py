@@ -1,4 +1,4 @@
-"""`jax-moe parity` as it is used: its table, JSON and page, its exit status, and one clear line for bad input."""
+"""`jax-moe parity`: its table, JSON and page, its exit status, and a line for each bad input."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def named(model: Path, name: str, text: str) -> Path:
 
 
 class Links(HTMLParser):
-    """What a page would load or run, its text and whether its tags close."""
+    """What a page would load or run, its text, and whether its tags close."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_a_run_prints_a_table_json_and_a_page(model: Path, capsys: pytest.Captur
     said = json.loads(capsys.readouterr().out)
     assert said["passed"] and said["batch_shape"] == [2, 4] and said["first_divergence"] is None
     assert (said["reference"], said["dtype"], said["replay"]) == ("torch_ref", "float32", True)
-    stages = {one["name"]: one for one in said["stages"]}
+    stages = {stage["name"]: stage for stage in said["stages"]}
     assert len(stages) == len(said["stages"]) == 38 and stages["layer 2: chosen experts"]["agreement"] == 1
     assert 0 < stages["logits"]["error"] < stages["logits"]["tolerance"]
     found = check_page(out.read_text())
@@ -99,8 +99,8 @@ def test_a_fault_is_exit_status_1(
     honest = torch_ref.MakeMoE.load_state_dict
 
     def swapped(self: Any, state: dict, strict: bool = True) -> object:
-        one, two = (f"blocks.1.smoe.experts.{e}.net.0.weight" for e in (0, 1))
-        return honest(self, {**state, one: state[two], two: state[one]}, strict=strict)
+        first, second = (f"blocks.1.smoe.experts.{e}.net.0.weight" for e in (0, 1))
+        return honest(self, {**state, first: state[second], second: state[first]}, strict=strict)
 
     monkeypatch.setattr(torch_ref.MakeMoE, "load_state_dict", swapped)
     assert main(["parity", str(model)]) == 1
@@ -136,7 +136,7 @@ def test_the_sentence_tells_a_flip_from_a_wrong_number() -> None:
     assert not wrong.passed
     assert wrong.sentence().startswith("First divergence: layer 0: attention, error 0.5 where 1e-05 is allowed")
     assert wrong.sentence().endswith("1 later stage is beyond tolerance too.")
-    assert [one.name for one in map(worst, parts(wrong.results).values())][1:] == [
+    assert [stage.name for stage in map(worst, parts(wrong.results).values())][1:] == [
         "layer 0: attention",
         "layer 1: attention",
     ]
@@ -145,15 +145,15 @@ def test_the_sentence_tells_a_flip_from_a_wrong_number() -> None:
 REPORTS = [report(), report(margin=3e-7), report(error=float("inf"), margin=0.1), report(layers=80), report(0.0)]
 
 
-@pytest.mark.parametrize("one", REPORTS)
-def test_a_page_is_whole_whatever_is_in_it(one: Report) -> None:
-    text = page([one])
+@pytest.mark.parametrize("made", REPORTS)
+def test_a_page_is_whole_whatever_is_in_it(made: Report) -> None:
+    text = page([made])
     check_page(text)
     assert "<b>theirs" not in text and not re.search(r'(points|cx|cy|[xyr][12]?|width|height)="[^"]*(nan|inf)', text)
-    assert ('class="verdict wrong"' in text) == (not one.passed) and json.dumps(one.to_json(), allow_nan=False)
-    tips = [f"<title>{stage.name}: {stage.error:.2g}, " for stage in one.results if stage.kind == "attention"]
+    assert ('class="verdict wrong"' in text) == (not made.passed) and json.dumps(made.to_json(), allow_nan=False)
+    tips = [f"<title>{stage.name}: {stage.error:.2g}, " for stage in made.results if stage.kind == "attention"]
     assert all(text.count(tip) == 2 for tip in tips), "each in the plot by stage and in the plot by layer"
-    assert page([one]) == text
+    assert page([made]) == text
 
 
 def test_an_axis_holds_its_values() -> None:
@@ -226,7 +226,7 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(
         ((model, "--train", "2", "--dtype", "float64"), "dtype='float64': must be left out with --train"),
     ):
         assert words in fails(capsys, "parity", *arguments), arguments
-    monkeypatch.setitem(sys.modules, "torch", None)  # what import does where it is not installed
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     assert "parity needs PyTorch" in fails(capsys, "parity", model, "--html", folder / "a.html")
     assert sorted(folder.rglob("*")) == before
 

@@ -33,7 +33,7 @@ def tokens() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Trace:
-    """The other side, in fp64, with its gradients."""
+    """The reference, in fp64, with its gradients."""
     return trace_transformers(folder, "mixtral", tokens(), "float64", True)
 
 
@@ -49,25 +49,25 @@ def swap_rows(model: Any) -> None:
 
 
 def other_scale(model: Any) -> None:
-    """Of layer 0's scores, as attention has them: 0.4 in place of head_dim**-0.5, on the queries."""
+    """Scales layer 0's queries by 0.4 in place of head_dim**-0.5."""
     attention = model.blocks.attention
     attention.query[...] = attention.query[...].at[0].multiply(0.4 * attention.config.head_dim**0.5)
 
 
 def swap_down(model: Any) -> None:
-    """Two rows of one expert's down."""
+    """Exchanges two rows of an expert's down."""
     down = model.moe.experts.down[...]
     model.moe.experts.down[...] = down.at[1, 2, [0, 1]].set(down[1, 2, [1, 0]])
 
 
 def norm_off(model: Any) -> None:
-    """One weight of one norm, by a thousandth."""
+    """Changes a norm's weight by a thousandth."""
     scale = model.blocks.ffn_norm.scale
     scale[...] = scale[...].at[1, 0].add(1e-3)
 
 
 def other_theta(model: Any) -> None:
-    """As config.json would say it."""
+    """Another rope_theta, as from config.json."""
     model.config = model.config.with_attention(rope=dataclasses.replace(model.config.rope, theta=5e5))
 
 
@@ -80,17 +80,17 @@ FAULTS: list[tuple[Callable[[Any], None], str]] = [
 
 
 def test_a_healthy_folder_passes(folder: Path, theirs: Trace) -> None:
-    """Measured over all 15 models of hf_cases: see moe_parity/stages.py."""
+    """Measured over all models of family_cases: see moe_parity/stages.py."""
     with settings("float64"):
         results = compare_traces(
             jax_moe.load_pretrained(folder, dtype="float64"), tokens(), theirs, dtype="float64", grads=True
         )
     assert first_divergence(results) is None
-    assert max(one.error for one in results if one.kind != "gradient") <= 1e-14
-    assert sum(one.kind == "gradient" for one in results) == 21 and len(results) == 45
+    assert max(stage.error for stage in results if stage.kind != "gradient") <= 1e-14
+    assert sum(stage.kind == "gradient" for stage in results) == 21 and len(results) == 45
 
 
-@pytest.mark.parametrize(("fault", "where"), FAULTS, ids=lambda one: getattr(one, "__name__", None))
+@pytest.mark.parametrize(("fault", "where"), FAULTS, ids=lambda fault: getattr(fault, "__name__", None))
 def test_a_planted_fault_is_named(fault: Callable[[Any], None], where: str, folder: Path, theirs: Trace) -> None:
     with settings("float64"):
         model = jax_moe.load_pretrained(folder, dtype="float64")
@@ -98,11 +98,11 @@ def test_a_planted_fault_is_named(fault: Callable[[Any], None], where: str, fold
         results = compare_traces(model, tokens(), theirs, dtype="float64")
     first = first_divergence(results)
     assert first is not None and first.name == where and first.verdict == "wrong number"
-    assert not next(one for one in results if one.kind == "logits").passed
+    assert not next(stage for stage in results if stage.kind == "logits").passed
 
 
 def test_a_flip_at_a_near_tie(folder: Path, tmp_path: Path) -> None:
-    """Two columns of layer 0's router equal up to 1e-7, the larger another one on each side."""
+    """Two columns of layer 0's router differ by 1e-7; on each side another of them is larger."""
     name, state = "model.layers.0.mlp.gate.weight", read_safetensors(folder / "model.safetensors")
     (name,) = [key for key in state if key.startswith("model.layers.0.") and key.endswith("gate.weight")]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -116,8 +116,8 @@ def test_a_flip_at_a_near_tie(folder: Path, tmp_path: Path) -> None:
             sides.append(trace_transformers(tmp_path, "mixtral", tokens(), "float32", False))
     with settings("float32"):
         results = compare_traces(jax_moe.load_pretrained(tmp_path), tokens(), sides[0], dtype="float32")
-    flips = [one for one in results if one.num_flips]
-    assert [one.name for one in flips] == ["layer 0: chosen experts"] and flips[0].verdict == "flip at a near tie"
+    flips = [stage for stage in results if stage.num_flips]
+    assert [stage.name for stage in flips] == ["layer 0: chosen experts"] and flips[0].verdict == "flip at a near tie"
     assert flips[0].flips[0].margin < 2e-6 < flips[0].noise  # type: ignore[operator]
     assert all({flip.ours, flip.theirs} == {0, 1} for flip in flips[0].flips)
     assert first_divergence(results) is None, "with their choices everything after the flip agrees"

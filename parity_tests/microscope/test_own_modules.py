@@ -44,7 +44,7 @@ class Ours(nnx.Module):
 
 
 def test_importing_the_parity_package_imports_no_torch() -> None:
-    """And `explain` is the function, whatever was imported before it."""
+    """`explain` is the function, whatever was imported before."""
     names = "callable(p.compare_modules) and callable(p.explain)"
     code = f"import sys, moe_parity.compare, moe_parity as p; assert {names}; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_the_example_in_its_docstring_runs() -> None:
 def test_modules_that_agree() -> None:
     report = compare_modules(Theirs(), Ours(), MAPPING, X)
     assert report.passed and len(report.results) == 5
-    assert max(one.error for one in report.results) < 1e-6 < report.results[0].tolerance
+    assert max(result.error for result in report.results) < 1e-6 < report.results[0].tolerance
     assert (
         report.sentence().startswith("all 5 comparisons agree; the largest error is that of ")
         and str(report).count("\n") == 5
@@ -69,7 +69,7 @@ def test_modules_that_agree() -> None:
 
 def test_in_fp64_they_agree_to_rounding() -> None:
     report = compare_modules(Theirs().double(), Ours(), MAPPING, X.astype(np.float64), tolerance=1e-13)
-    assert 0 < max(one.error for one in report.results) < 1e-14
+    assert 0 < max(result.error for result in report.results) < 1e-14
 
 
 def test_another_gelu_is_caught_and_the_first_failure_named() -> None:
@@ -77,7 +77,7 @@ def test_another_gelu_is_caught_and_the_first_failure_named() -> None:
         ModulesDifferError, match=r"^output: error .* where 1e-05 is allowed \(at .* fail too"
     ) as caught:
         compare_modules(Theirs(), Ours(approximate=True), MAPPING, X)
-    assert [one.passed for one in caught.value.report.results] == [False] * 5
+    assert [result.passed for result in caught.value.report.results] == [False] * 5
     report = compare_modules(Theirs(), Ours(approximate=True), MAPPING, X, fail=False)
     assert not report.passed and str(report).startswith("FAILED")
 
@@ -98,7 +98,7 @@ def test_weights_of_our_own_are_compared_first() -> None:
 
 
 def function(params: dict[str, Any], tokens: jax.Array, scale: jax.Array) -> dict[str, jax.Array]:
-    """Experts stacked, a fused qkv split, two inputs, two outputs."""
+    """A function with stacked experts, a split qkv, two inputs and two outputs."""
     x = params["embed"][tokens] * scale
     heads = sum(jnp.einsum("...d,dh->...h", x, params["attention"][name]) for name in "qkv")
     return {"heads": heads, "mean": jnp.einsum("...d,edf->...f", x, params["experts"]) / 2}
@@ -129,14 +129,14 @@ INPUTS = (np.array([[1, 2], [6, 1]]), np.float32(1.5) * np.ones((2, 2, 4), np.fl
 
 def test_a_function_with_params_fused_and_stacked_weights_integers_and_several_outputs() -> None:
     report = compare_modules(Fused(), function, FUSED, INPUTS, params=PARAMS)
-    assert [one.name for one in report.results] == [
+    assert [result.name for result in report.results] == [
         "output heads", "output mean", "gradient of input 1", "gradient of embed.weight",
         "gradient of qkv.weight (attention.q)", "gradient of qkv.weight (attention.k)",
         "gradient of qkv.weight (attention.v)", "gradient of experts.0.weight",
         "gradient of experts.1.weight",
     ]
     swapped = {f"experts.{i}.weight": stacked("experts", 1 - i, transpose) for i in range(2)}
-    assert compare_modules(Fused(), function, FUSED | swapped, INPUTS, params=PARAMS).passed  # a sum does not care
+    assert compare_modules(Fused(), function, FUSED | swapped, INPUTS, params=PARAMS).passed  # sums do not change
 
 
 @pytest.mark.parametrize(("change", "says"), [

@@ -26,7 +26,7 @@ def test_where_a_quotient_has_no_value(ours: list[float], theirs: list[float], e
 
 
 def test_the_difference_is_taken_in_float64() -> None:
-    """In the dtype of the reference an error below its rounding would vanish, and a large one overflow."""
+    """In the reference's dtype an error below its rounding would vanish, and a large error would overflow."""
     assert relative_error(np.array([1 + 1e-9]), np.array([1], np.float32)) == pytest.approx(1e-9, rel=1e-6)
     assert relative_error(np.array([1.0]), np.array([2**-16], np.float16)) == 2**16 - 1
     assert relative_error(np.array([-6e4], np.float16), np.array([6e4], np.float16)) == 2.0

@@ -31,32 +31,33 @@ SECONDS = 600  # a mutation may loop for ever: that counts as caught
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutation."""
+    """The result of a mutation."""
 
     mutation: Mutation
     caught: bool
-    said: str  # by what it was caught: the first line of the error
+    said: str  # the first line of the error that caught it
     seconds: float
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    """Mutations whose old text does not stand in its file exactly once, or whose result is the same or no Python."""
+    """Messages for mutations whose old text is not in the file exactly once, or whose result is equal or not Python."""
     found = []
-    for one in MUTATIONS:
-        text = (root / one.file).read_text()
-        count = text.count(one.old)
-        if count != 1 or one.old == one.new:
-            found.append(f"{one.name}: {one.old!r} stands {count} times in {one.file}, must stand once and be changed")
+    for mutation in MUTATIONS:
+        text = (root / mutation.file).read_text()
+        count = text.count(mutation.old)
+        if count != 1 or mutation.old == mutation.new:
+            stands = f"stands {count} times in {mutation.file}, must stand once and be changed"
+            found.append(f"{mutation.name}: {mutation.old!r} {stands}")
             continue
         try:
-            ast.parse(text.replace(one.old, one.new))
+            ast.parse(text.replace(mutation.old, mutation.new))
         except SyntaxError as error:
-            found.append(f"{one.name}: {one.new!r} in {one.file} is a syntax error: {error.msg}")
+            found.append(f"{mutation.name}: {mutation.new!r} in {mutation.file} is a syntax error: {error.msg}")
     return found
 
 
 def copied(root: Path, folder: Path) -> None:
-    """The sources, as they are now."""
+    """Copies the present sources."""
     for name in COPIED:
         source = root / name
         if source.is_dir():
@@ -66,11 +67,11 @@ def copied(root: Path, folder: Path) -> None:
 
 
 def controls(mutations: list[Mutation]) -> list[Mutation]:
-    """All that is to catch the mutations, on sources that are as they were: it must find nothing."""
-    plain = {row: None for one in mutations if not one.columns for row in one.rows}
-    some = {one.columns: one.rows for one in mutations if one.columns}
-    families = {one.family: None for one in mutations if one.family}
-    tests = {test: None for one in mutations for test in one.tests}
+    """The checks of all mutations, on unchanged sources: they must pass."""
+    plain = {row: None for mutation in mutations if not mutation.columns for row in mutation.rows}
+    some = {mutation.columns: mutation.rows for mutation in mutations if mutation.columns}
+    families = {mutation.family: None for mutation in mutations if mutation.family}
+    tests = {test: None for mutation in mutations for test in mutation.tests}
     nothing = {"file": mutations[0].file, "old": mutations[0].old, "new": mutations[0].old}
     found = [
         Mutation(f"control: {', '.join(columns)}", **nothing, rows=rows, columns=columns)
@@ -82,7 +83,7 @@ def controls(mutations: list[Mutation]) -> list[Mutation]:
 
 
 def run(mutation: Mutation, folder: Path) -> Verdict:
-    """Applies one to the copy, checks in a process of its own, takes it back."""
+    """Applies a mutation to the copy, runs its checks in a child process, and reverts it."""
     start = time.monotonic()
     path = folder / mutation.file
     before = path.read_text()
@@ -101,7 +102,7 @@ def run(mutation: Mutation, folder: Path) -> Verdict:
 
 
 def _child(mutation: Mutation, folder: Path, log: Path) -> None:
-    """Never returns."""
+    """Runs the checks and exits; never returns."""
     import signal
 
     signal.signal(signal.SIGALRM, lambda *_: (log.write_text("it did not come to an end"), os._exit(CAUGHT)))
@@ -122,13 +123,13 @@ def _child(mutation: Mutation, folder: Path, log: Path) -> None:
 
 
 def _forget() -> None:
-    """Our packages are imported anew: from the copy, and by pytest under its checks of shapes."""
+    """Removes our packages from sys.modules, so that they are imported from the copy, by pytest with shape checks."""
     for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
         del sys.modules[name]
 
 
 def _check(mutation: Mutation, folder: Path) -> None:
-    """Raises when anything of what should catch it does."""
+    """Raises if a check catches the mutation."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -182,7 +183,7 @@ def _check_rows(mutation: Mutation, folder: Path) -> None:
 
 
 def preload() -> None:
-    """What every child needs and no mutation touches, imported once."""
+    """Imports what every child needs and no mutation changes."""
     import importlib
 
     for name in PRELOADED:
@@ -195,22 +196,22 @@ def render(verdicts: list[Verdict]) -> str:
     import importlib.metadata
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch"))
-    caught = sum(one.caught for one in verdicts)
+    caught = sum(verdict.caught for verdict in verdicts)
     lines = [
         "# Mutations", "",
         f"{caught} of {len(verdicts)} small changes of the sources are caught by a fast check: rows of the parity",
         "table in fp64, pencil answers, or a family against `transformers`. Each is made alone, in a copy.",
         f"Written by `python -m parity_tests.mutations --update`, {datetime.date.today():%Y-%m-%d}, {versions}.", "",
     ]
-    survivors = [one for one in verdicts if not one.caught]
+    survivors = [verdict for verdict in verdicts if not verdict.caught]
     if survivors:
-        told = [f"- {one.mutation.name}: {one.mutation.reason or 'no reason known'}" for one in survivors]
+        told = [f"- {verdict.mutation.name}: {verdict.mutation.reason or 'no reason known'}" for verdict in survivors]
         lines += ["## Survivors", "", *told, ""]
     lines += ["| mutation | where | from | to | caught by |", "|---|---|---|---|---|"]
-    for one in verdicts:
-        old, new = (f"`{_cell(text)}`" for text in (one.mutation.old, one.mutation.new))
-        by = _cell(one.said) if one.caught else "**survived**"
-        lines.append(f"| {one.mutation.name} | {one.mutation.file} | {old} | {new} | {by} |")
+    for verdict in verdicts:
+        old, new = (f"`{_cell(text)}`" for text in (verdict.mutation.old, verdict.mutation.new))
+        by = _cell(verdict.said) if verdict.caught else "**survived**"
+        lines.append(f"| {verdict.mutation.name} | {verdict.mutation.file} | {old} | {new} | {by} |")
     return "\n".join(lines) + "\n"
 
 
@@ -220,17 +221,17 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if every mutation that has no reason to survive was caught."""
+    """The exit status: 0 if every mutation without a reason to survive was caught."""
     parser = argparse.ArgumentParser(prog="python -m parity_tests.mutations", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
     parser.add_argument("--only", metavar="NAME", help="those whose name holds this")
     parser.add_argument("--update", action="store_true", help="write docs/mutations.md")
     chosen = parser.parse_args(arguments)
-    mutations = [one for one in MUTATIONS if chosen.only is None or chosen.only in one.name]
+    mutations = [mutation for mutation in MUTATIONS if chosen.only is None or chosen.only in mutation.name]
     if not mutations:
         parser.error(f"--only {chosen.only}: no mutation has that in its name")
     if chosen.list:
-        print("\n".join(f"{one.name:44} {one.file}" for one in mutations))
+        print("\n".join(f"{mutation.name:44} {mutation.file}" for mutation in mutations))
         return 0
     if chosen.update and chosen.only:
         parser.error("--update writes all of the table: leave --only out")
@@ -250,14 +251,14 @@ def main(arguments: list[str] | None = None) -> int:
                 return 2
         verdicts = []
         for mutation in mutations:
-            one = run(mutation, folder)
-            verdicts.append(one)
-            word = "caught" if one.caught else "SURVIVED"
-            print(f"{word:9}{one.seconds:6.1f} s  {mutation.name:44} {one.said[:120]}", flush=True)
-    print(f"{sum(one.caught for one in verdicts)} of {len(verdicts)} caught")
+            outcome = run(mutation, folder)
+            verdicts.append(outcome)
+            word = "caught" if outcome.caught else "SURVIVED"
+            print(f"{word:9}{outcome.seconds:6.1f} s  {mutation.name:44} {outcome.said[:120]}", flush=True)
+    print(f"{sum(verdict.caught for verdict in verdicts)} of {len(verdicts)} caught")
     if chosen.update:
         RESULT.write_text(render(verdicts))
-    return 0 if all(one.caught or one.mutation.reason for one in verdicts) else 1
+    return 0 if all(verdict.caught or verdict.mutation.reason for verdict in verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The mutations: a file, the text that stands in it exactly once, what takes its place, and what should catch it.
+"""The mutations: a file, a text that it has exactly once, the replacement, and the checks that must catch it.
 
 Long because it is one table and nothing else: a row a mutation, in the order of the files.
 """
@@ -664,4 +664,4 @@ OPTIMIZERS = [
 ]
 
 MUTATIONS = [*OPTIMIZERS, *CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]
-assert len({one.name for one in MUTATIONS}) == len(MUTATIONS), "names must be unique"
+assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS), "names must be unique"

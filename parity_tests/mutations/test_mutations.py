@@ -12,7 +12,7 @@ from parity_tests.mutations.mutation_table import MUTATIONS
 def test_no_mutation_is_stale() -> None:
     assert len(MUTATIONS) >= 40
     assert mutations.stale() == []
-    assert all(one.rows or one.family or one.tests for one in MUTATIONS), "nothing would catch it"
+    assert all(mutation.rows or mutation.family or mutation.tests for mutation in MUTATIONS), "nothing would catch it"
 
 
 def test_a_stale_one_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -32,10 +32,10 @@ def test_rows_columns_tests_and_families_exist() -> None:
     from parity_tests.table.family_cases import CASES
 
     families = {case.name for case in CASES}
-    for one in MUTATIONS:
-        assert set(one.rows) <= set(BY_NAME) and set(one.columns) <= set(COLUMN), one.name
-        assert one.family in {"", *families}, one.name
-        assert all((mutations.ROOT / test.split("::")[0]).exists() for test in one.tests), one.name
+    for mutation in MUTATIONS:
+        assert set(mutation.rows) <= set(BY_NAME) and set(mutation.columns) <= set(COLUMN), mutation.name
+        assert mutation.family in {"", *families}, mutation.name
+        assert all((mutations.ROOT / test.split("::")[0]).exists() for test in mutation.tests), mutation.name
 
 
 def test_listing_and_a_name_that_is_none(capsys: pytest.CaptureFixture) -> None:

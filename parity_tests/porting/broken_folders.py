@@ -1,4 +1,4 @@
-"""Ways to break a Hugging Face folder in several shards, each with what must be said of it."""
+"""Ways to break a sharded Hugging Face folder, each with a pattern for the error."""
 
 import json
 import struct
@@ -12,13 +12,13 @@ from jax_moe.porting.formats.safetensors import read_safetensors, write_safetens
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Changes config.json; None removes."""
+    """Changes config.json; None removes a field."""
     values = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
 def edit_shard(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
-    """Changes the tensors of one shard (and not the index)."""
+    """Changes the tensors of a shard, not the index."""
     file = shard(folder)
     state = read_safetensors(file)
     edit(state)
@@ -26,12 +26,12 @@ def edit_shard(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> N
 
 
 def shard(folder: Path) -> Path:
-    """The second of several."""
+    """The second shard."""
     return sorted(folder.glob("model-*.safetensors"))[1]
 
 
 def lie(folder: Path) -> None:
-    """A header that says more bytes than the file has."""
+    """Writes a header that promises more bytes than the file has."""
     raw = shard(folder).read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + size])
@@ -50,18 +50,18 @@ def reindex(folder: Path, edit: Callable[[dict[str, str]], None]) -> None:
 
 
 def spoil(state: dict[str, np.ndarray]) -> None:
-    """One NaN."""
+    """Puts a NaN into a tensor."""
     next(iter(state.values())).flat[1] = np.nan
 
 
 def misshape(state: dict[str, np.ndarray]) -> None:
-    """One row too many."""
+    """Adds a row to a tensor."""
     name = next(iter(state))
     state[name] = np.zeros((99, *state[name].shape[1:]), np.float32)
 
 
 def narrow(state: dict[str, np.ndarray]) -> None:
-    """Integers."""
+    """Makes a tensor one of integers."""
     state |= {name: value.astype(np.int8) for name, value in state.items()}
 
 

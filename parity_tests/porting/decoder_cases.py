@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def decoder(model_type: str, dtype: Any = "float32", **changes: Any) -> Decoder:
-    """A decoder of the family, every weight its own random number."""
+    """A decoder of the family with random weights."""
     config = DecoderConfig.grouped(**(SIZES | CONFIGS[model_type] | changes))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))
     generator = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def decoder(model_type: str, dtype: Any = "float32", **changes: Any) -> Decoder:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of all files."""
+    """{name: array} of all tensors in the folder."""
     return {
         name: value for file in sorted(folder.glob("*.safetensors")) for name, value in read_safetensors(file).items()
     }

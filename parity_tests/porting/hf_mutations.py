@@ -1,4 +1,4 @@
-"""What is done to a config.json to see whether both sides still read the same: every field, many values."""
+"""Mutations of a config.json, to see whether both sides read the same contract: every field, many values."""
 
 import math
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 from parity_tests.table.family_cases import COMMON, GRANITE, MIXTRAL, MULTIPLIERS, OLMOE, QWEN2, QWEN3, sizes
 
-ABSENT: Any = object()  # the key is taken out
+ABSENT: Any = object()  # the key is removed
 LAYERS, THETA = 2, 50.0
 ROPE = {"rope_type": "default", "rope_theta": THETA}
 OUTER: dict[str, Any] = {
@@ -34,11 +34,11 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {**OUTER, **sizes(24, 4, 4, LAYERS, **GRANITE), **MULTIPLIERS, "attention_bias": False},
 }
-# Anything at all, for every field.
+# Values tried for every field.
 ANY: tuple[Any, ...] = (
     ABSENT, None, 0, -1, 1, 2.5, "2", True, False, [], [0], {}, math.nan, math.inf, -math.inf, 10**31,
 )
-# Values that mean something, by field.
+# Meaningful values, by field.
 MORE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "relu", "swish", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "mish"),
     "num_attention_heads": (8,), "num_key_value_heads": (4,), "head_dim": (12,), "num_experts_per_tok": (3, 99),
@@ -49,7 +49,7 @@ MORE: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.5,), "attention_multiplier": (0.5,), "residual_multiplier": (1.5,),
     "logits_scaling": (4.0,),
 }
-# Fields that are not in the file yet.
+# Fields that the base does not have.
 ADDED: dict[str, tuple[Any, ...]] = {
     "num_experts": (3, 5, 6, 7), "num_local_experts": (3, 5, 6, 7), "rope_theta": (None, 20.0, math.inf),
     "head_dim": (None, 0, 6, 12),
@@ -66,7 +66,7 @@ LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
 LINEAR, DYNAMIC = {**ROPE, "rope_type": "linear", "factor": 4.0}, {**ROPE, "rope_type": "dynamic", "factor": 4.0}
 EXTRA = ("attention_factor", "beta_fast", "beta_slow", "mscale", "truncate", "partial_rotary_factor", "alpha")
 ROTARY_VALUES: tuple[Any, ...] = (ABSENT, None, 0, 0.5, 2, 3.5, -1.0, "2", True, [], math.nan, math.inf, 10**31)
-# Settings that belong together, each a set of changes.
+# Changes of several fields at once.
 TOGETHER: tuple[dict[str, Any], ...] = (
     {"rope_scaling": {"type": "linear", "factor": 4.0}},
     {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 20.0}},
@@ -105,7 +105,7 @@ TOGETHER: tuple[dict[str, Any], ...] = (
 
 
 def mutations(family: str) -> Iterator[dict[str, Any]]:
-    """Changes to the family's base; ABSENT takes a key out."""
+    """Changes to the family's base; ABSENT removes a key."""
     base = BASES[family]
     fields = [
         name for name in base if name not in ("architectures", "transformers_version", "dtype", "rope_parameters")
@@ -115,7 +115,7 @@ def mutations(family: str) -> Iterator[dict[str, Any]]:
     yield from ({name: value} for name, values in ADDED.items() if name not in base for value in values)
     for kind in (ROPE, LINEAR, DYNAMIC, YARN, LLAMA3):
         yield {"rope_parameters": kind}
-        if family == "mixtral":  # one reader serves all families: its values in one of them
+        if family == "mixtral":  # a single reader serves all families, so one family tries its values
             extra = EXTRA if kind is YARN else ("partial_rotary_factor", "attention_factor")
             for name in (*kind, *extra):
                 yield from ({"rope_parameters": without({**kind, name: value})} for value in ROTARY_VALUES)
@@ -123,5 +123,5 @@ def mutations(family: str) -> Iterator[dict[str, Any]]:
 
 
 def without(values: dict[str, Any]) -> dict[str, Any]:
-    """The same without what is ABSENT."""
+    """The values without ABSENT fields."""
     return {name: value for name, value in values.items() if value is not ABSENT}

@@ -49,7 +49,7 @@ def _moe(config: jax_moe.MoEConfig, rngs: nnx.Rngs, dtype: object) -> jax_moe.Mo
 
 
 def make(name: str, seed: int = 0, dtype: object = "float32") -> nnx.Module:
-    """A module whose every weight is another number (biases and norms too, so that a swap shows)."""
+    """A module whose weights are all different numbers (biases and norms too, so that a swap is noticed)."""
     module = nnx.eval_shape(lambda: MODULES[name][0](nnx.Rngs(0), jax.numpy.dtype(dtype)))
     draw = np.random.default_rng(seed)
     state = jax.tree.map(lambda x: jax.numpy.asarray(draw.standard_normal(x.shape), x.dtype), nnx.state(module))

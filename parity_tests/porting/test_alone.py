@@ -9,6 +9,7 @@ import pytest
 
 from jax_moe.disk import writing
 from jax_moe.locks import BusyError, Lock, alone, lock_of
+from parity_tests.cli.commands import names
 
 HOLD = """
 import sys, time
@@ -18,10 +19,6 @@ lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
@@ -81,7 +78,7 @@ def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_killed_between_moving_the_old_away_and_the_new_in(tmp_path: Path) -> None:
-    """The old folder comes back before anything is decided: then it is there, and is not replaced unasked."""
+    """The old folder is put back first; then it exists and is not replaced without overwrite."""
     target = tmp_path / "model"
     (tmp_path / ".model.0123abcd.part.old").mkdir()
     (tmp_path / ".model.0123abcd.part.old" / "weights").write_text("old")
@@ -99,7 +96,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is locked, and nothing is removed that might be alive."""
+    """Nothing is locked, and nothing that may be in use is removed."""
     fcntl = pytest.importorskip("fcntl", reason="Windows locks otherwise")
 
     def none(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Every dotted name that README and docs give is there after `import jax_moe` alone, and so is every submodule."""
+"""Every dotted name in README and docs exists after `import jax_moe` alone, and so does every submodule."""
 
 import importlib
 import pkgutil
@@ -14,8 +14,8 @@ import moe_parity
 
 ROOT = Path(__file__).parents[2]
 NAME = re.compile(r"(?<![\w./-])((?:jax_moe|torch_ref|moe_parity)(?:\.[A-Za-z_]\w*)+)")
-FILES = ("py", "md", "json", "svg", "html")  # of a path, not of a name
-# Each name in turn, with the package imported anew: what another name has loaded must not help.
+FILES = ("py", "md", "json", "svg", "html")  # suffixes of paths, not names
+# The package is imported anew for each name, so that modules loaded for another name do not help.
 CHECK = """
 import importlib, sys
 for name in sys.argv[1:]:
@@ -29,14 +29,14 @@ for name in sys.argv[1:]:
 
 
 def names() -> list[str]:
-    """Those of README and docs, sorted."""
+    """The dotted names in README and docs, sorted."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     found = {name for text in texts for name in NAME.findall(text)}
     return sorted(name for name in found if name.rpartition(".")[2] not in FILES)
 
 
 def resolved(*dotted: str) -> subprocess.CompletedProcess[str]:
-    """The check in a fresh interpreter."""
+    """Runs the check in a fresh interpreter."""
     return subprocess.run([sys.executable, "-c", CHECK, *dotted], cwd=ROOT, capture_output=True, text=True)
 
 

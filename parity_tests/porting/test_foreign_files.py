@@ -21,7 +21,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
 
 def refused(path: Path, **settings: Any) -> str:
-    """The one line of a checkpoint that must not load, and in little memory."""
+    """The error of a checkpoint that must not load: one line, raised in little memory."""
     tracemalloc.start()
     with pytest.raises(ValueError) as caught:
         load(path, **settings)
@@ -71,7 +71,7 @@ def test_git_lfs_pointers_and_adapters_are_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_saved_twice_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    """The single file counts where an index lies beside it (transformers' modeling_utils looks for it first)."""
+    """The single file counts if there is an index too (transformers' modeling_utils looks for it first)."""
     jax_moe.save_pretrained(decoder("mixtral"), tmp_path / "it", model_type="mixtral")
     expected = load(tmp_path / "it").weights
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}

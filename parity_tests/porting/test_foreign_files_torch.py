@@ -1,4 +1,4 @@
-"""`.pt` files as people have them, and files made to hurt."""
+"""`.pt` files of other projects, and hostile files."""
 
 import time
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_a_state_dict_in_a_trainers_dictionary(keys: tuple[str, ...], tmp_path: 
 
 
 def test_a_small_file_that_says_gigabytes(tmp_path: Path) -> None:
-    """1.6 kB that once took 9.7 GiB and 20 s."""
+    """A file of 1.6 kB that took 9.7 GiB and 20 s before this check."""
     torch.save({"phi": torch.zeros(1).expand(2 * 10**8, 2, 2)}, tmp_path / "x.pt")
     begin = time.perf_counter()
     assert "says 3,200,000,000 bytes ([200000000, 2, 2]) where 4 are stored" in refused(tmp_path / "x.pt")

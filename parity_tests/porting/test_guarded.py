@@ -1,4 +1,4 @@
-"""The readers of what comes from outside: small files that once passed a parser's own exception to the user."""
+"""Readers of input from outside: small files that made a parser's own exception reach the user."""
 
 import asyncio
 import gc
@@ -70,7 +70,7 @@ def test_an_array_of_orbax_beyond_the_memory_is_refused(tmp_path: Path, monkeypa
 
 
 def test_what_nobody_awaited_is_collected_before_the_loggers_are_heard_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Orbax leaves such tasks behind after an error; asyncio reports them when they are collected."""
+    """Orbax leaves unawaited tasks after an error; asyncio reports them when they are collected."""
 
     def fail() -> list[str]:
         with pytest.raises(OSError), orbax.quiet():

@@ -51,7 +51,7 @@ class RefusedError(Exception):
 
 
 class Reference:
-    """One family's tiny model; a config.json is tried with the base's weights."""
+    """A family's tiny model; each config.json is tried with its weights."""
 
     def __init__(self, family: str):
         self.family = family
@@ -69,7 +69,7 @@ class Reference:
         return self.kind._from_config(read, attn_implementation="eager", experts_implementation="eager").train()
 
     def run(self, values: dict[str, Any]) -> tuple[dict[str, np.ndarray], Any, dict[str, Any]]:
-        """Logits and loss, the rotary module, and the weights (drawn where the base's do not fit)."""
+        """Logits and loss, the rotary module, and the weights (drawn if the base's do not fit)."""
         try:
             model = self.make(values)
             shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -92,10 +92,10 @@ class Reference:
 
 @pytest.fixture(autouse=True)
 def silent() -> Any:
-    """transformers warns of much that is tried here. One thread."""
+    """Silences transformers' warnings, and uses one thread."""
     logging.disable(logging.WARNING)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small wait for each other otherwise
+    torch.set_num_threads(1)  # more threads slow down products this small
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -122,13 +122,13 @@ def ours(config: DecoderConfig, state: dict[str, Any], family: str) -> dict[str,
 def turned(config: DecoderConfig) -> list[np.ndarray]:
     """Cosines and sines of the first positions."""
     return [
-        np.asarray(one)
-        for one in rotations(jnp.arange(LENGTH)[None], config.rope, config.head_dim, jnp.dtype("float32"))
+        np.asarray(values)
+        for values in rotations(jnp.arange(LENGTH)[None], config.rope, config.head_dim, jnp.dtype("float32"))
     ]
 
 
 class Comparison:
-    """All mutations of one family."""
+    """All mutations of a family."""
 
     def __init__(self, family: str):
         self.family, self.reference = family, Reference(family)
@@ -137,7 +137,7 @@ class Comparison:
         self.seen: Counter = Counter()
 
     def numbers(self, config: DecoderConfig, state: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Ours, one run for each contract (rotary settings aside, training left out)."""
+        """Our numbers, a run per contract (without rotary settings and training settings)."""
         plain = config.with_attention(dropout=0.0)
         router = plain.moe.router
         if router.jitter_eps:
@@ -148,7 +148,7 @@ class Comparison:
         return self.runs[plain]
 
     def judge(self, changes: dict[str, Any]) -> str:
-        """What became of it: refused by one or both, or the same numbers. Raises MismatchError for others."""
+        """The result: refused by one or both sides, or equal numbers. Raises MismatchError for different numbers."""
         values = without({**BASES[self.family], **changes})
         where = f"{self.family}: {changes}"
         try:
@@ -178,7 +178,7 @@ class Comparison:
 
 @pytest.mark.parametrize("family", BASES)
 def test_every_field(family: str) -> None:
-    """The answer is transformers', or the field is refused; and enough is read that the first says something."""
+    """The numbers are transformers', or the field is refused; enough fields are read for this to mean something."""
     comparison, wrong = Comparison(family), []
     for changes in mutations(family):
         try:
@@ -199,7 +199,7 @@ def test_every_field(family: str) -> None:
     ids=str,
 )
 def test_a_setting_that_is_not_read_is_found(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that overlooks it."""
+    """The planted fault: a reader that ignores the setting."""
     comparison = Comparison("mixtral")
     assert comparison.judge(changes).startswith("same")
     family = FAMILIES["mixtral"]
@@ -213,13 +213,13 @@ def test_a_setting_that_is_not_read_is_found(changes: dict[str, Any], monkeypatc
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "huge"])
 def test_numbers_are_finite(value: Any) -> None:
-    """In config.json, each named; in a contract too, before anything is computed."""
+    """Refused by name in config.json, and in a contract before anything is computed."""
     names = ("rms_norm_eps", "router_aux_loss_coef", "attention_dropout", *MULTIPLIERS)
     for name in names:
         with pytest.raises(ValueError, match=f"{name}=.*must be a finite number") as caught:
             FAMILIES["granitemoe"].config(BASES["granitemoe"] | {name: value})
         assert len(str(caught.value)) < 300
-    if isinstance(value, int):  # no float: the types checked in tests refuse it first
+    if isinstance(value, int):  # not a float: the type checks of tests refuse it first
         return
     for name in ("theta", "factor", "attention_factor", "beta_fast", "mscale", "low_freq_factor"):
         with pytest.raises(ValueError, match=rf"{name}=.*must be"):

@@ -34,7 +34,7 @@ LIMIT = 2e-6  # measured: 4e-7 of the largest entry
 
 
 def block(name: str) -> Any:
-    """The layer as transformers makes it, its weights drawn."""
+    """transformers' layer with drawn weights."""
     prefix, kind, sizes = BLOCKS[name][:3]
     config = getattr(transformers, f"{prefix}Config")(hidden_size=WIDTH, experts_implementation="eager", **sizes)
     if name == "qwen3_moe":
@@ -47,7 +47,7 @@ def block(name: str) -> Any:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_by_itself(name: str) -> None:
-    """Loaded from memory the answer is the block's; back come the same bits; through the names on disk too."""
+    """Loaded from memory it gives the block's answer; back in memory and through disk names the bits are equal."""
     *_, config, memory, disk = BLOCKS[name]
     theirs = block(name)
     state = {key: value.numpy() for key, value in theirs.state_dict().items()}
@@ -78,7 +78,7 @@ def test_what_is_wrong_is_named_in_the_blocks_own_words() -> None:
 
 
 def test_gradients_under_the_blocks_names() -> None:
-    """A tree is named as the weights are."""
+    """A tree of gradients has the names of the weights."""
     layer = jax_moe.MoE(BLOCKS["mixtral"][3], rngs=nnx.Rngs(0))
     tree = nnx.state(layer, nnx.Param)
     named = jax_moe.to_torch(layer, tree, layout="hf_fused")

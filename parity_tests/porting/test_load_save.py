@@ -59,7 +59,7 @@ def test_a_folder_and_a_file_of_every_family(family: str, tmp_path: Path) -> Non
         assert names(tmp_path) == {"new"}
         return
     jax_moe.save(model, file)
-    again = jax_moe.load(file, **FILES[family])  # nothing is assumed, so nothing is warned of
+    again = jax_moe.load(file, **FILES[family])  # nothing is assumed, so there is no warning
     assert again.config == model.config
     check_exact(numbers(again), numbers(model), "file")
 
@@ -67,7 +67,7 @@ def test_a_folder_and_a_file_of_every_family(family: str, tmp_path: Path) -> Non
 def test_what_a_file_does_not_say_is_a_warning(tmp_path: Path) -> None:
     jax_moe.save(MODELS["makemoe"](), tmp_path / "model.safetensors")
     with pytest.warns(
-        UserWarning, match=r"assumed was capacity_factor=1\.0, dropout=0\.1; jax_moe\.load\(path, capacity"
+        UserWarning, match=r"does not store capacity_factor=1\.0, dropout=0\.1: assumed; jax_moe\.load\(path, capacity"
     ):
         assert jax_moe.load(tmp_path / "model.safetensors", top_k=1).config.top_k == 1
     with pytest.raises(ValueError, match=r"topk: must be one of top_k"):
@@ -80,13 +80,13 @@ def test_what_a_file_does_not_say_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_decoder_in_every_form(whole: Path, orbax: Path, tmp_path: Path) -> None:
-    one, two = jax_moe.load(whole), jax_moe.load(orbax)
-    check_exact(numbers(one), numbers(two), "Orbax")
-    jax_moe.save(one, tmp_path / "saved")
+    first, second = jax_moe.load(whole), jax_moe.load(orbax)
+    check_exact(numbers(first), numbers(second), "Orbax")
+    jax_moe.save(first, tmp_path / "saved")
     check_exact(weights(tmp_path / "saved"), weights(whole), "saved")
     assert {v.dtype.name for v in numbers(jax_moe.load(whole, "bfloat16")).values()} == {"bfloat16"}
     with pytest.raises(ValueError, match=r"must be a folder for a Hugging Face model, without the ending \.pt"):
-        jax_moe.save(one, tmp_path / "saved.pt")
+        jax_moe.save(first, tmp_path / "saved.pt")
     with pytest.raises(ValueError, match="model_type=None: must be one of"):
         jax_moe.save(decoder("mixtral"), tmp_path / "x")
     with pytest.raises(ValueError, match="dtype='int8'"):
@@ -149,7 +149,7 @@ def test_the_command_line_speaks_its_own_words(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By every command, for every family that leaves something open, with the option; and not when it is given."""
+    """Every command names each assumed setting and its option, for every family, and none that is given."""
     text = "abcdefghijk"
     (tmp_path / "text.txt").write_text(text)
     file = tmp_path / "a.safetensors"
@@ -190,7 +190,7 @@ def test_version_and_near_misses(whole: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.endswith("jax-moe: --lr is called --learning-rate here\n")
     tokens = ["generate", str(whole), "--tokens", "1,2", "--max-new-tokens", "2"]
     assert main([*tokens, "--sample-top-p", "0.5"]) == 0 and main([*tokens, "--top-p", "0.5"]) == 0
-    one, two = capsys.readouterr().out.split()
-    assert one == two
+    first, second = capsys.readouterr().out.split()
+    assert first == second
     assert main([*tokens, "--top-k", "5"]) == 1
     assert "--sample-top-k 5 samples from the 5 most likely tokens" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_a_temporary_folder_of_such_a_name_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_what_does_not_read_back_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted fault: Orbax writes one number differently. The checkpoint before it stays the newest."""
+    """A planted fault: Orbax writes a wrong number. The checkpoint before it stays the newest."""
     state, real = {"w": jnp.arange(6.0), "v": jnp.zeros(2)}, checkpoint.save_tree
     checkpoint.save(tmp_path, 5, state, {})
     for other in ({**state, "v": state["v"].at[1].set(1e-9)}, {"w": state["w"]}):

@@ -1,4 +1,4 @@
-"""What is at a path is asked once: the answer for every kind, and how often config.json is opened on the way."""
+"""`open_path` for every kind of path, and how often config.json is opened."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ _watched: dict[Path, int] = {}
 
 
 def _opened(event: str, arguments: tuple) -> None:
-    """Counts openings of files that are watched; an audit hook stays for as long as Python runs."""
+    """Counts openings of watched files; an audit hook cannot be removed."""
     if event == "open" and _watched and isinstance(arguments[0], str | Path) and Path(arguments[0]) in _watched:
         _watched[Path(arguments[0])] += 1
 
@@ -45,7 +45,7 @@ def openings(file: Path) -> Iterator[Callable[[], int]]:
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path]:
-    """A checkpoint of every kind that is made in no time."""
+    """A checkpoint of every kind that is made quickly."""
     jax_moe.save_pretrained(decoder("qwen2_moe"), tmp_path / "hf", model_type="qwen2_moe")
     save(Checkpoint("makemoe", make("makemoe"), "abcdefghijk"), tmp_path / "ours")
     write_safetensors(tmp_path / "block.safetensors", {f"module.{n}": v for n, v in mixtral_state().items()})
@@ -59,7 +59,7 @@ def summary(found: Found) -> tuple:
 
 def test_the_answer_of_every_kind(places: dict[str, Path]) -> None:
     found = {name: open_path(place) for name, place in places.items()}
-    assert {name: summary(one) for name, one in found.items()} == {
+    assert {name: summary(checkpoint) for name, checkpoint in found.items()} == {
         "hf": ("hf", "qwen2_moe", True, False, None, {}, None),
         "orbax": ("ours", "qwen2_moe", True, True, None, {}, None),
         "ours": ("ours", "makemoe", False, True, "abcdefghijk", {}, None),
@@ -68,7 +68,8 @@ def test_the_answer_of_every_kind(places: dict[str, Path]) -> None:
     assert found["hf"].config == found["orbax"].config == decoder("qwen2_moe").config
     assert found["ours"].config == TINY and found["block.safetensors"].config == presets.mixtral(8, 6, 4, 2)
     assert found["ours"].tensors.keys() == Checkpoint("makemoe", make("makemoe")).weights.keys()
-    assert all(one.run is None and one.optimizer is None and one.place == one.path for one in found.values())
+    assert {(each.run, each.optimizer) for each in found.values()} == {(None, None)}
+    assert all(each.place == each.path for each in found.values())
 
 
 def test_of_a_run_its_newest_weights_and_of_a_training_checkpoint_the_optimizer() -> None:
@@ -80,7 +81,7 @@ def test_of_a_run_its_newest_weights_and_of_a_training_checkpoint_the_optimizer(
 
 
 def test_tensors_are_read_when_they_are_asked_for(places: dict[str, Path]) -> None:
-    """The weights' file is gone by half: headers, shapes and contract are known all the same, a reading shows it."""
+    """The weights' file is cut in half: headers, shapes and contract are known, and reading raises."""
     found = open_path(places["hf"])
     name = "model.embed_tokens.weight"
     assert found.tensors[name].shape == (11, 8)
@@ -88,7 +89,7 @@ def test_tensors_are_read_when_they_are_asked_for(places: dict[str, Path]) -> No
     with file.open("r+b") as raw:
         raw.seek(file.stat().st_size - 4 * 88)
         raw.write(b"\xff" * (4 * 88))
-    assert not all(np.isfinite(one.read()).all() for one in found.tensors.values())
+    assert not all(np.isfinite(header.read()).all() for header in found.tensors.values())
 
 
 @pytest.mark.parametrize("name", ["hf", "orbax", "ours"])

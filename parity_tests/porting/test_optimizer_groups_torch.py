@@ -22,10 +22,9 @@ from jax_moe.porting.optimizer.groups import names_in_groups  # noqa: E402
 from jax_moe.porting.optimizer.own_file import load_optimizer  # noqa: E402
 from jax_moe.porting.state_dict import tree_plan  # noqa: E402
 from moe_cli.main import main  # noqa: E402
-from parity_tests.layers.test_unchosen_skip_torch import check_same_state  # noqa: E402
 from parity_tests.porting.decoder_cases import decoder  # noqa: E402
-from parity_tests.shared.compare import check_exact  # noqa: E402
 from parity_tests.shared.filled import filled  # noqa: E402
+from parity_tests.shared.state_dicts import check_same_state, check_same_weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick")
 STEPS = 2
@@ -43,7 +42,7 @@ def stepped(optimizer: Any) -> Any:
 
 
 def grouped(module: Any, **second: Any) -> tuple[Any, list[str]]:
-    """AdamW as nanoGPT makes it, matrices apart from the rest, after two steps; the names in the groups' order."""
+    """nanoGPT's AdamW, with matrices in a group of their own, after two steps; the names in the groups' order."""
     pairs = sorted(module.named_parameters(), key=lambda pair: pair[1].ndim < 2)
     matrices = [p for _, p in pairs if p.ndim >= 2]
     rest = {"params": [p for _, p in pairs if p.ndim < 2], **(second or {"weight_decay": 0.0})}
@@ -82,7 +81,7 @@ STATES: dict[str, Callable[[], optax.GradientTransformation]] = {
     ),
     "masked twice": lambda: optax.chain(
         optax.masked(optax.adamw(1e-3), matrices),
-        optax.masked(optax.adam(1e-3), lambda params: jax.tree.map(lambda one: not one, matrices(params))),
+        optax.masked(optax.adam(1e-3), lambda params: jax.tree.map(lambda mask: not mask, matrices(params))),
     ),
 }
 
@@ -105,7 +104,7 @@ def test_groups_that_differ_in_weight_decay(name: str) -> None:
 
 
 def test_the_next_step_is_torchs() -> None:
-    """With the mask and the injected learning rate that its user sets."""
+    """The next step with the user's mask and injected learning rate."""
     layer, module = layer_and_module()
     theirs, names = grouped(module)
     jax_moe.from_torch(layer, module.state_dict())
@@ -149,7 +148,7 @@ def test_what_one_optimizer_cannot_hold_is_refused() -> None:
 
 
 def test_the_layout_nearest_to_the_names() -> None:
-    """A Mixtral in transformers' memory: its experts are fused there, and are not on disk."""
+    """A Mixtral in transformers' memory, where experts are fused, unlike on disk."""
     model = decoder("mixtral")
     for table in tables_of(model):
         shapes = tree_plan(model, layout=table.name).their_shapes
@@ -169,7 +168,7 @@ CONFIG = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_he
 
 
 def test_a_training_file_in_nanogpts_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """There and back bit for bit, and into optax with a mask; the same groups as a Trainer's folder may have."""
+    """A round trip bit for bit, and into optax with a mask; a Trainer's folder may have such groups too."""
     module = torch_ref.MakeMoE(CONFIG)
     theirs, names = grouped(module)
     torch.save({"model": module.state_dict(), "optimizer": theirs.state_dict()}, tmp_path / "theirs.pt")
@@ -178,7 +177,7 @@ def test_a_training_file_in_nanogpts_groups(tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("theirs.pt", "back.pt"))
     check_same_state(after["optimizer"], before["optimizer"])
-    check_exact(*({n: v.numpy() for n, v in one["model"].items()} for one in (after, before)), "weights")
+    check_same_weights(after["model"], before["model"])
     assert main(["port", str(tmp_path / "back.pt"), str(tmp_path / "again")]) == 0
     model = filled(lambda: jax_moe.MakeMoE(CONFIG, rngs=nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -207,7 +206,7 @@ def test_names_of_groups() -> None:
             found = names_in_groups(state_dict(*groups, moments=moments), every, SHAPES)
             assert found == [name for group in groups for name in group]
     with pytest.raises(ValueError, match=r"of 2 and 3 parameters: must be .*\(3 and 2 or 2 and 3\), or named"):
-        # nothing tells it from the other, backwards
+        # it cannot be distinguished from the reverse order
         names_in_groups(state_dict(*by_dims, moments=False), every, SHAPES)
     with pytest.raises(ValueError, match=r"of 1 and 1 and 3 parameters: must be one of all 5"):
         names_in_groups(state_dict(["a.weight"], ["c.weight"], by_dims[1]), every, SHAPES)

@@ -1,4 +1,4 @@
-"""Weights both ways on numpy dicts and safetensors; needs no torch."""
+"""Weights both ways on numpy dicts and safetensors; needs no torch. Long because it tests every module and layout."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def test_original_names_and_numbers() -> None:
     model = jax_moe.from_torch(make("makemoe"), state)
     back = jax_moe.to_torch(model)
     verify(state, back, Path("makemoe"))
-    # written out, not through the tables: layer 2, head 1, expert 3
+    # checked by hand, not by the tables: layer 2, head 1, expert 3
     attention, moe = model.blocks.attention, model.blocks.moe
     assert (attention.key[...][2, :, 1] == state["blocks.2.sa.heads.1.key.weight"].T).all()
     assert (attention.value[...][2, :, 1] == state["blocks.2.sa.heads.1.value.weight"].T).all()
@@ -198,7 +198,7 @@ def test_a_tree_that_does_not_fit_is_refused() -> None:
 
 
 def test_engine_takes_fused_and_interleaved_parts() -> None:
-    """Rows for files that fuse what ours keeps apart, and the other way round."""
+    """Rows for files that fuse weights which we store separately, and the reverse."""
     rng = np.random.default_rng(0)
     E, D, F = 3, 4, 5
     ours = {
@@ -231,7 +231,7 @@ def test_safetensors_of_transposed_views_holds_the_right_numbers(tmp_path: Path)
     write_safetensors(tmp_path / "a.safetensors", {"a": view, "scalar": np.float32(3).reshape(())})
     back = read_state(tmp_path / "a.safetensors")
     assert (back["a"] == view).all() and back["scalar"].shape == ()
-    from safetensors.numpy import save_file  # the fault that this guards against
+    from safetensors.numpy import save_file  # the fault that `write_safetensors` avoids
 
     save_file({"a": view}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="differs in a"):
@@ -295,7 +295,7 @@ def test_a_bad_contract_is_one_line(change: dict, line: str) -> None:
 
 
 def test_a_layer_on_several_devices_keeps_its_placement() -> None:
-    """In its own process: the number of devices is fixed before jax starts."""
+    """In a subprocess: the number of devices is fixed before jax starts."""
     code = """
 import jax, numpy as np, jax_moe
 from flax import nnx
@@ -322,7 +322,7 @@ def test_checkpoint_names_its_weights() -> None:
 
 @pytest.mark.parametrize("dims", ["e F D", "e D D", "D F"])
 def test_a_row_with_other_dims_than_the_parameter_is_refused(dims: str) -> None:
-    """Though in shapes alone another order fits wherever two sizes are the same."""
+    """Shapes alone would allow another order if two sizes are equal."""
     layer = jax_moe.MoE(presets.mixtral(6, 6, 3, 2))
     rows = tuple(
         dataclasses.replace(row, our_dims=dims) if row.ours == "experts.up" else row for row in tables_of(layer)[0].rows

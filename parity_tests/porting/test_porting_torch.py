@@ -79,7 +79,7 @@ def test_tensors_keep_their_bits() -> None:
 
 
 def test_gradients_and_moments_take_torchs_names() -> None:
-    """One AdamW step of a tiny makeMoE in fp64, noise silenced: gradients, moments and weights by name."""
+    """An AdamW step of a tiny makeMoE in fp64 without noise: gradients, moments and weights by name."""
     tokens = np.random.default_rng(0).integers(0, 11, (2, 5))
     torch.manual_seed(0)
     reference = torch_ref.MakeMoE(TINY).double()

@@ -1,4 +1,4 @@
-"""Hugging Face folders without Hugging Face: names on disk, round trips, and every kind of broken folder."""
+"""Hugging Face folders without transformers: names on disk, round trips, and every kind of broken folder."""
 
 import json
 from pathlib import Path
@@ -29,14 +29,14 @@ def test_round_trip(model_type: str, dtype: str, tmp_path: Path) -> None:
     assert loaded.config == model.config
     assert {v.dtype.name for _, v in nnx.to_flat_state(nnx.state(loaded))} == {dtype}
     jax_moe.save_pretrained(loaded, tmp_path / "two")
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    check_exact(two, one, "saved again")
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    check_exact(second, first, "saved again")
     assert (tmp_path / "two" / "tokenizer.json").read_text() == "{}"
     assert (tmp_path / "two" / "config.json").read_bytes() == (tmp_path / "one" / "config.json").read_bytes()
     assert not (tmp_path / "two" / "model.safetensors.index.json").exists()
     index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == one.keys()
-    assert index["metadata"]["total_size"] == sum(v.nbytes for v in one.values())
+    assert index["weight_map"].keys() == first.keys()
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in first.values())
 
 
 def test_names_and_orientation() -> None:

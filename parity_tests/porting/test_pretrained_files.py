@@ -1,4 +1,4 @@
-"""One file of weights: written as the library would, read as views, and every lie in its header refused."""
+"""`.safetensors` files: written as by the library, read as views, every false header refused."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ SECOND = {**ENTRY, "data_offsets": [8, 16]}
 
 
 def state() -> dict[str, np.ndarray]:
-    """All dtypes, an empty tensor, a number, names that JSON escapes, a view that is not contiguous."""
+    """Tensors of all dtypes: empty, a scalar, with names that JSON escapes, and a view that is not contiguous."""
     generator = np.random.default_rng(0)
     drawn = {f"b.{code}": generator.normal(size=(3, 5)).astype(dtype) for code, dtype in DTYPES.items()}
     view = generator.normal(size=(4, 6)).astype(np.float32).T
@@ -37,7 +37,7 @@ def state() -> dict[str, np.ndarray]:
 
 
 def headers(values: dict[str, np.ndarray]) -> dict[str, Header]:
-    """What is to be written."""
+    """The headers of arrays to write."""
     return {  # type: ignore[misc]
         name: Header(value.shape, value.dtype, lambda value=value: value) for name, value in values.items()
     }
@@ -57,18 +57,18 @@ def test_the_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checked", [1 << 24, 64])
 def test_a_bit_that_differs_is_found(checked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole tensors and, above `checked` bytes, some rows at a time."""
+    """Compared as whole tensors or, above `checked` bytes, some rows at a time."""
     monkeypatch.setattr(tensor_file, "CHECKED_BYTES", checked)
-    one, two = np.arange(65, dtype=np.float32).reshape(13, 5), np.ones((2, 3), np.float16)
-    write_tensors(tmp_path / "x.safetensors", headers({"one": one, "two": two}))
+    first, second = np.arange(65, dtype=np.float32).reshape(13, 5), np.ones((2, 3), np.float16)
+    write_tensors(tmp_path / "x.safetensors", headers({"one": first, "two": second}))
     with safe_open(tmp_path / "x.safetensors", framework="np") as file:
-        assert reads_as(file, "one", one) and reads_as(file, "two", two)
-        assert not reads_as(file, "one", one + np.float32(1e-3) * (one == 64))
-        assert not reads_as(file, "two", two.T) and not reads_as(file, "one", one.view(np.int32))
+        assert reads_as(file, "one", first) and reads_as(file, "two", second)
+        assert not reads_as(file, "one", first + np.float32(1e-3) * (first == 64))
+        assert not reads_as(file, "two", second.T) and not reads_as(file, "one", first.view(np.int32))
 
 
 def test_a_file_that_does_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header says another dtype than the data have."""
+    """The header gives another dtype than the data."""
     monkeypatch.setitem(tensor_file.CODES, DTYPES["F16"], "BF16")
     values = {"b": np.ones(3, np.float16), "a": np.ones(3, np.float32)}
     with pytest.raises(ValueError, match=r"x.safetensors: must read back as written; differs in b$"):
@@ -84,7 +84,7 @@ def test_more_than_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def text(header: Any) -> bytes:
-    """The header as it stands in a file."""
+    """The bytes of a header in a file."""
     return header if isinstance(header, bytes) else json.dumps(header).encode()
 
 
@@ -149,7 +149,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
 
 
 def damage(raw: bytes, cut: int, flips: list[tuple[int, int]]) -> bytes:
-    """Without the last `cut` bytes, some bits of some bytes turned."""
+    """The bytes without the last `cut` of them, with some bits flipped."""
     spoilt = bytearray(raw[: len(raw) - cut])
     for place, bits in flips:
         if spoilt:
@@ -165,7 +165,7 @@ FLIPS = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 255)), max_size=
 def test_a_damaged_header_is_refused_or_says_the_same(
     tiny: tuple[Path, dict[str, bytes], dict[str, bytes]], cut: int, flips: list[tuple[int, int]]
 ) -> None:
-    """Never another exception: what opens has whole tensors, and under names that are unchanged the same ones."""
+    """Only ValueError is raised; a file that opens has whole tensors, equal under unchanged names."""
     folder, raw, before = tiny
     file = folder / "model.safetensors"
     (size,) = struct.unpack("<Q", raw[file.name][:8])
@@ -215,7 +215,7 @@ def test_a_damaged_config_is_refused_or_loads(
 def test_a_config_far_beyond_its_tensors(
     tiny: tuple[Path, dict[str, bytes], dict[str, bytes]], changes: dict[str, int], message: str
 ) -> None:
-    """Refused before anything of that size is made."""
+    """It is refused before anything of that size is made."""
     folder, raw, _ = tiny
     try:
         (folder / "config.json").write_text(json.dumps(json.loads(raw["config.json"]) | changes))
@@ -238,7 +238,7 @@ def test_finite(dtype: np.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_large_transposed_pieces(dtype: str) -> None:
-    """Above the size at which strips are copied; a window holds its part of the whole."""
+    """Arrays large enough to be copied in strips; a window is that part of the whole."""
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     theirs = np.random.default_rng(0).normal(size=(2 * 130, 150)).astype(kind)
     piece = Piece("t", "o", (2, 130, 150), (1, slice(None), slice(None)), (0, slice(None), slice(None)), (1, 0))

@@ -1,4 +1,4 @@
-"""What conversion may cost and what stops it: memory, a full disk, values that are no numbers or do not fit."""
+"""Limits of conversion: memory, a full disk, NaN, and values that a dtype cannot hold."""
 
 import os
 import re
@@ -27,7 +27,7 @@ from parity_tests.shared.compare import check_exact
 
 @contextmanager
 def traced() -> Iterator[dict[str, int]]:
-    """numpy's memory at its peak beyond what is held at the end; jax's own is not seen, the library's bytes are."""
+    """numpy's peak memory beyond that held at the end; it includes the library's bytes but not jax's."""
     found: dict[str, int] = {}
     tracemalloc.start()
     try:
@@ -58,7 +58,7 @@ def test_peak_memory(model_type: str, tmp_path: Path) -> None:
     not Path("/proc/self/status").exists(), reason="only Linux says how much of its files a process holds"
 )
 def test_comparing_a_shard_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of 24 MiB, which is opened anew for every 4: no more than two such parts are ever held."""
+    """A file of 24 MiB is opened anew every 4 MiB: at most two such parts are held."""
     held: list[int] = []
 
     def read() -> np.ndarray:
@@ -77,7 +77,7 @@ def test_comparing_a_shard_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before anything is written; and where the disk fills all the same, what was there stays."""
+    """A full disk is noticed before anything is written; if the disk fills later, existing files stay."""
     model = decoder("mixtral")
     jax_moe.save_pretrained(model, tmp_path / "model", model_type="mixtral")
     before = weights(tmp_path / "model")
@@ -98,7 +98,7 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(disk.os, "replace", fail)
         with pytest.raises(ValueError, match=r"model: cannot be written \(No space left"):
-            # the old folder was moved away and cannot be moved back either: it is left beside, whole
+            # the old folder was moved away and cannot be moved back: it stays there, whole
             jax_moe.save_pretrained(model, tmp_path / "model", model_type="mixtral", overwrite=True)
     (left,) = tmp_path.iterdir()
     check_exact(weights(left), before, "left")
@@ -125,7 +125,7 @@ def test_a_replacement_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_nan_can_be_let_through(tmp_path: Path) -> None:
-    """Bit for bit: which NaN it was as well. Otherwise every tensor that holds one is named."""
+    """Bit for bit, including the NaN's payload. Otherwise every tensor with NaN is named."""
     jax_moe.save_pretrained(decoder("mixtral", "bfloat16"), tmp_path / "model", model_type="mixtral")
     file = tmp_path / "model" / "model.safetensors"
     state = read_safetensors(file)

@@ -1,4 +1,4 @@
-"""Weights straight to their place on a mesh: four virtual devices in a process of their own."""
+"""Weights read straight onto a mesh of four virtual devices, in a subprocess."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ assert all(value.is_fully_replicated and len(value.devices()) == 4 for value in 
 odd = arrays(jax_moe.load_pretrained(folder, mesh=sharding.expert_mesh(3)))
 assert all(value.is_fully_replicated and len(value.devices()) == 3 for value in odd.values())
 """
-TOLERANCE = 1e-6  # relative; measured 0, each expert being whole on one device; another order of sums is 1e-7
+TOLERANCE = 1e-6  # relative; measured 0, as each expert is whole on a device; another order of sums gives 1e-7
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "granitemoe"])
@@ -89,7 +89,7 @@ def test_only_the_windows_of_the_devices_are_made() -> None:
 
 
 def test_fetch_takes_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From host memory, from the pieces of a mesh, and cut out on a device before it comes to the host."""
+    """From host memory, from the shards of a mesh, and cut out on a device before the copy to the host."""
     values = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
     array = jax.numpy.asarray(values)
     for index in ((1, 2, slice(None)), (slice(None), 3, slice(None)), (slice(None),) * 3):
@@ -111,7 +111,7 @@ def test_meshes_that_are_refused() -> None:
 
 
 def test_a_dim_is_split_by_its_letter() -> None:
-    """Wherever it stands; routers and what the mesh does not divide are whole; two dims on one axis are refused."""
+    """A dim is split at any position; routers and indivisible dims are whole; two dims on an axis are refused."""
     mesh, whole = AbstractMesh((2, 4), ("data", "expert")), PartitionSpec()
     for dims, shape, role, expected in (
         ("L E D F", (3, 8, 6, 5), "expert", PartitionSpec(None, "expert", None, None)),

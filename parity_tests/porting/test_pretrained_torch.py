@@ -21,7 +21,7 @@ from parity_tests.shared.compare import check_exact  # noqa: E402
 
 
 class Malicious:
-    """Unpickled, it would write a file."""
+    """An object that would write a file when unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -33,7 +33,7 @@ class Malicious:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sharded .safetensors folder that nobody changes."""
+    """A sharded .safetensors folder, which tests do not change."""
     folder = tmp_path_factory.mktemp("whole") / "model"
     model = decoder("granitemoe", request.param, num_layers=2)
     jax_moe.save_pretrained(model, folder, model_type="granitemoe", max_shard_bytes=1500)
@@ -56,21 +56,21 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_sharded_single_and_old(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """Saved again as .safetensors the tensors are the same; the format from before PyTorch 1.6 is read as well."""
+    """Saved as .safetensors the tensors are equal; the format from before PyTorch 1.6 is read as well."""
     state = {name: numpy_to_tensor(value) for name, value in weights(whole).items()}
     assert len(list(folder.glob("*.bin"))) > 1
     single, old = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("single", "old"))
-    for one, zipped in ((single, True), (old, False)):
-        for file in one.glob("pytorch_model*"):
+    for place, zipped in ((single, True), (old, False)):
+        for file in place.glob("pytorch_model*"):
             file.unlink()
-        torch.save(state, one / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    for one in (folder, single, old):
-        jax_moe.save_pretrained(jax_moe.load_pretrained(one), tmp_path / "saved", overwrite=True)
-        check_exact(weights(tmp_path / "saved"), weights(whole), one.name)
+        torch.save(state, place / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    for place in (folder, single, old):
+        jax_moe.save_pretrained(jax_moe.load_pretrained(place), tmp_path / "saved", overwrite=True)
+        check_exact(weights(tmp_path / "saved"), weights(whole), place.name)
 
 
 def test_tensors_are_mapped_not_read(tmp_path: Path) -> None:
-    """A change in the file after it was opened is seen: nothing was read before its turn."""
+    """A change of the file after opening is seen: tensors are read on demand."""
     file = tmp_path / "x.bin"
     torch.save({"a": torch.zeros(2000)}, file)
     shape, dtype, read = map_pt(file)["a"]

@@ -1,4 +1,4 @@
-"""One reader of texts and one of tokenizers: the same file gives the same characters and tokens to every command."""
+"""A single reader of texts and of tokenizers: a file gives equal characters and tokens to every command."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def test_a_text_of_windows_has_the_same_characters_everywhere(tmp_path: Path) ->
 
 
 def test_a_run_of_the_first_version_keeps_its_characters(tmp_path: Path) -> None:
-    """It kept carriage returns and the mark of the byte order; its text is known by the sha256 of the file."""
+    """It kept carriage returns and the byte order mark; the sha256 of the file identifies its text."""
     path = tmp_path / "crlf.txt"
     raw = b"\xef\xbb\xbf" + WORDS.replace("\n", "\r\n").encode()
     path.write_bytes(raw)
@@ -118,7 +118,7 @@ def test_a_model_s_characters_are_kept_where_a_text_has_fewer(tmp_path: Path) ->
 
 
 def write_tokenizer(folder: Path, **changes: object) -> Path:
-    """tokenizer.json of three words, padded to 32 and cut at 2, or changed."""
+    """A tokenizer.json of three words that pads to 32 and truncates to 2, with changes."""
     pytest.importorskip("tokenizers", reason="needs the extra 'text': tokenizers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -132,7 +132,7 @@ def write_tokenizer(folder: Path, **changes: object) -> Path:
 
 
 def test_padding_and_truncation_of_a_file_are_not_obeyed(tmp_path: Path) -> None:
-    """Neither by training nor by a prompt."""
+    """Neither training nor a prompt pads or truncates."""
     tokenizer = text.read_tokenizer(write_tokenizer(tmp_path))
     assert text.encode(tokenizer, "the fox the dog") == [0, 1, 0, 2] == text.tokens_of(tokenizer, "the fox the dog")
     (tmp_path / "text.txt").write_text("the fox " * 50)

@@ -40,7 +40,7 @@ TUNED = "--pretrained tiny --data tokens.npy --steps 4 --batch-size 2 --block-si
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of four steps, with checkpoints after two and four."""
+    """Two runs of four steps, with checkpoints after steps two and four."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(TEXT)
     np.save(folder / "tokens.npy", np.arange(600, dtype=np.uint16) % 11)
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def killed(run: Path, target: Path, step: int = 2) -> Path:
-    """The run as a kill after that step would have left it."""
+    """The run as left by a kill after that step."""
     shutil.copytree(run, target)
     for name in ("model.safetensors", "sample.txt"):
         (target / name).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def test_a_finished_fine_tune(place: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_killed_fine_tune(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its newest checkpoint, in the dtypes of the folder that it began with; every command reads it."""
+    """Every command reads its newest checkpoint, in the dtypes of the folder that it began with."""
     last = killed(place / "tuned", tmp_path / "last", step=4)
     check_exact(numbers(jax_moe.load(last)), numbers(jax_moe.load(place / "tuned")), "the last checkpoint")
     run = killed(place / "tuned", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""A text printed token by token is the text that the tokenizer makes of all tokens, for every kind of decoder."""
+"""A text printed token by token equals the decoded text of all tokens, for every kind of decoder."""
 
 import random
 from typing import Any
@@ -18,7 +18,7 @@ FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2's and Qwen's: bytes, so that a character may lie in several tokens."""
+    """As for GPT-2 and Qwen: bytes, so that a character may span several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -30,7 +30,7 @@ def byte_level() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """As T5's: a mark for each space, the first of them taken away."""
+    """As for T5: a mark for each space; the first is removed."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.train_from_iterator(
@@ -40,7 +40,7 @@ def metaspace() -> Tokenizer:
 
 
 def fallback() -> Tokenizer:
-    """As Llama's and Mixtral's: marks for spaces, bytes for what is not in the vocabulary."""
+    """As for Llama and Mixtral: marks for spaces, bytes for characters outside the vocabulary."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Sequence(FALLBACK)
     trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=[*SPECIAL, *BYTES], show_progress=False)
@@ -49,7 +49,7 @@ def fallback() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """As BERT's, which takes away spaces before punctuation."""
+    """As for BERT, which removes spaces before punctuation."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))  # type: ignore[call-arg]
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     tokenizer.train_from_iterator(
@@ -68,14 +68,14 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def printed(tokenizer: Any, prompt: list[int], new: list[int]) -> tuple[list[str], str]:
-    """The pieces, and what was left at the end."""
+    """The pieces, and the rest at the end."""
     stream = TextStream(tokenizer, prompt)
     return [stream.add(token) for token in new], stream.rest()
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_cut_anywhere(tokenizer: Tokenizer, text: str) -> None:
-    """Prompt, pieces and rest are the whole."""
+    """Prompt, pieces and rest join to the whole text."""
     tokens = tokenizer.encode(text).ids
     for cut in range(len(tokens) + 1):
         pieces, rest = printed(tokenizer, tokens[:cut], tokens[cut:])
@@ -86,7 +86,7 @@ def test_text_cut_anywhere(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_the_space_of_a_mark_is_kept() -> None:
-    """The text whose space was lost: "g café" after the prompt "g"."""
+    """A text that lost its space: "g café" after the prompt "g"."""
     tokenizer = metaspace()
     tokens = tokenizer.encode("g café").ids
     cut = len(tokenizer.encode("g").ids)
@@ -95,19 +95,19 @@ def test_the_space_of_a_mark_is_kept() -> None:
 
 
 def test_random_tokens(tokenizer: Tokenizer) -> None:
-    """Special tokens, halves of characters and bytes that are none, from an empty prompt and after a letter."""
+    """Special tokens, halves of characters and invalid bytes, from an empty prompt and after a letter."""
     generator, begin = random.Random(0), tokenizer.encode("g").ids
     for _ in range(300):
         tokens = [generator.randrange(tokenizer.get_vocab_size()) for _ in range(generator.randrange(1, 12))]
         for prompt in ([], begin):
             before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + tokens)
             pieces, rest = printed(tokenizer, prompt, tokens)
-            if whole.startswith(before):  # a decoder may take away a space that it had put there
+            if whole.startswith(before):  # a decoder may remove a space that it had added
                 assert before + "".join(pieces) + rest == whole, (tokens, pieces, rest)
 
 
 def test_half_a_character_waits() -> None:
-    """An emoji in several tokens comes whole; cut short it comes at the end, as the whole text has it."""
+    """An emoji of several tokens is printed whole; an incomplete emoji at the end, as in the decoded text."""
     tokenizer = byte_level()
     face = tokenizer.encode("🙈").ids
     many = len(face)
@@ -121,7 +121,7 @@ def test_half_a_character_waits() -> None:
 
 
 def test_a_token_that_changes_what_was_printed() -> None:
-    """A decoder that takes a printed space away: printing goes on behind it and no piece is lost or an error."""
+    """A decoder that removes a printed space: printing continues after it without a lost piece or an error."""
 
     class Tokens:
         """Decodes `a`, then `a b`, then `ab`."""

@@ -33,7 +33,7 @@ from parity_tests.porting.porting_cases import makemoe_state, mixtral_state
             ["blocks.0._orig_mod.smoe.x", "blocks.1._fsdp_wrapped_module.smoe.x"],
             ["_fsdp_wrapped_module.", "_orig_mod."],
         ),
-        (["model.a", "model.b"], []),  # nothing that is known comes out: it stays
+        (["model.a", "model.b"], []),  # the rest are no known names: the prefix stays
         (["model.layers.0.a", "model.norm"], []),
         (["module.phi", "other"], []),
     ],
@@ -57,7 +57,7 @@ def test_a_dictionary_says_what_stood_beside() -> None:
     assert opened.note == 'from "model.module" of a dictionary (beside it: the optimizer\'s state)' and opened.optimizer
     assert open_dictionary({"w": 1}).note is None
     around: dict[str, Any] = {}
-    around["model"] = around  # in itself
+    around["model"] = around  # it holds itself
     assert open_dictionary(around).within.count("model") < 20
 
 
@@ -84,7 +84,7 @@ def test_a_hugging_face_folder_with_a_wrapper_in_its_names(
 
 
 def test_an_adapter_beside_a_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers would add it to the weights."""
+    """transformers would add the adapter to the weights."""
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     for command in ("inspect", "parity", "generate"):
         assert "merge_and_unload()" in fails(capsys, command, folder)
@@ -170,8 +170,8 @@ def test_the_batch_of_parity_is_read_by_the_guarded_reader(tmp_path: Path) -> No
 
 def test_names_twice_in_a_header_are_cut(tmp_path: Path) -> None:
     name = "y" * 9000
-    one = f'"{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
-    text = f"{{{one},{one}}}"
+    entry = f'"{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    text = f"{{{entry},{entry}}}"
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode())
     with pytest.raises(ValueError, match="must be a whole") as caught:
         map_tensors(tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""`.pt` files of trainers: dictionaries opened and said so, optimizers that are none, tensors that are no arrays."""
+"""`.pt` files of trainers: opened dictionaries, invalid optimizers, and tensors that are no plain arrays."""
 
 import re
 import zipfile
@@ -27,7 +27,7 @@ def state() -> dict[str, Any]:
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> str:
-    """What the commands say of a file, all the same."""
+    """The error of a file, equal for all commands."""
     lines = {fails(capsys, command, path) for command in ("inspect", "generate", "parity")}
     lines.add(fails(capsys, "port", path, tmp_path / "out"))
     assert len(lines) == 1, lines
@@ -105,7 +105,7 @@ def test_dictionaries_of_trainers_are_opened_and_said(
 
 
 def trained(words: tuple[str, str], prefix: str = "", named: bool = False) -> dict[str, Any]:
-    """A training file of a loop around a wrapped module, after one step."""
+    """A training file of a wrapped module after a step."""
     parameters = {n: torch.nn.Parameter(v.clone()) for n, v in state().items() if not n.endswith("tril")}
     given = [(f"{prefix}{n}", p) for n, p in parameters.items()]
     optimizer = torch.optim.AdamW(given if named else [p for _, p in given], lr=1e-3)
@@ -129,10 +129,10 @@ def test_training_files_under_other_words_and_prefixes(
         assert main(["port", str(file), str(file.with_suffix(".out.pt")), *SETTINGS]) == 0
     printed = capsys.readouterr().out
     assert "optimizer state (exp_avg and exp_avg_sq) after 1 steps" in printed and "names without _orig_mod." in printed
-    one, two = (torch.load(file.with_suffix(".out.pt"), weights_only=True) for file in (plain, wrapped_file))
-    assert one["model"].keys() == two["model"].keys() and one["epoch"] == two["epoch"] == 2
-    for i, entry in one["optimizer"]["state"].items():
-        assert all(torch.equal(entry[word], two["optimizer"]["state"][i][word]) for word in entry)
+    first, second = (torch.load(file.with_suffix(".out.pt"), weights_only=True) for file in (plain, wrapped_file))
+    assert first["model"].keys() == second["model"].keys() and first["epoch"] == second["epoch"] == 2
+    for i, entry in first["optimizer"]["state"].items():
+        assert all(torch.equal(entry[word], second["optimizer"]["state"][i][word]) for word in entry)
 
 
 def test_generate_reads_a_training_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ FAMILY = {
 
 
 class Answer(NamedTuple):
-    """One run: output and gradient (all parameters in one vector) in fp64, and every token's experts, [L, B, T, K]."""
+    """A run: output and gradient (all parameters as one vector) in fp64, and every token's experts [L, B, T, K]."""
 
     output: np.ndarray
     gradient: np.ndarray
@@ -60,7 +60,7 @@ Run = Callable[[str, np.ndarray | None], Answer | None]
 
 
 class Subject(NamedTuple):
-    """What is measured: both sides, and what the other side is."""
+    """A measured module: both sides, and the name of the PyTorch side."""
 
     name: str
     reference: str
@@ -69,13 +69,13 @@ class Subject(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Errors on its own choices and on the truth's, and how many of the truth's were not made."""
+    """Errors on its own choices and on the truth's, and the share of choices that differ from the truth's."""
 
     own: float  # of the output, on its own choices
     replayed: float  # on the truth's
     own_gradient: float
     replayed_gradient: float
-    flipped: float  # share of tokens and layers whose set of experts is another than the truth's
+    flipped: float  # share of tokens and layers whose set of experts differs from the truth's
 
 
 def cast(make: Callable, mode: str, weights: Any = None) -> Any:
@@ -97,14 +97,14 @@ def cast(make: Callable, mode: str, weights: Any = None) -> Any:
 
 
 def with_router(config: jax_moe.MoEConfig, mode: str) -> jax_moe.MoEConfig:
-    """In plain bf16 the router's linear map is in bf16 as well, under "mixed" in fp32; otherwise as it was."""
+    """The contract with the router's linear map in bf16 for plain bf16, in fp32 for "mixed", unchanged otherwise."""
     dtype = {"bfloat16": "input", "mixed": "float32"}.get(mode, config.router.dtype)
     return dataclasses.replace(config, router=dataclasses.replace(config.router, dtype=dtype))
 
 
 @contextmanager
 def routed(replay: np.ndarray | None, batch: tuple[int, int]) -> Iterator[list[np.ndarray]]:
-    """Every choice that `torch_ref` makes, in order; replayed ones in their place if they are given."""
+    """Collects every choice that `torch_ref` makes, in order; with `replay` it makes those."""
     made, right = [], torch_ref.moe.route
 
     def route(logits: Any, config: Any, bias: Any = None, given: Any = None) -> Any:
@@ -119,12 +119,12 @@ def routed(replay: np.ndarray | None, batch: tuple[int, int]) -> Iterator[list[n
 
 
 def wide_numpy(value: Any) -> np.ndarray:
-    """fp64, from either framework."""
+    """An array of either framework in fp64."""
     return value.detach().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value).astype(np.float64)
 
 
 def signs(shape: tuple[int, ...]) -> np.ndarray:
-    """What an output is multiplied with before it is summed and differentiated: +1 and -1, exact in every precision."""
+    """Factors of an output before it is summed and differentiated: +1 and -1, exact in every precision."""
     return np.random.default_rng(5).choice(np.array([-1.0, 1.0], np.float32), shape)
 
 
@@ -144,18 +144,19 @@ def theirs_differentiated(module: torch.nn.Module, output: torch.Tensor) -> tupl
     """(output, gradient) after a run."""
     (output * torch.from_numpy(signs(tuple(output.shape))).to(output.dtype)).sum().backward()
     gradients = {
-        name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in module.named_parameters()
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in module.named_parameters()
     }
     return wide_numpy(output), one_vector(gradients)
 
 
 def one_vector(named: dict[str, Any]) -> np.ndarray:
-    """All of them, in the order of their names."""
+    """All arrays as one vector, in the order of their names."""
     return np.concatenate([wide_numpy(named[name]).reshape(-1) for name in sorted(named)])
 
 
 def layer() -> Subject:
-    """One Mixtral layer."""
+    """A Mixtral layer."""
     def make(dtype: Any) -> jax_moe.MoE:
         return jax_moe.MoE(LAYER, rngs=nnx.Rngs(0), param_dtype=dtype)
 
@@ -181,7 +182,7 @@ def layer() -> Subject:
 
 
 def model() -> Subject:
-    """makeMoE, four layers, its capacity dropping tokens."""
+    """makeMoE with four layers and a capacity that drops tokens."""
     def make(dtype: Any) -> jax_moe.MakeMoE:
         return jax_moe.MakeMoE(MODEL, rngs=nnx.Rngs(0), param_dtype=dtype)
 
@@ -213,7 +214,7 @@ def model() -> Subject:
 
 
 def load(reference: torch.nn.Module, module: nnx.Module) -> None:
-    """Our weights, each in its own dtype."""
+    """Loads our weights into the reference, each in its own dtype."""
     state = {name: tensor(value) for name, value in jax_moe.to_torch(module).items()}
     reference.load_state_dict(state, strict=True, assign=True)
 
@@ -224,7 +225,7 @@ def torch_dtype(mode: str) -> torch.dtype:
 
 
 def family(folder: Path) -> Subject:
-    """A Mixtral of four layers as transformers makes it."""
+    """A Mixtral of four layers that transformers made."""
     import transformers
 
     from parity_tests.table.family_cases import draw_weights
@@ -291,7 +292,8 @@ def cell(run: Run, mode: str, truth: Answer) -> Cell | None:
         return None
     other = (np.sort(own.choices, axis=-1) != np.sort(truth.choices, axis=-1)).any(axis=-1)
     errors = [
-        error(getattr(one, part), getattr(truth, part)) for part in ("output", "gradient") for one in (own, replayed)
+        error(getattr(answer, part), getattr(truth, part))
+        for part in ("output", "gradient") for answer in (own, replayed)
     ]
     return Cell(*errors, float(other.mean()))
 
@@ -330,21 +332,22 @@ def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]
         ]
         for mode, sides in cells.items():
             both = (("JAX", sides["jax"]), (subject.reference, sides["torch"]))
-            lines += [f"| {mode} | {who} | {_cell(one)} |" for who, one in both]
+            lines += [f"| {mode} | {who} | {_cell(entry)} |" for who, entry in both]
         lines.append("")
     return "\n".join(lines)
 
 
-def _cell(one: Cell | None) -> str:
-    if one is None:
+def _cell(entry: Cell | None) -> str:
+    if entry is None:
         return " | ".join("-----")
     return (
-        f"{one.own:.1e} | {one.replayed:.1e} | {one.own_gradient:.1e} | {one.replayed_gradient:.1e} | {one.flipped:.2%}"
+        f"{entry.own:.1e} | {entry.replayed:.1e} | {entry.own_gradient:.1e} | {entry.replayed_gradient:.1e} | "
+        f"{entry.flipped:.2%}"
     )
 
 
 def plot(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) -> None:
-    """A panel a subject, outputs above and gradients below; bars of both sides, pale on the truth's choices."""
+    """A panel per subject, outputs above, gradients below; bars of both sides, pale for the truth's choices."""
     import matplotlib
 
     matplotlib.use("Agg")

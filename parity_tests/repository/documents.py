@@ -17,12 +17,12 @@ from train import loop, plots
 
 ROOT = Path(__file__).parents[2]
 STARTS = ("make ", "jax-moe ", "python ", ".venv/bin/")  # of a line that is a command
-HEAVY = r"\b(import .*torch|torch_ref|transformers|moe_parity|jax-moe parity|model\.pt)\b"  # what may not be installed
+HEAVY = r"\b(import .*torch|torch_ref|transformers|moe_parity|jax-moe parity|model\.pt)\b"  # needs optional packages
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some code of a document."""
+    """A code block of a document."""
 
     document: str
     line: int
@@ -54,13 +54,13 @@ def blocks(document: str, text: str) -> list[Block]:
         if fenced:
             end = lines.index("```", i + 1)
             inside = lines[i + 1 : end]
-            commands = [one[2:] for one in inside if one.startswith("$ ")]
+            commands = [line[2:] for line in inside if line.startswith("$ ")]
             body = inside if fenced[1] == "python" else commands
             i = end
         else:
             while i < len(lines) and lines[i].startswith("    ") and lines[i].strip().startswith(STARTS):
                 i += 1
-            body = [one.strip() for one in lines[begin:i]]
+            body = [line.strip() for line in lines[begin:i]]
             i = max(begin, i - 1)
         if body:
             kind: Literal["python", "shell"] = "python" if fenced and fenced[1] == "python" else "shell"

@@ -1,4 +1,4 @@
-"""The benchmarks' checks and commands, without a timing: all contestants agree, one that differs is not timed."""
+"""The benchmarks' checks and commands, without timings: contestants agree; a contestant that differs is not timed."""
 
 import importlib
 import json
@@ -53,7 +53,7 @@ def _slightly_wrong(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array)
 
 
 def _breaks(shape: Shape, numbers: Any) -> Any:
-    """Planted: what a peer's kernel raises on a device that it does not serve; the command must report it and go on."""
+    """A planted fault: a peer's kernel raises on an unsupported device; the command must report it and continue."""
     raise NotImplementedError("no kernel for this device\nand more")
 
 
@@ -145,7 +145,7 @@ DOCUMENTED = sorted({(name, tuple(words)) for document in DOCUMENTS for name, wo
 def test_documented_commands_and_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name in ("generate", "train_step"):
         pytest.importorskip("torch", reason=f"benchmarks.{name} compares with PyTorch")
-    with mock.patch.dict(os.environ):  # one sets variables for the TPU compiler
+    with mock.patch.dict(os.environ):  # tpu_compile sets variables for the TPU compiler
         module = importlib.import_module(f"benchmarks.{name}")
     for other, words in DOCUMENTED:
         if other == name:

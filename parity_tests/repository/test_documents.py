@@ -1,6 +1,7 @@
 """Blocks of README.md and docs/ run as written, in order, in one folder; blocks left out are marked and checked."""
 
 import importlib.util
+import itertools
 import shutil
 import warnings
 from pathlib import Path
@@ -20,19 +21,20 @@ SMALL = (
 
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where PyTorch is not installed, up to the first block that needs it: the others build on it."""
+    """Without PyTorch, blocks run up to the first that needs it, as later blocks build on it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tinyshakespeare.txt").write_text(data.plays()[:60_000], encoding="utf-8")
-    # What `make train` and the runs that are marked as long would leave.
+    # The files that `make train` and the blocks marked as long would leave.
     run(Block("runs", 1, "shell", f"python train/train.py {SMALL}"), {}, tmp_path)
     shutil.copytree(tmp_path / "runs" / "001", tmp_path / "runs" / "torch")
     names: dict = {"__name__": "readme"}
     done = 0
-    for block in (one for document in DOCUMENTS for one in blocks(document.name, document.read_text(encoding="utf-8"))):
+    found = (blocks(document.name, document.read_text(encoding="utf-8")) for document in DOCUMENTS)
+    for block in itertools.chain.from_iterable(found):
         if block.heavy and not TORCH:
             break
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as a user sees them: not as errors
+            warnings.simplefilter("ignore")  # warnings are no errors for users
             run(block, names, tmp_path)
         capsys.readouterr()
         done += 1

@@ -1,4 +1,4 @@
-"""Every public name is importable, is seen by type checkers with its type, and stands where the documents say."""
+"""Every public name can be imported, has its type for type checkers, and is where the documents say."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ FACES = (
     "jax_moe", "jax_moe.attention", "jax_moe.config", "jax_moe.generation", "jax_moe.models", "jax_moe.porting",
     "jax_moe.sharding", "moe_parity", "torch_ref", "torch_ref.attention", "torch_ref.generation", "torch_ref.models",
 )
-# What a user writes, and the type that an editor must show for it.
+# Expressions of users, and the types that an editor must show.
 WRITTEN = {
     "jax_moe.presets.mixtral(8, 16, 4, 2)": "jax_moe.config.moe.MoEConfig",
     "jax_moe.MoE": r"def \(config: jax_moe.config.moe.MoEConfig, .*\) -> jax_moe.moe.MoE",
@@ -59,12 +59,12 @@ def test_every_shipped_package_is_marked_as_typed() -> None:
 
 
 def test_type_checkers_see_every_name(tmp_path: Path) -> None:
-    """One run of mypy tells the type of each name; none is Any, and a name that is not there is an error."""
+    """A run of mypy reveals the type of each name: none is Any, and a missing name is an error."""
     pytest.importorskip("mypy", reason="mypy is in the extra check")
     faces = {package: importlib.import_module(package).__all__ for package in FACES if here(package)}
     asked = [f"{package}.{name}" for package, names in faces.items() for name in names]
     asked += [text for text in WRITTEN if here(text)]
-    asked.append("typing.cast(typing.Any, 1)")  # what a name without a type would look like
+    asked.append("typing.cast(typing.Any, 1)")  # a control: a name without a type
     lines = ["jax_moe.Moe", *(f"reveal_type({text})" for text in asked)]
     (tmp_path / "names.py").write_text("\n".join([f"import typing, {', '.join(faces)}", *lines]))
     options = ("--no-site-packages", "--ignore-missing-imports", "--follow-imports=silent", "names.py")

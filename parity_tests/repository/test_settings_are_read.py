@@ -13,7 +13,8 @@ def unread(trees: Iterable[ast.Module]) -> list[str]:
     fields: dict[str, str] = {}
     read: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+        decorators = " ".join(map(ast.unparse, getattr(node, "decorator_list", ())))
+        if isinstance(node, ast.ClassDef) and "dataclass" in decorators:
             names = [ast.unparse(item.target) for item in node.body if isinstance(item, ast.AnnAssign)]
             fields |= {f"{node.name}.{name}": name for name in names}
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -1,4 +1,4 @@
-"""Who may import whom, room by room, and what an import costs."""
+"""Which room may import which, and what an import loads."""
 
 import ast
 import graphlib
@@ -14,8 +14,8 @@ HEAVY = ("jax", "jaxlib", "flax", "torch", "optax", "orbax", "safetensors", "tyr
 STDLIB = set(sys.stdlib_module_names)
 CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
 
-# What each room of jax_moe may use of the rooms before it; a file at the top of the package is a room of its own.
-# Whatever is not named here belongs to SHARED or SENTENCE: files at the top that all rooms above config share.
+# The earlier rooms that each room of jax_moe may use; a file at the top of the package is a room of its own.
+# Rooms not named here belong to SHARED or SENTENCE: files at the top that all rooms above config share.
 SHARED = (
     "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters",
     "top_k", "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "generation": ("config", *SHARED, *SENTENCE, "kernels", "attention", "models"),
     "porting": ("config", *SHARED, *SENTENCE, "attention", "models", "sharding"),
 }
-# Inside porting, from the mapping language up; each may use what stands before it.
+# Inside porting, from the mapping language up; each may use those before it.
 PORTING = (
     "errors", "tensors", "torch_tensors", "table", "families", "state_dict", "formats", "targets", "optimizer",
     "convert", "pretrained", "checkpoint", "loading", "__init__",
@@ -50,9 +50,9 @@ USES = {
     "train": {"train", "jax_moe", "torch_ref"},
     "moe_cli": {"moe_cli", "jax_moe", "moe_parity"},
 }
-# Of jax_moe, torch_ref reads what costs no framework.
+# torch_ref uses those parts of jax_moe that load no framework.
 OF_JAX_MOE = ("jax_moe.config", "jax_moe.presets", "jax_moe.shapes")
-# Imported inside functions only, so that the package is there without them.
+# Imported only inside functions, so that the package can be imported without them.
 LAZY = ("torch", "torch_ref", "transformers", "tokamax")
 LAZY_IN = ("jax_moe", "moe_parity", "moe_cli")
 
@@ -66,7 +66,7 @@ def sources(*packages: str) -> dict[str, Path]:
 
 
 def imports(tree: ast.AST) -> list[tuple[str, int]]:
-    """What is imported anywhere in it, as the longest dotted name that may be a module, with its line."""
+    """All imports in a tree, as the longest dotted name that may be a module, with the line."""
     found: list[tuple[str, int]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -81,7 +81,7 @@ TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
 
 
 def module_of(name: str) -> str:
-    """The module that a dotted name is in: itself, or its parent where it is a name inside one."""
+    """The module of a dotted name: the name itself, or its parent for a name inside a module."""
     while name not in MODULES and "." in name:
         name = name.rpartition(".")[0]
     return name

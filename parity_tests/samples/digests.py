@@ -1,4 +1,4 @@
-"""What a sample holds: the digest of every array under its original name, and of a run the optimizer's moments too."""
+"""The content of samples: a digest of every array under its original name, including a run's optimizer moments."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ CHECKPOINTS = (
     "makemoe", "makemoe_layer_bf16", "mixtral_fp16", "moe", "soft_moe_orbax", "switch", "qwen2_moe", "qwen2_moe_orbax",
     "granitemoe", "granitemoe_orbax", "run_finished",
 )
-TRAINING = "training"  # a checkpoint with its optimizer's state
+TRAINING = "training"  # a checkpoint with optimizer state
 RUNS = ("run_stopped", "run_torch", "tuned_stopped")
 
 
@@ -27,12 +27,12 @@ def digests(root: Path) -> dict[str, dict[str, str]]:
 
 
 def checkpoint(path: Path) -> dict[str, str]:
-    """Of a folder that `jax-moe` reads."""
+    """The digests of a folder that `jax-moe` reads."""
     return _digests(load(path).state())
 
 
 def training(path: Path) -> dict[str, str]:
-    """Weights, moments and step."""
+    """The digests of weights, moments and step."""
     read = load(path, with_optimizer=True)
     assert read.optimizer is not None
     moments = {
@@ -42,7 +42,7 @@ def training(path: Path) -> dict[str, str]:
 
 
 def run(folder: Path) -> dict[str, str]:
-    """A stopped run as its framework restores it: weights, moments and step."""
+    """The digests of a stopped run as its framework restores it: weights, moments and step."""
     from train.loop import prepare, read_settings
 
     made = prepare(*read_settings(["--resume", "--out", str(folder)]))

@@ -1,8 +1,8 @@
-"""How the samples were made: every kind of checkpoint and run, written by one version into a folder named after it.
+"""Makes the samples: every kind of checkpoint and run, written by a version into a folder named after it.
 
     python -m parity_tests.samples.make FOLDER
 
-They are made once for a version and kept: `test_samples.py` reads them with the code of today, bit for bit.
+They are made once per version and kept: `test_samples.py` checks that the present code reads them bit for bit.
 """
 
 import json
@@ -38,7 +38,7 @@ STOP = "import os, signal, train.steps as loop\nsteps = loop.evaluate\n" + (
 
 
 def train(*arguments: str, stopped: bool = False) -> None:
-    """A run in a process of its own; `stopped` by a signal after two of its four steps."""
+    """Runs train.py in a subprocess; `stopped`: a signal ends it after two of its four steps."""
     root = Path(__file__).parent.parent.parent
     code = f"import sys\nsys.argv = ['train.py', *{[*arguments, *RUN, '--steps', '4']!r}]\n"
     code += (STOP if stopped else "") + "from train.loop import main\nsys.exit(main())"
@@ -47,7 +47,7 @@ def train(*arguments: str, stopped: bool = False) -> None:
 
 
 def write(folder: Path) -> None:
-    """All samples, and digests.json with the digest of every array."""
+    """Writes all samples, and digests.json with the digest of every array."""
     folder.mkdir(parents=True)
     os.chdir(folder)
     Path("text.txt").write_text(TEXT)

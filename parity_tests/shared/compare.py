@@ -1,4 +1,4 @@
-"""Comparison that raises. Nothing here answers yes or no: a mismatch cannot be overlooked by forgetting an assert.
+"""Comparisons that raise. None returns a truth value: a mismatch cannot be missed by forgetting an assert.
 
 One error is used throughout: the worst entry's distance, and the norm of all distances, each over the scale of the
 expected tensor; the larger of the two counts. The scale of a tensor is its own largest entry (its own norm), but at
@@ -22,7 +22,7 @@ class MismatchError(AssertionError):
 
 @dataclass(frozen=True)
 class Worst:
-    """The worst error of a collection and where it stands."""
+    """The worst error of a collection, and its place."""
 
     error: float
     name: str
@@ -36,7 +36,7 @@ class Worst:
 
 
 def check_names(actual: Mapping[str, object], expected: Mapping[str, object], what: str) -> None:
-    """Raises MismatchError unless both hold the same names; lists all that are on one side only."""
+    """Raises MismatchError unless names agree; lists the names that only one side has."""
     missing, unexpected = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     if missing or unexpected:
         raise MismatchError(f"{what}: missing {missing}, unexpected {unexpected}")

@@ -1,4 +1,4 @@
-"""Modules filled with numbers from numpy: the same on every machine, and without compiling the initialisers."""
+"""Modules filled with numbers from numpy: equal on every machine, without compiling initialisers."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +11,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def filled(make: Callable[[], Module], seed: int = 0) -> Module:
-    """The module that `make` makes, its norms at one, its other parameters normal with deviation 1 / sqrt(rows)."""
+    """The module of `make` with norms 1 and other parameters normal with deviation 1 / sqrt(rows)."""
     rng = np.random.default_rng(seed)
     graphdef, state = nnx.split(nnx.eval_shape(make))
 

@@ -1,10 +1,10 @@
-"""How often tokens are drawn against how often they should be, by Pearson's chi-squared. Needs neither framework."""
+"""Frequencies of drawn tokens against their probabilities, by Pearson's chi-squared. Needs neither framework."""
 
 import numpy as np
 
-LEAST = 10  # draws that a bin should expect; rarer tokens share one
+LEAST = 10  # expected draws of a bin; rarer tokens share a bin
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# A standard normal in what is tested; 4 is exceeded once in 30,000 tests, and the seeds are fixed.
+# `surprise` is a standard normal here; it exceeds 4 once in 30,000 tests, and the seeds are fixed.
 MOST = 4.0
 
 
@@ -30,7 +30,7 @@ def shares(
 
 
 def surprise(tokens: np.ndarray, share_V: np.ndarray) -> float:
-    """(chi-squared - its mean) / its standard deviation; infinite where a token was drawn that has no share."""
+    """(chi-squared - its mean) / its standard deviation; infinite if a token of probability 0 was drawn."""
     counts = np.bincount(np.asarray(tokens).ravel(), minlength=len(share_V))
     if len(counts) > len(share_V) or counts[share_V == 0].any():
         return float("inf")

@@ -1,4 +1,4 @@
-"""Options for programs that run once or twice: compiling takes the time in tests, not running."""
+"""Compiler options for tests, whose programs run once or twice: most of their time is compilation."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def known(options: dict[str, Any]) -> dict[str, Any] | None:
-    """The options, or None where this XLA does not know them."""
+    """The options, or None if this XLA does not know them."""
     try:
         jax.jit(lambda x: x, compiler_options=options)(np.float32(0))
     except jax.errors.JaxRuntimeError:

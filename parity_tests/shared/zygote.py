@@ -1,7 +1,7 @@
 """Commands to be killed: a process that has imported everything forks a child per command, so that starts are fast.
 
-JAX has no threads before its first use, and the parent never uses it. A child kills itself, as `kill -9` would, at a
-given one of its moments: everything that Python does to files below its folder, counted by an audit hook.
+JAX has no threads before its first use, and the parent never uses it. A child kills itself, as `kill -9` would,
+at a given moment. An audit hook counts moments: every operation of Python on files below its folder.
 """
 
 import json
@@ -42,22 +42,22 @@ class Zygote:
         self.process.stdout.close()
 
     def run(self, *arguments: object, kill_at: int = NEVER, most_bytes: int = -1) -> "Done":
-        """One command; with `most_bytes` no file can grow beyond that, as on a full disk."""
+        """Runs a command; with `most_bytes` no file can grow beyond that size, as on a full disk."""
         return self.together([arguments], kill_at, most_bytes)[0]
 
     def together(
         self, commands: Sequence[Sequence[object]], kill_at: int = NEVER, most_bytes: int = -1
     ) -> list["Done"]:
-        """Commands started at once, each in a child of its own."""
+        """Runs commands at the same time, each in a child of its own."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        words = [[str(one) for one in arguments] for arguments in commands]
+        words = [[str(argument) for argument in arguments] for arguments in commands]
         self.process.stdin.write(json.dumps([words, kill_at, most_bytes]) + "\n")
         self.process.stdin.flush()
         return [Done(*answer) for answer in json.loads(self.process.stdout.readline())]
 
 
 class Done(NamedTuple):
-    """Exit code, or minus the signal; all that was printed; how many moments there were (-1: killed)."""
+    """Exit code or minus the signal, the printed text, and the number of moments (-1: killed)."""
 
     status: int
     printed: str

@@ -25,7 +25,7 @@ PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
 
 
 def measure_all() -> dict:
-    """Every cell's error, or why there is none; raises MismatchError at an error above the project's limit."""
+    """Every cell's error or the reason for its dash. Raises MismatchError for an error above the project's limit."""
     family_names = [case.name for case in FAMILY_CASES] if find_spec("transformers") else []
     names = [("cells", case.name) for case in CASES] + [("families", name) for name in family_names]
     found: dict[str, dict[str, dict[str, float | str]]] = {"cells": {}, "families": {}}
@@ -43,7 +43,7 @@ def measure_all() -> dict:
 
 
 def measure_row(which: tuple[str, str]) -> dict[str, float | str]:
-    """One case's cells."""
+    """The cells of a row."""
     part, name = which
     if part == "cells":
         case = BY_NAME[name]
@@ -56,21 +56,21 @@ def measure_row(which: tuple[str, str]) -> dict[str, float | str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Beside, then renamed: never half a file."""
+    """Writes the file whole or not at all."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(text)
     os.replace(beside, path)
 
 
 def cell(column: Column, value: float | str) -> str:
-    """An error, "exact", or the footnote's dash."""
+    """The text of a cell: an error, "exact" or a dash."""
     if isinstance(value, str):
         return "-"
     return "exact" if column.limit == 0 else f"{value:.0e}"
 
 
 def grid(columns: list[Column], rows: dict[str, dict[str, float | str]]) -> list[str]:
-    """A markdown table: what is allowed, the worst, then every row."""
+    """A markdown table: tolerances, worst errors, then every row."""
     return [
         "| | " + " | ".join(column.name for column in columns) + " |",
         "|---|" + "---|" * len(columns),
@@ -112,7 +112,7 @@ def render() -> str:
 
 
 def between_markers(text: str) -> str | None:
-    """What README holds between the markers; None without them."""
+    """README's text between the markers; None without markers."""
     if BEGIN not in text or END not in text:
         return None
     return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()

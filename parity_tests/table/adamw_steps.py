@@ -1,4 +1,4 @@
-"""Ten AdamW steps of one case in each framework, under torch's defaults."""
+"""Ten AdamW steps of a case in each framework, with torch's defaults."""
 
 import functools
 
@@ -17,7 +17,7 @@ STEPS, LEARNING_RATE = 10, 1e-2
 
 
 def step_inputs(pair: Pair, step: int) -> dict[str, np.ndarray]:
-    """The case's inputs, its vectors moved a little each step, so that the data changes."""
+    """The case's inputs, its vectors changed a little in every step."""
     given = dict(pair.inputs)
     if "x_BTD" in given:
         given["x_BTD"] = given["x_BTD"] + 0.1 * generator(pair.case, f"step {step}").normal(size=given["x_BTD"].shape)
@@ -44,7 +44,7 @@ def jax_trajectory(pair: Pair) -> dict[str, np.ndarray]:
 
 
 def torch_trajectory(pair: Pair) -> dict[str, np.ndarray]:
-    """The same loop as anyone would write it in PyTorch."""
+    """The same steps in a plain PyTorch loop."""
     shape, side = output_shape(pair.case), pair.torch
     before = {name: value.clone() for name, value in side.module.state_dict().items()}
     optimizer = torch.optim.AdamW(side.module.parameters(), lr=LEARNING_RATE)

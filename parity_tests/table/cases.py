@@ -17,7 +17,7 @@ Mask = Literal["ragged", "row", "all"]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a contract, an input's sizes, and which arrays are given to both sides."""
+    """A row: a contract, the input's sizes, and the arrays that both sides are given."""
 
     name: str
     config: Config
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def moe(self) -> MoEConfig | None:
-        """The sparse layer's contract, if there is one in it."""
+        """The contract of the sparse layer in it, if any."""
         config = self.config.block if isinstance(self.config, MakeMoEConfig) else self.config
         config = config.moe if isinstance(config, BlockConfig) else config
         return config if isinstance(config, MoEConfig) else None
@@ -53,7 +53,7 @@ def plain(**settings: object) -> MoEConfig:
 
 
 def overflow(priority: str, **settings: object) -> MoEConfig:
-    """Half of the slots that are wanted."""
+    """A layer with half of the slots that the choices need."""
     return sized("makemoe", dropout=0.0, noise=False).with_capacity(0.5, priority=priority, **settings)
 
 

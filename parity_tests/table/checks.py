@@ -1,7 +1,7 @@
-"""The columns of the parity table. Each measures one error of one case and raises MismatchError when it is too large.
+"""The columns of the parity table. Each measures an error of a case and raises MismatchError if it is too large.
 
-Tolerances: exact, or the limit the project promises and ten times the worst error ever measured in that column
-(`measured.json`), whichever is less; `FLOOR_ULPS` roundings are always allowed, for other machines sum in other orders.
+Tolerances: exact, or the smaller of the project's limit and ten times the worst error measured in that column
+(`measured.json`). `FLOOR_ULPS` rounding errors are always allowed, as other machines sum in other orders.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
 class Runs:
-    """One case's outcomes, made when a column first asks for them."""
+    """The outcomes of a case, computed when a column first needs them."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -50,23 +50,23 @@ class Runs:
 
     @functools.cached_property
     def truth(self) -> Outcome:
-        """fp64 on the numbers that bf16 can hold."""
+        """The outcome in fp64 on inputs and weights that bf16 can represent."""
         return make_pair(self.case, "float64", rounded=True).torch_outcome
 
 
 @dataclass(frozen=True)
 class Column:
-    """One check. `measure` takes the runs and the tolerance, raises above it and returns the error."""
+    """A check. `measure` takes the runs and the tolerance, raises above it and returns the error."""
 
     name: str
     dtype: str
-    limit: float  # what the project promises; 0: exact
+    limit: float  # the project's limit; 0: exact
     measure: Callable[[Runs, float], float]
     inapplicable: Callable[[Case], str | None]  # why a case has no such cell
 
     @property
     def tolerance(self) -> float:
-        """Not above the limit, nor above ten times the worst error measured."""
+        """The smaller of the limit and ten times the worst measured error."""
         if self.limit == 0:
             return 0.0
         floor = FLOOR_ULPS * EPSILON[self.dtype]
@@ -87,7 +87,7 @@ def worst_measured(column: str) -> float:
 
 
 def check_row(runs: Any, columns: Sequence[Column]) -> None:
-    """Raises with every column of the case that is red."""
+    """Raises an error that names every failing column of the case."""
     red = []
     for column in columns:
         if column.inapplicable(runs.case) is None:
@@ -100,7 +100,7 @@ def check_row(runs: Any, columns: Sequence[Column]) -> None:
 
 
 def check_measured(part: str, names: Iterable[str], columns: Sequence[Column]) -> None:
-    """Raises unless that part of `measured` holds these rows, all these columns of each, and none above its limit."""
+    """Raises unless that part of `measured` has these rows with all these columns, none above its limit."""
     rows = measured()[part]
     check_names(rows, dict.fromkeys(names), f"{part} of measured.json")
     for name, row in rows.items():
@@ -112,7 +112,7 @@ def check_measured(part: str, names: Iterable[str], columns: Sequence[Column]) -
 
 
 def always(case: Case) -> None:
-    """Every case has this cell."""
+    """None: every case has this cell."""
 
 
 def needs_layer(case: Case) -> str | None:
@@ -136,7 +136,7 @@ def needs_vectors(case: Case) -> str | None:
 
 
 def compared(part: str, dtype: str, limit: float, what: str, inapplicable: Callable[[Case], str | None]) -> Column:
-    """JAX against PyTorch in one dtype, one part of the outcome."""
+    """A column: a part of the outcome, JAX against PyTorch in a dtype."""
 
     def measure(runs: Runs, tolerance: float) -> float:
         pair: Pair = getattr(runs, dtype)
@@ -148,7 +148,7 @@ def compared(part: str, dtype: str, limit: float, what: str, inapplicable: Calla
 
 
 def everything(outcome: Outcome) -> dict[str, np.ndarray]:
-    """Outputs and gradients in one collection, gradients scaled apart from outputs by their names only."""
+    """Outputs and gradients in a single collection."""
     gradients = outcome.parameter_gradients | {f"{name} (input)": x for name, x in outcome.input_gradient.items()}
     return gradients | {f"{name} (losses)": x for name, x in outcome.loss_gradients.items()}
 
@@ -169,7 +169,7 @@ def float32_gradients(runs: Runs, tolerance: float) -> float:
 
 
 def bfloat16_forward(runs: Runs, tolerance: float) -> float:
-    """Both frameworks against the truth; choices as in the truth."""
+    """Both frameworks against the truth, with the same choices."""
     errors = []
     for side, outcome in (("jax", runs.bfloat16.jax_outcome), ("torch", runs.bfloat16.torch_outcome)):
         where = f"{runs.case.name}: bf16 forward, {side}"
@@ -180,7 +180,7 @@ def bfloat16_forward(runs: Runs, tolerance: float) -> float:
 
 
 def bfloat16_gradients(runs: Runs, tolerance: float) -> float:
-    """Both frameworks against the truth; a tensor below a tenth of the largest counts against that."""
+    """Both frameworks against the truth; errors of a tensor below a tenth of the largest are relative to that tenth."""
     errors = []
     for side, outcome in (("jax", runs.bfloat16.jax_outcome), ("torch", runs.bfloat16.torch_outcome)):
         where = f"{runs.case.name}: bf16 gradients, {side}"
@@ -189,7 +189,7 @@ def bfloat16_gradients(runs: Runs, tolerance: float) -> float:
 
 
 def jit_equals_eager(runs: Runs, tolerance: float) -> float:
-    """The compiled function against the same call run operation by operation."""
+    """The compiled function against the same call without jit."""
     side, where = runs.float64.jax, f"{runs.case.name}: jit equals eager"
     eager, jitted = side.forward_eagerly(runs.float64.inputs), runs.float64.jax_outcome
     check_exact(jitted.choices, eager.choices, where)
@@ -198,9 +198,9 @@ def jit_equals_eager(runs: Runs, tolerance: float) -> float:
 
 
 def round_trip(runs: Runs, tolerance: float) -> float:
-    """jax -> torch -> jax into a module that held other numbers: every weight, every bit, in fp32 and bf16."""
+    """jax -> torch -> jax into a module with other numbers: every weight bit for bit, in fp32 and bf16."""
     for dtype in ("float32", "bfloat16"):
-        where = f"{runs.case.name}: there and back, {dtype}"
+        where = f"{runs.case.name}: round trip, {dtype}"
         source = getattr(runs, dtype).jax.module
         other = jax_module(dataclasses.replace(runs.case, name="other numbers"), dtype)
         with precision(dtype):
@@ -212,7 +212,7 @@ def round_trip(runs: Runs, tolerance: float) -> float:
 
 
 def other_dispatchers(config: MoEConfig) -> list[str]:
-    """All that the contract can be run through besides its own (of "auto": the one that many tokens take on CPU)."""
+    """The dispatchers that can run the contract besides its own (for "auto": that of many tokens on a CPU)."""
     own = ("grouped" if config.capacity is None else "gather") if config.dispatcher == "auto" else config.dispatcher
     names = []
     for name in sorted(kernels.DISPATCHERS.keys() - {own}):
@@ -259,7 +259,7 @@ COLUMNS = [
     compared("loss_gradients", "float64", 1e-10, "loss gradients", needs_router),
     Column("every dispatcher", "float64", 1e-10, every_dispatcher, needs_sparse_layer),
     Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always),
-    Column("there and back", "float32", 0, round_trip, always),
+    Column("round trip", "float32", 0, round_trip, always),
     Column("ten AdamW steps", "float64", 1e-10, ten_adamw_steps, always),
     Column("fp32 forward", "float32", 1e-5, float32_forward, always),
     Column("fp32 gradients", "float32", 1e-5, float32_gradients, always),

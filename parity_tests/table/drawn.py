@@ -27,7 +27,7 @@ from jax_moe.config.moe import (
 )
 from parity_tests.table.cases import Case, Draw
 
-# The norm of two numbers is +-1 and a gradient through it is all rounding: not a place to compare ten digits.
+# The layer norm of two numbers is +-1, and a gradient through it is rounding error: it cannot be compared.
 LEAST_NORMED = 3
 DROPLESS, DROPPING = ["auto", "einsum", "grouped", "ragged", "chosen"], ["auto", "einsum", "gather"]
 MOST_EXPERTS, MOST_WIDTH, MOST_SEQUENCES, MOST_POSITIONS = 8, 5, 3, 6
@@ -40,7 +40,7 @@ def one_of(literal: Any) -> st.SearchStrategy:
 
 @st.composite
 def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
-    """Any router for E experts."""
+    """Any router contract for E experts."""
     after = draw(st.booleans())
     noise = draw(one_of(Noise))
     router = RouterConfig(
@@ -69,7 +69,7 @@ def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
 
 @st.composite
 def experts(draw: st.DrawFn) -> ExpertConfig:
-    """Any expert, with or without a shared one."""
+    """Any expert contract, with or without a shared expert."""
     gated, shared = draw(st.booleans()), draw(st.sampled_from([0, 3]))
     return ExpertConfig(
         activation=draw(one_of(Activation)),
@@ -86,7 +86,7 @@ def experts(draw: st.DrawFn) -> ExpertConfig:
 
 @st.composite
 def capacities(draw: st.DrawFn) -> CapacityConfig:
-    """Any capacity rule; one that leaves no slot drops everything."""
+    """Any capacity contract; below one slot it drops everything."""
     group = draw(st.sampled_from(["batch", "sequence", "fixed"]))
     return CapacityConfig(
         factor=draw(st.sampled_from([1.0, 0.5, "0.29", 2.0, Fraction(2, 3)])),
@@ -135,7 +135,7 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
 def moe_cases(draw: st.DrawFn) -> Case:
     """A contract, the input's sizes, the seed of its numbers, and which draws are given.
 
-    Without any the call is one of evaluation, silent on both sides, unless the contract's noise stays on there.
+    Without draws the call is an evaluation without noise, unless the contract keeps noise on at evaluation.
     """
     config = draw(moe_configs())
     given: list[Draw] = []
@@ -149,7 +149,7 @@ def moe_cases(draw: st.DrawFn) -> Case:
         mask = draw(st.sampled_from([None, "ragged", "row", "all"]))
         given += ["mask"] if mask else []
         by_weight = config.capacity is not None and config.capacity.priority in ("probability", "batch")
-        # weights of different tokens that are equal but for rounding have no order that both sides could know
+        # weights of two tokens that differ only by rounding could be ordered differently on both sides
         logits = draw(
             st.sampled_from(["free", "unchosen", "one", "two", *([] if by_weight else ["equal", "bfloat16"])])
         )
@@ -172,7 +172,7 @@ def attentions(draw: st.DrawFn) -> AttentionConfig:
 
 @st.composite
 def soft_layers(draw: st.DrawFn) -> Callable[[], SoftMoEConfig]:
-    """Soft MoE; made by the test, since the check of a tuple's type draws from `random`."""
+    """A maker of Soft MoE contracts; the test calls it, since the check of a tuple's type draws from `random`."""
     return functools.partial(
         SoftMoEConfig, model_dim=draw(st.integers(LEAST_NORMED, 5)),
         num_experts=draw(st.integers(1, 3)), num_slots=draw(st.integers(1, 3)),
@@ -184,7 +184,7 @@ def soft_layers(draw: st.DrawFn) -> Callable[[], SoftMoEConfig]:
 
 @st.composite
 def blocks(draw: st.DrawFn) -> BlockConfig:
-    """Attention and any sparse layer without random draws: those are given to a block in packed form."""
+    """Attention and any sparse layer without random draws, which a block takes in packed form."""
     attention, moe = draw(attentions()), draw(moe_configs())
     router = dataclasses.replace(moe.router, noise="none", jitter_eps=0.0, noise_at_evaluation=False)
     expert = dataclasses.replace(moe.expert, dropout=0.0)
@@ -193,7 +193,7 @@ def blocks(draw: st.DrawFn) -> BlockConfig:
 
 
 def as_code(value: object) -> str:
-    """The expression that makes a contract or a case, without what is as by default."""
+    """The expression that makes a contract or a case, without default values."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return repr(value)
     parts = []

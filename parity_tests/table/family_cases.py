@@ -14,7 +14,7 @@ COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **NO_TOKENS}
 
 @dataclass(frozen=True)
 class Case:
-    """One model: its family, its sizes, and which side its texts are padded on."""
+    """A model: its family, its sizes, and the side on which texts are padded."""
 
     name: str
     family: str  # the prefix of the classes in transformers
@@ -23,14 +23,14 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> Any:
-        """transformers' configuration, the balance loss on and large enough to be seen."""
-        import transformers  # the tables of README are rendered without it
+        """transformers' configuration, with a balance loss large enough to matter."""
+        import transformers  # README's tables are rendered without it
 
         values = {**COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, **self.sizes, **self.settings}
         return getattr(transformers, f"{self.family}Config")(**values)
 
     def reference(self, config: Any) -> Any:
-        """The model, eager in attention and experts."""
+        """The model with eager attention and experts."""
         import transformers
 
         kind = getattr(transformers, f"{self.family}ForCausalLM")
@@ -38,7 +38,7 @@ class Case:
 
 
 def sizes(D: int, H: int, J: int, L: int, **own: Any) -> dict[str, Any]:
-    """The sizes all families name alike."""
+    """The sizes that all families call by the same names."""
     return {"hidden_size": D, "num_attention_heads": H, "num_key_value_heads": J, "num_hidden_layers": L, **own}
 
 
@@ -92,7 +92,7 @@ CASES = [
 
 
 def draw_weights(model: Any, seed: int) -> None:
-    """Weights that matter: norms about 1, biases not 0, routers that spread their tokens."""
+    """Draws weights: norms about 1, biases not 0, routers that spread the tokens."""
     generator = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -105,7 +105,7 @@ def draw_weights(model: Any, seed: int) -> None:
 
 
 def case_folder(name: str, folder: Path) -> Path:
-    """The case of that name with its weights drawn, in a new folder as transformers writes it."""
+    """A folder that transformers wrote of the case of that name, with drawn weights."""
     case = next(case for case in CASES if case.name == name)
     reference = case.reference(case.config())
     draw_weights(reference, seed=1)
@@ -113,7 +113,7 @@ def case_folder(name: str, folder: Path) -> Path:
 
 
 def batch(case: Case, seed: int) -> dict[str, np.ndarray]:
-    """Texts with their mask and labels; a label counts where both it and the token before it are text."""
+    """Texts with mask and labels; a label counts if it and the token before it are no padding."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, VOCABULARY, (TEXTS, LENGTH))
     mask = np.ones((TEXTS, LENGTH), bool)
@@ -126,7 +126,7 @@ def batch(case: Case, seed: int) -> dict[str, np.ndarray]:
 
 
 def run_reference(model: Any, batch: dict[str, np.ndarray]) -> Any:
-    """transformers' own output with loss, router logits and, for a padded text, its mask."""
+    """transformers' output with loss and router logits; padded texts have a mask."""
     mask = None if batch["mask"].all() else torch.from_numpy(batch["mask"].astype(np.int64))
     tokens, labels = torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["labels"])
     return model(tokens, attention_mask=mask, labels=labels, use_cache=False)
@@ -134,13 +134,13 @@ def run_reference(model: Any, batch: dict[str, np.ndarray]) -> Any:
 
 def reference_choices(logits: tuple, mask: np.ndarray, top_k: int) -> tuple[np.ndarray, float]:
     """The experts [L, tokens, K] of every mixture, best first, and the smallest score gap; without padding."""
-    stacked = torch.stack([one.detach().reshape(*mask.shape, -1)[torch.from_numpy(mask)] for one in logits])
+    stacked = torch.stack([layer.detach().reshape(*mask.shape, -1)[torch.from_numpy(mask)] for layer in logits])
     values, order = torch.sort(stacked, dim=-1, descending=True, stable=True)
     gap = (values[..., :-1] - values[..., 1:])[..., :top_k].min()
     return order[..., :top_k].numpy(), float(gap)
 
 
 def save_reference(model: Any, folder: Path, fused: bool = False) -> Path:
-    """A folder as transformers writes it: the family's own names, or those it has in memory."""
+    """A folder that transformers writes: under the family's names or, `fused`, those in memory."""
     model.save_pretrained(folder, save_original_format=not fused)
     return folder

@@ -1,4 +1,4 @@
-"""The families' columns of the parity table: one Hugging Face model in our `Decoder` and in `transformers`."""
+"""The families' columns of the parity table: a Hugging Face model in our `Decoder` and in `transformers`."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ from parity_tests.table.checks import Column, always
 from parity_tests.table.family_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference
 
 LEARNING_RATE, STEPS = 3e-3, 20
-MARGIN = 1e-4  # chosen and not chosen router logits lie at least this far apart: rounding cannot change a choice
+MARGIN = 1e-4  # least gap between chosen and unchosen router logits: rounding cannot change a choice
 
 
 OPTIMIZER = adamw_as_torch(LEARNING_RATE)
@@ -103,12 +103,12 @@ class FamilyRuns:
 
     @functools.cached_property
     def float32(self) -> Outcome:
-        """In fp32, the reference as it is."""
+        """In fp32, with the reference unchanged."""
         return Outcome(self, self.model, self.reference, "float32")
 
     @functools.cached_property
     def float64(self) -> Outcome:
-        """In fp64, every float32 that the reference names widened."""
+        """In fp64, with every float32 that the reference names widened."""
         with widened(), jax.enable_x64(True):
             reference = self.case.reference(self.case.config()).double().train()
             reference.load_state_dict(self.reference.state_dict())
@@ -116,7 +116,7 @@ class FamilyRuns:
 
 
 def compared(part: str, dtype: str, limit: float, name: str) -> Column:
-    """The decoder against `transformers`: one part of the outcome."""
+    """A column: a part of the outcome, the decoder against `transformers`."""
 
     def measure(runs: FamilyRuns, tolerance: float) -> float:
         ours, theirs = getattr(getattr(runs, dtype), part)
@@ -127,7 +127,7 @@ def compared(part: str, dtype: str, limit: float, name: str) -> Column:
 
 
 def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
-    """AdamW on the same batches: the same losses."""
+    """Losses of AdamW steps on the same batches."""
     reference = runs.case.reference(runs.case.config()).train()
     reference.load_state_dict(runs.reference.state_dict())
     theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE)
@@ -150,7 +150,7 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
 
 def round_trip(runs: FamilyRuns, tolerance: float) -> float:
     """Loaded and saved: every tensor bit for bit, config.json too; the fused layout loads to the same weights."""
-    where, ours, theirs = f"{runs.case.name}: there and back", runs.room / "ours", runs.folder
+    where, ours, theirs = f"{runs.case.name}: round trip", runs.room / "ours", runs.folder
     jax_moe.save_pretrained(runs.model, ours, max_shard_bytes=20_000, overwrite=True)
     files = sorted(ours.glob("*.safetensors"))
     listed = json.loads((ours / "model.safetensors.index.json").read_text())["weight_map"]
@@ -179,7 +179,7 @@ FAMILY_COLUMNS = [
     compared("logits", "float64", 1e-10, "logits"),
     compared("loss", "float64", 1e-10, "training loss"),
     compared("gradients", "float64", 1e-10, "gradients"),
-    Column("folder and back", "float32", 0, round_trip, always),  # type: ignore[arg-type]
+    Column("round trip", "float32", 0, round_trip, always),  # type: ignore[arg-type]
     compared("choices", "float32", 0, "fp32 chosen experts"),
     compared("logits", "float32", 1e-5, "fp32 logits"),
     compared("loss", "float32", 1e-5, "fp32 training loss"),

@@ -1,4 +1,4 @@
-"""Planted faults: each breaks the JAX side of a case in one way, and the named columns must go red and say where."""
+"""Planted faults: each breaks the JAX side of a case in one way; the named columns must fail and say where."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Plant = Callable[[Pair], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is broken, in which cases it must show, and what each red column must say (a pattern)."""
+    """A fault, the cases in which it must be caught, and a pattern for the message of each failing column."""
 
     name: str
     plant: Plant
@@ -44,7 +44,7 @@ def weights(edit: Callable[[MoE], None]) -> Plant:
 
 
 def contract(change: Callable[[MoEConfig], MoEConfig]) -> Plant:
-    """A fault in how the contract is read."""
+    """A fault in how the contract is interpreted."""
 
     def edit(module: nnx.Module) -> None:
         module.config = change(module.config)
@@ -53,12 +53,12 @@ def contract(change: Callable[[MoEConfig], MoEConfig]) -> Plant:
 
 
 def patched(target: object, name: str, wrong: Callable) -> Plant:
-    """A fault in the code: the function's place is taken by wrong(function)."""
+    """A fault in the code: a function is replaced by wrong(function)."""
     return lambda pair: mock.patch.object(target, name, wrong(getattr(target, name)))
 
 
 def swap_experts(layer: MoE) -> None:
-    """Experts 0 and 1 trade places."""
+    """Exchanges experts 0 and 1."""
     for value in vars(layer.experts).values():
         if isinstance(value, nnx.Param):
             order = jnp.array([1, 0, *range(2, value.shape[0])])
@@ -66,28 +66,28 @@ def swap_experts(layer: MoE) -> None:
 
 
 def scale_router(layer: MoE) -> None:
-    """The router is 1 % too sure."""
+    """Scales the router by 1.01."""
     layer.router.kernel[...] = 1.01 * layer.router.kernel[...]
 
 
 def exchange_gate_and_up(layer: MoE) -> None:
-    """The two halves of a gated expert trade places."""
+    """Exchanges gate and up of every expert."""
     gate, up = layer.experts.gate[...], layer.experts.up[...]
     layer.experts.gate[...], layer.experts.up[...] = up, gate
 
 
 def capacity_off_by(number: int) -> Plant:
-    """Queues one too long or too short."""
+    """Queues that are too long or too short by `number`."""
     return patched(MoEConfig, "expert_capacity", lambda right: lambda config, size: right(config, size) + number)
 
 
 def softmax_after(config: MoEConfig) -> MoEConfig:
-    """Softmax over the chosen logits in place of over all of them."""
+    """A softmax over the chosen logits, not over all."""
     return dataclasses.replace(config, router=dataclasses.replace(config.router, order="select_then_softmax"))
 
 
 def higher_index_wins(right: Callable) -> Callable:
-    """Ties broken to the higher expert index: the experts are looked at in reverse."""
+    """Ties go to the higher expert index: experts are considered in reverse."""
 
     def wrong(score_GSE: Array, config: MoEConfig, correction_bias_E: Array | None = None) -> Array:
         bias = None if correction_bias_E is None else correction_bias_E[::-1]
@@ -97,7 +97,7 @@ def higher_index_wins(right: Callable) -> Callable:
 
 
 def last_come_first_served(right: Callable) -> Callable:
-    """Queues filled from the end: the tokens, and each token's choices, are looked at in reverse."""
+    """Queues are filled from the end: tokens, and each token's choices, are considered in reverse."""
 
     def wrong(
         expert_GSK: Array, weight_GSK: Array, num_experts: int, priority: Priority, mask_GS: Array | None = None
@@ -112,7 +112,7 @@ def last_come_first_served(right: Callable) -> Callable:
 
 
 def padding_counts(right: Callable) -> Callable:
-    """Queues that let padding in."""
+    """Queues that give slots to padding."""
     return lambda expert, weight, num_experts, priority, mask=None: right(expert, weight, num_experts, priority, None)
 
 
@@ -126,7 +126,7 @@ def renormalise_dropped(config: MoEConfig) -> MoEConfig:
 
 @contextmanager
 def zero_a_gradient_row(pair: Pair) -> Iterator[None]:
-    """One row of the first gradient that has one to lose."""
+    """Zeroes a row of the first gradient that has a non-zero row."""
     gradients = pair.jax_outcome.parameter_gradients
     name = max(
         gradients, key=lambda name: float(np.abs(gradients[name][0]).max()) if gradients[name].ndim == 2 else 0.0
@@ -137,7 +137,7 @@ def zero_a_gradient_row(pair: Pair) -> Iterator[None]:
 
 @contextmanager
 def zero_an_input_gradient_row(pair: Pair) -> Iterator[None]:
-    """The gradient of one token."""
+    """Zeroes the gradient of a token."""
     gradient = pair.jax_outcome.input_gradient["x"]
     gradient[np.unravel_index(np.abs(gradient).argmax(), gradient.shape)[:2]] = 0
     yield

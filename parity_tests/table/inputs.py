@@ -23,19 +23,19 @@ POOL = 60  # candidates for each token
 
 
 def generator(case: Case, what: str) -> np.random.Generator:
-    """Numbers of their own for each use."""
+    """A generator for each use, seeded by the case's name."""
     return np.random.default_rng([zlib.crc32(case.name.encode()), zlib.crc32(what.encode())])
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """The nearest bf16 numbers, held in fp64."""
+    """The nearest bf16 numbers, as fp64."""
     return x.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def parameter(case: Case, path: Path, shape: tuple[int, ...], rounded: bool = False) -> np.ndarray:
     """A parameter's value: kernels about fan-in scaled, norms about 1, biases about 0, none of them exactly.
 
-    `rounded`: for a run in bf16 and its truth, where units must stand off their kinks.
+    `rounded`: for a run in bf16 and its truth, in which units must keep away from zero.
     """
     value = generator(case, "/".join(map(str, path))).normal(size=shape)
     name, in_router = path[-1], "router" in path
@@ -61,7 +61,7 @@ def parameter(case: Case, path: Path, shape: tuple[int, ...], rounded: bool = Fa
 
 
 def make_inputs(case: Case, router: Arrays | None = None, experts: Arrays | None = None) -> Arrays:
-    """x_BTD or tokens_BT, and every array the case gives. The layer's parameters serve the margins."""
+    """x_BTD or tokens_BT, and every array that the case gives. Margins are computed with the layer's parameters."""
     B, T = case.batch_size, case.num_positions
     rng = generator(case, "tokens")
     if isinstance(case.config, MakeMoEConfig):
@@ -97,7 +97,7 @@ def candidates(case: Case, rng: np.random.Generator) -> Arrays:
 
 
 def as_float32(x: np.ndarray) -> np.ndarray:
-    """The nearest fp32 numbers, held in fp64."""
+    """The nearest fp32 numbers, as fp64."""
     return x.astype(np.float32).astype(np.float64)
 
 
@@ -183,7 +183,7 @@ def kink_free(config: MoEConfig, experts: Arrays, pool: Arrays, margin: float) -
 
 
 def choice_scores(config: MoEConfig, router: Arrays, pool: Arrays) -> np.ndarray:
-    """What the experts are chosen by, [rows, E]; enough to see a margin, not a third implementation to trust."""
+    """The scores [rows, E] by which experts are chosen, precise enough for margins only."""
     x = pool["x_BTD"] * pool.get("jitter_BTD", 1.0)
     logits = x @ router["kernel"] + router.get("bias", 0.0)
     noise = pool.get("noise_BTE", 0.0)

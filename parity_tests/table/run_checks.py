@@ -48,14 +48,14 @@ CROSSINGS = (50, 100)  # the steps before which the run moves to JAX, and back
 
 @dataclass(frozen=True)
 class RunCase:
-    """A model that both frameworks train; `family` names a case of hf_cases, None is makeMoE."""
+    """A model that both frameworks train; `family` names a case of family_cases, None is makeMoE."""
 
     name: str
     family: str | None = None
     settings: TrainSettings = SETTINGS
 
     def sides(self, folder: Path, settings: TrainSettings, dtype: str) -> Sides:
-        """Both trainers; ours compiled in a hurry."""
+        """Both trainers; the JAX side is compiled with quick options."""
         if settings.unchosen == "skip":
             return original_sides(settings, dtype)
         if self.family is None:
@@ -79,7 +79,7 @@ def makemoe(config: jax_moe.MakeMoEConfig = CONFIG) -> Checkpoint:
 
 
 def original_sides(settings: TrainSettings, dtype: str) -> Sides:
-    """makeMoE's own modules in PyTorch, and our model with the optimizer that train.py makes."""
+    """makeMoE's own modules in PyTorch, and our model with train.py's optimizer."""
     config = MANY_EXPERTS
     ours, theirs, draw, layout, inside = makemoe_sides(makemoe(config), settings, dtype)
     sizes = (
@@ -100,7 +100,7 @@ def original_sides(settings: TrainSettings, dtype: str) -> Sides:
 
 
 def original_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[torch.Tensor, np.ndarray]:
-    """The cross entropy of the next token, as makeMoE's loop has it; and the experts [L, tokens, K]."""
+    """The cross entropy of the next token, as in makeMoE's loop, and the experts [L, tokens, K]."""
     tokens, chosen = part["tokens"], []
     routers = [layer.smoe.router for layer in module.blocks]
     for router, noise in zip(routers, part["noise_BTE"], strict=True):
@@ -116,7 +116,7 @@ def original_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings)
 
 
 def to_jax(theirs: TorchTrainer, ours: JaxTrainer) -> None:
-    """Weights and optimizer state, as a user would move them."""
+    """Moves weights and optimizer state to JAX, as a user would."""
     jax_moe.from_torch(ours.model, theirs.module.state_dict())
     ours.params = jax.tree.map(jnp.copy, nnx.state(ours.model, nnx.Param))
     state = jax.jit(ours.optimizer.init)(ours.params)
@@ -124,7 +124,7 @@ def to_jax(theirs: TorchTrainer, ours: JaxTrainer) -> None:
 
 
 def to_pytorch(ours: JaxTrainer, theirs: TorchTrainer, layout: str | None) -> None:
-    """The way back."""
+    """Moves weights and optimizer state to PyTorch."""
     nnx.update(ours.model, ours.params)
     weights = jax_moe.to_torch(ours.model, layout=layout)
     theirs.module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
@@ -135,7 +135,7 @@ def to_pytorch(ours: JaxTrainer, theirs: TorchTrainer, layout: str | None) -> No
 
 
 class WholeRuns:
-    """A case's runs, made when a column first asks for them."""
+    """The runs of a case, made when a column first needs them."""
 
     def __init__(self, case: RunCase, folder: Path):
         self.case = case
@@ -143,7 +143,7 @@ class WholeRuns:
 
     @functools.cached_property
     def both(self) -> tuple[Runs, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Both frameworks alone, and PyTorch's weights and step counts at the end."""
+        """A run in each framework, and PyTorch's final weights and step counts."""
         with computing_in("float64"):
             made = self.make(self.case.settings, "float64")
         return run_both(lambda *_: made, self.case.settings, "float64"), made.theirs.weights(), steps_of(made.theirs)
@@ -165,13 +165,13 @@ class WholeRuns:
 
 
 def steps_of(theirs: TorchTrainer) -> dict[str, np.ndarray]:
-    """How many steps torch's optimizer has counted, by the parameters' names; 0 without an entry."""
+    """The step counts of torch's optimizer by parameter name; 0 without an entry."""
     held = theirs.optimizer.state_dict()["state"]
     return {name: np.asarray(int(held.get(i, {}).get("step", 0))) for i, name in enumerate(theirs.names)}
 
 
 def same_counts(runs: WholeRuns, tolerance: float) -> float:
-    """The steps of every parameter: of our experts alone against PyTorch's, and of PyTorch's after crossing over."""
+    """Step counts of every parameter: those of our experts, and PyTorch's after crossing over, against PyTorch's."""
     found, _, theirs = runs.both
     alone = dict.fromkeys(theirs, runs.case.settings.steps) | by_torch_name(found.expert_counts)
     where = f"{runs.case.name}: step counts"
@@ -180,7 +180,7 @@ def same_counts(runs: WholeRuns, tolerance: float) -> float:
 
 
 def by_torch_name(counts: dict[str, np.ndarray]) -> dict[str, int]:
-    """Of each parameter of makeMoE's experts how many steps its expert has taken."""
+    """The step counts of makeMoE's expert parameters by name."""
     return {
         f"blocks.{layer}.smoe.experts.{expert}.net.{name}": int(steps)
         for counts_LE in counts.values() for (layer, expert), steps in np.ndenumerate(counts_LE)
@@ -189,7 +189,7 @@ def by_torch_name(counts: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def same_experts(runs: WholeRuns, tolerance: float) -> float:
-    """Every token's experts, in every layer, of every step."""
+    """The experts of every token, in every layer and step."""
     found = runs.both[0]
     chosen = (
         {"experts": np.sort(curve.expert_SNLTK.astype(np.int64), axis=-1)} for curve in (found.ours, found.theirs)
@@ -198,13 +198,13 @@ def same_experts(runs: WholeRuns, tolerance: float) -> float:
 
 
 def same_losses(runs: WholeRuns, tolerance: float) -> float:
-    """Step by step, relative to that step's loss."""
+    """The losses of every step, relative to the loss."""
     found = runs.both[0]
     return _losses(found.ours.loss_S, found.theirs.loss_S, tolerance, f"{runs.case.name}: losses")
 
 
 def same_weights(runs: WholeRuns, tolerance: float) -> float:
-    """After the last step."""
+    """The weights after the last step."""
     found = runs.both[0]
     if not found.weights_error <= tolerance:
         where = f"{runs.case.name}: {found.weights_where}"
@@ -213,14 +213,14 @@ def same_weights(runs: WholeRuns, tolerance: float) -> float:
 
 
 def crossed_losses(runs: WholeRuns, tolerance: float) -> float:
-    """Against both runs that stay where they began."""
+    """Losses of the crossing run against the runs in a single framework."""
     found = runs.both[0]
     where = f"{runs.case.name}: losses, crossing over"
     return max(_losses(runs.crossed[0], alone.loss_S, tolerance, where) for alone in (found.ours, found.theirs))
 
 
 def crossed_weights(runs: WholeRuns, tolerance: float) -> float:
-    """Against PyTorch's own."""
+    """Final weights of the crossing run against those of PyTorch's run."""
     return check_close(runs.crossed[1], runs.both[1], tolerance, f"{runs.case.name}: weights, crossing over")
 
 

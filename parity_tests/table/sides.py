@@ -1,6 +1,6 @@
-"""Running one case in JAX and in PyTorch, with the same weights, tokens and draws; numpy comes out of both.
+"""A case run in JAX and in PyTorch, with the same weights, tokens and draws; both return numpy.
 
-Long because both sides stand here, to be read next to each other.
+Long because it holds both sides, to be read next to each other.
 """
 
 import functools
@@ -44,7 +44,7 @@ DRAWN = {
 
 @dataclass
 class Outcome:
-    """All that the columns compare, as numpy. Gradients carry PyTorch's names; "x" is the input."""
+    """Everything that the columns compare, as numpy. Gradients have PyTorch's names; "x" is the input."""
 
     choices: Arrays = field(default_factory=dict)
     forward: Arrays = field(default_factory=dict)
@@ -55,12 +55,12 @@ class Outcome:
 
 
 def precision(dtype: str) -> AbstractContextManager:
-    """fp64 exists in JAX only under x64; the narrower dtypes run without it, as users do."""
+    """The context for a dtype: x64 for fp64; narrower dtypes run without it, as for users."""
     return jax.enable_x64(dtype == "float64")
 
 
 def jax_module(case: Case, dtype: str, rounded: bool = False) -> nnx.Module:
-    """The case's layer filled with the case's numbers, first rounded to bf16 if asked."""
+    """The case's layer filled with the case's numbers, `rounded` to bf16 first."""
     with precision(dtype):
         make = lambda: JAX_MODULES[type(case.config)](  # noqa: E731
             case.config, rngs=nnx.Rngs(0), param_dtype=JAX_DTYPES[dtype]
@@ -77,7 +77,7 @@ def jax_module(case: Case, dtype: str, rounded: bool = False) -> nnx.Module:
 
 
 def torch_module(case: Case, weights: Arrays) -> torch.nn.Module:
-    """The twin, loaded strictly, each tensor in the dtype it comes in."""
+    """The PyTorch module, loaded strictly, each tensor in the dtype of its array."""
     module = TORCH_MODULES[type(case.config)](case.config)
     module.load_state_dict({name: tensor(value) for name, value in weights.items()}, strict=True, assign=True)
     return module.train(bool(case.draws))
@@ -91,7 +91,7 @@ def tensor(value: np.ndarray) -> torch.Tensor:
 
 
 def array(value: torch.Tensor) -> np.ndarray:
-    """numpy of a tensor; bf16 widened to fp32."""
+    """A tensor as numpy; bf16 is widened to fp32."""
     value = value.detach()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
 
@@ -113,12 +113,12 @@ def case_inputs(case: Case, rounded: bool = False) -> Arrays:
 
 
 def probe(case: Case, shape: tuple[int, ...], step: int = 0) -> np.ndarray:
-    """Random weights of the outputs: the gradients compared are those of sum(probe * output)."""
+    """Random weights of the outputs; the compared gradients are those of sum(probe * output)."""
     return generator(case, f"probe {step}").normal(size=shape)
 
 
 def output_shape(case: Case) -> tuple[int, ...]:
-    """The forward's shape."""
+    """The shape of the output."""
     width = case.config.vocab_size if isinstance(case.config, MakeMoEConfig) else _width(case)
     return (case.batch_size, case.num_positions, width)
 
@@ -129,7 +129,7 @@ def _width(case: Case) -> int:
 
 
 def arguments(case: Case, given: Mapping[str, Any], randomness: type) -> dict[str, Any]:
-    """Keyword arguments of a call: as they are, or the draws of a block packed into its Randomness."""
+    """Keyword arguments of a call; a block's draws are packed into its Randomness."""
     rest = {name: value for name, value in given.items() if name not in ("x_BTD", "tokens_BT")}
     if not isinstance(case.config, BlockConfig | MakeMoEConfig):
         return rest
@@ -147,7 +147,7 @@ def call(case: Case, module: Any, first: Any, given: dict[str, Any]) -> tuple[An
 
 
 def total_loss(case: Case, stats: Any, pool: Callable) -> Any:
-    """The losses that train a router, added up."""
+    """The sum of the losses that train a router."""
     assert case.moe is not None
     return (
         pool(stats, case.moe) + stats.router_z_loss.mean() + stats.importance_cv2.mean() + stats.router_entropy.mean()
@@ -158,7 +158,7 @@ def total_loss(case: Case, stats: Any, pool: Callable) -> Any:
 
 
 def jax_arrays(given: Arrays, dtype: str) -> dict[str, jax.Array]:
-    """Tokens in the dtype, draws in fp32 or fp64, masks and indices as they are."""
+    """Tokens in the dtype, draws in fp32 or fp64, masks and indices unchanged."""
     draw = "float64" if dtype == "float64" else "float32"
     as_given = {name: dtype if name == "x_BTD" else draw for name in given}
     return {
@@ -168,7 +168,7 @@ def jax_arrays(given: Arrays, dtype: str) -> dict[str, jax.Array]:
 
 
 def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> tuple:
-    """(output, statistics, pooled balance loss, (experts, slots)); None for what the case lacks."""
+    """(output, statistics, pooled balance loss, (experts, slots)); None for parts that the case lacks."""
     first = given["tokens_BT" if "tokens_BT" in given else "x_BTD"]
     y, stats = call(case, layer, first, arguments(case, given, jax_moe.Randomness))
     pooled = None if stats is None else pool_balance_loss(stats, case.moe)
@@ -201,7 +201,7 @@ def jax_function(case: Case, graphdef: nnx.GraphDef) -> Callable:
 
 
 class JaxSide:
-    """A case's layer in one dtype, its function compiled once and run as often as wanted."""
+    """A case's layer in a dtype, with its compiled function."""
 
     def __init__(self, case: Case, dtype: str, rounded: bool = False):
         self.case, self.dtype = case, dtype
@@ -209,14 +209,14 @@ class JaxSide:
         self.use(self.module)
 
     def use(self, module: nnx.Module) -> None:
-        """Takes another module (a fault's) in place of the case's own."""
+        """Replaces the case's module, such as by a faulty module."""
         self.module = module
         self.graphdef, self.params, self.rest = nnx.split(module, nnx.Param, ...)
         options = None if self.dtype == "float32" else QUICK
         self.function = jax.jit(jax_function(self.case, self.graphdef), compiler_options=options)
 
     def raw(self, given: Arrays, probe: np.ndarray, weight: float, params: nnx.State | None = None) -> tuple:
-        """The function's own answer."""
+        """The answer of the compiled function."""
         with precision(self.dtype):
             chosen, wide = (
                 self.params if params is None else params,
@@ -258,7 +258,7 @@ class JaxSide:
 
 
 def _numpy(value: Any) -> np.ndarray:
-    value = np.array(value)  # a copy: jax's own is read-only
+    value = np.array(value)  # a copy, as jax's array is read-only
     return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
 
 
@@ -290,14 +290,14 @@ def torch_arrays(given: Arrays, dtype: str) -> dict[str, torch.Tensor]:
 
 
 class TorchSide:
-    """The twin of a JaxSide: the same weights through `to_torch` and `load_state_dict`."""
+    """The PyTorch side: the weights of a JaxSide through `to_torch` and `load_state_dict`."""
 
     def __init__(self, case: Case, dtype: str, weights: Arrays):
         self.case, self.dtype = case, dtype
         self.module = torch_module(case, weights)
 
     def losses(self, given: Arrays, probe: np.ndarray) -> tuple:
-        """(output, statistics, sum(probe * output), router losses or None, input tensor or None), all with a graph."""
+        """(output, statistics, sum(probe * output), router losses or None, input tensor or None), with a graph."""
         arrays = torch_arrays(given, self.dtype)
         first = arrays.pop("tokens_BT" if "tokens_BT" in arrays else "x_BTD")
         if first.is_floating_point():
@@ -336,7 +336,7 @@ class TorchSide:
 
 @dataclass
 class Pair:
-    """Both sides of a case in one dtype, and their outcomes on the case's inputs."""
+    """Both sides of a case in a dtype, and their outcomes on the case's inputs."""
 
     case: Case
     dtype: str

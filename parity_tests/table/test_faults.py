@@ -1,4 +1,4 @@
-"""The table can turn red: every planted fault is caught, by the columns that should see it, naming the right thing."""
+"""The table can fail: every planted fault is caught by the expected columns, and the message names its place."""
 
 import numpy as np
 import pytest

@@ -26,34 +26,34 @@ def test_row(case: Case, tmp_path: Path) -> None:
 
 
 def swap(model: jax_moe.Decoder) -> None:
-    """Gate and up of every expert."""
+    """Exchanges gate and up of every expert."""
     experts = model.moe.experts
     experts.gate[...], experts.up[...] = experts.up[...], experts.gate[...]
 
 
 def shift_layers(model: jax_moe.Decoder) -> None:
-    """The mixtures of two layers in each other's place."""
+    """Exchanges the mixtures of two layers."""
     model.moe.router.kernel[...] = jnp.roll(model.moe.router.kernel[...], 1, axis=0)
 
 
 def mix_heads(model: jax_moe.Decoder) -> None:
-    """Query heads reversed: other key heads serve them."""
+    """Reverses the query heads, so that other key heads serve them."""
     model.blocks.attention.query[...] = model.blocks.attention.query[...][:, :, ::-1]
     model.blocks.attention.out[...] = model.blocks.attention.out[...][:, ::-1]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> FamilyRuns:
-    """The first case, healthy."""
+    """The first case, without a fault."""
     return FamilyRuns(CASES[0], tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("fault", [swap, shift_layers, mix_heads], ids=lambda fault: fault.__name__)
 def test_planted_fault_is_caught(runs: FamilyRuns, fault: Any) -> None:
-    """Weights in the wrong place, with every shape right."""
+    """Weights in the wrong place, though every shape is right."""
     limit = {column.name: column.tolerance for column in FAMILY_COLUMNS}["fp32 logits"]
     check_close(*runs.float32.logits, limit, "without a fault")
-    model = jax_moe.load_pretrained(runs.folder)  # its own: a fault is made in place
+    model = jax_moe.load_pretrained(runs.folder)  # a copy, as the fault is made in place
     fault(model)
     data = batch(runs.case, seed=2)
     graphdef, params = nnx.split(model)

@@ -1,7 +1,7 @@
 """Contracts beyond the table: Hypothesis draws any legal one and both sides must agree, choices exactly, in fp64.
 
-50 contracts of sparse layers, the same on every run; `HYPOTHESIS_PROFILE=nightly` draws 600 that are new each time.
-A failure is shrunk and printed as the code of the smallest contract that shows it.
+50 contracts of sparse layers, equal on every run; `HYPOTHESIS_PROFILE=nightly` draws 600 new contracts each time. A
+failure is shrunk and printed as the code of the smallest failing contract.
 """
 
 import os

@@ -127,7 +127,7 @@ def crossed() -> tuple[Any, dict[str, np.ndarray], Any]:
         made.theirs.run(made.draw, range(30))
         before = {name: value.clone() for name, value in made.theirs.module.state_dict().items()}
         state = made.theirs.optimizer.state_dict()
-        state = {**state, "state": {i: {k: v.clone() for k, v in one.items()} for i, one in state["state"].items()}}
+        state = {**state, "state": {i: {k: v.clone() for k, v in entry.items()} for i, entry in state["state"].items()}}
         made.theirs.run(made.draw, range(30, 36))
         after = made.theirs.weights()
         made.theirs.module.load_state_dict(before)
@@ -137,7 +137,7 @@ def crossed() -> tuple[Any, dict[str, np.ndarray], Any]:
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_after_a_crossing_are_caught(crossed: Any, fault: str | None) -> None:
-    """Six steps in JAX against the six that PyTorch makes."""
+    """Six steps in JAX against six steps in PyTorch."""
     made, after, draw = crossed
     with jax.enable_x64(True):
         _six_steps(made, after, draw, fault)
@@ -153,7 +153,7 @@ def _six_steps(made: Any, after: dict[str, np.ndarray], draw: Any, fault: str | 
         check_close(ours.weights(), after, 1e-13, "healthy")  # measured: 5e-15
         return
     with pytest.raises(MismatchError):
-        check_close(ours.weights(), after, 1e-11, fault)  # a hundred times what the healthy run is allowed
+        check_close(ours.weights(), after, 1e-11, fault)  # a hundred times the tolerance without a fault
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Programs compiled once, fast."""
+    """The environment: compiled programs are cached, with quick options."""
     return {
         "JAX_COMPILATION_CACHE_DIR": f"{folder}.programs", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
@@ -54,7 +54,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def script(runs: Zygote, *words: str, most_bytes: int = -1, **more: str) -> subprocess.Popen[str]:
-    """The command itself, its start and its end included."""
+    """Runs the script itself, from start to end."""
     limited = [sys.executable, "-c", LIMIT, str(most_bytes), sys.executable, str(SCRIPT), *words]
     return subprocess.Popen(
         limited, cwd=runs.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -63,12 +63,12 @@ def script(runs: Zygote, *words: str, most_bytes: int = -1, **more: str) -> subp
 
 
 def test_two_starts_at_once(runs: Zygote) -> None:
-    """Without --out each gets a folder of its own; with the same one the second is turned away before it writes."""
+    """Without --out each run gets its own folder; with the same --out the second is refused before it writes."""
     answers = runs.together([SETTINGS, SETTINGS])
     assert [done.status for done in answers] == [0, 0], answers
     assert {path.name for path in (runs.folder / "runs").iterdir()} == {"001", "002", "003"}
-    one, two = (runs.folder / "runs" / name for name in ("002", "003"))
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    first, second = (runs.folder / "runs" / name for name in ("002", "003"))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     answers = sorted(runs.together([[*SETTINGS, "--out", "same"]] * 2))
     assert [done.status for done in answers] == [0, 2], answers
     assert answers[1].printed in (
@@ -95,7 +95,7 @@ def test_a_full_disk(runs: Zygote) -> None:
 
 
 def test_a_disk_that_fills_later_ends_the_process_at_once(runs: Zygote) -> None:
-    """The checkpoint before is named; no thread of a library keeps the process alive."""
+    """The previous checkpoint is named; no thread of a library keeps the process alive."""
     shutil.copytree(runs.folder / "runs" / "001", runs.folder / "later")
     for path in (runs.folder / "later" / "checkpoints").glob("6*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_later_ends_the_process_at_once(runs: Zygote) -> None:
 
 
 def test_a_thread_that_outlives_an_error_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """Orbax reports a full disk once more from a thread of its own, after the error was raised."""
+    """Orbax reports a full disk again, from its own thread, after the error was raised."""
     raised = threading.Event()
 
     def late() -> None:
@@ -163,7 +163,7 @@ def test_ctrl_c_again_and_again(runs: Zygote) -> None:
 def test_a_folder_that_goes_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Removed, or removed and made again by somebody else, at the first, a middle or the last step: never status 0."""
+    """Removed, or replaced by another folder, at the first, a middle or the last step: the status is never 0."""
     for step in (0, 3, 9):
         for again in (False, True):
             run = a_run(tmp_path / f"{step}{again}")
@@ -200,7 +200,7 @@ def test_what_is_needed_at_the_end_is_looked_at_first(runs: Zygote, monkeypatch:
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_run_whose_checkpoints_are_missing_does_not_start_over(number: int, tmp_path: Path) -> None:
-    """Only one that cannot have saved: its metrics stop where its first checkpoint is due."""
+    """Only a run that cannot have saved starts over: its metrics stop where its first checkpoint is due."""
     run = a_run(tmp_path / "run")
     assert loop.train(run) == 0
     assert not run_folder.never_saved(run.folder, run.config)

@@ -17,6 +17,7 @@ import jax_moe
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.models.makemoe import MakeMoE
 from parity_tests import samples
+from parity_tests.cli.commands import names
 from parity_tests.shared.filled import filled
 from parity_tests.train.test_train_run import SETTINGS, CountingLearner, a_run
 from train import loop
@@ -28,17 +29,17 @@ FULL = "cannot be written (File too large)"
 
 
 class Disk:
-    """The disk, as far as this process is concerned."""
+    """The disk, as this process sees it."""
 
     def __init__(self) -> None:
         self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(self, most_bytes: int) -> None:
-        """From now on no file grows beyond that size."""
+        """Prevents files from growing beyond that size."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, self.before[1]))
 
     def free(self) -> None:
-        """There is room again."""
+        """Removes the limit."""
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
@@ -54,7 +55,7 @@ Ends = Callable[[loop.Run], str]
 
 @pytest.fixture
 def ends_in_one_line(disk: Disk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ends:
-    """Runs the command's main for a prepared run; it must end with status 1 and one line on stderr: that line."""
+    """Runs the command's main for a prepared run, which must end with status 1; returns its one line on stderr."""
 
     def call(run: loop.Run) -> str:
         monkeypatch.setattr(loop, "read_settings", lambda arguments: ())
@@ -67,13 +68,8 @@ def ends_in_one_line(disk: Disk, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     return call
 
 
-def names(folder: Path) -> set[str]:
-    """What lies in a folder, hidden files too."""
-    return {path.name for path in folder.iterdir()}
-
-
 def test_plots(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
-    """The last checkpoint is written before the plots, and no half picture is left."""
+    """The last checkpoint is written before the plots, and no partial picture is left."""
     run = a_run(tmp_path / "run")
     assert isinstance(run.learner, CountingLearner)
     run.learner.on_step = lambda step: disk.fill(5000) if step == 9 else None
@@ -93,7 +89,7 @@ def test_the_trained_model(tmp_path: Path, disk: Disk, ends_in_one_line: Ends, m
 
 
 def test_a_run_in_pytorch(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
-    """The checkpoint before is whole and named, and the run goes on from it."""
+    """The previous checkpoint is whole and named, and the run continues from it."""
     pytest.importorskip("torch", reason="trains in PyTorch")
     from train.learners.torch_learner import TorchLearner
 
@@ -118,7 +114,7 @@ def test_a_run_in_pytorch(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) ->
 
 
 def test_mlflow(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
-    """While it is set up, and at an evaluation later."""
+    """The disk is full during the set-up, or at a later evaluation."""
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     run = a_run(tmp_path / "early", logger="mlflow")
     disk.fill(10_000)
@@ -132,13 +128,13 @@ def test_mlflow(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
 
 
 class ReadOnly:
-    """A folder on a file system mounted for reading only, as far as Python's own calls are concerned."""
+    """A folder on a read-only file system, as Python's own calls see it."""
 
     WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
     folder: str | None = None
 
     def __init__(self) -> None:
-        sys.addaudithook(self._hook)  # it stays, and does nothing without a folder
+        sys.addaudithook(self._hook)  # it cannot be removed, and does nothing without a folder
 
     def _hook(self, event: str, about: tuple[Any, ...]) -> None:
         if self.folder is None or not about or not os.path.abspath(str(about[0])).startswith(self.folder):
@@ -163,12 +159,12 @@ def read_only(hook: ReadOnly, tmp_path: Path) -> Iterator[Callable[[], None]]:
 def test_a_folder_that_may_only_be_read(
     tmp_path: Path, read_only: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A new run and a run to be resumed are refused; a finished run is still read."""
+    """A new run and a resumed run are refused; a finished run is still read."""
     shutil.copytree(Path(samples.__file__).parent / "v0_1_0", tmp_path / "samples")
     monkeypatch.chdir(tmp_path / "samples")
     before = digest(tmp_path)
     read_only()
-    with pytest.raises(OSError, match="Read-only file system"):  # nothing else is tested without it
+    with pytest.raises(OSError, match="Read-only file system"):  # otherwise the test would check nothing
         (tmp_path / "file").write_text("x")
     for words, out in (("--resume --out run_stopped", "run_stopped"), (f"{SETTINGS} --out new", "new")):
         monkeypatch.setattr(sys, "argv", ["train/train.py", *words.split()])
@@ -187,7 +183,7 @@ def digest(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_that_becomes_read_only(tmp_path: Path, read_only: Callable[[], None], ends_in_one_line: Ends) -> None:
-    """As a kernel does after an error of the disk: the checkpoint before is whole and named."""
+    """As after a disk error: the previous checkpoint is whole and named."""
     run = a_run(tmp_path / "run")
     state = {"w": np.arange(3.0)}
     learner: Any = run.learner

@@ -64,7 +64,7 @@ def test_a_training_run(runs: Zygote) -> None:
 
 @pytest.mark.parametrize("to", ["orbax", "file"])
 def test_a_port(to: str, tmp_path: Path) -> None:
-    """Some of the kills while an older target is replaced: that one or the new one is there after the next port."""
+    """Some kills come while an older target is replaced: the old or the new target exists after the next port."""
 
     (tmp_path / "work").mkdir()
     state = {key: np.asarray(value) for key, value in _weights().items()}

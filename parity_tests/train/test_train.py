@@ -1,4 +1,4 @@
-"""Training's settings, and the command's answer to bad requests."""
+"""Settings of training, and the command's errors for bad requests."""
 
 import dataclasses
 import json
@@ -37,8 +37,8 @@ def test_the_published_preset_is_the_published_run() -> None:
 
 
 def test_model_settings_are_those_of_the_model_but_the_vocabulary() -> None:
-    names = [one.name for one in dataclasses.fields(MakeMoEConfig)]
-    assert ["vocab_size", *(one.name for one in dataclasses.fields(ModelSettings))] == names
+    names = [field.name for field in dataclasses.fields(MakeMoEConfig)]
+    assert ["vocab_size", *(field.name for field in dataclasses.fields(ModelSettings))] == names
     assert MakeMoEConfig(vocab_size=65, **dataclasses.asdict(ModelSettings())) == MakeMoEConfig()
 
 

@@ -1,6 +1,6 @@
-"""Runs that go on: longer, with their text at another place, from another run's weights; and what they show meanwhile.
+"""Continued runs: longer, with the text at another path, or from another run's weights; and their output.
 
-All on the small runs of the first version that `samples` keeps, copied.
+They start from copies of the small runs of the first version in `samples`.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ FEW = "--data text.txt --steps 2 --batch-size 4 --eval-every 2 --eval-batches 1 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a finished run, a stopped one and their text."""
+    """A folder with a finished run, a stopped run and their text."""
     for name in ("run_finished", "run_stopped"):
         shutil.copytree(SAMPLES / name, tmp_path / name)
     shutil.copy(SAMPLES / "text.txt", tmp_path)
@@ -40,7 +40,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def train(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs train.py's main; gives its output, or the one line of its refusal."""
+    """Runs train.py's main; returns its output, or the line of its error."""
 
     def call(words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train/train.py", *words.split()])
@@ -57,10 +57,10 @@ def train(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_a_run_is_lengthened_and_says_what_becomes_of_its_rate(train, place: Path) -> None:
-    """A finished run of four steps under a cosine; then resumed once more, as the longer run that it is now."""
+    """A finished run of four steps with cosine decay is lengthened, then resumed again as the longer run."""
     before = metrics.read(place / "run_finished")
     out = train("--resume --out run_finished --steps 8")
-    # the cosine from 0.003 to 0.0003 after one step of warming up: after 3 of 3 steps its end, after 3 of 7 0.00195
+    # a cosine from 0.003 to 0.0003 after a warm-up step: its end after 3 of 3 steps, 0.00195 after 3 of 7
     assert (
         "8 steps in place of 4; the learning rate follows the cosine of 8 steps: 0.00195 at step 4, not 0.0003\n" in out
     )
@@ -89,8 +89,8 @@ def test_the_same_text_at_another_place_is_the_same_run(train, place: Path) -> N
     (place / "text.txt").rename(place / "moved" / "plays.txt")
     assert "data='text.txt': must be a readable text file" in train("--resume --out run_stopped")
     train("--resume --out run_stopped --data moved/plays.txt")
-    one, two = load_file("twin/model.safetensors"), load_file("run_stopped/model.safetensors")
-    assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+    first, second = load_file("twin/model.safetensors"), load_file("run_stopped/model.safetensors")
+    assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
     assert json.loads((place / "run_stopped" / "config.json").read_text())["settings"]["data"] == "moved/plays.txt"
     (place / "moved" / "plays.txt").write_text("another text\n" * 30)
     said = train("--resume --out run_stopped")
@@ -102,7 +102,7 @@ def test_the_same_text_at_another_place_is_the_same_run(train, place: Path) -> N
 
 
 def first_weights(words: str) -> dict[str, np.ndarray]:
-    """What a run's learner begins with."""
+    """The initial weights of a run's learner."""
     config, _, _, free = read_settings([*FEW.split(), *words.split()])
     task = read_task(config, free)
     return make_learner(task.config, task).weights()  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def as_file(name: str) -> Path:
 
 @pytest.mark.parametrize("form", ["run", "folder", "file"])
 def test_a_run_begins_with_the_weights_of_another(place: Path, form: str) -> None:
-    """Sizes that nobody gave are the model's own; the learner's weights are those of the file, bit for bit."""
+    """Sizes that are not given are the model's; the learner's weights are the file's, bit for bit."""
     path = {"run": lambda: Path("run_finished"), "file": lambda: as_file("model.safetensors")}.get(
         form, lambda: Path("ours")
     )()
@@ -138,12 +138,12 @@ def test_pytorch_begins_with_them_too(place: Path) -> None:
 
 
 def test_a_whole_run_from_other_weights(train, place: Path) -> None:
-    """It says so, begins where the other ended, and is resumed without it, unless it had not saved anything yet."""
+    """The run says so and starts where the other ended; it is resumed without the other if it has saved anything."""
     as_file("model.safetensors")
     out = train(f"{FEW} --init-from model.safetensors --out new")
     assert "weights from model.safetensors; the optimizer and the learning rate start anew\n" in out
     assert (
-        "note: model.safetensors does not say its characters; they are taken to be the sorted ones of this text\n"
+        "note: model.safetensors does not store its characters; the sorted characters of this text are assumed\n"
         in out
     )
     last, first = metrics.read(place / "run_finished")[-1], metrics.read(place / "new")[0]
@@ -214,8 +214,8 @@ def test_one_evaluation_is_a_point(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = metrics.read(place / "run_finished")
-    one, all_of_them = plots.loss_figure({"a": rows[:1]}), plots.loss_figure({"a": rows})
-    assert [line.get_marker() for line in one.axes[0].get_lines()] == ["o", "o"]
+    single, all_of_them = plots.loss_figure({"a": rows[:1]}), plots.loss_figure({"a": rows})
+    assert [line.get_marker() for line in single.axes[0].get_lines()] == ["o", "o"]
     assert [line.get_marker() for line in all_of_them.axes[0].get_lines()] == ["None", "None"]
     (place / "run_stopped" / metrics.FILE).write_text("")
     monkeypatch.setattr(sys, "argv", ["plots.py", "--compare", "run_stopped", "x.png"])
@@ -246,14 +246,14 @@ def test_damaged_metrics_are_one_line(place: Path, damage: str | tuple[str, obje
     assert [row["step"] for row in metrics.read(place / "run_finished")] == [0], "the last line may be cut short"
 
 
-# A contract that its weights have not
+# A contract that does not fit the weights
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_layers", "vocab_size", "block_size", "num_heads"])
 def test_a_run_that_claims_a_giant_model_takes_no_memory(
     place: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither to read nor to resume: a list of the names that are missing would take gigabytes."""
+    """Reading and resuming refuse it: a list of missing names would take gigabytes."""
     path = place / "run_finished" / "config.json"
     about = json.loads(path.read_text())
     for part in ("model", "settings"):

@@ -1,4 +1,4 @@
-"""Training's schedule, checkpoints, files, plots, signals and devices, each without a model."""
+"""Schedule, checkpoints, files, plots, signals and devices of training, each without a model."""
 
 import dataclasses
 import json
@@ -177,8 +177,8 @@ def test_what_a_resumed_run_may_change() -> None:
 def a_row(step: int, L: int = 3, E: int = 4) -> metrics.Row:
     random = np.random.default_rng(step)
     load_LE = random.dirichlet(np.ones(E), L)
-    one = Evaluation(3.0 / (step + 1), [0.1] * L, load_LE.tolist(), [1.0] * L, [1.0] * L)
-    return metrics.make_row(step, one, dataclasses.replace(one, loss=one.loss + 0.1), 1000.0)
+    evaluation = Evaluation(3.0 / (step + 1), [0.1] * L, load_LE.tolist(), [1.0] * L, [1.0] * L)
+    return metrics.make_row(step, evaluation, dataclasses.replace(evaluation, loss=evaluation.loss + 0.1), 1000.0)
 
 
 def test_metrics_survive_a_cut_last_line_and_forget_what_is_run_again(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`train.py --pretrained`: a folder of transformers fine-tuned in JAX, resumed, and loaded again by transformers.
 
-Long because all of it runs on one small folder and one finished run of it.
+Long because all tests share a small folder and a finished run.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Bytes and a few merges; it would cut texts at eight tokens."""
+    """A tokenizer of bytes and a few merges that would truncate texts at eight tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,7 +73,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, the same as tokens, and a model with and one without a tokenizer."""
+    """A folder with a text, its tokens, and two models, with and without a tokenizer."""
     folder = tmp_path_factory.mktemp("finetune")
     (folder / "text.txt").write_text(TEXT)
     for name in ("tiny", "mute"):
@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, place: Path, words: str) -> int:
-    """The exit code of train.py in that folder."""
+    """Runs train.py in that folder; returns its exit code."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["train/train.py", *words.split()])
     return loop.main()
@@ -92,7 +92,7 @@ def command(monkeypatch: pytest.MonkeyPatch, place: Path, words: str) -> int:
 
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
-    """A run of six steps, not interrupted."""
+    """An uninterrupted run of six steps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert command(monkeypatch, place, f"{SETTINGS} {TRAINING} --out whole") == 0
     return place / "whole"
@@ -119,7 +119,7 @@ def test_a_run_learns_and_writes_everything(whole: Path) -> None:
 def test_stopped_and_resumed_is_the_same_run(
     whole: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A signal in step 4: saved, and a folder that transformers could load; then on to the same bits."""
+    """A signal in step 4 saves a folder that transformers can load; the resumed run ends with equal bits."""
     step = JaxLearner.train_step
 
     def interrupted(self: JaxLearner, number: int, tokens_BT1: np.ndarray) -> Any:
@@ -140,7 +140,7 @@ def test_stopped_and_resumed_is_the_same_run(
 
 
 def test_transformers_loads_what_was_trained(whole: Path, place: Path) -> None:
-    """Its logits are the decoder's; the weights are not those it started from; the tokenizer came along."""
+    """transformers' logits are the decoder's, the weights have changed, and the tokenizer is in the folder."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "pretrained", attn_implementation="eager").eval()
     ours = jax_moe.load_pretrained(whole / "pretrained")
     tokens = np.random.default_rng(0).integers(0, 270, (2, 11))
@@ -168,7 +168,7 @@ def settings(place: Path, **changes: Any) -> TrainConfig:
 
 
 def plain_loop(model: Any, batches: list[np.ndarray], config: TrainConfig, weight: float) -> list[float]:
-    """Cross entropies of AdamW steps on transformers' model, as one would write them in PyTorch."""
+    """Cross entropies of AdamW steps on transformers' model in a plain PyTorch loop."""
     model.train()
     chosen, rate = config.optimizer, learning_rate(config.optimizer, config.steps)
     optimizer = torch.optim.AdamW(
@@ -211,7 +211,7 @@ def test_five_steps_are_those_of_a_plain_pytorch_loop(place: Path) -> None:
 
 
 def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
-    """bf16 weights with an fp32 norm: trained in fp32; untrained, every file comes back bit for bit."""
+    """bf16 weights with an fp32 norm are trained in fp32; without training every file is written back bit for bit."""
     model = tiny_model(torch.bfloat16)
     model.model.norm.weight.data = model.model.norm.weight.data.float() + 1e-5
     model.save_pretrained(tmp_path / "tiny")
@@ -224,7 +224,7 @@ def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
     there, here = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tiny", "pretrained")
     )
-    states = [{n: v.float().numpy() for n, v in one.state_dict().items()} for one in (here, there)]
+    states = [{n: v.float().numpy() for n, v in model.state_dict().items()} for model in (here, there)]
     check_exact(states[0], states[1], "untrained")
     files = [read_safetensors(tmp_path / name / "model.safetensors") for name in ("pretrained", "tiny")]
     check_exact(files[0], files[1], "tensors on the disk")
@@ -239,7 +239,7 @@ def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
 
 
 def test_text_is_one_stream_and_never_cut(place: Path) -> None:
-    """Every token of the text, though tokenizer.json says to cut at eight; 90% of them for training."""
+    """All tokens of the text are used, though tokenizer.json truncates at eight; 90% of them for training."""
     text = read_task(settings(place)).text
     tokens = np.concatenate([text.train, text.val])
     assert text.decode(tokens.tolist()) == TEXT and len(tokens) > 1000
@@ -261,7 +261,7 @@ def test_tokens_serve_a_folder_without_tokenizer(place: Path) -> None:
 
 
 def test_a_block_longer_than_the_model_was_made_for_is_noted(place: Path) -> None:
-    """As in transformers, whose positions are rotations: allowed, and said."""
+    """As in transformers with rotary positions it is allowed, with a note."""
     config = dataclasses.replace(settings(place), model=ModelSettings(block_size=40))
     assert read_task(config).note == "note: block_size=40 is longer than the 32 positions that the model was made for"
     assert read_task(settings(place)).note is None

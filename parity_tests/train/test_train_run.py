@@ -1,7 +1,7 @@
-"""Whole runs of `python train/train.py` in processes of their own, and the loop with a learner made of numbers.
+"""Whole runs of `python train/train.py` in subprocesses, and the training loop with a learner that only counts.
 
-One run of a tiny model is the measure: stopped twice by signals and resumed, or spread over eight devices, a run
-must give the same numbers. All runs share one compilation cache.
+Runs that are stopped twice and resumed, or split over eight devices, must give the numbers of an uninterrupted run. All
+runs share a compilation cache. Long because every test continues or compares the same run.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Place:
         (folder / "text.txt").write_text(TEXT)
 
     def start(self, *words: str, devices: int = 1) -> subprocess.Popen[str]:
-        """The command, started here with warnings as errors, and compiled in half the time without optimisation."""
+        """Starts the command with warnings as errors, and without optimisation, which halves the compile time."""
         flags = " ".join(f"--{name}={str(value).lower()}" for name, value in (QUICK or {}).items())
         environment = {
             **os.environ, "JAX_PLATFORMS": "cpu",
@@ -63,7 +63,7 @@ class Place:
         )
 
     def run(self, *words: str, devices: int = 1) -> str:
-        """The command's output; it must succeed and say nothing on stderr."""
+        """The command's output; it must succeed and print nothing on stderr."""
         process = self.start(*words, devices=devices)
         out, error = process.communicate(timeout=300)
         assert (process.returncode, error) == (0, "")
@@ -101,18 +101,18 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 
 
 def state(folder: Path, step: int) -> Any:
-    """Weights and moments of a checkpoint that one device wrote."""
+    """Weights and moments of a checkpoint that was written on a single device."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Orbax warns that no target is given; plain arrays are what is wanted
+        warnings.simplefilter("ignore")  # Orbax warns that no target is given; plain arrays are wanted
         return ocp.load_checkpointables((folder / "checkpoints" / str(step)).absolute())["state"]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(first: Path, second: Path) -> None:
     """Metrics, weights and moments agree bit for bit."""
-    assert numbers(one) == numbers(other)
-    jax.tree.map(np.testing.assert_array_equal, state(one, 12), state(other, 12))
-    assert (one / "sample.txt").read_text() == (other / "sample.txt").read_text()
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert numbers(first) == numbers(second)
+    jax.tree.map(np.testing.assert_array_equal, state(first, 12), state(second, 12))
+    assert (first / "sample.txt").read_text() == (second / "sample.txt").read_text()
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
 def test_a_run_writes_everything(whole: tuple[Path, str]) -> None:
@@ -141,7 +141,7 @@ def test_a_run_writes_everything(whole: tuple[Path, str]) -> None:
 
 
 def test_stopped_twice_and_resumed_is_the_same_run(place: Place, whole: tuple[Path, str]) -> None:
-    """SIGINT while the first step compiles, SIGTERM at the start of the continued run, then on to the end."""
+    """SIGINT while the first step compiles, SIGTERM at the start of the resumed run, then a run to the end."""
     out = place.stopped(signal.SIGINT, "step 0:", *SETTINGS.split(), "--out", "parts")
     match = re.search(r"stopped and saved at step (\d+) of 12; to go on: python (\S+) (--resume --out parts)\n", out)
     assert match and int(match[1]) < 12 and match[2] == str(SCRIPT), out
@@ -153,7 +153,7 @@ def test_stopped_twice_and_resumed_is_the_same_run(place: Place, whole: tuple[Pa
 
 
 def test_resumed_after_a_crash_is_the_same_run(place: Place, whole: tuple[Path, str]) -> None:
-    """The state of a run killed after step 10: an older checkpoint, metrics that run ahead, a last line cut short."""
+    """A run killed after step 10: an older checkpoint, metrics beyond it, and a truncated last line."""
     crashed = place.folder / "crashed"
     shutil.copytree(whole[0], crashed)
     shutil.rmtree(crashed / "checkpoints" / "12")
@@ -203,7 +203,7 @@ def test_what_cannot_be_resumed_or_overwritten(place: Place, whole: tuple[Path, 
         json.dumps({**settings, "settings": {**settings["settings"], "data": "other.txt"}})
     )
     assert "must be of the 26 characters that the model knows" in refused("--resume", "--out", "broken")
-    # settings and checkpoint of different models: the checkpoint knows its own
+    # settings and checkpoint of different models: the checkpoint stores its settings
     (broken / "config.json").write_text(json.dumps({**settings, "settings": {**settings["settings"], "model_dim": 32}}))
     assert "must be of this model" in refused("--resume", "--out", "broken")
     (broken / "config.json").write_text(json.dumps(settings)[:-50])
@@ -216,7 +216,7 @@ def test_what_cannot_be_resumed_or_overwritten(place: Place, whole: tuple[Path, 
     assert "resume: must find a checkpoint" in refused("--resume", "--out", "broken")
 
 
-# The loop with a learner made of numbers
+# The loop with a learner that only counts
 
 
 class CountingLearner:
@@ -298,11 +298,11 @@ def test_mlflow_holds_settings_and_losses_across_a_resume(tmp_path: Path) -> Non
     run.learner.on_step, run.start = lambda step: None, 5
     assert loop.train(run) == 0
     client = open_logger(run.folder, run.config).client  # type: ignore[attr-defined]
-    (experiment,) = [one for one in client.search_experiments() if one.name == "jax_moe"]
+    (experiment,) = [found for found in client.search_experiments() if found.name == "jax_moe"]
     (stored,) = client.search_runs([experiment.experiment_id])
     assert stored.data.params["learning_rate"] == "0.001" and stored.data.params["top_k"] == "2"
     for name in ("train_loss", "val_loss"):
-        history = [(one.step, one.value) for one in client.get_metric_history(stored.info.run_id, name)]
+        history = [(metric.step, metric.value) for metric in client.get_metric_history(stored.info.run_id, name)]
         assert sorted(history) == [(row["step"], row[name]) for row in metrics.read(run.folder)]
         assert len(history) == 5
     assert (run.folder / "mlflow.db").exists()

@@ -31,7 +31,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(*words: str) -> Task:
-    """What train.py makes of a command line, up to the point where it would write."""
+    """The settings that train.py reads from a command line, before it writes anything."""
     config, saved, _, free = options.read_settings(["--data", "text.txt", *words])
     check(config)
     assert saved is None
@@ -86,7 +86,7 @@ def test_every_setting_of_every_kind_is_right_or_one_line(text: Path, name: str)
         ("--lr 1e-3", "--lr: is --learning-rate here"),
         ("--max_iters=100", "--max-iters: is --steps here"),
         ("--n-embd 100", "--n-embd: is --model-dim here"),
-        # what somebody has set is never changed
+        # settings that the user gave never change
         ("--steps 40 --warmup-steps 100", "warmup_steps=100: must be at least 0 and below steps=40"),
         ("--model-dim 100 --num-heads 6", "num_heads=6: must be a divisor of model_dim=100"),
         ("--num-experts 1 --top-k 2", "top_k=2: must be at most num_experts=1"),
@@ -126,7 +126,7 @@ def test_the_largest_seed_is_a_seed(text: Path) -> None:
     ],
 )
 def test_a_default_goes_with_what_is_asked_for(text: Path, words: str, adapted: dict[str, Any]) -> None:
-    """And nothing else changes."""
+    """Only the adapted defaults change."""
     # 40 characters, the last four for validation
     text.with_name("short.txt").write_text("abcdefghij" * 3 + "abcdefzyxz")
     config = ask(*words.split()).config
@@ -202,7 +202,7 @@ def test_a_damaged_run_is_one_line(tmp_path: Path, change: dict[str, Any], said:
 
 
 def test_memory_is_that_of_the_parameters_and_the_batch(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that fits by one byte, and does not fit in one less; parameters are counted exactly."""
+    """A run that fits to the byte, and not with a byte less; parameters are counted exactly."""
     from train.memory import num_parameters
 
     task = ask("--num-layers", "2")

@@ -1,4 +1,4 @@
-"""`--framework torch` against JAX: same weights, same batches, and with nothing random the same curve."""
+"""`--framework torch` against JAX: equal weights, batches and, without randomness, loss curves."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ def test_torch_runs_resume_bit_for_bit_and_refuse_damage(command) -> None:
 
 
 def test_experts_without_tokens_are_skipped_in_both() -> None:
-    """The same curve, weights and step counts of `--unchosen skip`, with batches so small that experts go without."""
+    """Equal curves, weights and step counts with `--unchosen skip`; small batches leave experts without tokens."""
     config = dataclasses.replace(
         CONFIG, batch_size=1, model=dataclasses.replace(CONFIG.model, block_size=4, num_experts=8),
         optimizer=dataclasses.replace(CONFIG.optimizer, unchosen="skip", weight_decay=0.5),
@@ -135,7 +135,7 @@ def test_experts_without_tokens_are_skipped_in_both() -> None:
 
 @pytest.mark.parametrize("unchosen", ["skip", "decay"])
 def test_clipping_is_torchs(unchosen: str) -> None:
-    """Where the norm is that of the 1e-6 which torch adds to it: a third of what optax's own clipping gives."""
+    """With a norm as small as torch's added 1e-6, the result is a third of optax's own clipping."""
     gradient = np.asarray([3e-7, -4e-7, 0.0], np.float32)
     parameter = torch.zeros(3, requires_grad=True)
     parameter.grad = torch.from_numpy(gradient.copy())

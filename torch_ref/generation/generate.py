@@ -21,11 +21,11 @@ def generate(
     top_p: float | int | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "B new"]:
-    """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the best token (lower index on ties).
+    """The prompt followed by `max_new_tokens` new tokens; temperature 0 takes the likeliest token, the lower on ties.
 
     A context longer than block_size is cropped to its last block_size tokens, as in makeMoE. The model runs in
     evaluation mode, and its mode is restored. At temperature 0 nothing is random; else tokens and the router's noise
-    are drawn from `generator`. A batch without sequences gives a batch without sequences. Raises ValueError for
+    are drawn from `generator`. An empty batch gives an empty batch. Raises ValueError for
     settings out of range and for tokens of another kind or shape.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)

@@ -13,10 +13,10 @@ from torch_ref.top_k import best_first
 def filter_logits(
     logits_BV: Float[Tensor, "B V"], top_k: int | None = None, top_p: float | int | None = None
 ) -> Float[Tensor, "B V"]:
-    """Logits in fp32 or wider, -inf outside the top-k and outside the nucleus, the fewest best tokens that sum to
-    top_p.
+    """Logits in fp32 or wider, -inf outside the top k tokens and outside the nucleus.
 
-    All ties at the k-th place stay. The nucleus is taken after the top-k and always keeps the best token.
+    The nucleus is the smallest set of likeliest tokens whose probabilities, after top_k, sum to top_p; it always holds
+    the likeliest token. All tokens tied with the k-th stay.
     """
     filtered = []
     for logits_V in logits_BV.to(wide(logits_BV.dtype)):
@@ -37,11 +37,11 @@ def choose_tokens(
     logits_BV: Float[Tensor, "B V"], temperature: float | int, top_k: int | None, top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int[Tensor, "B 1"]:
-    """The best token (the lower index on ties) or a token drawn from the filtered softmax, in fp32 or wider."""
+    """At temperature 0 the likeliest token, the lower on ties; else a draw from the filtered logits / temperature."""
     if temperature == 0:
         return best_first(logits_BV, 1)
     logits_BV = logits_BV.to(wide(logits_BV.dtype))
-    # the best logit becomes 0: a small temperature must not make several logits infinite
+    # the maximum becomes 0, so that dividing by a small temperature gives no infinity
     logits_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
     logits_BV = filter_logits(logits_BV / max(temperature, torch.finfo(logits_BV.dtype).tiny), top_k, top_p)
     return torch.multinomial(logits_BV.softmax(dim=-1), num_samples=1, generator=generator)

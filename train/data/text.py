@@ -162,7 +162,7 @@ def plain(markdown: str) -> str:
 
 
 def tiny_shakespeare() -> str:
-    """Tiny Shakespeare from the cache, into which it is downloaded once; its checksum is tested both times."""
+    """Tiny Shakespeare from the cache, into which it is downloaded once; its checksum is checked both times."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_moe"
     cached = folder / "tinyshakespeare.txt"
     try:

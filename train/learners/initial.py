@@ -47,7 +47,7 @@ class Initial:
         source = f"weights from {self.path}; the optimizer and the learning rate start anew"
         if self.characters is not None or Path(self.path).is_dir():
             return source
-        assumed = f"{self.path} does not say its characters; they are taken to be the sorted ones of this text"
+        assumed = f"{self.path} does not store its characters; the sorted characters of this text are assumed"
         return f"{source}\nnote: {assumed}"
 
 

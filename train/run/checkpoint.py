@@ -36,7 +36,7 @@ def save(folder: Path, step: int, state: Any, settings: dict[str, Any]) -> None:
         _verify(new, state, settings)
         sync(new)
         sums.unlink(missing_ok=True)
-        put_in_place(new, folder / str(step))  # what was there lies in `part` then
+        put_in_place(new, folder / str(step))  # a previous folder is in `part` then
     finally:
         shutil.rmtree(part, ignore_errors=True)
     write_whole(sums, "".join(f"{digest}  {name}\n" for name, digest in checksums(folder, step).items()))

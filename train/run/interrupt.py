@@ -39,7 +39,7 @@ def leave(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # its reader is gone, or its disk is full
+        except OSError:  # the reader is gone, or the disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     if status and any(not thread.daemon for thread in others):

@@ -43,7 +43,7 @@ class MlflowLogger:
             warnings.simplefilter("ignore")
             from mlflow.tracking import MlflowClient
 
-            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well, and told in one line
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # errors are raised as well, and printed in one line
             self.client = MlflowClient(tracking_uri=f"sqlite:///{(folder / 'mlflow.db').absolute()}")
             found = self.client.get_experiment_by_name("jax_moe")
         artifacts = (folder / "mlflow_artifacts").absolute().as_uri()

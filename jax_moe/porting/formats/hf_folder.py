@@ -1,4 +1,4 @@
-"""A Hugging Face folder looked at through its headers: contract, names, shapes and dtypes, no weight read."""
+"""A Hugging Face folder opened by its headers: contract, names, shapes and dtypes, without reading weights."""
 
 import json
 import math
@@ -25,15 +25,15 @@ from jax_moe.porting.state_dict import abstract_decoder
 from jax_moe.porting.table.plan import check, make_plan
 from jax_moe.porting.tensors import Header
 
-OPTIMIZER = "optimizer.pt"  # torch.optim's state_dict(), as transformers' Trainer leaves it beside the weights
-# Beside config.json and the weights: copied as they are. Code (.py) never is.
+OPTIMIZER = "optimizer.pt"  # torch.optim's state_dict(), as transformers' Trainer writes it beside the weights
+# Files beside config.json and the weights that are copied unchanged. Code (.py) never is.
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
 )
 
 
-NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers skips it too, and writes it no longer
+NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers ignores it too, and no longer writes it
 TIED = (
     "must be model.embed_tokens.weight, as tie_word_embeddings=true says; "
     "set it to false in config.json to keep this head"
@@ -57,11 +57,11 @@ def is_hf_config(values: Mapping[str, Any]) -> bool:
 def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> Found:
     """The folder, its names and shapes checked against its config.json; `read` is that file's text and values, if read.
 
-    Raises ValueError (PortError for weights) with everything that is wrong, so far as headers tell.
+    Raises ValueError (PortError for weights) with everything that is wrong, as far as headers tell.
     """
     text, values = _read_config(path) if read is None else read
     if instead(path):
-        raise ValueError(f"{path}: must be a model alone{instead(path)}")  # beside a model, transformers would add it
+        raise ValueError(f"{path}: must be a model alone{instead(path)}")  # transformers would add it to the model
     with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
     found = open_weights(path)
@@ -87,7 +87,7 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a folder's weights; of an opened folder, so that its index is known to be whole."""
+    """The files that hold a folder's weights. `open_folder` must have checked its index."""
     return [path / name for name in files_of(path)[0]]
 
 
@@ -99,20 +99,20 @@ def check_head(found: Found) -> None:
 
 
 def check_weights_name(values: Mapping[str, Any]) -> None:
-    """Refuses the entry by which transformers reads a file of another name: the weights would be another model's."""
+    """Raises ValueError for the entry that makes transformers read a file of another name, so other weights."""
     named = values.get("transformers_weights")
     require(named is None, "transformers_weights", named, f"left out: weights are read from {SINGLE} or {INDEX}")
 
 
 def check_layers(values: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
-    """Refuses, before anything is made for every layer, more layers than there are tensors."""
+    """Raises ValueError for more layers than tensors, before anything is made per layer."""
     layers = values.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(headers):
         raise ValueError(f"num_hidden_layers={layers}: must fit the weights, which are {len(headers)} tensors")
 
 
 def check_sizes(config: DecoderConfig, headers: Mapping[str, Header]) -> None:
-    """Refuses, before anything of that size is named, a size that no tensor can have."""
+    """Raises ValueError for a size that no tensor can have, before anything of that size is made."""
     held = sum(math.prod(header.shape) for header in headers.values())
     moe = config.moe
     sizes = {
@@ -127,7 +127,7 @@ def check_sizes(config: DecoderConfig, headers: Mapping[str, Header]) -> None:
 
 
 def config_text(text: str | None, values: Mapping[str, Any], dtype: np.dtype) -> str:
-    """The text of config.json as it was, unless the weights' dtype is another by now."""
+    """The text of config.json, changed only if the weights have a new dtype."""
     names = [name for name in ("dtype", "torch_dtype") if name in values] or ["dtype"]
     if text is not None and all(values.get(name) in (dtype.name, None) for name in names):
         return text
@@ -135,7 +135,7 @@ def config_text(text: str | None, values: Mapping[str, Any], dtype: np.dtype) ->
 
 
 def copy_others(source: Path, part: Path) -> None:
-    """The tokenizer's files and their like, as they are."""
+    """Copies the tokenizer's files and the like, unchanged."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, part / name)

@@ -28,9 +28,10 @@ def check_file(path: Path, mapped: bool) -> bool:
             records = archive.infolist()
     except OSError:
         raise
-    except Exception:  # a dozen kinds; torch, which reads it in its own way, has the last word
+    except Exception:  # many kinds of errors; torch reads the file in its own way and decides
         return True
-    if any(one.compress_type != zipfile.ZIP_STORED for one in records) or sum(one.file_size for one in records) > size:
+    compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if compressed or sum(record.file_size for record in records) > size:
         raise ValueError(f"{path}: must hold its records as torch.save writes them, they are compressed or overlap")
     return True
 
@@ -40,13 +41,13 @@ def check_optimizer(state_dict: Any, where: Any) -> None:
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
     fits = isinstance(state, Mapping) and isinstance(groups, list) and bool(groups) and all(map(_is_group, groups))
-    if not fits or not all(_is_entry(one) for one in state.values()):  # type: ignore[union-attr]
+    if not fits or not all(_is_entry(entry) for entry in state.values()):  # type: ignore[union-attr]
         must = "must be what torch.optim's state_dict() returns, with state and param_groups"
         raise ValueError(f"{where}: optimizer state: {must}")
     assert isinstance(state, Mapping)
     odd = [
         f"{shorten(key, 40)} of parameter {shorten(i, 20)} is {_said(value)}"
-        for i, one in state.items() for key, value in one.items()
+        for i, entry in state.items() for key, value in entry.items()
         if not (_is_count(value) if key == "step" else value is None or hasattr(value, "untyped_storage"))
     ]
     if odd:
@@ -65,7 +66,7 @@ def _is_group(group: Any) -> bool:
     params, names, betas = group.get("params"), group.get("param_names"), group.get("betas", (0.9, 0.999))
     numbered = isinstance(params, list) and all(type(i) is int for i in params)
     named = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
-    return numbered and named and isinstance(betas, list | tuple) and all(type(one) in (int, float) for one in betas)
+    return numbered and named and isinstance(betas, list | tuple) and all(type(beta) in (int, float) for beta in betas)
 
 
 def _is_count(step: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What is at a path, asked once: a Hugging Face folder, a folder of ours, a run of train/train.py, or a file."""
+"""Opens a path: a Hugging Face folder, our own folder, a run of train/train.py, or a file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,10 @@ from jax_moe.porting.tensors import in_memory
 
 
 def open_path(path: Path, choices: Choices | None = None) -> Found:
-    """What is there, its config.json read once; `choices` say what a file's weights do not tell.
+    """The checkpoint at `path`, its config.json read once; `choices` are settings that a file's weights do not tell.
 
-    Raises ValueError for what is no checkpoint, is of no known family or does not fit its contract as far as headers
-    tell, for a run that has no weights yet, and for choices beside a folder, whose config.json has them.
+    Raises ValueError for anything but a checkpoint, for an unknown family, for tensors that do not fit the contract (as
+    far as headers tell), for a run without weights yet, and for choices with a folder, whose config.json has them.
     """
     if not path.is_dir():
         return open_file(path, choices or Choices())
@@ -36,14 +36,14 @@ def open_path(path: Path, choices: Choices | None = None) -> Found:
 
 
 def refuse_choices(choices: Choices | None) -> None:
-    """Raises ValueError for settings given where config.json says them."""
+    """Raises ValueError for settings given with a folder, whose config.json has them."""
     given = {} if choices is None else choices.given()
     if given:
         raise ValueError(f"{', '.join(given)}: must be left out for a folder, config.json has them")
 
 
 def open_file(path: Path, choices: Choices) -> Found:
-    """A state dict by itself, or a trainer's dictionary around it; read whole."""
+    """A file with a state dict, or with a trainer's dictionary around it; it is read whole."""
     opened = read_whole(path)
     try:
         own, taken = own_names(opened.state, lambda names: recognise(names) is not None)
@@ -66,7 +66,7 @@ def open_file(path: Path, choices: Choices) -> Found:
 
 
 def _unknown(names: list[str], opened: Opened) -> str:
-    """What a file of no known family is, in words."""
+    """The message for a file of no known family."""
     whole = any("model.layers." in name for name in names)
     if whole and opened.optimizer is not None:
         here = "`model.save_pretrained(folder)` and `torch.save(optimizer.state_dict(), 'folder/optimizer.pt')`"
@@ -77,7 +77,7 @@ def _unknown(names: list[str], opened: Opened) -> str:
 
 
 def _renamed(optimizer: object, own: dict[str, str]) -> object:
-    """The optimizer's state dict, the names in its groups without a wrapper's parts too."""
+    """The optimizer's state dict, with wrapper parts removed from the names in its groups."""
     if not isinstance(optimizer, dict):
         return optimizer
     groups = [
@@ -88,7 +88,7 @@ def _renamed(optimizer: object, own: dict[str, str]) -> object:
 
 
 def _hint(path: Path) -> str:
-    """Where a checkpoint of a run, or the folder of all of them, was named in place of the run."""
+    """A hint for the user who named a run's checkpoint, or the folder of checkpoints, in place of the run."""
     for run in (path.parent, path.parent.parent):
         if CHECKPOINTS in (path.name, path.parent.name) and (run / "config.json").is_file():
             return f"; {run} is the run that it belongs to"

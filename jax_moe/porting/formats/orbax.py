@@ -28,9 +28,9 @@ from jax_moe.guarded import is_file, require_memory
 from jax_moe.porting.tensors import Header
 
 Sums = dict[str, tuple[int, str]]  # {file: (size, sha256)}
-SMALL = 1 << 20  # bytes up to which a file is checked at once, and not at the first reading
+SMALL = 1 << 20  # bytes up to which a file is checked when opened, not at the first reading
 ITEM = "state"  # what ocp.load(folder) reads
-LOGGERS = ("absl", "asyncio")  # those of Orbax and of what is below it
+LOGGERS = ("absl", "asyncio")  # of Orbax and the libraries below it
 
 
 def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
@@ -63,9 +63,9 @@ def save_tree(path: Path, tree: Any, metadata: dict[str, Any] | None = None) -> 
 
 @contextmanager
 def plain(path: Path) -> Iterator[Path]:
-    """The absolute path, or a link to it if Orbax would take the path for a `glob` pattern or for unfinished work.
+    """The absolute path, or a link to it if Orbax would take it for a `glob` pattern or an unfinished checkpoint.
 
-    The name of a folder still to be made must itself be plain.
+    The name of a folder that does not exist yet must be plain.
     """
     found, patterns = path.absolute(), {"*", "?", "[", "\\"} - {os.sep}
     if not patterns & set(str(found)) and ".orbax-checkpoint-tmp" not in str(found):

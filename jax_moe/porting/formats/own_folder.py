@@ -1,6 +1,6 @@
-"""Folders of our own: config.json with `weights.safetensors` or an Orbax checkpoint, Hugging Face models among them.
+"""Folders of our own: config.json with `weights.safetensors` or an Orbax checkpoint, also of Hugging Face models.
 
-A run of train/train.py is told from them by its config.json.
+config.json tells them from a run of train/train.py.
 """
 
 import json
@@ -24,7 +24,7 @@ from jax_moe.porting.tensors import DTYPES, Header, in_memory
 
 FORMAT, VERSION = "jax_moe", 1
 RUN = "run"  # a folder of train/train.py: the model's contract in config.json, its weights under makeMoE's names
-DECODER = "decoder"  # what config.json says in place of a family's name for a Hugging Face model, whose origin it keeps
+DECODER = "decoder"  # in config.json in place of the family of a Hugging Face model, whose origin is stored
 OPTIMIZER = "optimizer.safetensors"
 Storage = Literal["safetensors", "orbax"]
 
@@ -32,7 +32,7 @@ Storage = Literal["safetensors", "orbax"]
 def about_folder(
     family: str, config: Any, storage: Storage, *, characters: str | None = None, origin: Origin | None = None
 ) -> dict[str, Any]:
-    """config.json of a folder; `origin` is a decoder's."""
+    """The content of a folder's config.json; `origin` is for a decoder."""
     about = {"format": FORMAT, "version": VERSION, "family": family, "config": config_to_json(config)}
     if storage != "safetensors":
         about["storage"] = storage
@@ -44,7 +44,7 @@ def about_folder(
 
 
 def write_about(path: Path, about: dict[str, Any]) -> None:
-    """config.json into a folder."""
+    """Writes config.json into a folder."""
     (path / "config.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -57,12 +57,12 @@ def is_folder(path: Path) -> bool:
 
 
 def checked_about(file: Path, about: Any) -> dict[str, Any]:
-    """What config.json says, once it is one of ours or of a run. Raises ValueError if it is not."""
+    """The content of config.json, checked. Raises ValueError unless it is that of our folder or of a run."""
     if isinstance(about, dict) and "format" not in about and "settings" in about and "model" in about:
         return {**about, "format": RUN}
     if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
         raise ValueError(f'{file}: must say "format": "{FORMAT}" and "version": {VERSION}')
-    families = [DECODER, *sorted(name for name, one in FAMILIES.items() if one.state is not None)]
+    families = [DECODER, *sorted(name for name, record in FAMILIES.items() if record.state is not None)]
     if not _among(about.get("family"), families):
         raise ValueError(f"{file}: family={shorten(repr(about.get('family')))}: must be one of {', '.join(families)}")
     if not _among(about.get("storage", "safetensors"), get_args(Storage)):
@@ -76,7 +76,7 @@ def checked_about(file: Path, about: Any) -> dict[str, Any]:
 
 
 def instead(path: Path) -> str:
-    """What a folder without a config.json is, where that can be told."""
+    """A hint on what a folder without a config.json is, or ""."""
     adapter = (path / "adapter_config.json").is_file()
     hint = "; it is an adapter (LoRA or like it): merge it into its model first, `model.merge_and_unload()`"
     return hint if adapter else ""
@@ -106,7 +106,7 @@ def open_own(path: Path, about: dict[str, Any]) -> Found:
 
 
 def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
-    """A Hugging Face model stored by Orbax, the text of whose config.json is kept."""
+    """A Hugging Face model stored by Orbax, with the text of its config.json."""
     where = path / "config.json"
     config = config_from_json(DecoderConfig, about.get("config"), f"{where}: config")
     said = about.get("origin")
@@ -122,17 +122,17 @@ def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
 
 
 def optimizer_in(path: Path) -> Path | None:
-    """The optimizer's state in a folder of ours."""
+    """The file with the optimizer state in a folder of ours."""
     return path / OPTIMIZER if (path / OPTIMIZER).is_file() else None
 
 
 def check_arrays(path: Path, arrays: Mapping[str, Header], wanted: Mapping[str, Declared]) -> None:
-    """Raises PortError with everything in which arrays under our paths are not those of a decoder."""
+    """Raises PortError naming all arrays, by our path, that are not as the decoder declares them."""
     no_floats = {name: header.dtype for name, header in arrays.items() if header.dtype not in DTYPES.values()}
     mistyped = [f"{name} is {dtype}, must be a float" for name, dtype in no_floats.items()]
     check_names(str(path), arrays, wanted, mistyped=mistyped)
 
 
 def _stored_arrays(path: Path, about: dict[str, Any]) -> dict[str, Header]:
-    """The arrays of a folder stored by Orbax, still to be read."""
+    """The arrays of a folder stored by Orbax, read on demand."""
     return read_orbax(path, sums_from_json(about.get("files"), f"{path / 'config.json'}: files"))

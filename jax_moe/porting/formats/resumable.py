@@ -1,4 +1,4 @@
-"""Tensors streamed into safetensors shards: a single tensor in memory at a time, each shard read back before it counts.
+"""Tensors streamed into safetensors shards, one in memory at a time; each shard is verified by reading it back.
 
 The shards are written in a hidden folder beside the target, with a note of their source. After an interrupt the folder
 stays, and the same port continues from it. After an error, or once the target is complete, it is removed.
@@ -41,7 +41,7 @@ def counted(headers: Mapping[str, Header], advance: Advance) -> dict[str, Header
 
 
 def write_shards(folder: Path, headers: Mapping[str, Header], shards: Mapping[str, list[str]], advance: Advance) -> int:
-    """Writes the missing shards and the index, and compares each shard with its source. Returns how many were there."""
+    """Writes the missing shards and the index, and compares each shard with its source. Returns how many existed."""
     kept = 0
     for file, names in shards.items():
         part = {name: headers[name] for name in names}
@@ -76,7 +76,7 @@ def _fits(path: Path, headers: Mapping[str, Header]) -> bool:
 
 @dataclass(frozen=True)
 class Readings:
-    """Tensors that are converted when read, and refused if they hold NaN or infinity, with the names of all that do."""
+    """Tensors that are converted when read; those with NaN or infinity are refused, all of them by name."""
 
     headers: Mapping[str, Header]
     dtype: np.dtype | None
@@ -104,7 +104,7 @@ class Readings:
         return read
 
     def _read(self, name: str) -> tuple[np.ndarray, str]:
-        """The tensor, and what is wrong with it."""
+        """The tensor, and a message if it is refused."""
         before = self.headers[name].read()
         with np.errstate(over="ignore"):  # checked below
             value = before.astype(self._dtype(name), copy=False)
@@ -125,8 +125,7 @@ def identity(path: Path) -> dict[str, Any]:
 def resumable(
     path: Path, overwrite: bool, replaceable: Callable[[Path], bool], note: dict[str, Any], say: Callable[[str], None]
 ) -> Iterator[Path]:
-    """A folder to fill, put in the place of `path` at the end. A folder that an interrupted port with this note left is
-    reused.
+    """A folder to fill, renamed to `path` at the end. The folder of an interrupted port with an equal note is reused.
 
     Raises ValueError as `check_target`, for a full disk, or if another process is filling the folder.
     """
@@ -145,9 +144,9 @@ def resumable(
 
 @contextmanager
 def _cleaned_up(outer: Path, path: Path) -> Iterator[None]:
-    """Removes `outer` at the end and on every error, unless an interrupt leaves finished shards to go on from.
+    """Removes `outer` at the end and on every error, unless an interrupt leaves finished shards to continue from.
 
-    What the system refuses becomes a ValueError of one line.
+    Errors of the system become a ValueError of one line.
     """
     try:
         yield
@@ -168,12 +167,12 @@ def _cleaned_up(outer: Path, path: Path) -> Iterator[None]:
 
 
 def _begin(outer: Path, name: str, note: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Keeps the folder `name` in `outer` if it was made from what the note says; else starts an empty folder."""
+    """Keeps the folder `name` in `outer` if its note is equal; else starts an empty folder."""
     found = _note(outer)
     if found == note:
         return
     if found is not None:
-        say(f"{outer}: left by a port of something else, or its source has changed since; starting afresh")
+        say(f"{outer}: left by another port, or its source has changed; starting afresh")
     shutil.rmtree(outer / name, ignore_errors=True)
     (outer / name).mkdir()
     (outer / NOTE).write_text(json.dumps(note), encoding="utf-8")

@@ -29,7 +29,7 @@ CHECKPOINTS, MODEL, PRETRAINED = "checkpoints", "model.safetensors", "pretrained
 
 
 def open_run(path: Path, about: Mapping[str, Any]) -> Found:
-    """The run that `about` is the config.json of. Raises ValueError if it has no weights yet, or they do not fit."""
+    """The run whose config.json is `about`. Raises ValueError if it has no weights yet, or they do not fit."""
     weights = newest_weights(path, about)
     if not is_finetune(about):
         return _open_makemoe(path, about, weights)
@@ -39,7 +39,7 @@ def open_run(path: Path, about: Mapping[str, Any]) -> Found:
 
 
 def _open_makemoe(path: Path, about: Mapping[str, Any], run: RunWeights) -> Found:
-    """A makeMoE: from what the run leaves at its end, or from a checkpoint of either framework."""
+    """A makeMoE run: its final weights, or a checkpoint of either framework."""
     config = config_from_json(MakeMoEConfig, about["model"], f"{path / 'config.json'}: model")
     text = about.get("text")
     characters = text.get("vocabulary") if isinstance(text, dict) else None
@@ -56,13 +56,13 @@ def _open_makemoe(path: Path, about: Mapping[str, Any], run: RunWeights) -> Foun
 
 
 def _open_finetune(path: Path, about: Mapping[str, Any], run: RunWeights) -> Found:
-    """A checkpoint's weights in the dtypes of the folder that the run began with, as the run itself writes them."""
+    """A fine-tuning run's weights, in the dtypes of the folder that it began with, as in its final folder."""
     began = open_folder(_beginning(path, about))
     assert began.plan is not None and began.model is not None
     dtypes = {piece.ours: np.dtype(began.tensors[piece.theirs].dtype) for piece in began.plan.pieces}
     arrays = checkpoint_arrays(run.place)
     check_arrays(run.place, arrays, declared(began.model))
-    tensors = {name: _as(one, dtypes[name]) for name, one in arrays.items()}
+    tensors = {name: _as(header, dtypes[name]) for name, header in arrays.items()}
     return Found(
         path=path, kind="run", place=run.place, family=began.family, config=began.config, tensors=tensors, ours=True,
         run=run, origin=began.origin, model=began.model,
@@ -70,14 +70,12 @@ def _open_finetune(path: Path, about: Mapping[str, Any], run: RunWeights) -> Fou
 
 
 def _beginning(path: Path, about: Mapping[str, Any]) -> Path:
-    """The folder with the run's config.json and tokenizer: what the run has written, or what it began with."""
+    """The folder with the model's config.json and tokenizer: the run's pretrained/, or the folder it began with."""
     began = Path(str(about["model"]["pretrained"]))
     for place in (path / PRETRAINED, began):
         if (place / "config.json").is_file():
             return place
-    raise ValueError(
-        f"{path}: began with the model in {began}, which is not there any more and says what the weights are"
-    )
+    raise ValueError(f"{path}: began with the model in {began}, whose config.json is needed but no longer exists")
 
 
 def _as(header: Header, dtype: np.dtype) -> Header:
@@ -95,7 +93,7 @@ def is_finetune(about: Mapping[str, Any]) -> bool:
 def newest_weights(folder: Path, about: Mapping[str, Any]) -> RunWeights:
     """The weights of the run's last step. Raises ValueError if it has none yet.
 
-    What a run leaves at its end counts unless a checkpoint is newer: of a run that went on, or died before its end.
+    The final weights count unless a checkpoint is newer: then the run was continued, or died before its end.
     """
     last = folder / (PRETRAINED if is_finetune(about) else MODEL)
     mark = last / "config.json" if is_finetune(about) else last
@@ -105,9 +103,7 @@ def newest_weights(folder: Path, about: Mapping[str, Any]) -> RunWeights:
     newest = _newest_checkpoint(folder / CHECKPOINTS)
     if newest is None:
         if not mark.is_file():
-            raise ValueError(
-                f"{folder}: is a run without weights yet: it has no {last.name}, and no checkpoint that is whole"
-            )
+            raise ValueError(f"{folder}: is a run without weights yet: it has no {last.name} and no whole checkpoint")
         return RunWeights(last, None, steps, True)
     step, place, written = newest
     final = mark.is_file() and mark.stat().st_mtime_ns >= written
@@ -115,7 +111,7 @@ def newest_weights(folder: Path, about: Mapping[str, Any]) -> RunWeights:
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, Path, int] | None:
-    """Step, place and time in nanoseconds of the newest checkpoint that was written to its end."""
+    """Step, place and time in nanoseconds of the newest complete checkpoint."""
     found = [
         (int(sums.stem), folder / sums.stem, sums) for sums in folder.glob("*.sha256")
         if sums.stem.isdigit() and (folder / sums.stem).is_dir()
@@ -133,7 +129,7 @@ def checkpoint_arrays(place: Path) -> dict[str, Header]:
 
 
 def _sums(place: Path) -> Sums:
-    """Size and sha256 of every file; the run keeps no sizes, so those are the files' own."""
+    """Size and sha256 of every file; the run stores no sizes, so they are those of the files."""
     file = place.with_name(f"{place.name}.sha256")
     try:
         lines = file.read_text("utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""A `.safetensors` file: read as views of the mapped file, written tensor by tensor, read back by the library.
+"""`.safetensors` files: read as views of the mapped file, written tensor by tensor, verified by the library.
 
-The library checks every header. A file may be larger than the memory: no more than a part of it is ever read at a time.
+The library checks every header. A file may be larger than the memory: only a part of it is read at a time.
 """
 
 import json
@@ -27,7 +27,7 @@ BATCH_BYTES = 1 << 26  # bytes read before the file is opened anew
 def map_tensors(path: Path) -> dict[str, Header]:
     """{name: header}; `read` returns a read-only view of the file, valid for as long as it is held.
 
-    Raises ValueError for a file that is not whole, a header with wrong sizes or offsets, or a name that it has twice.
+    Raises ValueError for a file that is not whole, a header with wrong sizes or offsets, or a repeated name.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -51,7 +51,7 @@ def map_tensors(path: Path) -> dict[str, Header]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without repeated keys: readers disagree on which of two would count."""
+    """An object without repeated keys, of which readers disagree which counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

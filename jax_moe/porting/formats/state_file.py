@@ -1,4 +1,4 @@
-"""One file that holds a state dict: .safetensors, .pt, .pth or .bin."""
+"""A file with a state dict: .safetensors, .pt, .pth or .bin."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_whole(path: Path) -> Opened:
-    """The state dict of a file; of a trainer's `.pt`, the model's, with what stood around it."""
+    """The state dict of a file, with the trainer's dictionary around it if there is one."""
     if path.suffix in PT_SUFFIXES and path.is_file():
         from jax_moe.porting.formats.torch_pickle import read_whole_pt
 
@@ -43,7 +43,7 @@ def read_whole(path: Path) -> Opened:
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:
-    """Writes `path` whole or not at all, by its ending, and only once it reads back bit for bit."""
+    """Writes `path`, in the form of its suffix, whole or not at all, verified by reading it back."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
 

@@ -20,7 +20,7 @@ EXPANDED = 1 << 20  # bytes up to which a tensor may be expanded, as masks often
 
 
 def judge(tensor: Any) -> int:
-    """Bytes of the tensor. Raises ValueError for a tensor without numbers, or with more of them than are stored."""
+    """Bytes of the tensor. Raises ValueError for a tensor without numbers, or with more numbers than are stored."""
     torch = import_torch("a tensor")
     if tensor.device.type == "meta":
         raise ValueError("is a meta tensor, which has no numbers")
@@ -80,7 +80,7 @@ def read_whole_pt(path: Path) -> Opened:
 
 
 def read_training_pt(path: Path) -> dict[str, Any] | None:
-    """Everything in a training checkpoint, the weights as numpy; None if the file is none."""
+    """The entries of a training checkpoint, the weights as numpy; None if the file is none."""
     opened = read_whole_pt(path)
     return None if opened.optimizer is None else {**opened.others, "model": opened.state, "optimizer": opened.optimizer}
 
@@ -105,7 +105,7 @@ def _check_optimizer(state_dict: Any, path: Path) -> None:
 
 
 def write_plain_pt(path: Path, whole: Any) -> None:
-    """Writes plain values and tensors as they are."""
+    """Writes plain values and tensors with torch.save."""
     import_torch(f"{path}: writing it").save(whole, path)
 
 

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-# Under these names people keep a state dict beside other things, the first one found counts.
+# Usual names of a state dict among other entries; the first that is found counts.
 KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
-OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim")  # and an optimizer's beside it
-# Parts of a name that a wrapper adds wherever it stands: torch.compile, FSDP, activation checkpointing.
+OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim")  # usual names of an optimizer's
+# Parts that wrappers add anywhere in a name: torch.compile, FSDP, activation checkpointing.
 PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Prefixes that all names have in common: DataParallel, Lightning and the like.
 PREFIXES = ("module.", "model.", "net.", "network.")
 
-MOST = 8  # dictionaries, one in the other
+MOST = 8  # nested dictionaries
 Value = TypeVar("Value")
 
 
@@ -20,14 +20,14 @@ Value = TypeVar("Value")
 class Opened:
     """What a trainer's dictionary holds."""
 
-    state: Any  # of the model; the whole, where nothing was around it
+    state: Any  # of the model; the whole file if there is no dictionary around it
     optimizer: Any  # its state dict, or None
-    others: dict[Any, Any]  # what stood beside them
+    others: dict[Any, Any]  # the other entries
     within: str  # the keys on the way to the state
 
     @property
     def note(self) -> str | None:
-        """What was opened and what stays behind, in words."""
+        """A sentence on what was opened and what is left out."""
         left = [] if self.optimizer is None else ["the optimizer's state"]
         left += sorted(str(name)[:40] for name in self.others)
         beside = f" (beside it: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''})" if left else ""
@@ -56,9 +56,9 @@ def unwrapped(whole: Any) -> Any:
 
 
 def own_names(names: Iterable[str], known: Callable[[set[str]], bool]) -> tuple[dict[str, str], list[str]]:
-    """{name: the module's own}, and what wrappers had put there. `known` tells whether names make sense as they are.
+    """{name: name in the module}, and the removed wrapper parts. `known` tells whether names are those of a family.
 
-    A prefix of all names goes only where what is left makes sense. Raises ValueError if two names meet.
+    A prefix of all names is removed only if the rest are known names. Raises ValueError if names collide.
     """
     state, taken = without_parts({name: name for name in names})
     short, outer = state, list[str]()
@@ -80,6 +80,6 @@ def without_parts(state: Mapping[str, Value]) -> tuple[dict[str, Value], list[st
 
 
 def without_prefix(state: Mapping[str, Value]) -> tuple[dict[str, Value], str] | None:
-    """The state dict without a prefix of PREFIXES that all its names have, and the prefix; None where there is none."""
+    """The state dict without the prefix of PREFIXES that all names share, and the prefix; None if there is none."""
     prefix = next((prefix for prefix in PREFIXES if state and all(name.startswith(prefix) for name in state)), None)
     return None if prefix is None else ({name.removeprefix(prefix): value for name, value in state.items()}, prefix)

@@ -60,7 +60,7 @@ def names_in_groups(state_dict: Any, order: Sequence[str], shapes: Mapping[str, 
     found = {tuple(chain(*split)) for split in splits if [len(names) for names in split] == sizes}
     indices = [i for group in groups for i in group["params"]]
     fitting = [names for names in found if _fits(state_dict, indices, names, shapes)]
-    if len(fitting) == 1 or (len(found) == 1 and not fitting):  # whoever reads the moments reports what does not fit
+    if len(fitting) == 1 or (len(found) == 1 and not fitting):  # the reader of the moments reports misfits
         return list((fitting or list(found))[0])
     lengths = (" and ".join(str(len(names)) for names in split) for split in _splits(order, shapes)[::2])
     two = " or ".join(dict.fromkeys(lengths))

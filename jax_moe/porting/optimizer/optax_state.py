@@ -17,19 +17,19 @@ from jax_moe.porting.optimizer.step_counts import HINT, unequal
 from jax_moe.porting.state_dict import flatten
 from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, nested_counts, path_of
 
-ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's word: optax's field
+ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's key: optax's field
 SGD = {"momentum_buffer": "trace"}
 ADAM_STATES = (optax.ScaleByAdamState, SkippingAdamState)
 MOMENTS = (*ADAM_STATES, optax.TraceState)
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-Trees = Mapping[str, Mapping[str, np.ndarray]]  # {torch's word: {our path: moment}}
+Trees = Mapping[str, Mapping[str, np.ndarray]]  # {torch's key: {our path: moment}}
 Counts = Mapping[str, np.ndarray]  # {path of the experts: their steps}
 
 
 def moments_of(state: optax.OptState) -> tuple[dict[str, dict[str, np.ndarray]], int | None, dict[str, np.ndarray]]:
-    """Moments by torch's word and our path, AdamW's count, and the experts' own counts.
+    """Moments by torch's key and our path, AdamW's count, and the experts' own counts.
 
-    Raises ValueError for what torch's state cannot say.
+    Raises ValueError for states that torch has no counterpart of.
     """
     nodes = _nodes_of(state)
     holders = [node for node in nodes if isinstance(node, MOMENTS)]
@@ -53,7 +53,7 @@ def moments_of(state: optax.OptState) -> tuple[dict[str, dict[str, np.ndarray]],
 def fill(
     state: optax.OptState, trees: Trees, count: int | None, counts: Counts | None = None
 ) -> optax.OptState:
-    """The state with every moment and count in its place; without moments, no step taken, only counts are set.
+    """The state with every moment and count in its place; without moments (no step taken) only counts are set.
 
     Raises ValueError for moments of torch that the state has no place for, and for places that get none.
     """

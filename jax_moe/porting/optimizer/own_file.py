@@ -1,4 +1,4 @@
-"""`optimizer.safetensors` beside weights in our layout: moments named by torch's word and our path.
+"""`optimizer.safetensors` beside weights in our layout: moments named by torch's key and our path.
 
 An example is `exp_avg.blocks.moe.experts.up`. The metadata hold hyperparameters, step count and the order of the
 parameters. If experts have step counts of their own, because in some steps they had no tokens, these are
@@ -53,7 +53,7 @@ class Optimizer:
 def load_optimizer(
     directory: str | os.PathLike[str], state: optax.OptState, *, step: int | None = None
 ) -> optax.OptState:
-    """`state`, as the optax optimizer's `init` makes it, filled with what `jax-moe port` wrote into a folder.
+    """`state`, the result of the optax optimizer's `init`, filled with what `jax-moe port` wrote into a folder.
 
     `step`, groups and step counts of experts as in `optimizer_from_torch`. Raises ValueError with everything that does
     not fit.
@@ -130,7 +130,7 @@ def plain_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plain(value: Any) -> bool:
     """Whether JSON returns the value unchanged."""
     waiting, looked_at = [value], 0
-    while waiting:  # a list that holds itself, or another list many times, would grow without end
+    while waiting:  # a list that holds itself, or another list many times, would be walked without end
         item, looked_at = waiting.pop(), looked_at + 1
         if looked_at > MOST_PLAIN:
             return False

@@ -42,7 +42,7 @@ def optimizer_from_torch(
     layer: nnx.Module, state_dict: Mapping[str, Any], state: optax.OptState, *, names: Sequence[str] | None = None,
     step: int | None = None, layout: str | None = None,
 ) -> optax.OptState:
-    """`state`, as the optax optimizer's `init` makes it, filled with torch's moments and step counts.
+    """`state`, the result of the optax optimizer's `init`, filled with torch's moments and step counts.
 
     `names` are the parameters' names in the order in which the torch optimizer got them, [name for name, _ in
     module.named_parameters()]; leave them out if it got (name, parameter) pairs. `step` is the count for schedules
@@ -99,7 +99,7 @@ def read_state_dict(
     """Moments by name. Raises ValueError with everything that is wrong: another kind, missing moments, unequal steps.
 
     `experts` {name: shape} may have taken fewer steps than the others. An expert without an entry has taken none, and
-    its moments are zero: SGD goes on from a momentum of zero as it does from none.
+    its moments are zero: for SGD a momentum of zero and none are the same.
     """
     order = _order(state_dict, names)
     entries = dict(zip(order, (state_dict["state"].get(i, {}) for i in _indices(state_dict)), strict=True))

@@ -21,7 +21,7 @@ from jax_moe.porting.state_dict import from_torch_tree, tree_plan
 
 
 def optimizer_of(found: Found, module: nnx.Module) -> Optimizer:
-    """The optimizer's state that was found beside the weights of `module`.
+    """The optimizer state beside the weights of `module`.
 
     Raises ValueError with everything that does not fit the weights.
     """
@@ -64,7 +64,7 @@ def from_state_dict(
 
 
 def _of_file(found: Found, module: nnx.Module, layout: str) -> Optimizer:
-    """In a trainer's file, whose state dict has the parameters in the optimizer's order."""
+    """The optimizer state of a trainer's file, whose state dict has the parameters in the optimizer's order."""
     assert found.dictionary is not None
     shapes = tree_plan(module, layout=layout).their_shapes
     order = [name for name in found.tensors if name in shapes]
@@ -76,7 +76,7 @@ def _of_file(found: Found, module: nnx.Module, layout: str) -> Optimizer:
 
 
 def left_out(found: Found) -> list[str]:
-    """What else stands in a trainer's file and is not plain."""
+    """The other entries of a trainer's file that JSON cannot hold."""
     return sorted(str(name) for name, value in _beside(found).items() if not (isinstance(name, str) and plain(value)))
 
 
@@ -86,7 +86,7 @@ def _beside(found: Found) -> dict[Any, Any]:
 
 
 def write_beside(part: Path, to: str, optimizer: Optimizer, module: nnx.Module, layout: str) -> None:
-    """Writes it into a folder of either form, "hf" or "orbax"; raises ValueError unless it reads back bit for bit."""
+    """Writes the optimizer state into a folder, "hf" or "orbax". Raises ValueError unless it reads back bit for bit."""
     if to == "orbax":
         write_optimizer(part / FILE, optimizer, module, layout)
         return

@@ -1,4 +1,4 @@
-"""The mapping language: rows, the plan they make for a model, and the arrays that move by it."""
+"""The mapping language: rows, the plan that they give for a model, and arrays converted by the plan."""
 
 from jax_moe.porting.table import arrays, plan, rows
 

@@ -1,4 +1,4 @@
-"""Our stacked arrays from the tensors of files, straight to their devices; and back, one tensor at a time."""
+"""Tensors of files to our stacked arrays on their devices, and back, one tensor at a time."""
 
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
@@ -18,20 +18,17 @@ Fetch = Callable[[Any, tuple], np.ndarray]  # (array, index) to that part in hos
 
 def place_all(
     plan: Plan, headers: Mapping[str, Header], dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool,
-    where: str,
-    kept: Collection[str] = (),
+    where: str, kept: Collection[str] = (),
 ) -> dict[str, jax.Array]:
-    """{our path: array on its devices}, each assembled in host memory by itself; `headers` have passed `check`.
+    """{our path: array on its devices}, assembled in host memory one at a time; `headers` have passed `check`.
 
-    `kept` are paths of arrays that keep their dtype whatever `dtype` is.
-
-    Raises PortError naming every tensor with NaN or infinity (or too large for `dtype`), and rather than let jax
-    narrow.
+    Arrays at the paths `kept` keep their dtype. Raises PortError naming every tensor with NaN, infinity or a number too
+    large for `dtype`, and if jax would narrow a dtype.
     """
     by_path = {path: list(pieces) for path, pieces in groupby(plan.pieces, key=lambda piece: piece.ours)}
     dtypes = {path: dtype or headers[pieces[0].theirs].dtype for path, pieces in by_path.items()}
-    for path in by_path.keys() & kept:  # the widest in which a layer stores it
-        dtypes[path] = max((headers[piece.theirs].dtype for piece in by_path[path]), key=lambda one: one.itemsize)
+    for path in by_path.keys() & kept:  # the widest dtype among the layers
+        dtypes[path] = max((headers[piece.theirs].dtype for piece in by_path[path]), key=lambda dtype: dtype.itemsize)
     narrowed = [
         f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype
     ]
@@ -58,12 +55,12 @@ def place_all(
 def _assembled(
     pieces: list[Piece], headers: Mapping[str, Header], window: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """A window of one of our arrays; in memory it lies as theirs do, and jax transposes on the way to the device."""
+    """A window of our array, in the memory order of the file's tensors; jax transposes it on the way to the device."""
     order = memory_order(pieces[0])
     sizes = [span.stop - span.start for span in window]
     value = np.empty([sizes[axis] for axis in order], dtype).transpose(np.argsort(order))
     for piece in pieces:
-        with np.errstate(over="ignore"):  # seen by all_finite
+        with np.errstate(over="ignore"):  # all_finite reports it
             assemble(piece, headers[piece.theirs].read(), value, window)
     return value
 
@@ -82,10 +79,10 @@ def _not_finite(pieces: list[Piece], headers: Mapping[str, Header], dtype: np.dt
 
 
 def theirs_from(plan: Plan, arrays: Mapping[str, Any], fetch: Fetch = sharding.fetch) -> dict[str, Header]:
-    """{foreign name: header}, in the order of the rows; each header reads its tensor from our arrays when asked.
+    """{their name: header}, in row order; each header reads its tensor from our arrays on demand.
 
-    `fetch` gives a part of one of the arrays, by default of jax's. Raises PortError if two of our arrays that make up
-    one tensor differ in dtype.
+    `fetch` gives a part of an array in host memory. Raises PortError if our arrays that make up a tensor differ in
+    dtype.
     """
     pieces: dict[str, list[Piece]] = {}
     for piece in plan.pieces:

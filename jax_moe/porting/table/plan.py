@@ -1,4 +1,7 @@
-"""Tables applied to numpy arrays: {their name: array} <-> {our path: array}. Knows no family and no framework."""
+"""Tables applied to numpy arrays: {their name: array} <-> {our path: array}, without any family or framework.
+
+"Theirs" is the side of files and PyTorch modules, "ours" that of jax_moe.
+"""
 
 import itertools
 import math
@@ -20,7 +23,7 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # ml_dtypes' own copying is 
 
 @dataclass(frozen=True)
 class Piece:
-    """One rectangle of one of our arrays and the rectangle of one of theirs that holds the same numbers.
+    """A rectangle of an array of ours, and the rectangle of a tensor of theirs that holds the same numbers.
 
     theirs.reshape(split)[their_index].transpose(order) == ours[our_index]
     """
@@ -35,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """A table laid over one module: every piece, and the shapes on both sides."""
+    """A table applied to a module: all pieces, and the shapes on both sides."""
 
     table: Table
     ours: Mapping[str, Declared]
@@ -46,7 +49,7 @@ class Plan:
     @property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """{our path: shape}."""
-        return {path: one.shape for path, one in self.ours.items()}
+        return {path: declared.shape for path, declared in self.ours.items()}
 
     @property
     def names(self) -> set[str]:
@@ -55,7 +58,7 @@ class Plan:
 
 
 def make_plan(table: Table, ours: Mapping[str, Declared]) -> Plan:
-    """Lays the table over our weights. Raises PortError if rows cover some of them not at all or in part only.
+    """Applies the table to our weights. Raises PortError if no row covers a weight, or if rows cover only a part of it.
 
     Raises ValueError for a row whose dims differ from those of the parameter.
     """
@@ -73,10 +76,10 @@ def make_plan(table: Table, ours: Mapping[str, Declared]) -> Plan:
                     raise PortError(f"layout {table.name}", wrong=[f"{piece.theirs} would have two shapes"])
                 pieces.append(piece)
                 filled[path] += _elements(piece)
-    uncovered = [path for path, one in ours.items() if filled[path] != math.prod(one.shape)]
+    uncovered = [path for path, declared in ours.items() if filled[path] != math.prod(declared.shape)]
     if uncovered:
         raise PortError(f"layout {table.name} has no names for", missing=uncovered)
-    constants = {name: value for one in table.constants for name, value in _constants(one, sizes)}
+    constants = {name: value for constant in table.constants for name, value in _constants(constant, sizes)}
     return Plan(table, dict(ours), tuple(pieces), their_shapes, constants)
 
 
@@ -98,9 +101,9 @@ def check(
     plan: Plan, state: Mapping[str, Any], where: str, dtypes: Mapping[str, np.dtype] | None = None,
     constants: bool = True,
 ) -> None:
-    """Raises one PortError with everything in which `state` (arrays, or their shapes and dtypes) differs from the plan.
+    """Raises a PortError naming everything in which `state` (arrays, or their shapes and dtypes) differs from the plan.
 
-    `dtypes` by our path; None asks only that the tensors which make up one of our arrays agree.
+    `dtypes` are by our path; with None the tensors that make up an array of ours need only agree.
     """
     expected = (
         plan.their_shapes if not constants else plan.their_shapes | {n: v.shape for n, v in plan.constants.items()}
@@ -114,7 +117,7 @@ def check(
 
 
 def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
-    """Our arrays from theirs; `state` has passed `check`."""
+    """Our arrays from their tensors; `state` has passed `check`."""
     ours: dict[str, np.ndarray] = {}
     for piece in plan.pieces:
         theirs = state[piece.theirs]
@@ -125,8 +128,8 @@ def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
 
 
 def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[slice, ...] | None = None) -> None:
-    """Puts the piece of their tensor in its place in ours; with a window, `ours` is that part of our array."""
-    # ...: a view, also of a scalar
+    """Copies the piece from their tensor into our array; with a window, `ours` is that part of our array."""
+    # the ellipsis keeps a scalar a view
     value = theirs.reshape(piece.split)[(*piece.their_index, ...)].transpose(piece.order)
     if window is None:
         _copy(ours[(*piece.our_index, ...)], value)
@@ -138,24 +141,24 @@ def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[s
 
 
 def take_apart(piece: Piece, ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Puts the piece of our array in its place in theirs, which is contiguous."""
+    """Copies the piece from our array into their tensor, which is contiguous."""
     put(piece, ours[(*piece.our_index, ...)], theirs)
 
 
 def put(piece: Piece, part: np.ndarray, theirs: np.ndarray) -> None:
-    """As `take_apart`, of ours[piece.our_index] alone."""
+    """As `take_apart`, given `part`, which is ours[piece.our_index]."""
     _copy(theirs.reshape(piece.split)[(*piece.their_index, ...)], part.transpose(np.argsort(piece.order)))
 
 
 def memory_order(piece: Piece) -> tuple[int, ...]:
-    """Our axes, slowest first, as they must lie in memory for the piece to be read there without a transposition."""
+    """The memory order of our axes, slowest first, in which the piece needs no transposition."""
     fixed = [axis for axis, index in enumerate(piece.our_index) if not isinstance(index, slice)]
     kept = [axis for axis, index in enumerate(piece.our_index) if isinstance(index, slice)]
     return (*fixed, *(kept[i] for i in np.argsort(piece.order)))
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source; where rows become columns in strips of a cache line, 2.5 times as fast."""
+    """target[...] = source; a transposition goes in strips of a cache line, 2.5 times as fast."""
     if target.dtype == source.dtype and target.itemsize in _BITS:
         target, source = target.view(_BITS[target.itemsize]), source.view(_BITS[target.itemsize])
     fastest = _fastest(target)
@@ -169,12 +172,12 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _fastest(array: np.ndarray) -> int:
-    """The axis along which neighbours lie next to each other."""
+    """The axis whose neighbours are adjacent in memory."""
     return min(range(array.ndim), key=lambda axis: (array.shape[axis] < 2, array.strides[axis]), default=0)
 
 
 def to_theirs(plan: Plan, ours: Arrays, constants: bool = True) -> dict[str, np.ndarray]:
-    """Their arrays from ours, each contiguous and a copy, in the table's order of names."""
+    """Their tensors from our arrays, each a contiguous copy, in the table's order of names."""
     theirs: dict[str, np.ndarray] = {}
     for piece in plan.pieces:
         value = ours[piece.ours]
@@ -201,7 +204,7 @@ def _matches(pattern: str, paths: Iterable[str]) -> Iterable[tuple[str, dict[str
 
 
 def _bind(dims: str, shape: tuple[int, ...]) -> dict[str, int]:
-    """Sizes of the letters of our dims. Ours are written without groups."""
+    """Sizes of the letters of our dims, which have no groups."""
     return {axis[0]: size for axis, size in zip(words(dims), shape, strict=True) if part(axis[0]) is None}
 
 
@@ -235,11 +238,11 @@ def _elements(piece: Piece) -> int:
     return math.prod(n for n, index in zip(piece.split, piece.their_index, strict=True) if isinstance(index, slice))
 
 
-def _constants(one: Constant, sizes: dict[str, int]) -> Iterable[tuple[str, np.ndarray]]:
-    letters = name_indices(one.theirs)
-    value = one.value(*(sizes[axis[0]] for axis in words(one.their_dims)))
+def _constants(constant: Constant, sizes: dict[str, int]) -> Iterable[tuple[str, np.ndarray]]:
+    letters = name_indices(constant.theirs)
+    value = constant.value(*(sizes[axis[0]] for axis in words(constant.their_dims)))
     for values in itertools.product(*(range(sizes[letter]) for letter in letters)):
-        yield one.theirs.format(**dict(zip(letters, values, strict=True))), value
+        yield constant.theirs.format(**dict(zip(letters, values, strict=True))), value
 
 
 def _mistyped(plan: Plan, state: Mapping[str, Any], dtypes: Mapping[str, np.dtype] | None) -> list[str]:
@@ -258,10 +261,10 @@ def _mistyped(plan: Plan, state: Mapping[str, Any], dtypes: Mapping[str, np.dtyp
 
 
 def _says(plan: Plan, name: str) -> str:
-    for one in plan.table.constants:
-        expression = re.escape(one.theirs)
-        for letter in name_indices(one.theirs):
+    for constant in plan.table.constants:
+        expression = re.escape(constant.theirs)
+        for letter in name_indices(constant.theirs):
             expression = expression.replace(re.escape("{" + letter + "}"), r"\d+")
         if re.fullmatch(expression, name):
-            return (one.value.__doc__ or "as the table says").strip().rstrip(".")
+            return (constant.value.__doc__ or "as the table says").strip().rstrip(".")
     return "as the table says"

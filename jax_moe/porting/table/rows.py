@@ -1,10 +1,10 @@
 """The language of porting tables: rows of (their name, their dims, our path, our dims), and how rows compose.
 
-Dims are words separated by spaces. A word is a letter (`D`), a group stored as one axis (`(H A)`, last fastest) or a
-part of an axis (`0/2`: index 0 of 2). An index in a name (`experts.{e}.up.weight`) is either a dim of ours (`e D F`:
-their E tensors are stacked in one of ours) or an index in our path (`fcs.{i}.kernel`). Sizes come from our shapes.
-
-Our dims are those that the parameter itself says (`jax_moe/parameters.py`); another letter or order is an error.
+"Theirs" is the side of files and PyTorch modules, "ours" that of jax_moe. Dims are words separated by spaces. A word is
+a letter (`D`), a group stored as one axis (`(H A)`, last fastest) or a part of an axis (`0/2`: index 0 of 2). An index
+in a name (`experts.{e}.up.weight`) is either a dim of ours (`e D F`: our array stacks their E tensors) or an index in
+our path (`fcs.{i}.kernel`). Sizes come from our shapes. Our dims must be those that the parameter declares
+(`jax_moe/parameters.py`).
 """
 
 import re
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-COUNTED = {"e": "E", "h": "H", "l": "L"}  # dims of ours that their names count; l0, l1 ... are layers of several stacks
+COUNTED = {"e": "E", "h": "H", "l": "L"}  # our dims that are indices in their names; l0, l1 ... if several stacks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight: what theirs is called and how it lies in memory, where ours is and how it lies."""
+    """A weight: its name and dims on their side, its path and dims on ours."""
 
     theirs: str
     their_dims: str
@@ -28,9 +28,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor of theirs that holds no weight (a mask): written by us, checked on loading, absent from gradients.
+    """A tensor of theirs that is no weight (a mask): written by us, checked on loading, absent from gradients.
 
-    `value` makes it from the sizes of its dims; a letter's size and an index's range come from the rows.
+    `value` computes it from the sizes of its dims; a letter's size and an index's range come from the rows.
     """
 
     theirs: str
@@ -40,12 +40,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class Table:
-    """One way in which one project names the weights of one module."""
+    """A project's names for the weights of a module."""
 
     name: str
     rows: tuple[Row, ...]
     constants: tuple[Constant, ...] = ()
-    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # what an index prints, where not 0, 1, 2 ...
+    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # what an index prints, if not 0, 1, 2 ...
 
 
 def words(dims: str) -> list[list[str]]:
@@ -72,12 +72,12 @@ def name_indices(pattern: str) -> list[str]:
 
 
 def under(rows: tuple[Row, ...], theirs: str, ours: str) -> tuple[Row, ...]:
-    """The same rows for a module that sits inside another, under these two prefixes."""
+    """The same rows for a module inside another, under these two prefixes."""
     return tuple(replace(row, theirs=theirs + row.theirs, ours=ours + row.ours) for row in rows)
 
 
 def stacked(rows: tuple[Row, ...], theirs: str, ours: str, index: str) -> tuple[Row, ...]:
-    """As `under`, for a list of modules whose weights ours stacks: `index`, in braces in `theirs`, leads our dims."""
+    """As `under`, for a list of modules that we stack: `index`, in braces in `theirs`, is our leading dim."""
     return tuple(replace(row, our_dims=f"{index} {row.our_dims}") for row in under(rows, theirs, ours))
 
 
@@ -89,7 +89,7 @@ def linear(theirs: str, ours: str, dims: str, kernel: str = "kernel", bias: str 
 
 
 def layer_norm(theirs: str, ours: str, dim: str = "D") -> tuple[Row, ...]:
-    """torch.nn.LayerNorm and flax's."""
+    """torch.nn.LayerNorm and flax's LayerNorm."""
     return Row(f"{theirs}.weight", dim, f"{ours}.scale", dim), Row(f"{theirs}.bias", dim, f"{ours}.bias", dim)
 
 
