@@ -79,7 +79,8 @@ def _soft(config: SoftMoEConfig) -> list[str]:
     widths = " -> ".join(map(str, config.widths))
     norms = [name for name, on in (("hidden", config.layer_norm), ("output", config.output_layer_norm)) if on]
     return [
-        f"slots: {config.num_experts} experts of {config.num_slots}; every slot mixes all tokens (not for causal models)",
+        f"slots: {config.num_experts} experts of {config.num_slots}; "
+        "every slot mixes all tokens (not for causal models)",
         *(["logits: tokens and phi of unit length, times a learned scale"] if config.normalise else []),
         f"experts: {widths}, hidden {config.hidden_activation}, output {config.output_activation}, "
         f"layer norm: {' and '.join(norms) or 'none'}, {'with' if config.residual else 'no'} residual",
@@ -92,7 +93,8 @@ def _decoder(config: DecoderConfig) -> list[str]:
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
     tied = "the head is the embedding" if config.tied_embeddings else "a head of its own"
     lines = [
-        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, up to {config.max_positions:,} positions",
+        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
+        f"up to {config.max_positions:,} positions",
         f"layers: {config.num_layers}, " + (kinds if dense else "each with a mixture"),
         *_attention(config),
     ]
@@ -104,7 +106,8 @@ def _decoder(config: DecoderConfig) -> list[str]:
     if told:
         lines.append("multipliers: " + ", ".join(told))
     balance, router = config.moe.balance, config.moe.router
-    pooled = "f and P averaged over the layers first" if balance.pooled == "over_layers" else "the mean of the layers' losses"
+    averaged = balance.pooled == "over_layers"
+    pooled = "f and P averaged over the layers first" if averaged else "the mean of the layers' losses"
     sums = "the top-k" if balance.f_sums_to == "k" else "1"
     wide = ["in fp32" if kept == "float32" else "in the model's dtype" for kept in (router.dtype, router.weight_dtype)]
     return [

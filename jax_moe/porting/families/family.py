@@ -1,4 +1,4 @@
-"""What a family is, one record of all that is asked about it, and what many of Hugging Face's share: rows, common settings.
+"""What a family is: a record of all that is asked about it. Also the rows and settings that many families share.
 
 A family may be known by its mixture alone, whatever stands around it; a whole decoder builds on the same rows.
 """
@@ -62,7 +62,7 @@ LAYER = "model.layers.{l}."
 
 @dataclass(frozen=True)
 class Names:
-    """What one side calls a mixture's weights: rows of one layer, and the prefix that they stand below in a whole model."""
+    """What files, or the reference in memory, call a mixture's weights: a layer's rows and their prefix in a model."""
 
     rows: tuple[Row, ...]
     layer: str  # layout of a mixture by itself; families with the same rows share it
@@ -77,7 +77,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of one layer: its contract from config.json and back, its names in files and in the reference's memory."""
+    """A layer's mixture: its contract from config.json and back, its names in files and in the reference's memory."""
 
     read: Callable[[Settings], MoEConfig]
     write: Callable[[MoEConfig], dict[str, Any]]
@@ -87,7 +87,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Whole:
-    """The decoder around a family's mixtures: its contract from config.json and back, its other rows, its optimizer's order."""
+    """The decoder around the mixtures: its contract from config.json and back, other rows, optimizer order."""
 
     architecture: str
     read: Callable[[Settings, MoEConfig], DecoderConfig]
@@ -98,7 +98,7 @@ class Whole:
     layer: str = LAYER  # what stands before the names of these rows
     before: tuple[Row, ...] = BEFORE  # all layers
     after: tuple[Row, ...] = AFTER
-    # How the reference numbers a layer's parameters: by the first of these that a name begins with, then as the rows stand.
+    # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
     order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
     def named(self, ours: str) -> str:
@@ -108,7 +108,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Family:
-    """One record: a config.json's `model_type` with its mixture and decoder, or a state dict that its names tell, or both."""
+    """A family: a config.json's `model_type` with mixture and decoder, or a state dict known by its names, or both."""
 
     name: str  # of a Hugging Face family its model_type
     mixture: Mixture | None = None
@@ -223,8 +223,8 @@ def read_decoder(
 ) -> DecoderConfig:
     """A decoder of grouped-query attention; `own` are the family's fields of `GroupedDecoder`. May raise ValueError.
 
-    The others are what transformers takes where config.json is silent: `kv_heads` None is one for each query head, which null
-    means too where `null_kv_heads`.
+    The other arguments are transformers' defaults for missing fields: `kv_heads` None gives each query head its own,
+    and so does null in config.json if `null_kv_heads`.
     """
     around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux)
     heads = settings.size("num_attention_heads")
@@ -256,7 +256,8 @@ def write_moe(moe: MoEConfig, experts: str, width: str) -> dict[str, Any]:
     """The reverse of `read_moe`; `experts` and `width` are the family's names of two sizes."""
     words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
-        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts, width: moe.expert_dim,
+        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts,
+        width: moe.expert_dim,
         "num_experts_per_tok": moe.top_k,
     }
 
