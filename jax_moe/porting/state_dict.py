@@ -28,7 +28,7 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
     changed. `layout` names the project whose names are used; None takes the layout whose names all match. `cast=True`
     converts to the parameters' dtypes; without it a differing dtype is an error.
     """
-    arrays = {str(name): _to_numpy(value) for name, value in state.items()}
+    arrays = {str(name): to_numpy(value) for name, value in state.items()}
     variables = stored_variables(layer)
     _refuse_far_larger(layer, variables, len(arrays))
     plan = _choose_plan(layer, declared(layer), set(arrays), layout)
@@ -81,7 +81,7 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
 
 def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str | None = None) -> dict[Any, Any]:
     """The inverse of `to_torch(layer, tree)`: a nested dict shaped like the layer's parameters, dtypes as given."""
-    arrays = {str(name): _to_numpy(value) for name, value in state.items()}
+    arrays = {str(name): to_numpy(value) for name, value in state.items()}
     plan = tree_plan(layer, arrays, layout)
     check(plan, arrays, f"tree does not fit {type(layer).__name__} (layout {plan.table.name})", constants=False)
     ours = to_ours(plan, arrays)
@@ -156,7 +156,7 @@ def _key(key: Any) -> str:
     return "" if name in ("value", "raw_value") else name
 
 
-def _to_numpy(value: Any) -> np.ndarray:
+def to_numpy(value: Any) -> np.ndarray:
     """numpy with the same bits, from numpy, jax or (by its `detach`) torch."""
     if hasattr(value, "detach"):
         from jax_moe.porting.torch_tensors import tensor_to_numpy

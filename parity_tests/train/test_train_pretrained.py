@@ -28,6 +28,7 @@ import jax_moe
 from jax_moe.porting.formats.safetensors import read_safetensors
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.table.family_cases import draw_weights
+from parity_tests.train.test_train_run import numbers
 from train import loop
 from train.configs import PRESETS
 from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
@@ -96,11 +97,6 @@ def whole(place: Path) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert command(monkeypatch, place, f"{SETTINGS} {TRAINING} --out whole") == 0
     return place / "whole"
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the clock."""
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in metrics.read(folder)]
 
 
 def test_a_run_learns_and_writes_everything(whole: Path) -> None:

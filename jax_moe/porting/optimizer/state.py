@@ -22,7 +22,7 @@ from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.optimizer.groups import check_groups
 from jax_moe.porting.optimizer.optax_state import ADAM, SGD, fill, moments_of
 from jax_moe.porting.optimizer.step_counts import counts_of, expert_tensors, own_steps_of
-from jax_moe.porting.state_dict import flatten, from_torch_tree, to_torch, tree_plan
+from jax_moe.porting.state_dict import flatten, from_torch_tree, to_numpy, to_torch, tree_plan
 
 KINDS = "AdamW or Adam (step, exp_avg, exp_avg_sq) or SGD (momentum_buffer)"
 
@@ -112,7 +112,7 @@ def read_state_dict(
     steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
     most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
     _check_entries(entries, kind, {name: step for name, step in steps.items() if name not in own}, most)
-    arrays = {word: {name: _numpy(entry[word]) for name, entry in entries.items()} for word in kind}
+    arrays = {word: {name: to_numpy(entry[word]) for name, entry in entries.items()} for word in kind}
     if kind is SGD:
         return Moments(arrays, None, own_steps=dict.fromkeys(untouched, 0))
     own_steps = {name: steps[name] for name in own if steps[name] != most}
@@ -148,7 +148,7 @@ def _check_entries(
 
 def _counter_dtype(entry: Mapping[str, Any]) -> str:
     """The dtype of the entry's step counter; for a plain integer float32, which is torch's default."""
-    dtype = _numpy(entry["step"]).dtype
+    dtype = to_numpy(entry["step"]).dtype
     return dtype.name if dtype.kind == "f" else "float32"
 
 
@@ -161,7 +161,7 @@ def _untouched(
     for name, shape in shapes.items():
         role = name.rsplit(".", 2)[-2:]
         like = entries[min(touched, key=lambda other: other.rsplit(".", 2)[-2:] != role)]
-        zeros = {word: np.zeros(shape, _numpy(like[word]).dtype) for word in kind if like.get(word) is not None}
+        zeros = {word: np.zeros(shape, to_numpy(like[word]).dtype) for word in kind if like.get(word) is not None}
         found[name] = {"step": 0, **zeros} if kind is ADAM else zeros
     return found
 
@@ -183,14 +183,6 @@ def write_state_dict(moments: Moments, groups: Sequence[Mapping[str, Any]], orde
         state[i] = entry | {word: numpy_to_tensor(arrays[name]) for word, arrays in moments.arrays.items()}
     groups = [{key: list(value) if key == "params" else value for key, value in group.items()} for group in groups]
     return {"state": state if moments.arrays else {}, "param_groups": groups}
-
-
-def _numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):
-        from jax_moe.porting.torch_tensors import tensor_to_numpy
-
-        return tensor_to_numpy(value)
-    return np.asarray(value)
 
 
 def _order(state_dict: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
