@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from jax_moe.config.checks import require
 from jax_moe.config.parameters import Declared
@@ -66,23 +67,11 @@ def flat_counts(nested: Any) -> dict[str, Any]:
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(nested)[0]}
 
 
-def nested_counts(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `flat_counts`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = value
-    return tree
-
-
 def _zeros(params: optax.Params, experts: Experts, dtype: Any) -> dict[str, Any]:
     """Zeros [*L, E], nested under the path of the experts."""
     leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     shapes = {parent: leaves[path].shape[:-own_dims] for path, (parent, own_dims) in experts.items() if path in leaves}
-    return nested_counts({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()})
+    return unflatten_dict({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}, sep=".")
 
 
 def _chosen(chosen: Any, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +142,7 @@ def scale_by_skipping_adam(
         structure = jax.tree.structure(updates)
         each = jax.tree_util.tree_map_with_path(leaf, updates, state.mu, state.nu)
         scaled, mu, nu = jax.tree.transpose(structure, jax.tree.structure((0, 0, 0)), each)
-        return scaled, SkippingAdamState(count, nested_counts(counts), mu, nu)
+        return scaled, SkippingAdamState(count, unflatten_dict(counts, sep="."), mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
@@ -199,7 +188,7 @@ def accumulated(
         before = flat_counts(state.chosen)
         goes_on = state.steps.mini_step > 0
         so_far = {path: value | (before[path] & goes_on) for path, value in _chosen(chosen, before).items()}
-        both = nested_counts(so_far)
+        both = unflatten_dict(so_far, sep=".")
         updates, inner = steps.update(updates, state.steps, params, chosen=both, **extra)
         return updates, AccumulatedState(both, inner)
 

@@ -109,7 +109,7 @@ class LayerAttention:
         return self
 
     def sizes(self) -> dict[str, int]:
-        """{name: size} of what a wrong number would make too large: none is above the number of weights in the files."""
+        """{name: size} of what a wrong number would make too large: none is above the number of weights."""
         return {}
 
     def words(self) -> dict[str, list[str]]:
@@ -174,14 +174,15 @@ class GroupedAttentionConfig(LayerAttention):
     def words(self) -> dict[str, list[str]]:
         """Heads, scale, window, biases, norms, clipping; and the rotation."""
         H, J = self.num_heads, self.num_kv_heads
-        biases = [name for name, on in (("queries, keys and values", self.qkv_bias), ("the output", self.output_bias)) if on]
-        norms = {"per_head": "each head's queries and keys normed", "full_width": "queries and keys normed over their full width"}
+        biases = {"queries, keys and values": self.qkv_bias, "the output": self.output_bias}
+        norms = {"per_head": "each head's queries and keys normed"}
+        norms |= {"full_width": "queries and keys normed over their full width"}
         told = {
             f"{H} heads of width {self.head_dim}": True,
             "keys and values of their own" if H == J else f"each key and value head serving {H // J}": True,
             f"scores times {self.score_scale:.6g}": True,
             f"a window of {self.window or 0:,} positions": self.window is not None,
-            f"biases on {' and '.join(biases)}": bool(biases),
+            f"biases on {' and '.join(name for name, on in biases.items() if on)}": any(biases.values()),
             norms.get(self.qk_norm, ""): self.qk_norm in norms,
             f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
         }

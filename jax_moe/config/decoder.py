@@ -270,7 +270,8 @@ class GroupedDecoder:
         without = DenseConfig.beside(self.moe, self.dense_dim) if self.dense_layers else self.moe
         layers = tuple(
             LayerConfig(
-                attention=sliding if i in self.sliding_layers else whole, ffn=without if i in self.dense_layers else self.moe
+                attention=sliding if i in self.sliding_layers else whole,
+                ffn=without if i in self.dense_layers else self.moe,
             )
             for i in range(self.num_layers)
         )

@@ -117,7 +117,7 @@ def _decoder(config: DecoderConfig) -> list[str]:
 
 
 def _attention(config: DecoderConfig) -> list[str]:
-    """A line for each kind of attention and subject; a phrase that not all layers of the kind say names those that do."""
+    """A line for each kind of attention and subject; a phrase of some layers of the kind names them."""
     kinds: dict[str, dict[int, dict[str, list[str]]]] = {}
     for i, layer in enumerate(config.layers):
         kinds.setdefault(layer.attention.kind, {})[i] = layer.attention.words()
@@ -130,7 +130,8 @@ def _attention(config: DecoderConfig) -> list[str]:
                 phrases.setdefault(subject, {}).setdefault(phrase, []).append(i)
         lines += [
             f"{subject}{of}: " + ", ".join(
-                phrase if len(where) == len(said) else f"{phrase} in {numbers(where)}" for phrase, where in found.items()
+                phrase + ("" if len(where) == len(said) else f" in {numbers(where)}")
+                for phrase, where in found.items()
             )
             for subject, found in phrases.items()
         ]

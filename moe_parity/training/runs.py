@@ -22,11 +22,11 @@ from jax_moe.porting.families import reference_table
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from moe_parity.compare import settings as computing_in
-from moe_parity.sides.transformers import import_transformers, widened
+from moe_parity.sides.transformers import import_transformers, load_reference, widened
 from moe_parity.stages import relative_error
 from moe_parity.training.jax_side import Curve, JaxTrainer, decoder_loss, expert_counts, makemoe_loss
 from moe_parity.training.settings import Numbers, TrainSettings, decoder_numbers, makemoe_numbers
-from moe_parity.training.torch_side import TorchTrainer, load_reference, make_makemoe, transformers_loss
+from moe_parity.training.torch_side import TorchTrainer, make_makemoe, transformers_loss
 from moe_parity.training.torch_side import makemoe_loss as makemoe_loss_torch
 
 LOSS = {"float64": 1e-10, "float32": 1e-5}  # allowed relative difference of the losses

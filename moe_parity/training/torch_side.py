@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jax_moe.config.models import MakeMoEConfig
-from jax_moe.porting.families import architecture_of
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
-from moe_parity.sides.transformers import import_transformers
 from moe_parity.training.jax_side import Curve
 from moe_parity.training.settings import Numbers, TrainSettings
 
@@ -133,15 +130,3 @@ class TorchTrainer:
     def weights(self) -> dict[str, np.ndarray]:
         """The present parameters by name."""
         return {name: tensor_to_numpy(value) for name, value in self.module.named_parameters()}
-
-
-def load_reference(path: Path, model_type: str, dtype: str) -> Any:
-    """The transformers model of a folder, with eager attention and without dropout."""
-    transformers, torch = import_transformers(), import_torch("parity")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, architecture_of(model_type))
-    return kind.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
-        local_files_only=True, output_router_logits=True,
-    ).eval()

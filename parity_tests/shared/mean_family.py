@@ -18,6 +18,7 @@ from jax_moe.parameters import parameter
 from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.families.family import (
     GROUPED,
+    PER_EXPERT,
     Family,
     Mixture,
     Names,
@@ -29,7 +30,6 @@ from jax_moe.porting.families.family import (
     write_decoder,
     write_moe,
 )
-from jax_moe.porting.families.qwen2_moe import PER_EXPERT
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row
 
