@@ -17,7 +17,7 @@ from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_inp
 from jax_moe.attention import kind_of
 from jax_moe.attention.positions import Positions, whole_call
 from jax_moe.config.attention import LayerAttention
-from jax_moe.config.decoder import DecoderConfig, DenseConfig
+from jax_moe.config.decoder import DecoderConfig, DenseConfig, NormPlace
 from jax_moe.config.models import Origin
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
@@ -28,20 +28,32 @@ from jax_moe.initializers import rounded
 from jax_moe.losses import MoEStats
 from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.moe import MoE
-from jax_moe.norms import RMSNorm
+from jax_moe.norms import RMSNorm, make_norm
 from jax_moe.parameters import of_role, parameter, stacked
 from jax_moe.remat import Remat
 from jax_moe.shapes import Dim, dims_of
 
+# The norms of a layer, by where they stand
+BEFORE, AFTER = ("attention_norm", "ffn_norm"), ("attention_out_norm", "ffn_out_norm")
+NORMS: dict[NormPlace, tuple[str, ...]] = {"before": BEFORE, "after": AFTER, "around": (*BEFORE, *AFTER)}
+
 
 class Attend(nnx.Module):
-    """What every layer has: two norms and attention of some kind between them."""
+    """What every layer has: attention of some kind, and the norms of both halves."""
 
-    def __init__(self, contract: LayerAttention, norm_eps: float, **kwargs: Any):
-        norm = (contract.model_dim, norm_eps, kwargs["param_dtype"])
-        self.attention_norm = RMSNorm(*norm)
+    def __init__(self, contract: LayerAttention, config: DecoderConfig, **kwargs: Any):
         self.attention = kind_of(contract)(contract, **kwargs)
-        self.ffn_norm = RMSNorm(*norm)
+        for name in NORMS[config.norm_place]:
+            setattr(self, name, _norm(config, kwargs["param_dtype"], kwargs["rngs"]))
+
+    def normed(self, name: str, x_BTD: Array) -> Array:
+        """The input in its dtype, normed where the layer has that norm."""
+        norm = getattr(self, name, None)
+        return x_BTD if norm is None else norm(x_BTD).astype(x_BTD.dtype)
+
+
+def _norm(config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> RMSNorm | nnx.LayerNorm:
+    return make_norm(config.norm, config.model_dim, config.norm_eps, param_dtype, rngs)
 
 
 class Decoder(nnx.Module):
@@ -63,9 +75,9 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size, config.model_dim)
         self.embedding = parameter(init(rngs.params(), shape, param_dtype), "V D", "embedding")
         for name, stack in config.stacks.items():
-            make = partial(_part, stack.contract, config.norm_eps, kwargs)
+            make = partial(_part, stack.contract, config, kwargs)
             setattr(self, name, stacked(make, rngs, len(stack.layers), "L"))
-        self.final_norm = RMSNorm(config.model_dim, config.norm_eps, param_dtype)
+        self.final_norm = _norm(config, param_dtype, rngs)
         if not config.tied_embeddings:
             self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
 
@@ -114,7 +126,7 @@ class Decoder(nnx.Module):
         y_BTD, _, found = self.layers(
             x_BTD, positions, key=key, training=training, expert_LBTK=expert_LBTK, remat=remat, watch=watch
         )
-        normed_BTD = self.final_norm(y_BTD)
+        normed_BTD = self.final_norm(y_BTD).astype(y_BTD.dtype)
         logits_BTV, stats, expert_LBTK = self.compare(normed_BTD), found.pop("stats"), found.pop("expert_LBTK")
         stages = {"embedding": x_BTD, **found, "final_norm": normed_BTD} if watch else None
         return ModelOutput(logits_BTV, stats, expert_LBTK, stages)
@@ -127,7 +139,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What comes out of the last layer, normed and compared with every token."""
-        return self.compare(self.final_norm(x_BTD))
+        return self.compare(self.final_norm(x_BTD).astype(x_BTD.dtype))
 
     def compare(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Normed vectors compared with every token."""
@@ -181,13 +193,13 @@ class Decoder(nnx.Module):
         check_vocabulary(tokens_BT, self.config.vocab_size)
 
 
-def _part(contract: Any, norm_eps: float, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
-    """What a layer has of that contract: a mixture, a dense network, or attention and both norms."""
+def _part(contract: Any, config: DecoderConfig, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """What a layer has of that contract: a mixture, a dense network, or attention and the norms."""
     if isinstance(contract, MoEConfig):
         return MoE(contract, rngs=rngs, **kwargs)
     if isinstance(contract, DenseConfig):
         return Experts(1, contract.model_dim, contract.dim, contract.expert, role="shared", rngs=rngs, **kwargs)
-    return Attend(contract, norm_eps, rngs=rngs, **kwargs)
+    return Attend(contract, config, rngs=rngs, **kwargs)
 
 
 def _plans(config: DecoderConfig) -> list[LayerPlan]:
@@ -212,25 +224,25 @@ class _Step:
     in_place: bool
 
     def __call__(self, x_BTD: Array, memory: Any, layer: Layer) -> tuple[Array, Any, dict[str, Any]]:
-        """x += attention(norm(x)); x += ffn(norm(x)). What is handed out besides: statistics, choices and stages."""
+        """x += attention(x); x += ffn(x), each with its norms. Handed out besides: statistics, choices and stages."""
         contract: Any = layer.plan.contract
         name, ffn_name = layer.plan.stacks[:2]
         key, block, ffn = layer.rows["key"], self._module(name, layer), self._module(ffn_name, layer)
         block.attention.config = contract.attention  # a stack's layers may differ in what leaves parameters alone
-        normed_BTD = block.attention_norm(x_BTD)
+        normed_BTD = block.normed("attention_norm", x_BTD)
         attended_BTD, cache = block.attention(
             normed_BTD, self.positions, self.shared[contract.attention], fold(key, 0) if self.training else None,
             None if memory is None else (memory[name], layer.numbers[name]),
         )
-        x_BTD = self.model.add(x_BTD, attended_BTD)
-        ffn_BTD = block.ffn_norm(x_BTD)
+        x_BTD = self.model.add(x_BTD, block.normed("attention_out_norm", attended_BTD))
+        ffn_BTD = block.normed("ffn_norm", x_BTD)
         if isinstance(ffn, MoE):
             y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer)
         else:
             y_BTD = expert_ffn(ffn_BTD.reshape(1, -1, ffn_BTD.shape[-1]), ffn.weights(), contract.ffn.expert)
             y_BTD = y_BTD.reshape(ffn_BTD.shape)
             found = {"combined": y_BTD} if self.watch else {}
-        x_BTD = self.model.add(x_BTD, y_BTD)
+        x_BTD = self.model.add(x_BTD, block.normed("ffn_out_norm", y_BTD))
         if self.watch:
             found |= {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": x_BTD}
         return x_BTD, None if memory is None else {**memory, name: cache}, found

@@ -109,12 +109,10 @@ def _watch_layer(
     """Sets hooks on the modules of a layer, found by the names that the family's rows give their weights."""
     assert family.mixture is not None
     whole, mixture = family.whole, family.mixture.in_memory
-    names = {row.ours: row.theirs for row in whole.norms}
+    stages = {f"{kind}.scale": kind for kind in ("attention_norm", "ffn_norm")}
+    paths = {stages[row.ours]: _holder(row.theirs) for row in whole.norms if row.ours in stages}
+    paths["attention"] = _holder(_holder(whole.attention[contract.attention.kind][0].theirs))
     sparse = contract.ffn.kind == "moe"
-    paths = {
-        "attention_norm": _holder(names["attention_norm.scale"]), "ffn_norm": _holder(names["ffn_norm.scale"]),
-        "attention": _holder(_holder(whole.attention[contract.attention.kind][0].theirs)),
-    }
     paths = {kind: f"{whole.layer}{path}" for kind, path in paths.items()} | {"residual": whole.layer[:-1]}
     paths["combined"] = mixture.within[:-1] if sparse else f"{whole.layer}{_holder(_holder(whole.dense[0].theirs))}"
     modules = {kind: reference.get_submodule(path.format(l=i)) for kind, path in paths.items()}

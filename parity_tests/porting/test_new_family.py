@@ -97,12 +97,16 @@ def test_readme_adds_a_family_in_twenty_lines(folder: Path) -> None:
 def known(
     request: pytest.FixtureRequest, cool: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> jax_moe.Decoder:
-    """A model of each family, saved as `one`; of the one with its own attention also without any other attention."""
+    """A model of each family, saved as `one`; of the one with its own attention also without any other, and with other
+    norms.
+    """
     kinds = {"cool_moe": (), "mean_moe": (MEAN, GROUPED, MEAN), "mean_moe alone": (MEAN, MEAN)}[request.param]
     layers = tuple(LayerConfig(attention=one, ffn=CONFIG.moe) for one in kinds) or CONFIG.layers
     config, family = dataclasses.replace(CONFIG, layers=layers), cool
     if kinds:
         config, family = dataclasses.replace(config, logits_divisor=1.0), add(monkeypatch)
+    if GROUPED not in kinds and kinds:
+        config = dataclasses.replace(config, norm="layer", norm_place="around")
     made = filled(lambda: jax_moe.Decoder(config, rngs=nnx.Rngs(0)))
     jax_moe.save_pretrained(made, tmp_path / "one", model_type=family.name)
     return jax_moe.load_pretrained(tmp_path / "one")
