@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_moe.parameters import path_of
 from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.optimizer.step_counts import HINT, unequal
 from jax_moe.porting.state_dict import flatten
-from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, nested_counts, path_of
+from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, nested_counts
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's word: optax's field
 SGD = {"momentum_buffer": "trace"}
