@@ -216,7 +216,8 @@ class MoE(nn.Module):
         range, and for a capacity below one slot.
         """
         output = self.run(
-            x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK
+            x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD,
+            expert_BTK=expert_BTK,
         )
         return output.y_BTD, output.stats
 

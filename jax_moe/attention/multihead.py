@@ -25,9 +25,9 @@ def attention_weights(
 
 
 class Attention(nnx.Module):
-    """Self-attention. Parameters `query`, `key`, `value` [D, H, A] or one `qkv` [D, 3, H, A]; `out` [H, A, D], `out_bias`.
+    """Self-attention. Projections have no bias, the output has one, as in makeMoE.
 
-    Projections have no bias, the output has one, as in makeMoE.
+    Parameters: `query`, `key`, `value` [D, H, A], or one `qkv` [D, 3, H, A]; `out` [H, A, D], `out_bias` [D].
     """
 
     def __init__(

@@ -119,7 +119,9 @@ class GroupedAttentionConfig(LayerAttention):
 
     def __post_init__(self) -> None:
         check_literals(self)
-        check_positive_ints(**{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")})
+        check_positive_ints(
+            **{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")}
+        )
         heads, width = self.num_heads, self.head_dim
         require(heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={heads}")
         require(width % 2 == 0, "head_dim", width, "even (rotary embeddings turn pairs)")

@@ -60,7 +60,9 @@ class DecoderConfig:
         require(bool(some), "layers", type(layers).__name__, "a tuple of at least one LayerConfig")
         for one in dict.fromkeys(layers):
             for name, part in (("attention", one.attention), ("moe", one.ffn)):
-                require(part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}")
+                require(
+                    part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}"
+                )
         require(bool(self.moe_layers), "dense_layers", self.dense_layers, "fewer than all layers")
         sizes = {(one.num_experts, one.top_k) for one in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
@@ -84,11 +86,15 @@ class DecoderConfig:
 
     def with_attention(self, **changes: Any) -> "DecoderConfig":
         """The same decoder with these fields of every layer's attention changed."""
-        return self.with_layers(lambda one: dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes)))
+        return self.with_layers(
+            lambda one: dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes))
+        )
 
     def with_moe(self, moe: MoEConfig) -> "DecoderConfig":
         """The same decoder with this mixture in every layer that has one."""
-        return self.with_layers(lambda one: dataclasses.replace(one, ffn=moe) if isinstance(one.ffn, MoEConfig) else one)
+        return self.with_layers(
+            lambda one: dataclasses.replace(one, ffn=moe) if isinstance(one.ffn, MoEConfig) else one
+        )
 
     @cached_property
     def stacks(self) -> dict[str, tuple[int, ...]]:
@@ -214,7 +220,9 @@ class DecoderConfig:
         if not all(isinstance(layer.attention, GroupedAttentionConfig) for layer in self.layers):
             return None
         own = {ours: getattr(self.attention, name) for ours, name in ATTENTION_FIELDS.items()}
-        layers = {name: getattr(self, name) for name in ("dense_layers", "dense_dim", "sliding_layers", "sliding_window")}
+        layers = {
+            name: getattr(self, name) for name in ("dense_layers", "dense_dim", "sliding_layers", "sliding_window")
+        }
         alike = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "layers"}
         found = GroupedDecoder(num_layers=self.num_layers, moe=self.moe, **own, **layers, **alike)
         return found if found.config() == self else None
@@ -222,8 +230,9 @@ class DecoderConfig:
 
 # Fields of `GroupedDecoder` that are of the layers' attention, and their names there
 ATTENTION_FIELDS = {
-    "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope", "qkv_bias": "qkv_bias",
-    "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv", "attention_dropout": "dropout",
+    "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope",
+    "qkv_bias": "qkv_bias", "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv",
+    "attention_dropout": "dropout",
     "attention_multiplier": "multiplier",
 }
 
@@ -284,7 +293,8 @@ class GroupedDecoder:
             dense_ffn = DenseConfig(model_dim=self.model_dim, dim=self.dense_dim, expert=expert)
         layers = tuple(
             LayerConfig(
-                attention=sliding if i in self.sliding_layers else whole, ffn=dense_ffn if i in self.dense_layers else mixture
+                attention=sliding if i in self.sliding_layers else whole,
+                ffn=dense_ffn if i in self.dense_layers else mixture,
             )
             for i in range(self.num_layers)
         )
@@ -295,5 +305,6 @@ class GroupedDecoder:
 def differences(one: DecoderConfig, other: DecoderConfig) -> list[str]:
     """The fields in which two decoders differ: those of the shorthand where both have it."""
     short = one.shorthand, other.shorthand
-    pair = (one, other) if None in short else short
-    return [each.name for each in dataclasses.fields(pair[0]) if getattr(pair[0], each.name) != getattr(pair[1], each.name)]  # type: ignore[arg-type]
+    pair: Any = (one, other) if None in short else short
+    names = [field.name for field in dataclasses.fields(pair[0])]
+    return [name for name in names if getattr(pair[0], name) != getattr(pair[1], name)]

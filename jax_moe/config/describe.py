@@ -77,7 +77,8 @@ def _soft(config: SoftMoEConfig) -> list[str]:
     widths = " -> ".join(map(str, config.widths))
     norms = [name for name, on in (("hidden", config.layer_norm), ("output", config.output_layer_norm)) if on]
     return [
-        f"slots: {config.num_experts} experts of {config.num_slots}; every slot mixes all tokens (not for causal models)",
+        f"slots: {config.num_experts} experts of {config.num_slots}; "
+        "every slot mixes all tokens (not for causal models)",
         *(["logits: tokens and phi of unit length, times a learned scale"] if config.normalise else []),
         f"experts: {widths}, hidden {config.hidden_activation}, output {config.output_activation}, "
         f"layer norm: {' and '.join(norms) or 'none'}, {'with' if config.residual else 'no'} residual",
@@ -89,7 +90,8 @@ def _decoder(config: DecoderConfig) -> list[str]:
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
     tied = "the head is the embedding" if config.tied_embeddings else "a head of its own"
     lines = [
-        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, up to {config.max_positions:,} positions",
+        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
+        f"up to {config.max_positions:,} positions",
         f"layers: {config.num_layers}, " + (kinds if dense else "each with a mixture"),
         "attention: " + ", ".join(_attention(config)),
         f"positions: {_rope(config.rope)}",
@@ -102,7 +104,8 @@ def _decoder(config: DecoderConfig) -> list[str]:
     if told:
         lines.append("multipliers: " + ", ".join(told))
     balance, router = config.moe.balance, config.moe.router
-    pooled = "f and P averaged over the layers first" if balance.pooled == "over_layers" else "the mean of the layers' losses"
+    averaged = balance.pooled == "over_layers"
+    pooled = "f and P averaged over the layers first" if averaged else "the mean of the layers' losses"
     sums = "the top-k" if balance.f_sums_to == "k" else "1"
     wide = ["in fp32" if kept == "float32" else "in the model's dtype" for kept in (router.dtype, router.weight_dtype)]
     return [
@@ -119,9 +122,14 @@ def _attention(config: DecoderConfig) -> list[str]:
         slides = config.sliding_layers
         where = "all layers" if len(slides) == config.num_layers else numbers(slides)
         lines.append(f"a window of {config.sliding_window:,} positions in {where}")
-    biases = [name for name, on in (("queries, keys and values", config.qkv_bias), ("the output", config.output_bias)) if on]
+    biases = [
+        name for name, on in (("queries, keys and values", config.qkv_bias), ("the output", config.output_bias)) if on
+    ]
     lines += [f"biases on {' and '.join(biases)}"] if biases else []
-    norms = {"per_head": "each head's queries and keys normed", "full_width": "queries and keys normed over their full width"}
+    norms = {
+        "per_head": "each head's queries and keys normed",
+        "full_width": "queries and keys normed over their full width",
+    }
     lines += [norms[config.qk_norm]] if config.qk_norm != "none" else []
     lines += [f"queries, keys and values clipped to +-{config.clip_qkv:g}"] if config.clip_qkv is not None else []
     return lines

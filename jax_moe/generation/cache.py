@@ -24,7 +24,9 @@ class Cache(NamedTuple):
 def empty_cache(model: Decoder, start_B: Int[Array, " B"], num_slots: int, dtype: DTypeLike) -> Cache:
     """A cache with nothing in it."""
     config = model.config
-    contracts = {name: config.layers[layers[0]].attention for name, layers in config.stacks.items() if name.startswith("blocks")}
+    contracts = {
+        name: config.layers[layers[0]].attention for name, layers in config.stacks.items() if name.startswith("blocks")
+    }
     kept = {
         name: kind_of(one).empty_cache(one, len(config.stacks[name]), start_B.shape[0], num_slots, dtype)
         for name, one in contracts.items()

@@ -156,12 +156,16 @@ class Decoder(nnx.Module):
         parts = {name: nnx.split(getattr(self, name), of_role("expert"), ...) for name in config.stacks}
         stacks: dict[str, Any] = {name: (experts, others) for name, (_, experts, others) in parts.items()}
         through: dict[str, Any] = {}
-        if in_place:  # a layer's slice of the stacked experts would copy them all: those of all layers are numbered through
-            through = {name: jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), each[1]) for name, each in parts.items()}
+        # slicing a layer out of the stacked experts would copy them: experts of all layers get one numbering
+        if in_place:
+            through = {
+                name: jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), each[1]) for name, each in parts.items()
+            }
             stacks = {name: (None, others) for name, (_, others) in stacks.items()}
         stacks |= {"key": None if key is None else jax.random.split(key, config.num_layers), "replay": expert_LBTK}
         step = _Step(
-            model=self, graphs={name: graph for name, (graph, _, _) in parts.items()}, through=through, positions=positions,
+            model=self, graphs={name: graph for name, (graph, _, _) in parts.items()}, through=through,
+            positions=positions,
             training=training, watch=watch, in_place=in_place, shared={
                 contract: kind_of(contract).shared(contract, positions, x_BTD.dtype)
                 for contract in dict.fromkeys(layer.attention for layer in config.layers)

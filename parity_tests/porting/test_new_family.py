@@ -39,7 +39,7 @@ def code() -> str:
 
 @pytest.fixture
 def cool(monkeypatch: pytest.MonkeyPatch) -> Family:
-    """The family, in the list. One with another attention kind would stand here beside it: its rows are in `Whole.attention`."""
+    """The family, in the list. Another attention kind is added the same way, its rows in `Whole.attention`."""
     made: dict[str, Any] = {}
     exec(code(), made)
     monkeypatch.setitem(FAMILIES, "cool_moe", made["COOL"])
@@ -97,13 +97,15 @@ def test_every_command_and_call_knows_it(folder: Path, tmp_path: Path, capsys: p
 
 
 def test_the_order_of_its_optimizer(cool: Family) -> None:
-    """As modules are defined: the embedding, layer by layer attention, mixture and norms, then the last norm and the head."""
+    """The order of definition: the embedding; per layer attention, mixture and norms; the last norm and the head."""
     made = tree_plan(model(), layout=cool.in_memory(CONFIG).name)
     order = cool.parameter_order(made)
     layer = [name.removeprefix("model.layers.1.") for name in order if name.startswith("model.layers.1.")]
     assert order[0] == "model.embed_tokens.weight" and order[-2:] == ["model.norm.weight", "lm_head.weight"]
     assert layer[:5] == [*(f"self_attn.{one}_proj.weight" for one in "qkvo"), "mlp.router.weight"]
-    assert layer[-2:] == ["input_layernorm.weight", "post_attention_layernorm.weight"] and len(order) == 3 + 2 * len(layer)
+    assert (
+        layer[-2:] == ["input_layernorm.weight", "post_attention_layernorm.weight"] and len(order) == 3 + 2 * len(layer)
+    )
 
 
 def test_a_family_known_by_its_mixture_alone(
@@ -122,7 +124,9 @@ def test_a_family_known_by_its_mixture_alone(
     below = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     assert below.keys() == their_shapes(layer, "hf_cool_layer").keys()
     jax_moe.from_torch(layer, below)
-    check_exact({"up": np.asarray(layer.experts.up[...])}, {"up": np.asarray(model().moe.experts.up[...])[1]}, "layer 1")
+    check_exact(
+        {"up": np.asarray(layer.experts.up[...])}, {"up": np.asarray(model().moe.experts.up[...])[1]}, "layer 1"
+    )
     assert "of this type the mixture of a layer is known, not the whole decoder" in fails(capsys, "inspect", folder)
 
 

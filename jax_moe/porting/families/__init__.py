@@ -52,8 +52,10 @@ def architecture_of(model_type: str) -> str:
 def recognise(names: Iterable[str]) -> Family | None:
     """The family that a state dict's names tell, or None."""
     names = list(names)
-    signed = (one for one in FAMILIES.values() if one.state is not None)
-    return next((one for one in signed if any(re.fullmatch(one.state.sign, name) for name in names)), None)  # type: ignore
+    for family in FAMILIES.values():
+        if family.state is not None and any(re.fullmatch(family.state.sign, name) for name in names):
+            return family
+    return None
 
 
 def families_of(module: nnx.Module) -> list[Family]:
@@ -85,7 +87,7 @@ def default_table(module: nnx.Module) -> Table:
 
 
 def layer_tables() -> list[Table]:
-    """A mixture by itself, as the reference's blocks have it in memory and as files do; families share what is the same."""
+    """A mixture by itself, named as in the reference's memory and as in files; equal tables appear once."""
     mixtures = [one.mixture for one in FAMILIES.values() if one.mixture is not None]
     names = [names for one in mixtures for names in (one.in_memory, one.on_disk)]
     own = {one.state.table.name for one in FAMILIES.values() if one.state is not None}

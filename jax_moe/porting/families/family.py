@@ -1,4 +1,4 @@
-"""What a family is, one record of all that is asked about it, and what many of Hugging Face's share: rows, common settings.
+"""What a family is: a record of all that is asked about it. Also the rows and settings that many families share.
 
 A family may be known by its mixture alone, whatever stands around it; a whole decoder builds on the same rows.
 """
@@ -59,7 +59,7 @@ LAYER = "model.layers.{l}."
 
 @dataclass(frozen=True)
 class Names:
-    """What one side calls a mixture's weights: rows of one layer, and the prefix that they stand below in a whole model."""
+    """What files, or the reference in memory, call a mixture's weights: a layer's rows and their prefix in a model."""
 
     rows: tuple[Row, ...]
     layer: str  # layout of a mixture by itself; families with the same rows share it
@@ -74,7 +74,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of one layer: its contract from config.json and back, its names in files and in the reference's memory."""
+    """A layer's mixture: its contract from config.json and back, its names in files and in the reference's memory."""
 
     read: Callable[[Settings], MoEConfig]
     write: Callable[[MoEConfig], dict[str, Any]]
@@ -84,7 +84,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Whole:
-    """The decoder around a family's mixtures: its contract from config.json and back, its other rows, its optimizer's order."""
+    """The decoder around the mixtures: its contract from config.json and back, other rows, optimizer order."""
 
     architecture: str
     read: Callable[[Settings, MoEConfig], DecoderConfig]
@@ -94,13 +94,13 @@ class Whole:
     dense: tuple[Row, ...] = under(gated_ffn("", ""), f"{LAYER}mlp.", "")  # of a layer without a mixture
     before: tuple[Row, ...] = BEFORE  # all layers
     after: tuple[Row, ...] = AFTER
-    # How the reference numbers a layer's parameters: by the first of these that a name begins with, then as the rows stand.
+    # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
     order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One record: a config.json's `model_type` with its mixture and decoder, or a state dict that its names tell, or both."""
+    """A family: a config.json's `model_type` with mixture and decoder, or a state dict known by its names, or both."""
 
     name: str  # of a Hugging Face family its model_type
     mixture: Mixture | None = None
@@ -189,13 +189,13 @@ def stacks(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def read_decoder(
-    settings: Settings, moe: MoEConfig, *, max_positions: int = 2048, kv_heads: int | None = None, null_kv_heads: bool = True,
-    theta: float = 10000.0, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
+    settings: Settings, moe: MoEConfig, *, max_positions: int = 2048, kv_heads: int | None = None,
+    null_kv_heads: bool = True, theta: float = 10000.0, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
 ) -> DecoderConfig:
     """What every family's config.json says in the same words; `own` are the family's fields. May raise ValueError.
 
-    The others are what transformers takes where config.json is silent: `kv_heads` None is one for each query head, which null
-    means too where `null_kv_heads`.
+    The other arguments are transformers' defaults for missing fields: `kv_heads` None gives each query head its own,
+    and so does null in config.json if `null_kv_heads`.
     """
     heads, width = settings.size("num_attention_heads"), settings.size("hidden_size")
     max_positions = settings.integer("max_position_embeddings", max_positions)
@@ -235,7 +235,8 @@ def write_moe(moe: MoEConfig, experts: str, width: str) -> dict[str, Any]:
     """The reverse of `read_moe`; `experts` and `width` are the family's names of two sizes."""
     words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
-        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts, width: moe.expert_dim,
+        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts,
+        width: moe.expert_dim,
         "num_experts_per_tok": moe.top_k,
     }
 
@@ -244,8 +245,9 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
     """The reverse of `read_decoder`; what is of the mixture stands in `write_moe`."""
     return {
         "vocab_size": config.vocab_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions, "rope_parameters": write_rope(config.rope),
-        "rms_norm_eps": config.norm_eps, "attention_dropout": config.attention_dropout,
-        "tie_word_embeddings": config.tied_embeddings, "router_aux_loss_coef": config.balance_loss_weight,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "max_position_embeddings": config.max_positions,
+        "rope_parameters": write_rope(config.rope), "rms_norm_eps": config.norm_eps,
+        "attention_dropout": config.attention_dropout, "tie_word_embeddings": config.tied_embeddings,
+        "router_aux_loss_coef": config.balance_loss_weight,
     }

@@ -6,7 +6,16 @@ from typing import Any
 from jax_moe import presets
 from jax_moe.config.models import DecoderConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.family import Family, Mixture, Names, Whole, read_decoder, read_moe, write_decoder, write_moe
+from jax_moe.porting.families.family import (
+    Family,
+    Mixture,
+    Names,
+    Whole,
+    read_decoder,
+    read_moe,
+    write_decoder,
+    write_moe,
+)
 from jax_moe.porting.families.qwen2_moe import FUSED, PER_EXPERT
 from jax_moe.porting.families.settings import Settings
 
@@ -28,7 +37,8 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
     """The contract."""
     bias = settings.flag("attention_bias", False)
     return read_decoder(
-        settings, moe, max_positions=4096, norm_eps=1e-5, aux=0.01, qkv_bias=bias, output_bias=bias, qk_norm="full_width",
+        settings, moe, max_positions=4096, norm_eps=1e-5, aux=0.01, qkv_bias=bias, output_bias=bias,
+        qk_norm="full_width",
         clip_qkv=settings.number("clip_qkv", None),
     )
 

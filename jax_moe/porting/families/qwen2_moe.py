@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Hugging Face `qwen2_moe`): a gated shared expert, biased q, k, v, dense layers by index, a window in every other."""
+"""Qwen2-MoE (Hugging Face `qwen2_moe`): gated shared expert, biased q, k, v, dense and windowed layers."""
 
 from typing import Any
 

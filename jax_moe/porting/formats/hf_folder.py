@@ -34,7 +34,10 @@ COPIED = (
 
 
 NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers skips it too, and writes it no longer
-TIED = "must be model.embed_tokens.weight, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
+TIED = (
+    "must be model.embed_tokens.weight, as tie_word_embeddings=true says; "
+    "set it to false in config.json to keep this head"
+)
 
 
 def is_hf(path: Path) -> bool:
@@ -52,7 +55,7 @@ def is_hf_config(values: Mapping[str, Any]) -> bool:
 
 
 def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> Found:
-    """The folder, once its names and shapes are those of its config.json: `read` is its text and values, if it was read.
+    """The folder, its names and shapes checked against its config.json; `read` is that file's text and values, if read.
 
     Raises ValueError (PortError for weights) with everything that is wrong, so far as headers tell.
     """
@@ -77,8 +80,8 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     check(plan, headers, f"{path} (layout {plan.table.name})")
     state = path / OPTIMIZER
     return Found(
-        path=path, kind="hf", place=path, family=family, config=config, tensors=headers, ours=False, origin=origin, model=model,
-        plan=plan, head=head, optimizer=state if state.is_file() else None,
+        path=path, kind="hf", place=path, family=family, config=config, tensors=headers, ours=False, origin=origin,
+        model=model, plan=plan, head=head, optimizer=state if state.is_file() else None,
         unwrapped=f"names without {' and '.join(taken)}" if taken else None,
     )
 
