@@ -198,7 +198,8 @@ class MoE(nnx.Module):
     ) -> tuple[Array, Routing, Slots, int, Array | None]:
         """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
         config, router = self.config, self.config.router
-        mask_BT, noise_BTE, jitter_BTD, expert_BTK = map(given.get, ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK"))
+        mask_BT, expert_BTK = given.get("mask_BT"), given.get("expert_BTK")
+        noise_BTE, jitter_BTD = given.get("noise_BTE"), given.get("jitter_BTD")
         B, T, _ = x_BTD.shape
         noise_key = fold(key, 0) if training or router.noise_at_evaluation else None
         if router.noise == "learned_gaussian" and noise_BTE is None and noise_key is not None:

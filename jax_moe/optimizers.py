@@ -70,7 +70,8 @@ def adamw_as_torch(
     go on, as for any stacked array. "skip": nothing, as in PyTorch where each expert is its own module, and every
     expert has a step count. Then call `update(gradients, state, params, chosen=chosen_experts(stats))`, and to
     accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`. Which weights are
-    experts' their variables say; where params are plain arrays, give `declared`, the module or `jax_moe.declared(module)`.
+    experts' their variables say; where params are plain arrays, give `declared`: the module, or
+    `jax_moe.declared(module)`.
     """
     require(unchosen in ("skip", "decay"), "unchosen", unchosen, "skip or decay")
     rate = in_full_precision(learning_rate) if callable(learning_rate) else learning_rate

@@ -14,10 +14,10 @@ Tree = TypeVar("Tree")
 def cast_to_compute(params: Tree, precision: Precision, *, declared: Any = None) -> Tree:
     """A module, or its state, with weights as a call should see them: cast as `Precision.dtype_of` says of their roles.
 
-    To be used inside the loss, so that gradients come back in the stored dtype. Not cast are routers, Soft MoE's phi, kept
-    variables, integers and, unless `cast_experts` is "at_once", experts. Norms become `norms`, all else `compute`; the
-    embeddings' dtype is that of the residual stream. Plain arrays have no role: for them give `declared`, the module or
-    `jax_moe.declared(module)`, or merge them into the module first. Raises ValueError for an array without a role.
+    To be used inside the loss, so that gradients come back in the stored dtype. Not cast are routers, Soft MoE's phi,
+    kept variables, integers and, unless `cast_experts` is "at_once", experts. Norms become `norms`, all else `compute`;
+    the embeddings' dtype is that of the residual stream. Plain arrays have no role: for them give `declared`, the
+    module or `jax_moe.declared(module)`. Raises ValueError for an array without a role.
     """
     import jax
     import jax.numpy as jnp

@@ -135,9 +135,11 @@ class SoftMoE(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None, training: bool = True,
         mask_BT: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
-        """The layer's answer in the input's dtype, and its statistics (`soft_stats`). It draws nothing, with or without
-        a key. Padding (mask_BT False) feeds no slot and counts in no statistic; its own answer is the plain mean of the
-        slots and means nothing. Raises ValueError for an array of another kind or shape."""
+        """The layer's answer in the input's dtype, and its statistics (`soft_stats`). It draws nothing.
+
+        Padding (mask_BT False) feeds no slot and counts in no statistic; its own answer is the plain mean of the slots
+        and means nothing. Raises ValueError for an array of another kind or shape.
+        """
         output = self.run(x_BTD, key=key, training=training, mask_BT=mask_BT)
         return output.y_BTD, output.stats
 

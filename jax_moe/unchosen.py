@@ -49,8 +49,8 @@ def experts_in(ours: Mapping[str, Declared]) -> Experts:
 
 def _experts(params: Any, said: Said) -> Experts:
     """As `experts_in`, by what was said or by the variables themselves. Raises ValueError for plain arrays alone."""
-    stated = isinstance(params, nnx.State)
-    require(stated or said is not None, "declared", None, "the module or jax_moe.declared(module), as params are plain arrays")
+    stated = said is not None or isinstance(params, nnx.State)
+    require(stated, "declared", None, "the module or jax_moe.declared(module), as params are plain arrays")
     return experts_in(declared(params if said is None else said))
 
 

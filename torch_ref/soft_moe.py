@@ -113,9 +113,11 @@ class SoftMoE(nn.Module):
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], *, mask_BT: Bool[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
-        """The layer's answer in the input's dtype, and its statistics (`soft_stats`). It draws nothing. Padding (mask_BT
-        False) feeds no slot and counts in no statistic; its own answer is the plain mean of the slots and means nothing.
-        Raises ValueError for a tensor of another kind or shape."""
+        """The layer's answer in the input's dtype, and its statistics (`soft_stats`). It draws nothing.
+
+        Padding (mask_BT False) feeds no slot and counts in no statistic; its own answer is the plain mean of the slots
+        and means nothing. Raises ValueError for a tensor of another kind or shape.
+        """
         checked(checked_input("x_BTD", x_BTD, self.config.model_dim), mask_BT=mask_BT)
         logits_BTEC = soft_logits(x_BTD, self.phi, mask_BT, self.scale)
         dispatch_BTEC, combine_BTEC = soft_weights(logits_BTEC)

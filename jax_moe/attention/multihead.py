@@ -60,12 +60,14 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The answer in the input's dtype; attention has no statistics.
 
-        Dropout only with a key in training, or with masks (True where a value survives). Keys at padding (mask_BT False)
-        are not attended to. Raises ValueError for an array of another kind or shape.
+        Dropout only with a key in training, or with masks (True where a value survives). Padding (mask_BT False) is not
+        attended to. Raises ValueError for an array of another kind or shape.
         """
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}
-        given = checked(sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD)
+        given = checked(
+            sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD
+        )
         dtype, rate, key = x_BTD.dtype, self.config.dropout, key if training else None
         if self.config.projections == "per_head":
             kernel_D3HA = jnp.stack([self.query[...], self.key[...], self.value[...]], axis=1)

@@ -38,7 +38,7 @@ class BlockConfig:
         require(not leaks, "moe", "SoftMoEConfig", allowed)
 
     def used(self, **arrays: Any) -> dict[str, Any]:
-        """Those of a sparse layer's arrays that are not None, by name. Raises ValueError for any where Soft MoE is used."""
+        """A sparse layer's arrays that are not None, by name. Raises ValueError for any if the mixture is soft."""
         given = {name: value for name, value in arrays.items() if value is not None}
         for name in given if isinstance(self.moe, SoftMoEConfig) else ():
             raise ValueError(f"{name}: must be left out; Soft MoE draws nothing and chooses no experts")

@@ -60,7 +60,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
         """The block's answer and its mixture's statistics. Arguments as in `MoE` and `Attention`.
 
-        Raises ValueError for an array of another kind or shape, and for arrays of a sparse layer where the mixture is soft.
+        Raises ValueError for an array of another kind or shape, and for a sparse layer's if the mixture is soft.
         """
         output = self.run(
             x_BTD, key=key, training=training, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU,

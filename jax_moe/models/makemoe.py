@@ -120,7 +120,8 @@ class MakeMoE(nnx.Module):
                 x_BTD, key=rows["key"], training=training, mask_BT=mask_BT, expert_BTK=rows["replay"],
                 capacity_limit=capacity_limit, watch=watch, **rows["draws"],
             )
-            return output.y_BTD, None, {"stats": output.stats, "expert_LBTK": output.expert_BTK, **(output.stages or {})}
+            found = {"stats": output.stats, "expert_LBTK": output.expert_BTK, **(output.stages or {})}
+            return output.y_BTD, None, found
 
         plans = [LayerPlan(self.config.block, tuple(stacks))] * self.config.num_layers
         y_BTD, _, found = walk(step, plans, stacks, x_BTD, remat=remat)

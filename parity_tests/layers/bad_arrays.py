@@ -1,6 +1,7 @@
 """Wrong array arguments and the message for each. Run as a program, not under pytest, where jaxtyping and beartype
 would refuse most of them before the functions are reached."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -28,14 +29,15 @@ DUPLICATES[1, 3] = 2
 OUTSIDE[0, 1, 1] = 9
 BELOW[1, 4, 0] = -1
 # The arrays that a call of each layer takes besides x_BTD, by the same names everywhere, and one of each.
-SPARSE, OF_ATTENTION = ("noise_BTE", "jitter_BTD", "keep_BTKD", "expert_BTK"), ("attention_keep_BHTU", "output_keep_BTD")
+SPARSE = ("noise_BTE", "jitter_BTD", "keep_BTKD", "expert_BTK")
+OF_ATTENTION = ("attention_keep_BHTU", "output_keep_BTD")
 TAKES: dict[str, tuple[str, ...]] = {
     "moe": ("mask_BT", *SPARSE), "soft": ("mask_BT",), "attention": ("mask_BT", *OF_ATTENTION),
     "block": ("mask_BT", *SPARSE, *OF_ATTENTION), "soft block": ("mask_BT", *OF_ATTENTION),
 }
 GIVEN = {
-    "mask_BT": np.arange(T) >= np.asarray([[1], [0]]), "noise_BTE": numbers(B, T, E), "jitter_BTD": 1 + numbers(B, T, D) / 9,
-    "keep_BTKD": GENERATOR.random((B, T, K, D)) > 0.3, "expert_BTK": CHOICES,
+    "mask_BT": np.arange(T) >= np.asarray([[1], [0]]), "noise_BTE": numbers(B, T, E),
+    "jitter_BTD": 1 + numbers(B, T, D) / 9, "keep_BTKD": GENERATOR.random((B, T, K, D)) > 0.3, "expert_BTK": CHOICES,
     "attention_keep_BHTU": GENERATOR.random((B, 2, T, T)) > 0.3, "output_keep_BTD": GENERATOR.random((B, T, D)) > 0.3,
 }
 OF_X = "the B and T of x_BTD"
@@ -126,19 +128,24 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         f"soft block: {name}": ("soft block", {name: GIVEN[name]}, f"{name}: must be left out; Soft MoE draws nothing")
         for name in SPARSE
     },
-    "model: mask": ("model", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"),
+    "model: mask": (
+        "model", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"
+    ),
     "model: draws": (
         "model", {"randomness": {"noise_BTE": numbers(B, 4, E)}},
         "noise_BTE has shape (2, 4, 4): must be (3, 2, 4, 4), num_layers, the B and T of tokens_BT and num_experts",
     ),
     "model: an expert that is not there": (
-        "model", {"expert_LBTK": np.stack([OUTSIDE[:, :4]] * 3)}, "expert_LBTK names expert 9: must be 0 to 3 (num_experts=4)"
+        "model", {"expert_LBTK": np.stack([OUTSIDE[:, :4]] * 3)},
+        "expert_LBTK names expert 9: must be 0 to 3 (num_experts=4)",
     ),
     "model: choices of one layer": (
         "model", {"expert_LBTK": CHOICES[None, :, :4]},
         "expert_LBTK has shape (1, 2, 4, 2): must be (3, 2, 4, 2), num_layers, the B and T of tokens_BT and top_k",
     ),
-    "model: no batch": ("model", {"x": TOKENS[0]}, "tokens_BT has shape (4,): must have 2 dims [B, T]; tokens_BT[None] is"),
+    "model: no batch": (
+        "model", {"x": TOKENS[0]}, "tokens_BT has shape (4,): must have 2 dims [B, T]; tokens_BT[None] is"
+    ),
     "model: a list": ("model", {"x": [1, 2, 3]}, "tokens_BT is a list: must be {array} of integers [B, T]; "),
     "model: float tokens": (
         "model", {"x": TOKENS.astype(np.float32)}, "tokens_BT has dtype float32: must be integer; "
@@ -217,11 +224,9 @@ JAX_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "decoder: a list": (
         "decoder", {"x": [[1, 2]]}, "tokens_BT is a list: must be an array of integers [B, T]; np.asarray"
     ),
-    "decoder: statistics": (
-        "statistics", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"
+    "decoder: a mask of ones": (
+        "decoder", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"
     ),
-    "decoder: a list": ("decoder", {"x": [[1, 2]]}, "tokens_BT is a list: must be an array of integers [B, T]; np.asarray"),
-    "decoder: a mask of ones": ("decoder", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"),
     "decoder: generate with a float mask": (
         "continue", {"mask_BT": np.ones((B, 4), np.float32)}, "mask_BT has dtype float32: must be bool; "
     ),
@@ -306,8 +311,9 @@ def callers_of_torch() -> dict[str, Callable[..., Any]]:
 
         return call
 
-    kinds = {"moe": torch_ref.MoE, "capacity": torch_ref.MoE, "soft": torch_ref.SoftMoE, "attention": torch_ref.Attention,
-             "block": torch_ref.Block, "soft block": torch_ref.Block, "model": torch_ref.MakeMoE}
+    kinds = {"moe": torch_ref.MoE, "capacity": torch_ref.MoE, "soft": torch_ref.SoftMoE,
+             "attention": torch_ref.Attention, "block": torch_ref.Block, "soft block": torch_ref.Block,
+             "model": torch_ref.MakeMoE}
     model = torch_ref.MakeMoE(configs["model"])
     calls = {name: with_tensors(kind(configs[name]), TOKENS if name == "model" else X) for name, kind in kinds.items()}
     calls["generate"] = with_tensors(
@@ -329,11 +335,12 @@ def contracts() -> dict[str, Any]:
 
     moe = presets.makemoe(D, num_experts=E, top_k=K, capacity_factor=None)
     attention = AttentionConfig(model_dim=D, num_heads=2, dropout=0.1)
+    both_ways = dataclasses.replace(attention, causal=False)
     soft = SoftMoEConfig(model_dim=D, num_experts=2, num_slots=2)
     return {
         "moe": moe, "capacity": presets.makemoe(D, num_experts=E, top_k=K), "attention": attention,
         "soft": soft, "block": BlockConfig(attention=attention, moe=moe),
-        "soft block": BlockConfig(attention=AttentionConfig(model_dim=D, num_heads=2, dropout=0.1, causal=False), moe=soft),
+        "soft block": BlockConfig(attention=both_ways, moe=soft),
         "model": MakeMoEConfig(
             vocab_size=5, block_size=4, model_dim=D, num_heads=2, num_layers=3, num_experts=E, top_k=K,
             capacity_factor=None,

@@ -1,5 +1,7 @@
-"""What every layer and model has in common when it is called, checked in either framework: `made(name)` makes a layer of
-`bad_arrays.contracts`, `call(layer, x, **arrays)` gives (answer, statistics) in numpy, both of the framework under test."""
+"""What the calls of every layer and model have in common, checked in either framework.
+
+`call(layer, x, **arrays)` takes numpy arrays and gives (answer, statistics) as numpy arrays.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -87,5 +89,6 @@ def model_arrays(num_layers: int) -> tuple[dict[str, np.ndarray], dict[str, np.n
     """For the last positions of TOKENS: mask and choices of a model's call, and the draws of every layer."""
     choices = np.stack([CHOICES, OTHER, CHOICES][:num_layers])[:, :, 1:]
     cut = {name: value[..., 1:, 1:] if name.endswith("TU") else value[:, 1:] for name, value in GIVEN.items()}
-    draws = {name: np.stack([cut[name]] * num_layers) for name in TAKES["block"] if name not in ("mask_BT", "expert_BTK")}
+    drawn = set(TAKES["block"]) - {"mask_BT", "expert_BTK"}
+    draws = {name: np.stack([cut[name]] * num_layers) for name in drawn}
     return {"mask_BT": cut["mask_BT"], "expert_LBTK": choices}, draws

@@ -81,6 +81,7 @@ def test_losses_of_nothing_are_zero() -> None:
     for value in (
         losses.masked_mean(logits_GSE, None), losses.router_z_loss(logits_GSE), losses.router_entropy(logits_GSE),
         losses.expert_load(expert_GSK, 4, jnp.float32), losses.importance(expert_GSK, jnp.zeros((0, 3, 2)), 4),
-        losses.smooth_load(logits_GSE, logits_GSE, logits_GSE + 1, 2), losses.next_token_loss(logits_GSE, expert_GSK[..., 0]),
+        losses.smooth_load(logits_GSE, logits_GSE, logits_GSE + 1, 2),
+        losses.next_token_loss(logits_GSE, expert_GSK[..., 0]),
     ):
         np.testing.assert_array_equal(np.asarray(value), 0)

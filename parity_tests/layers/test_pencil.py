@@ -270,10 +270,12 @@ def check_soft_stats(stats: losses.MoEStats, load: list[float], entropy: float, 
 
 
 def test_next_token_loss() -> None:
-    logits, targets, mask = jnp.asarray(pencil.LOSS_LOGITS, WIDE), jnp.asarray(pencil.LOSS_TARGETS), jnp.asarray(pencil.LOSS_MASK)
+    logits = jnp.asarray(pencil.LOSS_LOGITS, WIDE)
+    targets, mask = jnp.asarray(pencil.LOSS_TARGETS), jnp.asarray(pencil.LOSS_MASK)
     agree(losses.next_token_loss(logits, targets), pencil.LOSS)
     agree(losses.next_token_loss(logits, targets, mask), pencil.LOSS_MASKED)
-    agree(losses.next_token_loss(logits, targets.at[0, 2].set(9), mask), pencil.LOSS_MASKED)  # padding may name any token
+    anything = targets.at[0, 2].set(9)  # at padding
+    agree(losses.next_token_loss(logits, anything, mask), pencil.LOSS_MASKED)
     agree(losses.next_token_loss(logits, targets, mask & False), 0)
     with pytest.raises(AssertionError):
         agree(losses.next_token_loss(logits, targets * 0), pencil.LOSS)

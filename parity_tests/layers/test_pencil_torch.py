@@ -246,10 +246,12 @@ def check_soft_stats(stats: losses.MoEStats, load: list[float], entropy: float, 
 
 
 def test_next_token_loss() -> None:
-    logits, targets, mask = tensor(pencil.LOSS_LOGITS), torch.tensor(pencil.LOSS_TARGETS), torch.tensor(pencil.LOSS_MASK)
+    logits = tensor(pencil.LOSS_LOGITS)
+    targets, mask = torch.tensor(pencil.LOSS_TARGETS), torch.tensor(pencil.LOSS_MASK)
     agree(losses.next_token_loss(logits, targets), pencil.LOSS)
     agree(losses.next_token_loss(logits, targets, mask), pencil.LOSS_MASKED)
-    agree(losses.next_token_loss(logits, targets.masked_fill(~mask, 9), mask), pencil.LOSS_MASKED)  # padding may name any token
+    anything = targets.masked_fill(~mask, 9)  # at padding
+    agree(losses.next_token_loss(logits, anything, mask), pencil.LOSS_MASKED)
     agree(losses.next_token_loss(logits, targets, mask & False), 0)
     with pytest.raises(AssertionError):
         agree(losses.next_token_loss(logits, targets * 0), pencil.LOSS)

@@ -127,7 +127,8 @@ def test_experts_are_cast_at_use_or_at_once() -> None:
 def test_plain_arrays_are_cast_by_what_is_declared_of_them(name: str) -> None:
     module = MODULES[name]()
     plain = nnx.to_pure_dict(nnx.state(module))
-    with pytest.raises(ValueError, match=r"^params: .* has no role: must be in a variable .* or named in declared=jax_moe"):
+    told = r"^params: .* has no role: must be in a variable .* or named in declared=jax_moe"
+    with pytest.raises(ValueError, match=told):
         cast_to_compute(plain, MIXED)
     cast = nnx.to_pure_dict(nnx.state(cast_to_compute(module, MIXED)))
     for declared in (module, jax_moe.declared(module)):

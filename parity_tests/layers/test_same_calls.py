@@ -1,4 +1,4 @@
-"""Layers take masks, draws and replayed choices by the same names and answer in the same form; a model has a call and `run`."""
+"""Layers take masks, draws and replayed choices by the same names, and answer in the same form; models too."""
 
 import functools
 from collections.abc import Callable

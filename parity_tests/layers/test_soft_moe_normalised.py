@@ -44,7 +44,8 @@ def test_pencil() -> None:
 def test_the_length_of_a_token_does_not_matter_and_a_zero_token_has_finite_gradients() -> None:
     layer = filled(lambda: jax_moe.SoftMoE(CONFIG))
     x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
-    one, two = (soft_weights(soft_logits(jnp.asarray(n * x), layer.phi[...], None, layer.scale[...]))[0] for n in (1, 1000))
+    phi, scale = layer.phi[...], layer.scale[...]
+    one, two = (soft_weights(soft_logits(jnp.asarray(n * x), phi, None, scale))[0] for n in (1, 1000))
     check(one, two, 5e-6)  # the epsilon weighs on the shorter
     x[0, 1] = 0
     graphdef, state = nnx.split(layer)

@@ -60,7 +60,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
         """The block's answer and its mixture's statistics. Arguments as in `MoE` and `Attention`.
 
-        Raises ValueError for a tensor of another kind or shape, and for tensors of a sparse layer where the mixture is soft.
+        Raises ValueError for a tensor of another kind or shape, and for a sparse layer's if the mixture is soft.
         """
         checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
         used = self.config.used(noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK)

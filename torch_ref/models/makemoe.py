@@ -140,7 +140,8 @@ class MakeMoE(nn.Module):
         expert_LBTK: Int[Tensor, "L B T K"] | None = None,
         remat: Remat = "none",
     ) -> ModelOutput:
-        """All that a call computes: logits of the next character, and of every layer (leading L) statistics and choices.
+        """All that a call computes: logits of the next character, and of every layer (leading L) statistics and
+        choices.
 
         Noise and dropout follow `self.training` and the contract, unless `randomness` gives the draws, each with a
         leading L; `expert_LBTK` replays choices. `remat`: which values each layer keeps for the backward. Raises
