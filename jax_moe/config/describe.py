@@ -1,8 +1,8 @@
 """A contract in words, a line for each part."""
 
 from collections.abc import Sequence
+from functools import singledispatch
 
-from jax_moe.config.attention import RopeConfig
 from jax_moe.config.models import DecoderConfig, MakeMoEConfig
 from jax_moe.config.moe import CapacityConfig, MoEConfig, SoftMoEConfig
 
@@ -13,21 +13,22 @@ _PRIORITY = {
 _GROUP = {"batch": "the whole batch", "sequence": "one sequence"}
 
 
-def describe(config: MakeMoEConfig | MoEConfig | SoftMoEConfig | DecoderConfig) -> list[str]:
-    """Lines that say what the layer or model does."""
-    if isinstance(config, DecoderConfig):
-        return _decoder(config)
-    if isinstance(config, SoftMoEConfig):
-        return _soft(config)
-    if isinstance(config, MakeMoEConfig):
-        model = (
-            f"model: vocabulary {config.vocab_size}, block {config.block_size}, width {config.model_dim}, "
-            f"{config.num_layers} layers of {config.num_heads} heads"
-        )
-        return [model, *_sparse(config.moe)]
-    return _sparse(config)
+@singledispatch
+def describe(config: object) -> list[str]:
+    """Lines that say what the layer or model of a contract does."""
+    raise TypeError(f"config={type(config).__name__}: must be the contract of a layer or model")
 
 
+@describe.register
+def _makemoe(config: MakeMoEConfig) -> list[str]:
+    model = (
+        f"model: vocabulary {config.vocab_size}, block {config.block_size}, width {config.model_dim}, "
+        f"{config.num_layers} layers of {config.num_heads} heads"
+    )
+    return [model, *_sparse(config.moe)]
+
+
+@describe.register
 def _sparse(config: MoEConfig) -> list[str]:
     router, expert = config.router, config.expert
     top = f"the best {config.top_k} of {config.num_experts}"
@@ -73,6 +74,7 @@ def _capacity(config: MoEConfig, rule: CapacityConfig) -> str:
     return f"{slots} over {group}, {_PRIORITY[rule.priority]}"
 
 
+@describe.register
 def _soft(config: SoftMoEConfig) -> list[str]:
     widths = " -> ".join(map(str, config.widths))
     norms = [name for name, on in (("hidden", config.layer_norm), ("output", config.output_layer_norm)) if on]
@@ -85,6 +87,7 @@ def _soft(config: SoftMoEConfig) -> list[str]:
     ]
 
 
+@describe.register
 def _decoder(config: DecoderConfig) -> list[str]:
     mixtures, dense = len(config.moe_layers), config.dense_layers
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
@@ -93,8 +96,7 @@ def _decoder(config: DecoderConfig) -> list[str]:
         f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
         f"up to {config.max_positions:,} positions",
         f"layers: {config.num_layers}, " + (kinds if dense else "each with a mixture"),
-        "attention: " + ", ".join(_attention(config)),
-        f"positions: {_rope(config.rope)}",
+        *_attention(config),
     ]
     multipliers = {
         "embeddings times": config.embedding_multiplier, "each half of a block times": config.residual_multiplier,
@@ -115,32 +117,24 @@ def _decoder(config: DecoderConfig) -> list[str]:
 
 
 def _attention(config: DecoderConfig) -> list[str]:
-    H, J = config.num_heads, config.num_kv_heads
-    shared = "keys and values of their own" if H == J else f"each key and value head serving {H // J}"
-    lines = [f"{H} heads of width {config.head_dim}, {shared}", f"scores times {config.score_scale:.6g}"]
-    if config.sliding_window is not None:
-        slides = config.sliding_layers
-        where = "all layers" if len(slides) == config.num_layers else numbers(slides)
-        lines.append(f"a window of {config.sliding_window:,} positions in {where}")
-    biases = [
-        name for name, on in (("queries, keys and values", config.qkv_bias), ("the output", config.output_bias)) if on
-    ]
-    lines += [f"biases on {' and '.join(biases)}"] if biases else []
-    norms = {
-        "per_head": "each head's queries and keys normed",
-        "full_width": "queries and keys normed over their full width",
-    }
-    lines += [norms[config.qk_norm]] if config.qk_norm != "none" else []
-    lines += [f"queries, keys and values clipped to +-{config.clip_qkv:g}"] if config.clip_qkv is not None else []
+    """A line for each kind of attention and subject; a phrase that not all layers of the kind say names those that do."""
+    kinds: dict[str, dict[int, dict[str, list[str]]]] = {}
+    for i, layer in enumerate(config.layers):
+        kinds.setdefault(layer.attention.kind, {})[i] = layer.attention.words()
+    lines = []
+    for said in kinds.values():
+        of = "" if len(kinds) == 1 else f" of {numbers(list(said))}"
+        phrases: dict[str, dict[str, list[int]]] = {}
+        for i, words in said.items():
+            for subject, phrase in ((subject, phrase) for subject, each in words.items() for phrase in each):
+                phrases.setdefault(subject, {}).setdefault(phrase, []).append(i)
+        lines += [
+            f"{subject}{of}: " + ", ".join(
+                phrase if len(where) == len(said) else f"{phrase} in {numbers(where)}" for phrase, where in found.items()
+            )
+            for subject, found in phrases.items()
+        ]
     return lines
-
-
-def _rope(rope: RopeConfig) -> str:
-    words = f"rotary, base {rope.theta:,.0f}"
-    if rope.kind == "default":
-        return words
-    trained = f" from {rope.original_max_positions:,} positions" if rope.original_max_positions else ""
-    return f"{words}, stretched {rope.factor:g} times{trained} ({rope.kind})"
 
 
 def numbers(layers: Sequence[int]) -> str:

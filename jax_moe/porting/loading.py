@@ -65,20 +65,16 @@ def save(
     (without `overwrite`), cannot be written, or is a file that could not say what the layer is.
     """
     place = Path(path)
-    whole = None if isinstance(model, Decoder) else Checkpoint(_family(model).name, model, characters)
-    spells = whole is not None and whole.of_characters and len(set(characters or "")) == whole.config.vocab_size
-    if characters is not None and not spells:
-        raise ValueError(
-            f"characters={characters!r:.60}: must be a MakeMoE's vocab_size different characters, or left out"
-        )
     if isinstance(model, Decoder):
+        _check_characters(characters, None)
         if place.suffix in SUFFIXES:
             raise ValueError(f"{place}: must be a folder for a Hugging Face model, without the ending {place.suffix}")
         save_pretrained(model, place, model_type=model_type, overwrite=overwrite)
         return
+    whole = Checkpoint(_family(model).name, model, characters)
+    _check_characters(characters, whole.config.vocab_size if whole.of_characters else None)
     if model_type is not None:
         raise ValueError(f"model_type={model_type!r}: must be left out: only a Decoder has one")
-    assert whole is not None
     if place.suffix in SUFFIXES:
         if whole.record.state is not None and whole.record.state.read is None:
             raise ValueError(f"{place}: must be a folder: its contract is of no family whose file alone would tell it")
@@ -87,6 +83,11 @@ def save(
         return
     with saving(place, overwrite, is_folder) as part:
         checkpoint.save(whole, part)
+
+
+def _check_characters(characters: str | None, vocab_size: int | None) -> None:
+    if characters is not None and len(set(characters)) != vocab_size:
+        raise ValueError(f"characters={characters!r:.60}: must be a MakeMoE's vocab_size different characters, or left out")
 
 
 def _family(model: nnx.Module) -> Family:

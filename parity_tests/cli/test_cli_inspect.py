@@ -95,7 +95,7 @@ def test_inspect_reads_no_weight_and_loads_no_framework_of_theirs(mixtral: Path)
 
 
 WORDS = {
-    "mixtral": ["a window of 3 positions in all layers", "rotary, base 1,000,000", "layers: 3, each with a mixture"],
+    "mixtral": ["a window of 3 positions, ", "rotary, base 1,000,000", "layers: 3, each with a mixture"],
     "qwen2_moe": [
         "2 with a mixture, 1 dense of width 5 (layer 1)", "a window of 3 positions in layers 0, 2",
         "shared expert: width 4, behind a sigmoid gate", "biases on queries, keys and values",

@@ -4,8 +4,7 @@ torch.
 
 import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,11 @@ from flax import nnx
 from jax_moe import Decoder, DecoderConfig, attention, generate, presets
 from jax_moe.attention.positions import whole_call
 from jax_moe.config.as_json import config_from_json, config_to_json
-from jax_moe.config.attention import LayerAttention
-from jax_moe.config.checks import check_positive_ints
 from jax_moe.config.decoder import LayerConfig
 from jax_moe.generation.cache import decode, prefill
-from jax_moe.parameters import parameter
 from parity_tests.shared.compare import check_close
 from parity_tests.shared.filled import filled
+from parity_tests.shared.mean_family import MeanConfig, add
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -81,8 +78,7 @@ MASK = np.arange(9) >= np.asarray(START)[:, None]
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a new kind needs besides its own file."""
-    monkeypatch.setitem(attention.KINDS, MeanConfig, MeanAttention)
+    add(monkeypatch)
 
 
 def mixed(num_layers: int = 6) -> DecoderConfig:
@@ -107,7 +103,8 @@ def model(config: DecoderConfig | None = None) -> Decoder:
 def test_stacks_and_json() -> None:
     """Layers that differ in their window or scale alone share a stack."""
     config = mixed()
-    assert config.stacks == {"blocks": (0, 3), "blocks_mean": (1, 2, 4, 5), "moe": (0, 2, 3, 5), "dense": (1, 4)}
+    layers = {name: stack.layers for name, stack in config.stacks.items()}
+    assert layers == {"blocks": (0, 3), "blocks_mean": (1, 2, 4, 5), "moe": (0, 2, 3, 5), "dense": (1, 4)}
     assert config.shorthand is None and config.sliding_layers == (0,)
     assert config_from_json(DecoderConfig, json.loads(json.dumps(config_to_json(config))), "config") == config
     with pytest.raises(ValueError, match=r"layers\[0\].attention.kind='mena': must be one of 'grouped', 'mean'"):
@@ -128,11 +125,10 @@ def by_hand(made: Decoder) -> np.ndarray:
     position_BT = jnp.asarray(np.maximum(np.cumsum(MASK, axis=1) - 1, 0))
     positions = whole_call(9, position_BT, jnp.asarray(MASK))
     for i, layer in enumerate(config.layers):
-        names = [name for name, layers in config.stacks.items() if i in layers]
         parts = []
-        for name in names:
+        for name in config.stacks_of(i):
             graph, state = nnx.split(getattr(made, name))
-            row = config.stacks[name].index(i)
+            row = config.stacks[name].layers.index(i)
             parts.append(nnx.merge(graph, jax.tree.map(lambda w, row=row: w[row], state)))
         block, ffn = parts
         block.attention.config = layer.attention

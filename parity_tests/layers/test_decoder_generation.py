@@ -218,7 +218,7 @@ def compiled_step(num_experts: int, dispatcher: Any = "auto") -> Any:
 def step_arguments(model: Decoder) -> list[Any]:
     """What a step of a batch of two takes, as shapes."""
     integers = [jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2,), (), (2,))]
-    return [*integers, jax.eval_shape(lambda start_B: empty_cache(model, start_B, 16, jnp.float32), integers[2])]
+    return [*integers, jax.eval_shape(lambda start_B: empty_cache(model.config, start_B, 16, jnp.float32), integers[2])]
 
 
 def test_a_step_does_not_touch_experts_that_were_not_chosen() -> None:

@@ -142,9 +142,9 @@ JAX_ROUTING = [
     Mutation(
         "jax: the correction bias stays in the weights",
         "jax_moe/routing.py",
-        "return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)",
+        "return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)",
         "score_GSE = score_GSE + (0 if correction_bias_E is None else correction_bias_E)\n"
-        "    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)",
+        "    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)",
         rows=("deepseek_v3",),
     ),
     Mutation(

@@ -69,9 +69,7 @@ def tables_of(module: nnx.Module) -> tuple[Table, ...]:
         types = decoder_names() if module.origin is None else [module.origin.model_type]
         decoders = [family_named(one) for one in types]
         return tuple(table for one in decoders for table in (one.on_disk(module.config), one.in_memory(module.config)))
-    if isinstance(module, tuple(PARTS)):
-        return next(tables for kind, tables in PARTS.items() if isinstance(module, kind))
-    found = [one.state.table for one in families_of(module) if one.state is not None]
+    found = [*PARTS.get(type(module), ()), *(one.state.table for one in families_of(module) if one.state is not None)]
     if isinstance(module, MoE):
         found += layer_tables()
     if not found:

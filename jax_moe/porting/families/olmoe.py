@@ -46,7 +46,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
     return write_decoder(config) | {
-        "attention_bias": config.qkv_bias, "clip_qkv": config.clip_qkv,
+        "attention_bias": config.attention.qkv_bias, "clip_qkv": config.attention.clip_qkv,
     }
 
 

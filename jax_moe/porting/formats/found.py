@@ -85,4 +85,4 @@ class Found:
     @property
     def stored(self) -> dict[str, Header]:
         """All tensors, a tied head among them."""
-        return self.tensors if self.head is None else {**self.tensors, "lm_head.weight": self.head}
+        return self.tensors if self.head is None else {**self.tensors, self.family.whole.named("head"): self.head}
