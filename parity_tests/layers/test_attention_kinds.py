@@ -24,52 +24,6 @@ from parity_tests.shared.mean_family import MeanConfig, add
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeanConfig(LayerAttention):
-    """The mean of what came before, weighted by a gate: linear attention of one head, its state of constant size."""
-
-    kind: ClassVar[str] = "mean"
-
-    width: int
-    scale: float = 1.0  # on the answer: no parameter depends on it
-
-    def __post_init__(self) -> None:
-        check_positive_ints(width=self.width)
-
-    def stored(self) -> "MeanConfig":
-        return dataclasses.replace(self, scale=1.0)
-
-
-class MeanAttention(nnx.Module):
-    """out(sum of sigmoid(gate) * value / number of tokens)."""
-
-    def __init__(self, config: MeanConfig, *, rngs: nnx.Rngs, kernel_init: Any, param_dtype: Any = jnp.float32):
-        self.config = config
-        D, A = config.model_dim, config.width
-        for name, dims, shape in (("value", "D A", (D, A)), ("gate", "D A", (D, A)), ("out", "A D", (A, D))):
-            setattr(self, name, parameter(kernel_init(rngs.params(), shape, param_dtype), dims, "attention"))
-
-    @staticmethod
-    def shared(config: MeanConfig, positions: Any, dtype: Any) -> Any:
-        return (positions.position_BT + 1).astype(dtype)
-
-    @staticmethod
-    def empty_cache(config: MeanConfig, num_layers: int, batch_size: int, num_slots: int, dtype: Any) -> Any:
-        return jnp.zeros((num_layers, batch_size, config.width), dtype)
-
-    def __call__(self, x_BTD: Any, positions: Any, shared: Any, *, memory: Any = None, **dropout: Any) -> Any:
-        mask_BT = positions.mask_BT
-        added_BTA = jax.nn.sigmoid(x_BTD @ self.gate[...]) * (x_BTD @ self.value[...])
-        if mask_BT is not None:
-            added_BTA = jnp.where(mask_BT[..., None], added_BTA, 0)
-        sum_BTA, cache = jnp.cumsum(added_BTA, axis=1), None
-        if memory is not None:
-            cache, layer = memory
-            sum_BTA += cache[layer][:, None]
-            cache = cache.at[layer].set(sum_BTA[:, -1])
-        return self.config.scale * (sum_BTA / shared[..., None]) @ self.out[...], cache
-
-
 MEAN = MeanConfig(model_dim=12, width=6)
 START, PROMPT = (2, 0), 5
 TOKENS = np.random.default_rng(0).integers(0, 19, (2, 9)).astype(np.int32)
