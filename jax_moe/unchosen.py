@@ -3,7 +3,7 @@
 In PyTorch the gradient of such an expert is None: it gets no decay, its moments stay, and its step count stands still.
 In JAX experts are stacked and the gradient is zero. So `update` takes the mask of experts with tokens,
 `chosen=chosen_experts(stats)`, and the state counts the steps of every expert. Which weights are experts' is what their
-variables say: params are the state of a module, or plain arrays together with `declared(module)`.
+variables say: params are the state of a module, or plain arrays together with the module or `declared(module)`.
 """
 
 import inspect
@@ -19,9 +19,9 @@ from flax.traverse_util import unflatten_dict
 
 from jax_moe.config.checks import require
 from jax_moe.config.parameters import Declared
-from jax_moe.parameters import declared
+from jax_moe.parameters import declared, path_of
 
-Said = Mapping[str, Declared] | None
+Said = nnx.Module | Mapping[str, Declared] | None
 Experts = dict[str, tuple[str, int]]
 NEEDS = "which experts had tokens: update(gradients, state, params, chosen=chosen_experts(stats))"
 
@@ -42,12 +42,6 @@ class AccumulatedState(NamedTuple):
     steps: optax.MultiStepsState
 
 
-def path_of(keys: tuple) -> str:
-    """Our dotted name of a leaf; the attribute step from an nnx Variable to its value adds no part."""
-    steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
-
-
 def experts_in(ours: Mapping[str, Declared]) -> Experts:
     """{our path: (path of its experts, how many last dims belong to a single expert)} of the experts' weights."""
     own_dims = {path: one.letters[::-1].index("E") for path, one in ours.items() if one.role == "expert"}
@@ -56,10 +50,9 @@ def experts_in(ours: Mapping[str, Declared]) -> Experts:
 
 def _experts(params: Any, said: Said) -> Experts:
     """As `experts_in`, by what was said or by the variables themselves. Raises ValueError for plain arrays alone."""
-    if said is None:
-        require(isinstance(params, nnx.State), "declared", None, "jax_moe.declared(module), as params are plain arrays")
-        said = declared(params)
-    return experts_in(said)
+    stated = said is not None or isinstance(params, nnx.State)
+    require(stated, "declared", None, "the module or jax_moe.declared(module), as params are plain arrays")
+    return experts_in(declared(params if said is None else said))
 
 
 def flat_counts(nested: Any) -> dict[str, Any]:

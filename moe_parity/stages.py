@@ -15,8 +15,8 @@ from moe_parity.relative import difference, largest, norm, relative_error
 # In the order in which a layer computes them; gradients come last.
 KINDS = (
     "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights",
-    "slots", "expert_outputs", "shared", "combined", "residual", "final_norm", "logits", "balance_loss", "loss",
-    "gradient",
+    "slots", "dispatch_weights", "combine_weights", "slot_inputs", "expert_outputs", "shared", "combined", "residual",
+    "final_norm", "logits", "balance_loss", "loss", "gradient",
 )
 WORDS = {"ffn_norm": "norm before the FFN", "attention_norm": "norm before attention", "experts": "chosen experts",
          "shared": "shared expert", "residual": "residual stream"}

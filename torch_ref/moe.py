@@ -6,7 +6,7 @@ The work is in `moe_routing` and `moe_forward`, which take a layer's weights as 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -33,6 +33,15 @@ class Parts(NamedTuple):
     shared_gate: nn.Linear | None = None
 
 
+class MoEArrays(TypedDict, total=False):
+    """The tensors that only a sparse layer takes, as `MoE` explains them."""
+
+    noise_BTE: Float[Tensor, "B T E"] | None
+    jitter_BTD: Float[Tensor, "B T D"] | None
+    keep_BTKD: Bool[Tensor, "B T K D"] | None
+    expert_BTK: Int[Tensor, "B T K"] | None
+
+
 class MoEOutput(NamedTuple):
     """What one call of a layer computes."""
 
@@ -41,6 +50,11 @@ class MoEOutput(NamedTuple):
     routing: Routing  # in groups, before anything is dropped
     slots: Slots
     capacity: int  # C: a choice at slot C was dropped
+
+    @property
+    def expert_BTK(self) -> Int[Tensor, "B T K"]:
+        """The experts every token was sent to, best first."""
+        return merge_groups(self.routing.expert_GSK, *self.y_BTD.shape[:2])
 
 
 def moe_logits(
@@ -70,9 +84,11 @@ def moe_routing(
     jitter_BTD: Float[Tensor, "B T D"] | None = None,
     expert_BTK: Int[Tensor, "B T K"] | None = None,
 ) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
-    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are real)."""
+    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are real).
+
+    The tensors are those of `MoE`, already checked.
+    """
     config, router = parts.config, parts.config.router
-    check_moe_arrays(config, x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, expert_BTK=expert_BTK)
     B, T, _ = x_BTD.shape
     noisy = training or router.noise_at_evaluation
     draws: dict[str, Any] = {"dtype": wide(x_BTD.dtype), "device": x_BTD.device}
@@ -103,14 +119,16 @@ def moe_forward(
     *,
     training: bool,
     mask_BT: Bool[Tensor, "B T"] | None = None,
-    keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
-    **arrays: Tensor | None,
+    **arrays: Unpack[MoEArrays],
 ) -> MoEOutput:
     """All that a call computes. Arguments as in `MoE`."""
     config = parts.config
-    check_moe_arrays(config, x_BTD, keep_BTKD=keep_BTKD)
-    routed = moe_routing(x_BTD, parts, training=training, mask_BT=mask_BT, **arrays)
-    x_GSD, routing, slots, capacity, mask_GS = routed
+    check_moe_arrays(config, x_BTD, mask_BT=mask_BT, **arrays)
+    x_GSD, routing, slots, capacity, mask_GS = moe_routing(
+        x_BTD, parts, training=training, mask_BT=mask_BT, noise_BTE=arrays.get("noise_BTE"),
+        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=arrays.get("expert_BTK"),
+    )
+    keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
     moves = Moves(config, capacity, parts.experts, training, keep_GSKD)
     y_GSD = loop_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
@@ -204,8 +222,7 @@ class MoE(nn.Module):
         return output.y_BTD, output.stats
 
     def run(
-        self, x_BTD: Float[Tensor, "B T D"], *, keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
-        **arrays: Tensor | None,
+        self, x_BTD: Float[Tensor, "B T D"], *, mask_BT: Bool[Tensor, "B T"] | None = None, **arrays: Unpack[MoEArrays]
     ) -> MoEOutput:
         """All that a call computes. Arguments as in a call."""
-        return moe_forward(x_BTD, self.parts(), training=self.training, keep_BTKD=keep_BTKD, **arrays)
+        return moe_forward(x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, **arrays)

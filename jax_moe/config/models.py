@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.checks import check_above_zero, check_flags, check_positive_ints, require
@@ -35,6 +36,13 @@ class BlockConfig:
         leaks = self.attention.causal and isinstance(self.moe, SoftMoEConfig)
         allowed = "a MoEConfig in a causal block: Soft MoE mixes every position into every other"
         require(not leaks, "moe", "SoftMoEConfig", allowed)
+
+    def used(self, **arrays: Any) -> dict[str, Any]:
+        """A sparse layer's arrays that are not None, by name. Raises ValueError for any if the mixture is soft."""
+        given = {name: value for name, value in arrays.items() if value is not None}
+        for name in given if isinstance(self.moe, SoftMoEConfig) else ():
+            raise ValueError(f"{name}: must be left out; Soft MoE draws nothing and chooses no experts")
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,9 @@ from jax_moe.config.decoder import DecoderConfig, DenseConfig, NormPlace
 from jax_moe.config.models import Origin
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
-from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
 from jax_moe.initializers import rounded
-from jax_moe.losses import MoEStats
 from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm, make_norm
@@ -81,14 +79,22 @@ class Decoder(nnx.Module):
         if not config.tied_embeddings:
             self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
 
-    def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        position_BT: Int[Array, "B T"] | None = None,
+        expert_LBTK: Int[Array, "L B T K"] | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B T V"]:
         """Logits; arguments as in `run`."""
-        return self.run(tokens_BT, **kwargs).logits_BTV
-
-    def logits_and_stats(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> tuple[Float[Array, "B T V"], MoEStats]:
-        """Logits and the statistics of every mixture; arguments as in `run`."""
-        output = self.run(tokens_BT, **kwargs)
-        return output.logits_BTV, output.stats
+        return self.run(
+            tokens_BT, key=key, training=training, mask_BT=mask_BT, position_BT=position_BT, expert_LBTK=expert_LBTK,
+            remat=remat,
+        ).logits_BTV
 
     def run(
         self,
@@ -231,8 +237,8 @@ class _Step:
         block.attention.config = contract.attention  # a stack's layers may differ in what leaves parameters alone
         normed_BTD = block.normed("attention_norm", x_BTD)
         attended_BTD, cache = block.attention(
-            normed_BTD, self.positions, self.shared[contract.attention], fold(key, 0) if self.training else None,
-            None if memory is None else (memory[name], layer.numbers[name]),
+            normed_BTD, self.positions, self.shared[contract.attention], key=fold(key, 0), training=self.training,
+            memory=None if memory is None else (memory[name], layer.numbers[name]),
         )
         x_BTD = self.model.add(x_BTD, block.normed("attention_out_norm", attended_BTD))
         ffn_BTD = block.normed("ffn_norm", x_BTD)
@@ -261,5 +267,4 @@ class _Step:
         )
         if self.in_place:
             return output.y_BTD, {}
-        expert_BTK = merge_groups(output.routing.expert_GSK, *x_BTD.shape[:2])
-        return output.y_BTD, {"stats": output.stats, "expert_LBTK": expert_BTK, **(output.stages or {})}
+        return output.y_BTD, {"stats": output.stats, "expert_LBTK": output.expert_BTK, **(output.stages or {})}

@@ -58,14 +58,11 @@ def _watched_model(watch: Watch, model: Any, tokens_BT: Any, _cotangent: Any) ->
     for i, block in enumerate(model.blocks):
         _watch_block(watch, block, i)
     silence = torch.zeros(config.num_layers, B, T, config.num_experts)
-    logits_BTV, stats = model.logits_and_stats(tokens_BT, randomness=torch_ref.Randomness(noise_BTE=silence))
-    for i, value in enumerate(stats.load_balance_loss):
+    output = model.run(tokens_BT, randomness=torch_ref.Randomness(noise_BTE=silence))
+    for i, value in enumerate(output.stats.load_balance_loss):
         watch.put(Place("balance_loss", i), value)
-    watch.put(Place("logits"), logits_BTV)
-    if T < 2:
-        return logits_BTV.sum() * 0
-    wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(wide_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+    watch.put(Place("logits"), output.logits_BTV)
+    loss = torch_ref.next_token_loss(output.logits_BTV[:, :-1], tokens_BT[:, 1:])
     watch.put(Place("loss"), loss)
     return loss
 
@@ -143,17 +140,18 @@ def _watched_layer(watch: Watch, layer: Any, x_BTD: Any, cotangent: np.ndarray |
 
 
 def _watched_soft_moe(watch: Watch, layer: Any, x_BTD: Any, cotangent: np.ndarray | None) -> Any:
-    from torch_ref.soft_moe import soft_weights
+    from torch_ref.soft_moe import soft_logits, soft_weights
 
     torch = import_torch("parity")
-    for name, value in zip(("dispatch", "combine"), soft_weights(x_BTD, layer.phi), strict=True):
-        watch.put(Place("weights", None, name), value)
+    weights = soft_weights(soft_logits(x_BTD, layer.phi, None, layer.scale))
+    for kind, value in zip(("dispatch_weights", "combine_weights"), weights, strict=True):
+        watch.put(Place(kind), value)
     inputs: list[Any] = []
     answers: list[Any] = []
     for expert in layer.experts:
         watch.into(expert, inputs.append)
         watch.out_of(expert, lambda y, *_: answers.append(y))
-    y_BTD = layer(x_BTD)
+    y_BTD, _ = layer(x_BTD)
     watch.put(Place("slot_inputs"), torch.stack(inputs))
     watch.put(Place("expert_outputs"), torch.stack(answers))
     watch.put(Place("combined"), y_BTD)

@@ -28,39 +28,14 @@ def make_makemoe(config: MakeMoEConfig, weights: Mapping[str, np.ndarray]) -> An
 def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
     """The loss, and the experts [L, tokens, K], as `makemoe_loss` of the JAX side."""
     import torch_ref
-    from torch_ref.losses import pool_balance_loss
 
-    torch = import_torch("parity")
     tokens = part["tokens"]
     draws = torch_ref.Randomness(**{name: value for name, value in part.items() if name != "tokens"})
-    with _choices_of(module) as chosen:
-        logits_BTV, stats = module.logits_and_stats(tokens[:, :-1], randomness=draws)
-    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten())
-    loss = loss + settings.balance_loss_weight * pool_balance_loss(stats, module.config.moe)
-    return loss + settings.router_z_loss_weight * stats.router_z_loss.mean(), np.stack(chosen)
-
-
-@contextmanager
-def _choices_of(module: Any) -> Iterator[list[np.ndarray]]:
-    """A list that fills with the experts [tokens, K] of each layer called, routed again from the layer's input."""
-    from torch_ref.moe import Parts, moe_routing
-
-    torch = import_torch("parity")
-    chosen: list[np.ndarray] = []
-
-    def note(smoe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        router = smoe.router
-        parts = Parts(smoe.config, router.topkroute_linear, router.noise_linear, None, list(smoe.experts))
-        with torch.no_grad():
-            expert_GSK = moe_routing(args[0], parts, training=True, noise_BTE=kwargs["noise_BTE"])[1].expert_GSK
-        chosen.append(expert_GSK.flatten(0, 1)[: args[0].shape[0] * args[0].shape[1]].numpy())
-
-    hooks = [block.smoe.register_forward_pre_hook(note, with_kwargs=True) for block in module.blocks]
-    try:
-        yield chosen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    output = module.run(tokens[:, :-1], randomness=draws)
+    loss = torch_ref.next_token_loss(output.logits_BTV, tokens[:, 1:])
+    loss = loss + settings.balance_loss_weight * torch_ref.pool_balance_loss(output.stats, module.config.moe)
+    loss = loss + settings.router_z_loss_weight * output.stats.router_z_loss.mean()
+    return loss, output.expert_LBTK.flatten(1, 2).numpy()
 
 
 def transformers_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:

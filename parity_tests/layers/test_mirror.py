@@ -57,11 +57,10 @@ JAX_ONLY = {
         "Block.run": "hands out stages and choices; torch modules are watched from outside",
         "BlockOutput.*": "see Block.run",
     },
-    "models/makemoe.py": {"MakeMoE.run": "see Block.run"},
+    "soft_moe.py": {"SoftMoE.run": "see Block.run", "SoftMoEOutput.*": "see Block.run"},
     "activations.py": {"clamp_above": "torch.clamp has the wanted gradient at the bound"},
     "arrays.py": {
         "check_limit": "torch has no capacity_limit",
-        "check_vocabulary": "torch checks in check_tokens",
         "moe_arrays": "jax checks under jit as well; torch has check_moe_arrays",
         "visible": "the decoders with padding stand in jax_moe alone",
     },
@@ -102,6 +101,7 @@ TORCH_ONLY = {
         "router_noise": "draws the router's noise from the generator; jax folds keys",
     },
     "models/makemoe.py": {
+        "ModelOutput.*": "jax has it where all models are walked (models/stack.py)",
         "NoisyTopkRouter.*": "the original project's state-dict names; jax stores its own and ports",
         "MakeMoEExpert.*": "as NoisyTopkRouter",
         "SparseMoE.*": "as NoisyTopkRouter",
@@ -147,8 +147,7 @@ DIFFERENT = {
     },
     "models/makemoe.py": {
         "MakeMoE.check_tokens(tokens_BT)": "jax also looks at numpy tokens, before they become int32",
-        "MakeMoE.forward": "jax hands all of run's arguments on",
-        "MakeMoE.logits_and_stats": "see MakeMoE.forward",
+        "MakeMoE.run": "watch hands out stages; torch modules are watched from outside",
         "kaiming_normal": "jax returns an array; torch fills a module",
     },
 }

@@ -74,7 +74,7 @@ class MeanAttention(nnx.Module):
     def empty_cache(config: MeanConfig, num_layers: int, batch_size: int, num_slots: int, dtype: Any) -> Any:
         return jnp.zeros((num_layers, batch_size, config.width), dtype)
 
-    def __call__(self, x_BTD: Any, positions: Any, shared: Any, key: Any = None, memory: Any = None) -> Any:
+    def __call__(self, x_BTD: Any, positions: Any, shared: Any, *, memory: Any = None, **dropout: Any) -> Any:
         mask_BT = positions.mask_BT
         added_BTA = jax.nn.sigmoid(x_BTD @ self.gate[...]) * (x_BTD @ self.value[...])
         if mask_BT is not None:

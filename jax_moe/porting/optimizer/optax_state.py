@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
+from jax_moe.parameters import path_of
 from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.optimizer.step_counts import HINT, unequal
 from jax_moe.porting.state_dict import flatten
-from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, path_of
+from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's word: optax's field
 SGD = {"momentum_buffer": "trace"}
