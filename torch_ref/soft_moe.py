@@ -1,6 +1,6 @@
 """Soft MoE: every slot reads a mix of all tokens, every token reads a mix of all slots."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -62,6 +62,15 @@ def soft_stats(logits_BTEC: Float[Tensor, "B T E C"], mask_BT: Bool[Tensor, "B T
     )
 
 
+class SoftMoEOutput(NamedTuple):
+    """What one call of a layer computes."""
+
+    y_BTD: Float[Tensor, "B T D"]
+    stats: MoEStats
+    stages: dict[str, Tensor] | None = None  # every intermediate value by name, where asked for
+    expert_BTK: None = None  # no choices: every token goes to every expert
+
+
 class SoftExpert(nn.Module):
     """An MLP of any depth: linear, [layer norm], activation; with a residual where input and output widths agree."""
 
@@ -118,12 +127,28 @@ class SoftMoE(nn.Module):
         Padding (mask_BT False) feeds no slot and counts in no statistic; its own answer is the plain mean of the slots
         and means nothing. Raises ValueError for a tensor of another kind or shape.
         """
+        output = self.run(x_BTD, mask_BT=mask_BT)
+        return output.y_BTD, output.stats
+
+    def run(
+        self, x_BTD: Float[Tensor, "B T D"], *, mask_BT: Bool[Tensor, "B T"] | None = None, watch: bool = False
+    ) -> SoftMoEOutput:
+        """All that a call computes. Arguments as in a call; `watch` also hands out every stage."""
         checked(checked_input("x_BTD", x_BTD, self.config.model_dim), mask_BT=mask_BT)
         logits_BTEC = soft_logits(x_BTD, self.phi, mask_BT, self.scale)
         dispatch_BTEC, combine_BTEC = soft_weights(logits_BTEC)
         sum_BTD = torch.zeros_like(x_BTD, dtype=dispatch_BTEC.dtype)
+        inputs, answers = [], []
         for e, expert in enumerate(self.experts):
-            x_BCD = dispatch_BTEC[:, :, e].transpose(1, 2) @ x_BTD.to(dispatch_BTEC.dtype)
-            y_BCD = expert(x_BCD.to(x_BTD.dtype))
+            x_BCD = (dispatch_BTEC[:, :, e].transpose(1, 2) @ x_BTD.to(dispatch_BTEC.dtype)).to(x_BTD.dtype)
+            y_BCD = expert(x_BCD)
             sum_BTD = sum_BTD + combine_BTEC[:, :, e] @ y_BCD.to(sum_BTD.dtype)
-        return sum_BTD.to(x_BTD.dtype), soft_stats(logits_BTEC, mask_BT)
+            inputs.append(x_BCD)
+            answers.append(y_BCD)
+        output = SoftMoEOutput(sum_BTD.to(x_BTD.dtype), soft_stats(logits_BTEC, mask_BT))
+        if not watch:
+            return output
+        return output._replace(stages={
+            "dispatch_weights": dispatch_BTEC, "combine_weights": combine_BTEC, "slot_inputs": torch.stack(inputs),
+            "expert_outputs": torch.stack(answers), "combined": output.y_BTD,
+        })

@@ -79,6 +79,11 @@ class MakeMoEConfig:
         return BlockConfig(attention=attention, moe=dataclasses.replace(moe, dispatcher=self.dispatcher))
 
     @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with a mixture: all."""
+        return tuple(range(self.num_layers))
+
+    @property
     def moe(self) -> MoEConfig:
         moe = self.block.moe
         assert isinstance(moe, MoEConfig)

@@ -6,7 +6,7 @@ scan's step, so that compile time does not grow with depth.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_inp
 from jax_moe.attention import kind_of
 from jax_moe.attention.positions import Positions, whole_call
 from jax_moe.config.attention import LayerAttention
-from jax_moe.config.decoder import DecoderConfig, DenseConfig, NormPlace
+from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig, NormPlace
 from jax_moe.config.models import Origin
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
@@ -208,11 +208,20 @@ def _part(contract: Any, config: DecoderConfig, kwargs: dict[str, Any], rngs: nn
     return Attend(contract, config, rngs=rngs, **kwargs)
 
 
+class _Halves(NamedTuple):
+    """A layer's contract, and the stacks with a row of its attention and of its feed-forward network."""
+
+    contract: LayerConfig
+    attention: str
+    ffn: str
+
+
 def _plans(config: DecoderConfig) -> list[LayerPlan]:
     """Every layer's contract, and the stacks it has a row in."""
+    halves = [_Halves(layer, *config.stacks_of(i)) for i, layer in enumerate(config.layers)]
     replayed = dict.fromkeys(config.moe_layers, ("replay",))
     return [
-        LayerPlan(layer, (*config.stacks_of(i), "key", *replayed.get(i, ()))) for i, layer in enumerate(config.layers)
+        LayerPlan(each, (each.attention, each.ffn, "key", *replayed.get(i, ()))) for i, each in enumerate(halves)
     ]
 
 
@@ -231,9 +240,9 @@ class _Step:
 
     def __call__(self, x_BTD: Array, memory: Any, layer: Layer) -> tuple[Array, Any, dict[str, Any]]:
         """x += attention(x); x += ffn(x), each with its norms. Handed out besides: statistics, choices and stages."""
-        contract: Any = layer.plan.contract
-        name, ffn_name = layer.plan.stacks[:2]
-        key, block, ffn = layer.rows["key"], self._module(name, layer), self._module(ffn_name, layer)
+        halves: Any = layer.plan.contract
+        contract, name = halves.contract, halves.attention
+        key, block, ffn = layer.rows["key"], self._module(name, layer), self._module(halves.ffn, layer)
         block.attention.config = contract.attention  # a stack's layers may differ in what leaves parameters alone
         normed_BTD = block.normed("attention_norm", x_BTD)
         attended_BTD, cache = block.attention(
@@ -243,7 +252,8 @@ class _Step:
         x_BTD = self.model.add(x_BTD, block.normed("attention_out_norm", attended_BTD))
         ffn_BTD = block.normed("ffn_norm", x_BTD)
         if isinstance(ffn, MoE):
-            y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer)
+            first = layer.numbers[halves.ffn] * ffn.config.num_experts if self.in_place else None
+            y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer.rows["replay"], first)
         else:
             y_BTD = expert_ffn(ffn_BTD.reshape(1, -1, ffn_BTD.shape[-1]), ffn.weights(), contract.ffn.expert)
             y_BTD = y_BTD.reshape(ffn_BTD.shape)
@@ -258,12 +268,13 @@ class _Step:
         experts, others = layer.rows[name]
         return nnx.merge(self.graphs[name], self.through.get(name, experts), others)
 
-    def _mixture(self, ffn: MoE, x_BTD: Array, key: Array | None, layer: Layer) -> tuple[Array, dict[str, Any]]:
+    def _mixture(
+        self, ffn: MoE, x_BTD: Array, key: Array | None, replay_BTK: Array | None, first_expert: Array | None
+    ) -> tuple[Array, dict[str, Any]]:
         """The answer of a layer's mixture, and what it hands out: nothing in a step of generation."""
-        first = layer.numbers[layer.plan.stacks[1]] * ffn.config.num_experts if self.in_place else None
         output = ffn.run(
-            x_BTD, key=key, training=self.training, mask_BT=self.positions.mask_BT, expert_BTK=layer.rows["replay"],
-            watch=self.watch, first_expert=first,
+            x_BTD, key=key, training=self.training, mask_BT=self.positions.mask_BT, expert_BTK=replay_BTK,
+            watch=self.watch, first_expert=first_expert,
         )
         if self.in_place:
             return output.y_BTD, {}

@@ -1,6 +1,5 @@
 """Our side with every intermediate value kept: the model's own walk, which hands out its stages when asked."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.routing import expert_scores
 from jax_moe.soft_moe import SoftMoE
-from moe_parity.stages import KINDS, Place
+from moe_parity.stages import KINDS, Place, places
 
 Replay = Int[Array, "L B T K"] | None
 
@@ -27,21 +26,9 @@ def tap_model(model: Decoder | MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK:
     """
     model.check_tokens(tokens_BT)  # before int32 makes another token of a large number
     stages = _watched_model(*nnx.split(model), jnp.asarray(tokens_BT), replay_LBTK)
-    before, after = (
-        {Place(kind): stages.pop(kind) for kind in kinds} for kinds in (("embedding",), ("final_norm", "logits"))
-    )
-    num_layers = model.config.num_layers
-    mixtures: Sequence[int] = range(num_layers)
-    if isinstance(model, Decoder):
-        mixtures = model.config.moe_layers
-        del stages["balance_loss"]  # pooled over the layers, it is no layer's own
-    found: dict[int, dict[str, Array]] = {i: {} for i in range(num_layers)}
-    for kind in sorted(stages, key=KINDS.index):
-        value = stages[kind]
-        for row, i in enumerate(mixtures if value.shape[0] == len(mixtures) else found):
-            found[i][kind] = value[row]
-    layers = {Place(kind, i): value for i, taps in found.items() for kind, value in taps.items()}
-    return before | layers | after
+    if model.config.moe.balance.pooled == "over_layers":  # then it is no layer's own
+        del stages["balance_loss"]
+    return places(stages, model.config.num_layers, model.config.moe_layers)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -6,23 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.config.models import MakeMoEConfig
-from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
+from jax_moe.porting.torch_tensors import import_torch, tensor_to_numpy
 from moe_parity.training.jax_side import Curve
 from moe_parity.training.settings import Numbers, TrainSettings
 
 SMALL = 1 << 20  # a model with fewer parameters runs on one thread
 Loss = Callable[[Any, Mapping[str, Any], TrainSettings], tuple[Any, np.ndarray]]
-
-
-def make_makemoe(config: MakeMoEConfig, weights: Mapping[str, np.ndarray]) -> Any:
-    """`torch_ref.MakeMoE` with these weights, in their dtype."""
-    import torch_ref
-
-    tensors = {name: numpy_to_tensor(value) for name, value in weights.items()}
-    module = torch_ref.MakeMoE(config).to(next(iter(tensors.values())).dtype).train()
-    module.load_state_dict(tensors, strict=True)
-    return module
 
 
 def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:

@@ -79,10 +79,10 @@ def test_a_wrong_story_is_caught() -> None:
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
-    _, _, routing, slots, capacity = build(config, pencil.pencil_weights(config)).run(tensor(pencil.ONE))
-    assert capacity == 2
-    assert routing.expert_GSK[0].tolist() == pencil.CHOICES
-    assert slots.slot_GSK[0].tolist() == pencil.SLOTS[priority]
+    output = build(config, pencil.pencil_weights(config)).run(tensor(pencil.ONE))
+    assert output.capacity == 2
+    assert output.routing.expert_GSK[0].tolist() == pencil.CHOICES
+    assert output.slots.slot_GSK[0].tolist() == pencil.SLOTS[priority]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -47,7 +47,8 @@ def test_a_healthy_language_model_passes() -> None:
     kinds = worst(report.results)
     assert set(kinds) == {
         "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights",
-        "slots", "expert_outputs", "combined", "residual", "balance_loss", "logits", "loss", "own_call", "gradient",
+        "slots", "expert_outputs", "combined", "residual", "balance_loss", "final_norm", "logits", "loss", "own_call",
+        "gradient",
     }
     assert kinds.pop("gradient") <= 1e-13 and max(kinds.values()) <= 1e-14
     assert sum(one.kind == "gradient" for one in report.results) == 70

@@ -1,6 +1,6 @@
 """The transformer block: attention and a mixture of experts, each after a norm and in a residual."""
 
-from typing import Any, Unpack
+from typing import Any
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from torch_ref.arrays import checked_input
 from torch_ref.attention.multihead import Attention
 from torch_ref.dims import Bool, Float, Int, Tensor
 from torch_ref.losses import MoEStats
-from torch_ref.moe import MoE, MoEArrays
+from torch_ref.moe import MoE
 from torch_ref.norms import normed
 from torch_ref.soft_moe import SoftMoE
 
@@ -24,15 +24,19 @@ def block_forward(
     mask_BT: Bool[Tensor, "B T"] | None = None,
     attention_keep_BHTU: Bool[Tensor, "B H T U"] | None = None,
     output_keep_BTD: Bool[Tensor, "B T D"] | None = None,
-    **arrays: Unpack[MoEArrays],
-) -> tuple[Float[Tensor, "B T D"], Any]:
-    """x += attention(norm(x)); x += moe(norm(x)). The block's answer, and all that `moe` answered."""
-    x_BTD = x_BTD + attention(
-        normed(x_BTD, attention_norm), mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU,
-        output_keep_BTD=output_keep_BTD,
+    **arrays: Any,
+) -> tuple[Float[Tensor, "B T D"], Any, dict[str, Tensor]]:
+    """x += attention(norm(x)); x += moe(norm(x)). The block's answer, all that `moe` answered, and its own stages."""
+    normed_BTD = normed(x_BTD, attention_norm)
+    attended_BTD = attention(
+        normed_BTD, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD
     )
-    answer = moe(normed(x_BTD, moe_norm), mask_BT=mask_BT, **arrays)
-    return x_BTD + answer[0], answer
+    x_BTD = x_BTD + attended_BTD
+    ffn_BTD = normed(x_BTD, moe_norm)
+    answer = moe(ffn_BTD, mask_BT=mask_BT, **arrays)
+    y_BTD = x_BTD + answer[0]
+    own = {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": y_BTD}
+    return y_BTD, answer, own
 
 
 class Block(nn.Module):
@@ -64,7 +68,7 @@ class Block(nn.Module):
         """
         checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
         used = self.config.used(noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK)
-        y_BTD, answer = block_forward(
+        y_BTD, answer, _ = block_forward(
             x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT=mask_BT,
             attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD, **used,
         )

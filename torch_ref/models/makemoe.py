@@ -34,6 +34,7 @@ class ModelOutput(NamedTuple):
     logits_BTV: Float[Tensor, "B T V"]  # in the weights' dtype
     stats: MoEStats  # each field with a leading L
     expert_LBTK: Int[Tensor, "L B T K"]  # the experts every token was sent to, best first
+    stages: dict[str, Tensor] | None = None  # every intermediate value by name, where asked for; a layer's with an L
 
 
 def kaiming_normal(module: nn.Module) -> None:
@@ -81,11 +82,16 @@ class SparseMoE(nn.Module):
         )
 
     def forward(
-        self, x_BTD: Float[Tensor, "B T D"], *, mask_BT: Bool[Tensor, "B T"] | None = None, **arrays: Unpack[MoEArrays]
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        *,
+        mask_BT: Bool[Tensor, "B T"] | None = None,
+        watch: bool = False,
+        **arrays: Unpack[MoEArrays],
     ) -> MoEOutput:
         """As `torch_ref.MoE.run`: the answer, statistics and choices."""
         parts = Parts(self.config, self.router.topkroute_linear, self.router.noise_linear, None, list(self.experts))
-        return moe_forward(x_BTD, parts, training=self.training, mask_BT=mask_BT, **arrays)
+        return moe_forward(x_BTD, parts, training=self.training, mask_BT=mask_BT, watch=watch, **arrays)
 
 
 class MakeMoEBlock(nn.Module):
@@ -100,8 +106,11 @@ class MakeMoEBlock(nn.Module):
         self.ln2 = nn.LayerNorm(config.model_dim, eps=block.norm_eps)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], **arrays: Any) -> tuple[Float[Tensor, "B T D"], MoEOutput]:
-        """The block's answer, and all that its mixture computed. Arguments as in `torch_ref.Block`."""
-        return block_forward(x_BTD, self.ln1, self.sa, self.ln2, self.smoe, **arrays)
+        """The block's answer, and all that its mixture computed, to its stages those of the block. Arguments as in
+        `torch_ref.Block`, and `watch`.
+        """
+        y_BTD, answer, own = block_forward(x_BTD, self.ln1, self.sa, self.ln2, self.smoe, **arrays)
+        return y_BTD, answer if answer.stages is None else answer._replace(stages=answer.stages | own)
 
 
 class MakeMoE(nn.Module):
@@ -139,14 +148,15 @@ class MakeMoE(nn.Module):
         randomness: Randomness | None = None,
         expert_LBTK: Int[Tensor, "L B T K"] | None = None,
         remat: Remat = "none",
+        watch: bool = False,
     ) -> ModelOutput:
         """All that a call computes: logits of the next character, and of every layer (leading L) statistics and
         choices.
 
         Noise and dropout follow `self.training` and the contract, unless `randomness` gives the draws, each with a
-        leading L; `expert_LBTK` replays choices. `remat`: which values each layer keeps for the backward. Raises
-        ValueError for T above block_size, a token outside the vocabulary, an expert that is not there, or a tensor of
-        another kind or shape.
+        leading L; `expert_LBTK` replays choices. `remat`: which values each layer keeps for the backward. `watch`
+        also hands out every intermediate stage. Raises ValueError for T above block_size, a token outside the
+        vocabulary, an expert that is not there, or a tensor of another kind or shape.
         """
         self.check_tokens(tokens_BT)
         sizes = checked_input("tokens_BT", tokens_BT)
@@ -161,14 +171,19 @@ class MakeMoE(nn.Module):
         each = {name: value for name, value in {**draws, "expert_BTK": expert_LBTK}.items() if value is not None}
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.token_embedding_table(tokens_BT.long()) + self.position_embedding_table(positions_T)
-        layers, choices = [], []
+        embedded_BTD, layers = x_BTD, list[MoEOutput]()
         for i, block in enumerate(self.blocks):
             given = {name: value[i] for name, value in each.items()}
-            x_BTD, mixture = rematerialised(block, remat)(x_BTD, mask_BT=mask_BT, **given)
-            layers.append(mixture.stats)
-            choices.append(mixture.expert_BTK)
-        stats = MoEStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
-        return ModelOutput(self.lm_head(normed(x_BTD, self.ln_f)), stats, torch.stack(choices))
+            x_BTD, mixture = rematerialised(block, remat)(x_BTD, mask_BT=mask_BT, watch=watch, **given)
+            layers.append(mixture)
+        stats = MoEStats(*(torch.stack(values) for values in zip(*(each.stats for each in layers), strict=True)))
+        normed_BTD, expert_LBTK = normed(x_BTD, self.ln_f), torch.stack([each.expert_BTK for each in layers])
+        output = ModelOutput(self.lm_head(normed_BTD), stats, expert_LBTK)
+        if not watch:
+            return output
+        handed_out = [each.stages or {} for each in layers]
+        stages = {name: torch.stack([each[name] for each in handed_out]) for name in handed_out[0]}
+        return output._replace(stages={"embedding": embedded_BTD, **stages, "final_norm": normed_BTD})
 
     def check_tokens(self, tokens_BT: Int[Tensor, "B T"]) -> None:
         """Raises ValueError unless this is a tensor of integers [B, T] with at most block_size positions, all of them
