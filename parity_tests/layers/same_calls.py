@@ -4,7 +4,8 @@
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,24 +57,20 @@ def check_padding(call: Call, layer: Any, name: str) -> None:
     refused(same, of_real(X, **arrays), of_real(other, **arrays))
 
 
-def check_replay(call: Call, block: Any, parts: Mapping[str, Callable], arrays: Mapping[str, Any] = GIVEN) -> None:
-    """A block's replay with every draw is its mixture's, computed part by part; other choices give other numbers.
+def by_parts(block: Any, x_BTD: Any, **arrays: Any) -> Any:
+    """What a block computes, through the calls of its parts."""
+    of_attention, of_mixture = ({name: arrays[name] for name in TAKES[part]} for part in ("attention", "moe"))
+    x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD), **of_attention)
+    y_BTD, stats = block.moe(block.moe_norm(x_BTD), **of_mixture)
+    return x_BTD + y_BTD, stats
 
-    `parts` are its norms, attention and mixture as functions of numpy arrays.
-    """
-    mask = {"mask_BT": arrays["mask_BT"]}
-    keep = {name: arrays[name] for name in ("attention_keep_BHTU", "output_keep_BTD")}
-    rest = {name: arrays[name] for name in TAKES["moe"]}
-    x = X + parts["attention"](parts["attention_norm"](X), **mask, **keep)
 
-    def by_parts(**changes: Any) -> tuple:
-        y_BTD, stats = parts["moe"](parts["moe_norm"](x), **rest | changes)
-        return x + y_BTD, stats
-
-    found = call(block, X, **arrays)
-    same(found, by_parts())
-    refused(same, found, by_parts(expert_BTK=OTHER))
-    same(call(block, X, **{**arrays, "expert_BTK": OTHER}), by_parts(expert_BTK=OTHER))
+def check_replay(call: Call, block: Any) -> None:
+    """A block's replay with every draw is its mixture's; other choices give other numbers."""
+    parts, other = partial(by_parts, block), GIVEN | {"expert_BTK": OTHER}
+    same(call(block, X, **GIVEN), call(parts, X, **GIVEN))
+    same(call(block, X, **other), call(parts, X, **other))
+    refused(same, call(block, X, **GIVEN), call(parts, X, **other))
 
 
 def refused(check: Callable, *args: Any) -> None:

@@ -27,6 +27,7 @@ from parity_tests.porting.decoder_cases import decoder
 
 MIXTRAL, MAKEMOE = presets.mixtral(8, 6, 4, 2), presets.makemoe(8, num_experts=4)
 ATTENTION = AttentionConfig(model_dim=8, num_heads=2, dropout=0.1)
+SOFT = SoftMoEConfig(model_dim=8, num_experts=2, num_slots=2)
 SPARSE = {
     "dropless": MIXTRAL, "makemoe": MAKEMOE, "vmoe": presets.vmoe(8, 6, 4, 2),
     "shared": presets.qwen2_moe(8, 6, 4, 2, shared_dim=4),
@@ -35,8 +36,9 @@ SPARSE = {
     **{name: dataclasses.replace(MIXTRAL, dispatcher=name) for name in ("einsum", "ragged", "grouped")},
 }
 LAYERS: dict[str, tuple[Any, Any]] = {
-    "soft": (SoftMoE, SoftMoEConfig(model_dim=8, num_experts=2, num_slots=2)), "attention": (Attention, ATTENTION),
+    "soft": (SoftMoE, SOFT), "attention": (Attention, ATTENTION),
     "block": (Block, BlockConfig(attention=ATTENTION, moe=MAKEMOE)),
+    "soft block": (Block, BlockConfig(attention=dataclasses.replace(ATTENTION, causal=False), moe=SOFT)),
     **{name: (MoE, config) for name, config in SPARSE.items()},
 }
 SHAPES = [(0, 5), (2, 0), (0, 0)]
