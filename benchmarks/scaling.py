@@ -99,8 +99,8 @@ def training_step(make: Callable[[], Any]) -> tuple[Callable, tuple]:
     optimizer = jax_moe.adamw_as_torch(1e-3)
 
     def loss_of(params: dict, tokens_BT1: jax.Array, key: jax.Array) -> jax.Array:
-        logits, _ = nnx.merge(graphdef, params, rest).logits_and_stats(tokens_BT1[:, :-1], key=key, training=True)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT1[:, 1:]).mean()
+        logits_BTV = nnx.merge(graphdef, params, rest)(tokens_BT1[:, :-1], key=key, training=True)
+        return jax_moe.next_token_loss(logits_BTV, tokens_BT1[:, 1:])
 
     def step(params: dict, state: optax.OptState, tokens_BT1: jax.Array, key: jax.Array) -> tuple:
         loss, gradient = jax.value_and_grad(loss_of)(params, tokens_BT1, key)

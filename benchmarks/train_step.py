@@ -64,8 +64,8 @@ def jax_step(
     optimizer = adamw_as_torch(1e-3, weight_decay=0.01, unchosen=unchosen, declared=jax_moe.declared(model))
 
     def loss_of(params: dict, x: jax.Array, y: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        logits, stats = nnx.merge(graphdef, params, rest).logits_and_stats(x, key=key)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), jax_moe.chosen_experts(stats)
+        output = nnx.merge(graphdef, params, rest).run(x, key=key)
+        return jax_moe.next_token_loss(output.logits_BTV, y), jax_moe.chosen_experts(output.stats)
 
     def step(params: dict, state: optax.OptState, x: jax.Array, y: jax.Array, key: jax.Array) -> tuple:
         (loss, chosen_LE), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, x, y, key)
@@ -93,13 +93,10 @@ def torch_step(model: torch_ref.MakeMoE, batches: Batches) -> tuple[Callable, Ca
     tensors = [(torch.from_numpy(x).long(), torch.from_numpy(y).long()) for x, y in batches]
     held = {"count": 0}
 
-    def loss_of(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-
     def run() -> None:
         x, y = tensors[held["count"] % len(tensors)]
         held["count"] += 1
-        loss = loss_of(model(x), y)
+        loss = torch_ref.next_token_loss(model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -111,7 +108,7 @@ def torch_step(model: torch_ref.MakeMoE, batches: Batches) -> tuple[Callable, Ca
         silent = torch_ref.Randomness(
             noise_BTE=torch.zeros(config.num_layers, BATCH_SIZE, config.block_size, config.num_experts)
         )
-        loss = loss_of(model.logits_and_stats(tensors[0][0], randomness=silent)[0], tensors[0][1])
+        loss = torch_ref.next_token_loss(model(tensors[0][0], randomness=silent), tensors[0][1])
         model.train()
         return float(loss)
 

@@ -69,10 +69,10 @@ def run(
 
     def loss_of(params: dict, tokens: jax.Array, key: jax.Array) -> tuple[jax.Array, tuple]:
         draws = jax_moe.Randomness(noise_BTE=jax.random.normal(key, shape) if noise else jnp.zeros(shape))
-        logits, stats = nnx.merge(graphdef, params, rest).logits_and_stats(tokens[:, :-1], randomness=draws)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-        balance = jax_moe.losses.pool_balance_loss(stats, config.moe)
-        return loss + balance_weight * balance, (loss, stats.expert_load_E)
+        output = nnx.merge(graphdef, params, rest).run(tokens[:, :-1], randomness=draws)
+        loss = jax_moe.next_token_loss(output.logits_BTV, tokens[:, 1:])
+        balance = jax_moe.pool_balance_loss(output.stats, config.moe)
+        return loss + balance_weight * balance, (loss, output.stats.expert_load_E)
 
     @jax.jit
     def step(params: dict, state: optax.OptState, tokens: jax.Array, key: jax.Array) -> tuple:

@@ -51,10 +51,12 @@ from .config import SoftMoEConfig as SoftMoEConfig
 from .generation import generate as generate
 from .losses import MoEStats as MoEStats
 from .losses import chosen_experts as chosen_experts
+from .losses import next_token_loss as next_token_loss
 from .losses import pool_balance_loss as pool_balance_loss
 from .models import Block as Block
 from .models import Decoder as Decoder
 from .models import MakeMoE as MakeMoE
+from .models import ModelOutput as ModelOutput
 from .models import Randomness as Randomness
 from .moe import MoE as MoE
 from .optimizers import adamw_as_torch as adamw_as_torch

@@ -95,12 +95,12 @@ def check_vocabulary(tokens_BT: Any, vocab_size: int) -> None:
 
 
 def moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> tuple[Array, dict[str, Any]]:
-    """The checked input of a sparse layer and its other arrays by name, None for those not given."""
+    """The checked input of a sparse layer and by name those of its other arrays that are not None."""
     x_BTD, sizes = checked_input("x_BTD", x_BTD, config.model_dim)
     found = checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
     if "expert_BTK" in found:
         check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))
-    return x_BTD, dict.fromkeys(arrays) | found
+    return x_BTD, found
 
 
 def check_limit(limit: Any, capacity: int) -> Array | None:

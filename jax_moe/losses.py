@@ -1,4 +1,4 @@
-"""Losses and statistics of routing, returned as values in fp32 or wider; padding never counts.
+"""The next token's loss, and losses and statistics of routing: values in fp32 or wider; padding never counts.
 
 Every function raises ValueError, by name, for arrays of another kind or of shapes that do not fit each other.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
-from jax_moe.arrays import check_choices, check_kind, checked, checked_input
+from jax_moe.arrays import check_choices, check_kind, check_vocabulary, checked, checked_input
 from jax_moe.config.checks import require
 from jax_moe.config.moe import BalanceConfig, MoEConfig, RouterConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
@@ -40,6 +40,24 @@ def chosen_experts(stats: MoEStats) -> Bool[Array, "*L E"]:
     only if no token chose it, or if the capacity is 0 and everything is dropped.
     """
     return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1)[..., None]
+
+
+def next_token_loss(
+    logits_BTV: Float[Array, "B T V"], target_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"] | None = None
+) -> Float[Array, ""]:
+    """The mean cross-entropy of the targets, each the token after its position, in nats; where the mask is False none
+    counts.
+
+    Raises ValueError for a target outside the vocabulary, where it is visible.
+    """
+    logits_BTV, sizes = checked_input("logits_BTV", logits_BTV)
+    given = checked(sizes, target_BT=target_BT, mask_BT=mask_BT)
+    target_BT, mask_BT = given["target_BT"], given.get("mask_BT")
+    target_BT = target_BT if mask_BT is None else jnp.where(mask_BT, target_BT, 0)
+    check_vocabulary(target_BT, logits_BTV.shape[-1])
+    logits_BTV = logits_BTV.astype(wide(logits_BTV.dtype))
+    chosen_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+    return masked_mean(jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT, mask_BT)
 
 
 def _given(name: str, value: Array, mask_GS: Array | None = None, **others: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,16 @@ class Router(nnx.Module):
         return None if value is None else value[...]
 
 
+class MoEArrays(TypedDict, total=False):
+    """The arrays that only a sparse layer takes, as `MoE` explains them."""
+
+    noise_BTE: Float[Array, "B T E"] | None
+    jitter_BTD: Float[Array, "B T D"] | None
+    keep_BTKD: Bool[Array, "B T K D"] | None
+    expert_BTK: Int[Array, "B T K"] | None
+    capacity_limit: Int[Array, ""] | None
+
+
 class MoEOutput(NamedTuple):
     """What one call of a layer computes."""
 
@@ -62,6 +72,11 @@ class MoEOutput(NamedTuple):
     slots: Slots
     capacity: int  # C: a choice at slot C was dropped
     stages: dict[str, Array] | None = None  # every intermediate value [B, T, ...] by name, where asked for
+
+    @property
+    def expert_BTK(self) -> Int[Array, "B T K"]:
+        """The experts every token was sent to, best first."""
+        return merge_groups(self.routing.expert_GSK, *self.y_BTD.shape[:2])
 
 
 class MoE(nnx.Module):
@@ -127,19 +142,20 @@ class MoE(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
         training: bool = True,
-        keep_BTKD: Bool[Array, "B T K D"] | None = None,
+        mask_BT: Bool[Array, "B T"] | None = None,
         watch: bool = False,
         first_expert: Int[Array, ""] | None = None,
-        **arrays: Array | None,
+        **arrays: Unpack[MoEArrays],
     ) -> MoEOutput:
         """All that a call computes. Arguments as in a call; under jit, what is not used is not computed.
 
         `watch` also hands out every stage, at the cost of the experts' work once more for each choice. `first_expert`:
         the layer's experts are those from this number on of many layers' experts, stacked as one layer's.
         """
-        x_BTD, given = moe_arrays(self.config, x_BTD, keep_BTKD=keep_BTKD)
-        keep_BTKD = given["keep_BTKD"]
-        x_GSD, routing, slots, capacity, mask_GS = self._route(x_BTD, key=key, training=training, **arrays)
+        limit = arrays.pop("capacity_limit", None)
+        x_BTD, given = moe_arrays(self.config, x_BTD, mask_BT=mask_BT, **arrays)
+        x_GSD, routing, slots, capacity, mask_GS = self._route(x_BTD, given, limit, key, training)
+        keep_BTKD = given.get("keep_BTKD")
         rate = self.config.expert.dropout
         apply, weights = self._experts(x_BTD.shape[0] * x_BTD.shape[1], first_expert)
         moves = Moves(
@@ -177,23 +193,12 @@ class MoE(nnx.Module):
         return stages | {"combined": output.y_BTD, "balance_loss": output.stats.load_balance_loss}
 
     def _route(
-        self,
-        x_BTD: Array,
-        *,
-        key: PRNGKeyArray | None,
-        training: bool,
-        mask_BT: Array | None = None,
-        noise_BTE: Array | None = None,
-        jitter_BTD: Array | None = None,
-        expert_BTK: Array | None = None,
-        capacity_limit: Array | None = None,
+        self, x_BTD: Array, given: dict[str, Array], limit: Array | None, key: PRNGKeyArray | None, training: bool
     ) -> tuple[Array, Routing, Slots, int, Array | None]:
         """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
         config, router = self.config, self.config.router
-        x_BTD, given = moe_arrays(
-            config, x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, expert_BTK=expert_BTK
-        )
-        mask_BT, noise_BTE, jitter_BTD, expert_BTK = given.values()
+        mask_BT, expert_BTK = given.get("mask_BT"), given.get("expert_BTK")
+        noise_BTE, jitter_BTD = given.get("noise_BTE"), given.get("jitter_BTD")
         B, T, _ = x_BTD.shape
         noise_key = fold(key, 0) if training or router.noise_at_evaluation else None
         if router.noise == "learned_gaussian" and noise_BTE is None and noise_key is not None:
@@ -203,7 +208,7 @@ class MoE(nnx.Module):
             jitter_BTD = jax.random.uniform(noise_key, x_BTD.shape, wide(x_BTD.dtype), low, high)
         S = config.group_size(B, T)
         capacity = config.expert_capacity(S) if B * T else 1
-        capacity_limit = check_limit(capacity_limit, capacity)
+        limit = check_limit(limit, capacity)
         padded = mask_BT is not None or B * T % S != 0 or B * T == 0
         mask_GS = split_groups(jnp.ones((B, T), bool) if mask_BT is None else mask_BT, S) if padded else None
         router_input_BTD = x_BTD
@@ -218,7 +223,7 @@ class MoE(nnx.Module):
             expert_BTK = jnp.where(expert_BTK < 0, config.num_experts, expert_BTK)
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
         routing = route(split_groups(logits_BTE, S), config, self.router.weight("correction_bias"), replay)
-        slots = assign_slots(routing, config, capacity, mask_GS, capacity_limit)
+        slots = assign_slots(routing, config, capacity, mask_GS, limit)
         return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
 
     def _logits(self, x_BTD: Array, noise_BTE: Array | None) -> Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.config.decoder import NormKind
 from jax_moe.dims import Array, DTypeLike, Float, wide
 from jax_moe.parameters import declare, parameter
 
@@ -23,6 +24,13 @@ def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float)
     wide_x = x.astype(wide(x.dtype))
     normed = wide_x * jax.lax.rsqrt((wide_x**2).mean(axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale_D.astype(x.dtype)
+
+
+def make_norm(
+    kind: NormKind, width: int, eps: float, param_dtype: DTypeLike, rngs: nnx.Rngs
+) -> "RMSNorm | nnx.LayerNorm":
+    """The norm of that kind over D; a layer norm has a bias."""
+    return RMSNorm(width, eps, param_dtype) if kind == "rms" else layer_norm(width, rngs, param_dtype, eps)
 
 
 class RMSNorm(nnx.Module):

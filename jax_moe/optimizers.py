@@ -17,7 +17,7 @@ number of completed steps (0 for the first step), the form of Nesterov momentum.
 the gradient: chain `optax.add_decayed_weights` before `optax.sgd`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_moe.config.checks import require
-from jax_moe.config.parameters import Declared
-from jax_moe.unchosen import only_chosen, scale_by_skipping_adam
+from jax_moe.unchosen import Said, only_chosen, scale_by_skipping_adam
 
 CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 WEIGHT_DECAY = 1e-2  # torch.optim.AdamW's default
@@ -62,7 +61,7 @@ def warmup_schedule(peak: float, steps: int, *, warmup_steps: int = 0, final: fl
 def adamw_as_torch(
     learning_rate: float | optax.Schedule, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
     weight_decay: float = WEIGHT_DECAY, max_norm: float | None = None, mask: Any = None, unchosen: Unchosen = "decay",
-    declared: Mapping[str, Declared] | None = None,
+    declared: Said = None,
 ) -> optax.GradientTransformationExtraArgs:
     """torch.optim.AdamW with torch's defaults, after `clip_grad_norm_` if `max_norm` is given.
 
@@ -71,7 +70,8 @@ def adamw_as_torch(
     go on, as for any stacked array. "skip": nothing, as in PyTorch if each expert is its own module, and every
     expert has a step count. Then call `update(gradients, state, params, chosen=chosen_experts(stats))`, and to
     accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`. The variables
-    say which weights belong to experts; if params are plain arrays, give `declared=jax_moe.declared(module)`.
+    say which weights belong to experts; if params are plain arrays, give `declared`: the module, or
+    `jax_moe.declared(module)`.
     """
     require(unchosen in ("skip", "decay"), "unchosen", unchosen, "skip or decay")
     rate = in_full_precision(learning_rate) if callable(learning_rate) else learning_rate

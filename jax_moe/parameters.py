@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
 from jax_moe.config.checks import require
@@ -40,8 +41,16 @@ def stacked(make: Callable[[nnx.Rngs], Module], rngs: nnx.Rngs, count: int, dim:
     return module
 
 
+def path_of(keys: tuple) -> str:
+    """Our dotted name of a leaf; the attribute step from an nnx Variable to its value adds no part."""
+    steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
+
+
 def declared(module: Any) -> dict[str, Declared]:
-    """{path: declaration} of every array that a module or its state stores."""
+    """{path: declaration} of every array that a module or its state stores; such a dict is handed back."""
+    if isinstance(module, dict) and all(isinstance(value, Declared) for value in module.values()):
+        return module
     return {path: of_variable(variable) for path, variable in stored_variables(module).items()}
 
 

@@ -8,28 +8,32 @@ from jax_moe.config.precision import Precision
 Tree = TypeVar("Tree")
 
 
-def cast_to_compute(params: Tree, precision: Precision) -> Tree:
+def cast_to_compute(params: Tree, precision: Precision, *, declared: Any = None) -> Tree:
     """A copy of a module, or of its state, with each weight cast as `Precision.dtype_of` says of its role.
 
     Use it inside the loss, so that gradients have the stored dtype. Routers, Soft MoE's phi, kept variables and
     integers are not cast, nor are experts unless `cast_experts` is "at_once". Norms become `norms`, all other weights
-    `compute`; the embeddings' dtype is that of the residual stream. Raises ValueError for arrays outside variables,
-    which have no role: merge them into the module first.
+    `compute`; the embeddings' dtype is that of the residual stream. Plain arrays have no role: for them give
+    `declared`, the module or `jax_moe.declared(module)`. Raises ValueError for an array without a role.
     """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from jax_moe.parameters import declared as declared_in
+    from jax_moe.parameters import of_variable, path_of
     from jax_moe.stored import Kept
 
-    def cast(variable: Any) -> Any:
-        if not isinstance(variable, nnx.Variable):
-            kind = type(variable).__name__
-            must = f"must be a module or its state; here is {kind} without a role: nnx.merge it first"
-            raise ValueError(f"params: {must}")
-        dtype = precision.dtype_of(variable.get_metadata().get("role"))
-        if dtype is None or isinstance(variable, Kept) or not jnp.issubdtype(variable.dtype, jnp.floating):
-            return variable
-        return jax.tree.map(lambda value: value.astype(dtype), variable)
+    known = {} if declared is None else declared_in(declared)
 
-    return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    def cast(keys: tuple, leaf: Any) -> Any:
+        said = of_variable(leaf) if isinstance(leaf, nnx.Variable) else known.get(path_of(keys))
+        if said is None:
+            allowed = "in a variable of a module or its state, or named in declared=jax_moe.declared(module)"
+            raise ValueError(f"params: {path_of(keys)} has no role: must be {allowed}")
+        dtype = precision.dtype_of(said.role)
+        if dtype is None or isinstance(leaf, Kept) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jax.tree.map(lambda value: value.astype(dtype), leaf)
+
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 Kind = Literal["bool", "integer", "floating"]
 # By the last word of the role; every other role is floating.
 KINDS: dict[str, Kind] = {
-    "mask": "bool", "keep": "bool", "expert": "integer", "tokens": "integer", "position": "integer", "limit": "integer",
+    "mask": "bool", "keep": "bool", "expert": "integer", "tokens": "integer", "target": "integer",
+    "position": "integer", "limit": "integer",
 }
 
 

@@ -1,6 +1,7 @@
 """Soft MoE: every slot reads a mix of all tokens, every token reads a mix of all slots."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ from flax import nnx
 from jax_moe.activations import activate
 from jax_moe.arrays import checked, checked_input
 from jax_moe.config.moe import SoftMoEConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, wide
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.initializers import rounded
+from jax_moe.losses import MoEStats, masked_mean, router_entropy, router_probs, squared_cv
 from jax_moe.norms import layer_norm
 from jax_moe.parameters import declare, parameter, stacked
 
@@ -22,11 +24,11 @@ def unit(x: Float[Array, "*any"], axis: int) -> Float[Array, "*any"]:
     return x * jax.lax.rsqrt((x * x).sum(axis=axis, keepdims=True) + UNIT_EPS)
 
 
-def soft_weights(
+def soft_logits(
     x_BTD: Float[Array, "B T D"], phi_DEC: Float[Array, "D E C"], mask_BT: Bool[Array, "B T"] | None = None,
     scale: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
-    """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots) of x phi, fp32 or wider.
+) -> Float[Array, "B T E C"]:
+    """x phi in fp32 or wider.
 
     Logits at padding are the most negative finite number, not -inf, so that a sequence of only padding stays finite:
     its slots read the plain mean of the tokens. C counts slots per expert. With a `scale`, tokens and columns of phi
@@ -38,10 +40,39 @@ def soft_weights(
     if scale is not None:
         router_BTD, phi_DEC = unit(router_BTD, axis=2), scale.astype(compute) * unit(phi_DEC, axis=0)
     logits_BTEC = jnp.einsum("BTD,DEC->BTEC", router_BTD, phi_DEC)
-    if mask_BT is not None:
-        logits_BTEC = jnp.where(mask_BT[..., None, None], logits_BTEC, -jnp.finfo(compute).max)
+    if mask_BT is None:
+        return logits_BTEC
+    return jnp.where(mask_BT[..., None, None], logits_BTEC, -jnp.finfo(compute).max)
+
+
+def soft_weights(logits_BTEC: Float[Array, "B T E C"]) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
+    """Dispatch weights (softmax over tokens) and combine weights (softmax over all slots)."""
     combine_BTEC = jax.nn.softmax(logits_BTEC, axis=(2, 3))
     return jax.nn.softmax(logits_BTEC, axis=1), combine_BTEC
+
+
+def soft_stats(logits_BTEC: Float[Array, "B T E C"], mask_BT: Bool[Array, "B T"] | None = None) -> MoEStats:
+    """Statistics of the real tokens' combine weights, which are summed over the slots of each expert.
+
+    Where a sparse layer counts choices, `expert_load_E` is the mean of these weights and equals `router_prob_E`; both
+    squared CVs are of it, and `router_entropy` is the weights'. Nothing is dropped and there is no loss: these are 0.
+    """
+    logits_BTE = jax.nn.logsumexp(logits_BTEC, axis=3)  # their softmax sums the combine weights of each expert
+    load_E = masked_mean(router_probs(logits_BTE), mask_BT)
+    none, cv2 = jnp.zeros((), load_E.dtype), squared_cv(load_E)
+    return MoEStats(
+        load_balance_loss=none, router_z_loss=none, dropped_fraction=none, expert_load_E=load_E,
+        router_entropy=router_entropy(logits_BTE, mask_BT), router_prob_E=load_E, importance_cv2=cv2, load_cv2=cv2,
+    )
+
+
+class SoftMoEOutput(NamedTuple):
+    """What one call of a layer computes."""
+
+    y_BTD: Float[Array, "B T D"]
+    stats: MoEStats
+    stages: dict[str, Array] | None = None  # every intermediate value by name, where asked for
+    expert_BTK: None = None  # no choices: every token goes to every expert
 
 
 orthogonal = rounded(jax.nn.initializers.orthogonal(scale=0.01))
@@ -101,16 +132,34 @@ class SoftMoE(nnx.Module):
         self.experts = stacked(make, rngs, config.num_experts, "E")
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T D"]:
-        """The layer's answer in the input's dtype. Padding (mask_BT False) feeds no slot; its own answer is the plain
-        mean of the slots and means nothing. Raises ValueError for an array of another kind or shape."""
+        self, x_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None, training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MoEStats]:
+        """The layer's answer in the input's dtype, and its statistics (`soft_stats`). It draws nothing.
+
+        Padding (mask_BT False) feeds no slot and counts in no statistic; its own answer is the plain mean of the slots
+        and means nothing. Raises ValueError for an array of another kind or shape.
+        """
+        output = self.run(x_BTD, key=key, training=training, mask_BT=mask_BT)
+        return output.y_BTD, output.stats
+
+    def run(
+        self, x_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None, training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None, watch: bool = False,
+    ) -> SoftMoEOutput:
+        """All that a call computes. Arguments as in a call; `watch` also hands out every stage."""
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
         scale = self.scale[...] if self.config.normalise else None
-        dispatch_BTEC, combine_BTEC = soft_weights(x_BTD, self.phi[...], mask_BT, scale)
+        logits_BTEC = soft_logits(x_BTD, self.phi[...], mask_BT, scale)
+        dispatch_BTEC, combine_BTEC = soft_weights(logits_BTEC)
         compute = dispatch_BTEC.dtype
         x_EBCD = jnp.einsum("BTEC,BTD->EBCD", dispatch_BTEC, x_BTD.astype(compute)).astype(x_BTD.dtype)
         graphdef, weights = nnx.split(self.experts)
         y_EBCD = jax.vmap(lambda weights, x_BCD: nnx.merge(graphdef, weights)(x_BCD))(weights, x_EBCD)
-        return jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, y_EBCD.astype(compute)).astype(x_BTD.dtype)
+        y_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, y_EBCD.astype(compute)).astype(x_BTD.dtype)
+        stages = {
+            "dispatch_weights": dispatch_BTEC, "combine_weights": combine_BTEC, "slot_inputs": x_EBCD,
+            "expert_outputs": y_EBCD, "combined": y_BTD,
+        }
+        return SoftMoEOutput(y_BTD, soft_stats(logits_BTEC, mask_BT), stages if watch else None)

@@ -3,7 +3,7 @@
 In PyTorch the gradient of such an expert is None: it gets no decay, and its moments and step count do not change.
 In JAX experts are stacked and the gradient is zero. So `update` takes the mask of experts with tokens,
 `chosen=chosen_experts(stats)`, and the state counts the steps of every expert. The variables say which weights are
-experts': params are the state of a module, or plain arrays together with `declared(module)`.
+experts': params are the state of a module, or plain arrays together with the module or `declared(module)`.
 """
 
 import inspect
@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from jax_moe.config.checks import require
 from jax_moe.config.parameters import Declared
-from jax_moe.parameters import declared
+from jax_moe.parameters import declared, path_of
 
-Said = Mapping[str, Declared] | None
+Said = nnx.Module | Mapping[str, Declared] | None
 Experts = dict[str, tuple[str, int]]
 NEEDS = "which experts had tokens: update(gradients, state, params, chosen=chosen_experts(stats))"
 
@@ -41,12 +42,6 @@ class AccumulatedState(NamedTuple):
     steps: optax.MultiStepsState
 
 
-def path_of(keys: tuple) -> str:
-    """Our dotted name of a leaf; the attribute step from an nnx Variable to its value adds no part."""
-    steps = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in steps)
-
-
 def experts_in(ours: Mapping[str, Declared]) -> Experts:
     """{our path: (path of its experts, how many last dims belong to a single expert)} of the experts' weights."""
     own_dims = {path: said.letters[::-1].index("E") for path, said in ours.items() if said.role == "expert"}
@@ -55,10 +50,9 @@ def experts_in(ours: Mapping[str, Declared]) -> Experts:
 
 def _experts(params: Any, said: Said) -> Experts:
     """As `experts_in`, from `said` or from the variables. Raises ValueError for plain arrays alone."""
-    if said is None:
-        require(isinstance(params, nnx.State), "declared", None, "jax_moe.declared(module), as params are plain arrays")
-        said = declared(params)
-    return experts_in(said)
+    stated = said is not None or isinstance(params, nnx.State)
+    require(stated, "declared", None, "the module or jax_moe.declared(module), as params are plain arrays")
+    return experts_in(declared(params if said is None else said))
 
 
 def flat_counts(nested: Any) -> dict[str, Any]:
@@ -66,23 +60,11 @@ def flat_counts(nested: Any) -> dict[str, Any]:
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(nested)[0]}
 
 
-def nested_counts(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `flat_counts`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = value
-    return tree
-
-
 def _zeros(params: optax.Params, experts: Experts, dtype: Any) -> dict[str, Any]:
     """Zeros [*L, E], nested under the path of the experts."""
     leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     shapes = {parent: leaves[path].shape[:-own_dims] for path, (parent, own_dims) in experts.items() if path in leaves}
-    return nested_counts({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()})
+    return unflatten_dict({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}, sep=".")
 
 
 def _chosen(chosen: Any, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +135,7 @@ def scale_by_skipping_adam(
         structure = jax.tree.structure(updates)
         each = jax.tree_util.tree_map_with_path(leaf, updates, state.mu, state.nu)
         scaled, mu, nu = jax.tree.transpose(structure, jax.tree.structure((0, 0, 0)), each)
-        return scaled, SkippingAdamState(count, nested_counts(counts), mu, nu)
+        return scaled, SkippingAdamState(count, unflatten_dict(counts, sep="."), mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
@@ -199,7 +181,7 @@ def accumulated(
         before = flat_counts(state.chosen)
         goes_on = state.steps.mini_step > 0
         so_far = {path: value | (before[path] & goes_on) for path, value in _chosen(chosen, before).items()}
-        both = nested_counts(so_far)
+        both = unflatten_dict(so_far, sep=".")
         updates, inner = steps.update(updates, state.steps, params, chosen=both, **extra)
         return updates, AccumulatedState(both, inner)
 

@@ -17,9 +17,8 @@ from flax import nnx
 
 from jax_moe.arrays import checked_input
 from jax_moe.config.checks import require
-from jax_moe.dims import wide
 from jax_moe.disk import same_bits
-from jax_moe.losses import pool_balance_loss
+from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
@@ -29,11 +28,10 @@ from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from jax_moe.porting.torch_tensors import import_torch
-from jax_moe.soft_moe import SoftMoE
 from moe_parity.choices import Verdict
 from moe_parity.explanation import search
 from moe_parity.report import Report
-from moe_parity.sides.jax_moe import ranked_scores, tap_model, tap_moe, tap_soft_moe
+from moe_parity.sides.jax_moe import ranked_scores, tap_layer, tap_model
 from moe_parity.sides.torch_ref import trace_torch_ref
 from moe_parity.sides.transformers import import_transformers, trace_transformers
 from moe_parity.stages import TOLERANCES, Place, StageResult, Trace, first_divergence, judge, pair
@@ -92,9 +90,7 @@ def check_batch(name: str, x: np.ndarray, model_dim: int | None = None) -> None:
 
 def explained(module: nnx.Module, x: np.ndarray, theirs: Trace, results: list[StageResult]) -> str:
     """The convention that explains the difference, or an empty string if there is none. Call it inside `settings`."""
-    if first_divergence(results) is None or isinstance(module, SoftMoE):
-        return ""
-    return search.explain_traces(module, x, theirs)
+    return "" if first_divergence(results) is None else search.explain_traces(module, x, theirs)
 
 
 def settings(dtype: str) -> AbstractContextManager:
@@ -147,17 +143,14 @@ def cotangent(x: Any) -> np.ndarray:
 
 
 def trace_ours(
-    module: nnx.Module, x: np.ndarray, replay: list[np.ndarray] | None = None, *, grads: bool = False
+    module: Any, x: np.ndarray, replay: list[np.ndarray] | None = None, *, grads: bool = False
 ) -> dict[Place, np.ndarray]:
     """The JAX side: every stage, and from the own call of the model the output, losses and, with `grads`, gradients."""
     replayed = None if replay is None else jnp.stack([jnp.asarray(expert, jnp.int32) for expert in replay])
     if isinstance(module, Decoder | MakeMoE):
         taps = tap_model(module, x, replayed)
-    elif isinstance(module, SoftMoE):
-        taps = tap_soft_moe(module, x)
     else:
-        assert isinstance(module, MoE)
-        taps = tap_moe(module, x, None if replayed is None else replayed[0])
+        taps = tap_layer(module, x, None if replayed is None else replayed[0])
     trace = {place: np.asarray(value) for place, value in taps.items()}
     last = Place("logits") if isinstance(module, Decoder | MakeMoE) else Place("combined")
     answer, values, gradients = own_call(module, x, replayed, grads)
@@ -186,31 +179,18 @@ def _compiled_call(graphdef: Any, grads: bool, params: Any, rest: Any, x: jax.Ar
     return found, gradients
 
 
-def _objective(module: nnx.Module, x: jax.Array, replay: jax.Array | None) -> Any:
+def _objective(module: Any, x: jax.Array, replay: jax.Array | None) -> Any:
     """The loss to differentiate, and (output, {name: loss})."""
-    if isinstance(module, Decoder):
-        output = module.run(x, expert_LBTK=replay)
-        balance = pool_balance_loss(output.stats, module.config.moe)
-        loss = next_token_loss(output.logits_BTV, x) + module.config.balance_loss_weight * balance
-        return loss, (output.logits_BTV, {"balance_loss": balance, "loss": loss})
+    if not isinstance(module, Decoder | MakeMoE):
+        y_BTD, _ = module(x, training=False, **({} if replay is None else {"expert_BTK": replay[0]}))
+        return (y_BTD * cotangent(x)).sum(), (y_BTD, {})
+    output = module.run(x, training=False, expert_LBTK=replay)
+    loss = next_token_loss(output.logits_BTV[:, :-1], x[:, 1:])
     if isinstance(module, MakeMoE):
-        logits_BTV = module(x, training=False, expert_LBTK=replay)
-        if x.shape[1] < 2:
-            return logits_BTV.sum() * 0, (logits_BTV, {})
-        loss = next_token_loss(logits_BTV, x)
-        return loss, (logits_BTV, {"loss": loss})
-    if isinstance(module, SoftMoE):
-        y_BTD = module(x)
-    else:
-        assert isinstance(module, MoE)
-        y_BTD, _ = module(x, training=False, expert_BTK=None if replay is None else replay[0])
-    return (y_BTD * cotangent(x)).sum(), (y_BTD, {})
-
-
-def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The mean cross-entropy of every token but the first, in fp32 or wider."""
-    log_probs = jax.nn.log_softmax(logits_BTV[:, :-1].astype(wide(logits_BTV.dtype)))
-    return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
+        return loss, (output.logits_BTV, {"loss": loss})
+    balance = pool_balance_loss(output.stats, module.config.moe)
+    loss += module.config.balance_loss_weight * balance
+    return loss, (output.logits_BTV, {"balance_loss": balance, "loss": loss})
 
 
 def folder_round_trip(path: Path, model: Decoder) -> StageResult:

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from moe_parity.relative import difference, largest, norm, relative_error
 # In the order in which a layer computes them; gradients come last.
 KINDS = (
     "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights",
-    "slots", "expert_outputs", "shared", "combined", "residual", "final_norm", "logits", "balance_loss", "loss",
-    "gradient",
+    "slots", "dispatch_weights", "combine_weights", "slot_inputs", "expert_outputs", "shared", "combined", "residual",
+    "final_norm", "logits", "balance_loss", "loss", "gradient",
 )
 WORDS = {"ffn_norm": "norm before the FFN", "attention_norm": "norm before attention", "experts": "chosen experts",
          "shared": "shared expert", "residual": "residual stream"}
@@ -67,6 +67,22 @@ class Place(NamedTuple):
         elif self.name:
             word = f"{word} ({self.name})"
         return word if self.layer is None else f"layer {self.layer}: {word}"
+
+
+def places(stages: Mapping[str, Any], num_layers: int, mixtures: Sequence[int]) -> dict[Place, Any]:
+    """A language model's stages by place: before the layers, layer by layer, and after them.
+
+    A layer's stage has a leading dim that counts all layers, or the mixtures alone.
+    """
+    outside = {kind: stages[kind] for kind in ("embedding", "final_norm", "logits")}
+    found: dict[int, dict[str, Any]] = {i: {} for i in range(num_layers)}
+    for kind in sorted(stages.keys() - outside.keys(), key=KINDS.index):
+        rows = mixtures if len(stages[kind]) == len(mixtures) else range(num_layers)
+        for row, i in enumerate(rows):
+            found[i][kind] = stages[kind][row]
+    first = {Place("embedding"): outside.pop("embedding")}
+    layers = {Place(kind, i): value for i, each in found.items() for kind, value in each.items()}
+    return first | layers | {Place(kind): value for kind, value in outside.items()}
 
 
 Trace = Mapping[Place, np.ndarray]  # the values that one side computed, in the order of computation

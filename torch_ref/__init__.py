@@ -16,8 +16,8 @@ from jax_moe.config import (
 )
 from torch_ref.attention import Attention
 from torch_ref.generation import generate
-from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
-from torch_ref.models import Block, MakeMoE, MixtralSparseMoeBlock, Randomness
+from torch_ref.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss
+from torch_ref.models import Block, MakeMoE, MixtralSparseMoeBlock, ModelOutput, Randomness
 from torch_ref.moe import MoE
 from torch_ref.optimizers import clipped_step
 from torch_ref.precision import call_in, cast_to_compute
@@ -40,6 +40,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "MoEStats",
+    "ModelOutput",
     "Precision",
     "Randomness",
     "RouterConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "chosen_experts",
     "clipped_step",
     "generate",
+    "next_token_loss",
     "pool_balance_loss",
     "presets",
     "skip_unchosen",

@@ -22,7 +22,7 @@ from jax_moe.shapes import (
 from torch_ref.dims import Tensor
 
 __all__ = [
-    "Dim", "Sizes", "check_choices", "check_kind", "check_moe_arrays", "check_token_range", "checked", "checked_input",
+    "Dim", "Sizes", "check_choices", "check_kind", "check_moe_arrays", "check_vocabulary", "checked", "checked_input",
     "dims_of_settings",
 ]
 
@@ -70,6 +70,12 @@ def check_choices(
     again = [rows[(rows[:, :k] == rows[:, k : k + 1]).any(dim=1), k] for k in range(1, rows.shape[-1]) if different]
     twice = torch.cat(again) if again else outside[:0]
     check_choice_values(name, outside.tolist(), twice.tolist(), num_experts, rows.shape[-1])
+
+
+def check_vocabulary(tokens_BT: Tensor, vocab_size: int) -> None:
+    """Raises ValueError for a token outside the vocabulary."""
+    if tokens_BT.numel():
+        check_token_range(int(tokens_BT.min()), int(tokens_BT.max()), vocab_size)
 
 
 def check_moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> None:

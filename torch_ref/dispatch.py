@@ -1,6 +1,7 @@
 """Routing -> experts, and back: groups, queues and drops, by plain loops over groups and experts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -118,3 +119,23 @@ def loop_dispatch(
             y_RD = y_RD * weight_R1
         sum_flat.index_add_(0, token_R, y_RD.to(sum_flat.dtype))
     return sum_flat.to(dtype).view_as(x_GSD)
+
+
+def single_answers(
+    x_GSD: Float[Tensor, "G S D"], routing: Routing, slots: Slots, moves: Moves
+) -> Float[Tensor, "G S K D"]:
+    """What each choice's expert answers before it is weighted; 0 where it was dropped.
+
+    The dispatcher runs once for every k, as if that were each token's only choice. Without dropout.
+    """
+    alone = moves._replace(config=replace(moves.config, top_k=1), training=False, keep_GSKD=None)
+    weight_GSK = slots.weight_GSK
+    if moves.config.expert.weight_on == "output":
+        weight_GSK = torch.ones_like(weight_GSK)
+
+    def of_choice(k: int) -> Tensor:
+        three = (routing.expert_GSK, slots.slot_GSK, weight_GSK)
+        expert_GS1, slot_GS1, weight_GS1 = (each[..., k, None] for each in three)
+        return loop_dispatch(x_GSD, routing._replace(expert_GSK=expert_GS1), Slots(slot_GS1, weight_GS1), alone)
+
+    return torch.stack([of_choice(k) for k in range(moves.config.top_k)], dim=2)

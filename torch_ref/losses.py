@@ -1,4 +1,4 @@
-"""Losses and statistics of routing, returned as values in fp32 or wider; padding never counts.
+"""The next token's loss, and losses and statistics of routing: values in fp32 or wider; padding never counts.
 
 Every function raises ValueError, by name, for tensors of another kind or of shapes that do not fit each other.
 """
@@ -6,9 +6,10 @@ Every function raises ValueError, by name, for tensors of another kind or of sha
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from jax_moe.config import BalanceConfig, MoEConfig, RouterConfig, require
-from torch_ref.arrays import Dim, check_choices, check_kind, checked, checked_input
+from torch_ref.arrays import Dim, check_choices, check_kind, check_vocabulary, checked, checked_input
 from torch_ref.dims import Bool, Float, Int, Shaped, Tensor, wide
 from torch_ref.dispatch import Slots
 from torch_ref.routing import Routing, log_scores, safe_denominator
@@ -36,6 +37,21 @@ def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:
     only if no token chose it, or if the capacity is 0 and everything is dropped.
     """
     return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1).unsqueeze(-1)
+
+
+def next_token_loss(
+    logits_BTV: Float[Tensor, "B T V"], target_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"] | None = None
+) -> Float[Tensor, ""]:
+    """The mean cross-entropy of the targets, each the token after its position, in nats; where the mask is False none
+    counts.
+
+    Raises ValueError for a target outside the vocabulary.
+    """
+    checked(checked_input("logits_BTV", logits_BTV), target_BT=target_BT, mask_BT=mask_BT)
+    target_R = real_tokens(target_BT, mask_BT).long()
+    check_vocabulary(target_R, logits_BTV.shape[-1])
+    nats = F.cross_entropy(_widened(real_tokens(logits_BTV, mask_BT)), target_R, reduction="sum")
+    return nats / max(len(target_R), 1)
 
 
 def real_tokens(x_GS: Shaped[Tensor, "G S *rest"], mask_GS: Bool[Tensor, "G S"] | None) -> Shaped[Tensor, "R *rest"]:

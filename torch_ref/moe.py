@@ -6,7 +6,7 @@ The work is in `moe_routing` and `moe_forward`, which take a layer's weights as 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -15,7 +15,16 @@ from jax_moe.config import MoEConfig
 from jax_moe.config.parameters import Role
 from torch_ref.arrays import check_moe_arrays
 from torch_ref.dims import Bool, Float, Int, Tensor, wide
-from torch_ref.dispatch import Moves, Slots, assign_slots, loop_dispatch, merge_groups, round_weights, split_groups
+from torch_ref.dispatch import (
+    Moves,
+    Slots,
+    assign_slots,
+    loop_dispatch,
+    merge_groups,
+    round_weights,
+    single_answers,
+    split_groups,
+)
 from torch_ref.experts import Expert, linear, make_experts
 from torch_ref.losses import MoEStats, layer_stats
 from torch_ref.routing import Routing, noise_scale, route, router_logits
@@ -33,6 +42,15 @@ class Parts(NamedTuple):
     shared_gate: nn.Linear | None = None
 
 
+class MoEArrays(TypedDict, total=False):
+    """The tensors that only a sparse layer takes, as `MoE` explains them."""
+
+    noise_BTE: Float[Tensor, "B T E"] | None
+    jitter_BTD: Float[Tensor, "B T D"] | None
+    keep_BTKD: Bool[Tensor, "B T K D"] | None
+    expert_BTK: Int[Tensor, "B T K"] | None
+
+
 class MoEOutput(NamedTuple):
     """What one call of a layer computes."""
 
@@ -41,6 +59,12 @@ class MoEOutput(NamedTuple):
     routing: Routing  # in groups, before anything is dropped
     slots: Slots
     capacity: int  # C: a choice at slot C was dropped
+    stages: dict[str, Tensor] | None = None  # every intermediate value [B, T, ...] by name, where asked for
+
+    @property
+    def expert_BTK(self) -> Int[Tensor, "B T K"]:
+        """The experts every token was sent to, best first."""
+        return merge_groups(self.routing.expert_GSK, *self.y_BTD.shape[:2])
 
 
 def moe_logits(
@@ -70,9 +94,11 @@ def moe_routing(
     jitter_BTD: Float[Tensor, "B T D"] | None = None,
     expert_BTK: Int[Tensor, "B T K"] | None = None,
 ) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
-    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are real)."""
+    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are real).
+
+    The tensors are those of `MoE`, already checked.
+    """
     config, router = parts.config, parts.config.router
-    check_moe_arrays(config, x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, expert_BTK=expert_BTK)
     B, T, _ = x_BTD.shape
     noisy = training or router.noise_at_evaluation
     draws: dict[str, Any] = {"dtype": wide(x_BTD.dtype), "device": x_BTD.device}
@@ -103,17 +129,21 @@ def moe_forward(
     *,
     training: bool,
     mask_BT: Bool[Tensor, "B T"] | None = None,
-    keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
-    **arrays: Tensor | None,
+    watch: bool = False,
+    **arrays: Unpack[MoEArrays],
 ) -> MoEOutput:
-    """All that a call computes. Arguments as in `MoE`."""
+    """All that a call computes. Arguments as in `MoE.run`."""
     config = parts.config
-    check_moe_arrays(config, x_BTD, keep_BTKD=keep_BTKD)
-    routed = moe_routing(x_BTD, parts, training=training, mask_BT=mask_BT, **arrays)
-    x_GSD, routing, slots, capacity, mask_GS = routed
+    check_moe_arrays(config, x_BTD, mask_BT=mask_BT, **arrays)
+    x_GSD, routing, slots, capacity, mask_GS = moe_routing(
+        x_BTD, parts, training=training, mask_BT=mask_BT, noise_BTE=arrays.get("noise_BTE"),
+        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=arrays.get("expert_BTK"),
+    )
+    keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
     moves = Moves(config, capacity, parts.experts, training, keep_GSKD)
-    y_GSD = loop_dispatch(x_GSD, routing, round_weights(slots, config, x_BTD.dtype), moves)
+    rounded, shared_GSD = round_weights(slots, config, x_BTD.dtype), None
+    y_GSD = loop_dispatch(x_GSD, routing, rounded, moves)
     if parts.shared is not None:
         shared_GSD = parts.shared(x_GSD)
         if parts.shared_gate is not None:
@@ -122,7 +152,19 @@ def moe_forward(
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
     stats = layer_stats(routing, slots, config, capacity, mask_GS)
-    return MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
+    output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
+    if not watch:
+        return output
+    with torch.no_grad():
+        answers_GSKD = single_answers(x_GSD, routing, rounded, moves)
+    before_drops = round_weights(slots._replace(weight_GSK=routing.weight_GSK), config, x_BTD.dtype)
+    found = {
+        "router_logits": routing.logits_GSE, "experts": routing.own_GSK, "weights": before_drops.weight_GSK,
+        "slots": slots.slot_GSK, "expert_outputs": answers_GSKD, "shared": shared_GSD,
+    }
+    stages = {name: merge_groups(value, *x_BTD.shape[:2]) for name, value in found.items() if value is not None}
+    stages |= {"combined": output.y_BTD, "balance_loss": stats.load_balance_loss}
+    return output._replace(stages=stages)
 
 
 class Router(nn.Module):
@@ -204,8 +246,14 @@ class MoE(nn.Module):
         return output.y_BTD, output.stats
 
     def run(
-        self, x_BTD: Float[Tensor, "B T D"], *, keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
-        **arrays: Tensor | None,
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        *,
+        mask_BT: Bool[Tensor, "B T"] | None = None,
+        watch: bool = False,
+        **arrays: Unpack[MoEArrays],
     ) -> MoEOutput:
-        """All that a call computes. Arguments as in a call."""
-        return moe_forward(x_BTD, self.parts(), training=self.training, keep_BTKD=keep_BTKD, **arrays)
+        """All that a call computes. Arguments as in a call; `watch` also hands out every stage, at the cost of the
+        experts' work once more for each choice.
+        """
+        return moe_forward(x_BTD, self.parts(), training=self.training, mask_BT=mask_BT, watch=watch, **arrays)

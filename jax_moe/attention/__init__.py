@@ -2,8 +2,9 @@
 
 A kind is a module of one layer, made as `Kind(contract, rngs=, kernel_init=, param_dtype=)`, with
 - `shared(contract, positions, dtype)`: what all layers of one contract have in common in a call, computed once;
-- `__call__(x_BTD, positions, shared, key=None, memory=None)` -> (y_BTD, cache): with `memory`, the layers' common cache
-  and this layer's place in it, the positions are written there and attend to what was there before;
+- `__call__(x_BTD, positions, shared, *, key=None, training=True, memory=None)` -> (y_BTD, cache): `positions` hold the
+  mask of real tokens; with `memory`, the layers' common cache and this layer's place in it, the positions are written
+  there and attend to what was there before;
 - `empty_cache(contract, num_layers, batch_size, num_slots, dtype)`: the cache of that many layers, with nothing in it.
 """
 

@@ -75,12 +75,14 @@ class GroupedAttention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         positions: Positions,
         shared: Rotations,
+        *,
         key: PRNGKeyArray | None = None,
+        training: bool = True,
         memory: tuple[KeysAndValues, Any] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeysAndValues | None]:
         """The answer in the input's dtype, and the cache with these positions' keys and values in it.
 
-        Scores are in the input's dtype, their softmax in fp32 or wider.
+        Scores are in the input's dtype, their softmax in fp32 or wider. Dropout only with a key in training.
         """
         q_BTHA, k_BUJA, v_BUJA = self.project(x_BTD, shared)
         cache = None
@@ -92,6 +94,7 @@ class GroupedAttention(nnx.Module):
             cache = KeysAndValues(*(jax.lax.dynamic_update_slice(old, new, place) for old, new in pairs))
             if not positions.whole:
                 k_BUJA, v_BUJA = (jax.lax.dynamic_index_in_dim(each, layer, keepdims=False) for each in cache)
+        key = key if training else None
         return self.attend(q_BTHA, k_BUJA, v_BUJA, positions.visible(self.config.window), key), cache
 
     def project(self, x_BTD: Float[Array, "B T D"], turns: Rotations) -> Heads:

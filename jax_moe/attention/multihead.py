@@ -53,20 +53,22 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         *,
         key: PRNGKeyArray | None = None,
+        training: bool = True,
         mask_BT: Bool[Array, "B T"] | None = None,
         attention_keep_BHTU: Bool[Array, "B H T U"] | None = None,
         output_keep_BTD: Bool[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The answer in the input's dtype; dropout only with a key or with masks (True where a value survives).
+        """The answer in the input's dtype; attention has no statistics.
 
-        Raises ValueError for an array of another kind or shape.
+        Dropout only with a key in training, or with masks (True where a value survives). Padding (mask_BT False) is not
+        attended to. Raises ValueError for an array of another kind or shape.
         """
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}
         given = checked(
             sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD
         )
-        dtype, rate = x_BTD.dtype, self.config.dropout
+        dtype, rate, key = x_BTD.dtype, self.config.dropout, key if training else None
         if self.config.projections == "per_head":
             kernel_D3HA = jnp.stack([self.query[...], self.key[...], self.value[...]], axis=1)
         else:

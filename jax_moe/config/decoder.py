@@ -7,11 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, RopeConfig
-from jax_moe.config.checks import LEAST, check_flags, check_positive_ints, check_within, is_int, require
+from jax_moe.config.checks import LEAST, check_flags, check_literals, check_positive_ints, check_within, is_int, require
 from jax_moe.config.moe import ExpertConfig, MoEConfig
+
+NormKind = Literal["rms", "layer"]
+NormPlace = Literal["before", "after", "around"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class DenseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One layer: attention and a feed-forward network, each behind a norm and inside a residual."""
+    """One layer: attention and a feed-forward network, each with its norms and inside a residual."""
 
     attention: LayerAttention
     ffn: MoEConfig | DenseConfig
@@ -52,12 +55,14 @@ class Stack(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder-only language model of pre-norm layers; `layers` has the contract of each."""
+    """A decoder-only language model; `layers` has the contract of each."""
 
     vocab_size: int
     model_dim: int
     layers: tuple[LayerConfig, ...]
     max_positions: int = 2048  # the trained length; longer texts are not refused
+    norm: NormKind = "rms"
+    norm_place: NormPlace = "before"  # each half of a layer: x + f(norm(x)), x + norm(f(x)), or both
     norm_eps: float = 1e-6
     tied_embeddings: bool = False  # the head is the transposed embedding
     embedding_multiplier: float = 1.0  # multiplies the embeddings (Granite)
@@ -78,6 +83,7 @@ class DecoderConfig:
         require(bool(self.moe_layers), "dense_layers", self.dense_layers, "fewer than all layers")
         sizes = {(moe.num_experts, moe.top_k) for moe in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
+        check_literals(self)
         check_flags(self, "tied_embeddings")
         check_within(
             LEAST, norm_eps=self.norm_eps, embedding_multiplier=self.embedding_multiplier,
@@ -241,6 +247,8 @@ class GroupedDecoder:
     rope: RopeConfig = field(default_factory=RopeConfig)
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()  # layers the window holds in; set exactly when there is one
+    norm: NormKind = "rms"
+    norm_place: NormPlace = "before"
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     output_bias: bool = False

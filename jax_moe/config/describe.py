@@ -98,6 +98,9 @@ def _decoder(config: DecoderConfig) -> list[str]:
         f"layers: {config.num_layers}, " + (kinds if dense else "each with a mixture"),
         *_attention(config),
     ]
+    if (config.norm, config.norm_place) != ("rms", "before"):
+        places = {"around": "before and after"}.get(config.norm_place, config.norm_place)
+        lines.append(f"norms: {config.norm} norms {places} each half of a layer")
     multipliers = {
         "embeddings times": config.embedding_multiplier, "residual branches times": config.residual_multiplier,
         "logits divided by": config.logits_divisor,

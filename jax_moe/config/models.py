@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.checks import check_above_zero, check_flags, check_positive_ints, require
@@ -36,6 +37,13 @@ class BlockConfig:
         allowed = "a MoEConfig in a causal block: Soft MoE mixes every position into every other"
         require(not leaks, "moe", "SoftMoEConfig", allowed)
 
+    def used(self, **arrays: Any) -> dict[str, Any]:
+        """A sparse layer's arrays that are not None, by name. Raises ValueError for any if the mixture is soft."""
+        given = {name: value for name, value in arrays.items() if value is not None}
+        for name in given if isinstance(self.moe, SoftMoEConfig) else ():
+            raise ValueError(f"{name}: must be left out; Soft MoE draws nothing and chooses no experts")
+        return given
+
 
 @dataclass(frozen=True, kw_only=True)
 class MakeMoEConfig:
@@ -69,6 +77,11 @@ class MakeMoEConfig:
             capacity_factor=self.capacity_factor, dropout=self.dropout, noise=self.noise,
         )
         return BlockConfig(attention=attention, moe=dataclasses.replace(moe, dispatcher=self.dispatcher))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with a mixture: all."""
+        return tuple(range(self.num_layers))
 
     @property
     def moe(self) -> MoEConfig:

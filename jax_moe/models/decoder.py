@@ -6,7 +6,7 @@ scan's step, so that compile time does not grow with depth.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +17,41 @@ from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_inp
 from jax_moe.attention import kind_of
 from jax_moe.attention.positions import Positions, whole_call
 from jax_moe.config.attention import LayerAttention
-from jax_moe.config.decoder import DecoderConfig, DenseConfig
+from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig, NormPlace
 from jax_moe.config.models import Origin
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
-from jax_moe.dispatch import merge_groups
 from jax_moe.dropout import fold
 from jax_moe.experts import Experts, expert_ffn
 from jax_moe.initializers import rounded
-from jax_moe.losses import MoEStats
 from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.moe import MoE
-from jax_moe.norms import RMSNorm
+from jax_moe.norms import RMSNorm, make_norm
 from jax_moe.parameters import of_role, parameter, stacked
 from jax_moe.remat import Remat
 from jax_moe.shapes import Dim, dims_of
 
+# The norms of a layer, by where they stand
+BEFORE, AFTER = ("attention_norm", "ffn_norm"), ("attention_out_norm", "ffn_out_norm")
+NORMS: dict[NormPlace, tuple[str, ...]] = {"before": BEFORE, "after": AFTER, "around": (*BEFORE, *AFTER)}
+
 
 class Attend(nnx.Module):
-    """What every layer has: two norms and attention of some kind between them."""
+    """What every layer has: attention of some kind, and the norms of both halves."""
 
-    def __init__(self, contract: LayerAttention, norm_eps: float, **kwargs: Any):
-        norm = (contract.model_dim, norm_eps, kwargs["param_dtype"])
-        self.attention_norm = RMSNorm(*norm)
+    def __init__(self, contract: LayerAttention, config: DecoderConfig, **kwargs: Any):
         self.attention = kind_of(contract)(contract, **kwargs)
-        self.ffn_norm = RMSNorm(*norm)
+        for name in NORMS[config.norm_place]:
+            setattr(self, name, _norm(config, kwargs["param_dtype"], kwargs["rngs"]))
+
+    def normed(self, name: str, x_BTD: Array) -> Array:
+        """The input in its dtype, normed where the layer has that norm."""
+        norm = getattr(self, name, None)
+        return x_BTD if norm is None else norm(x_BTD).astype(x_BTD.dtype)
+
+
+def _norm(config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> RMSNorm | nnx.LayerNorm:
+    return make_norm(config.norm, config.model_dim, config.norm_eps, param_dtype, rngs)
 
 
 class Decoder(nnx.Module):
@@ -63,20 +73,28 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size, config.model_dim)
         self.embedding = parameter(init(rngs.params(), shape, param_dtype), "V D", "embedding")
         for name, stack in config.stacks.items():
-            make = partial(_part, stack.contract, config.norm_eps, kwargs)
+            make = partial(_part, stack.contract, config, kwargs)
             setattr(self, name, stacked(make, rngs, len(stack.layers), "L"))
-        self.final_norm = RMSNorm(config.model_dim, config.norm_eps, param_dtype)
+        self.final_norm = _norm(config, param_dtype, rngs)
         if not config.tied_embeddings:
             self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
 
-    def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        position_BT: Int[Array, "B T"] | None = None,
+        expert_LBTK: Int[Array, "L B T K"] | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B T V"]:
         """Logits; arguments as in `run`."""
-        return self.run(tokens_BT, **kwargs).logits_BTV
-
-    def logits_and_stats(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> tuple[Float[Array, "B T V"], MoEStats]:
-        """Logits and the statistics of every mixture; arguments as in `run`."""
-        output = self.run(tokens_BT, **kwargs)
-        return output.logits_BTV, output.stats
+        return self.run(
+            tokens_BT, key=key, training=training, mask_BT=mask_BT, position_BT=position_BT, expert_LBTK=expert_LBTK,
+            remat=remat,
+        ).logits_BTV
 
     def run(
         self,
@@ -114,7 +132,7 @@ class Decoder(nnx.Module):
         y_BTD, _, found = self.layers(
             x_BTD, positions, key=key, training=training, expert_LBTK=expert_LBTK, remat=remat, watch=watch
         )
-        normed_BTD = self.final_norm(y_BTD)
+        normed_BTD = self.final_norm(y_BTD).astype(y_BTD.dtype)
         logits_BTV, stats, expert_LBTK = self.compare(normed_BTD), found.pop("stats"), found.pop("expert_LBTK")
         stages = {"embedding": x_BTD, **found, "final_norm": normed_BTD} if watch else None
         return ModelOutput(logits_BTV, stats, expert_LBTK, stages)
@@ -127,7 +145,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """What comes out of the last layer, normed and compared with every token."""
-        return self.compare(self.final_norm(x_BTD))
+        return self.compare(self.final_norm(x_BTD).astype(x_BTD.dtype))
 
     def compare(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Normed vectors compared with every token."""
@@ -181,20 +199,29 @@ class Decoder(nnx.Module):
         check_vocabulary(tokens_BT, self.config.vocab_size)
 
 
-def _part(contract: Any, norm_eps: float, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
-    """What a layer has of that contract: a mixture, a dense network, or attention and both norms."""
+def _part(contract: Any, config: DecoderConfig, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """What a layer has of that contract: a mixture, a dense network, or attention and the norms."""
     if isinstance(contract, MoEConfig):
         return MoE(contract, rngs=rngs, **kwargs)
     if isinstance(contract, DenseConfig):
         return Experts(1, contract.model_dim, contract.dim, contract.expert, role="shared", rngs=rngs, **kwargs)
-    return Attend(contract, norm_eps, rngs=rngs, **kwargs)
+    return Attend(contract, config, rngs=rngs, **kwargs)
+
+
+class _Halves(NamedTuple):
+    """A layer's contract, and the stacks with a row of its attention and of its feed-forward network."""
+
+    contract: LayerConfig
+    attention: str
+    ffn: str
 
 
 def _plans(config: DecoderConfig) -> list[LayerPlan]:
     """Every layer's contract, and the stacks it has a row in."""
+    halves = [_Halves(layer, *config.stacks_of(i)) for i, layer in enumerate(config.layers)]
     replayed = dict.fromkeys(config.moe_layers, ("replay",))
     return [
-        LayerPlan(layer, (*config.stacks_of(i), "key", *replayed.get(i, ()))) for i, layer in enumerate(config.layers)
+        LayerPlan(each, (each.attention, each.ffn, "key", *replayed.get(i, ()))) for i, each in enumerate(halves)
     ]
 
 
@@ -212,25 +239,26 @@ class _Step:
     in_place: bool
 
     def __call__(self, x_BTD: Array, memory: Any, layer: Layer) -> tuple[Array, Any, dict[str, Any]]:
-        """x += attention(norm(x)); x += ffn(norm(x)). What is handed out besides: statistics, choices and stages."""
-        contract: Any = layer.plan.contract
-        name, ffn_name = layer.plan.stacks[:2]
-        key, block, ffn = layer.rows["key"], self._module(name, layer), self._module(ffn_name, layer)
+        """x += attention(x); x += ffn(x), each with its norms. Handed out besides: statistics, choices and stages."""
+        halves: Any = layer.plan.contract
+        contract, name = halves.contract, halves.attention
+        key, block, ffn = layer.rows["key"], self._module(name, layer), self._module(halves.ffn, layer)
         block.attention.config = contract.attention  # a stack's layers may differ in what leaves parameters alone
-        normed_BTD = block.attention_norm(x_BTD)
+        normed_BTD = block.normed("attention_norm", x_BTD)
         attended_BTD, cache = block.attention(
-            normed_BTD, self.positions, self.shared[contract.attention], fold(key, 0) if self.training else None,
-            None if memory is None else (memory[name], layer.numbers[name]),
+            normed_BTD, self.positions, self.shared[contract.attention], key=fold(key, 0), training=self.training,
+            memory=None if memory is None else (memory[name], layer.numbers[name]),
         )
-        x_BTD = self.model.add(x_BTD, attended_BTD)
-        ffn_BTD = block.ffn_norm(x_BTD)
+        x_BTD = self.model.add(x_BTD, block.normed("attention_out_norm", attended_BTD))
+        ffn_BTD = block.normed("ffn_norm", x_BTD)
         if isinstance(ffn, MoE):
-            y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer)
+            first = layer.numbers[halves.ffn] * ffn.config.num_experts if self.in_place else None
+            y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer.rows["replay"], first)
         else:
             y_BTD = expert_ffn(ffn_BTD.reshape(1, -1, ffn_BTD.shape[-1]), ffn.weights(), contract.ffn.expert)
             y_BTD = y_BTD.reshape(ffn_BTD.shape)
             found = {"combined": y_BTD} if self.watch else {}
-        x_BTD = self.model.add(x_BTD, y_BTD)
+        x_BTD = self.model.add(x_BTD, block.normed("ffn_out_norm", y_BTD))
         if self.watch:
             found |= {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": x_BTD}
         return x_BTD, None if memory is None else {**memory, name: cache}, found
@@ -240,14 +268,14 @@ class _Step:
         experts, others = layer.rows[name]
         return nnx.merge(self.graphs[name], self.through.get(name, experts), others)
 
-    def _mixture(self, ffn: MoE, x_BTD: Array, key: Array | None, layer: Layer) -> tuple[Array, dict[str, Any]]:
+    def _mixture(
+        self, ffn: MoE, x_BTD: Array, key: Array | None, replay_BTK: Array | None, first_expert: Array | None
+    ) -> tuple[Array, dict[str, Any]]:
         """The answer of a layer's mixture, and what it hands out: nothing in a step of generation."""
-        first = layer.numbers[layer.plan.stacks[1]] * ffn.config.num_experts if self.in_place else None
         output = ffn.run(
-            x_BTD, key=key, training=self.training, mask_BT=self.positions.mask_BT, expert_BTK=layer.rows["replay"],
-            watch=self.watch, first_expert=first,
+            x_BTD, key=key, training=self.training, mask_BT=self.positions.mask_BT, expert_BTK=replay_BTK,
+            watch=self.watch, first_expert=first_expert,
         )
         if self.in_place:
             return output.y_BTD, {}
-        expert_BTK = merge_groups(output.routing.expert_GSK, *x_BTD.shape[:2])
-        return output.y_BTD, {"stats": output.stats, "expert_LBTK": expert_BTK, **(output.stages or {})}
+        return output.y_BTD, {"stats": output.stats, "expert_LBTK": output.expert_BTK, **(output.stages or {})}

@@ -1,6 +1,6 @@
 """The makeMoE character language model (AviSoori1x/makeMoE), its layers stacked and scanned."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,23 @@ from flax import nnx
 from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_input, dims_of_settings
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
-from jax_moe.dispatch import merge_groups
 from jax_moe.initializers import rounded, uniform
-from jax_moe.losses import MoEStats
-from jax_moe.models.block import Block, Randomness, checked_draws
+from jax_moe.models.block import Block
 from jax_moe.models.stack import Layer, LayerPlan, ModelOutput, walk
 from jax_moe.norms import layer_norm
 from jax_moe.parameters import declare, stacked
 from jax_moe.remat import Remat
 from jax_moe.shapes import dims_of
+
+
+class Randomness(NamedTuple):
+    """The draws of every layer, given as arrays in place of a key; None: not drawn."""
+
+    noise_BTE: Float[Array, "L B T E"] | None = None  # unit Gaussians for the router
+    jitter_BTD: Float[Array, "L B T D"] | None = None  # factors on the router's input
+    keep_BTKD: Bool[Array, "L B T K D"] | None = None  # True where dropout lets an expert's answer through
+    attention_keep_BHTU: Bool[Array, "L B H T U"] | None = None
+    output_keep_BTD: Bool[Array, "L B T D"] | None = None  # of attention's answer
 
 
 @rounded
@@ -50,14 +58,23 @@ class MakeMoE(nnx.Module):
         )
         self.head = declare(head, "head", kernel="D V", bias="V")
 
-    def __call__(self, tokens_BT: Int[Array, "B T"], **kwargs: object) -> Float[Array, "B T V"]:
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None = None,
+        training: bool = True,
+        mask_BT: Bool[Array, "B T"] | None = None,
+        randomness: Randomness | None = None,
+        expert_LBTK: Int[Array, "L B T K"] | None = None,
+        capacity_limit: Int[Array, ""] | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B T V"]:
         """Logits; arguments as in `run`."""
-        return self.run(tokens_BT, **kwargs).logits_BTV  # type: ignore[arg-type]
-
-    def logits_and_stats(self, tokens_BT: Int[Array, "B T"], **kwargs: Any) -> tuple[Float[Array, "B T V"], MoEStats]:
-        """Logits and the statistics of every layer; arguments as in `run`."""
-        output = self.run(tokens_BT, **kwargs)
-        return output.logits_BTV, output.stats
+        return self.run(
+            tokens_BT, key=key, training=training, mask_BT=mask_BT, randomness=randomness, expert_LBTK=expert_LBTK,
+            capacity_limit=capacity_limit, remat=remat,
+        ).logits_BTV
 
     def run(
         self,
@@ -83,27 +100,28 @@ class MakeMoE(nnx.Module):
         self.check_tokens(tokens_BT)
         if expert_LBTK is not None:
             check_choices("expert_LBTK", expert_LBTK, self.config.num_experts, mask_BT)
-        sizes = dims_of("tokens_BT", tokens_BT.shape) | dims_of_settings(self.config, L="num_layers", K="top_k")
+        sizes = dims_of("tokens_BT", tokens_BT.shape)
+        sizes |= {"U": sizes["T"], **dims_of_settings(
+            self.config, L="num_layers", H="num_heads", D="model_dim", E="num_experts", K="top_k"
+        )}
         given = checked(sizes, mask_BT=mask_BT, expert_LBTK=expert_LBTK)
         mask_BT = given.get("mask_BT")
-        if randomness is not None:
-            randomness = checked_draws(randomness, self.config.block, sizes, "L")
+        draws = {} if randomness is None else checked(sizes, "L", **randomness._asdict())
         # not by calling nnx.Embed: it answers in the dtype it was made in, whatever dtype its weights were cast to
         tokens_VD, positions_TD = self.token_embedding.embedding[...], self.position_embedding.embedding[...]
         x_BTD = jnp.take(tokens_VD, tokens_BT, axis=0) + jnp.take(positions_TD, jnp.arange(tokens_BT.shape[1]), axis=0)
         graphdef, weights = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
-        stacks = {"blocks": weights, "key": keys, "draws": randomness, "replay": given.get("expert_LBTK")}
+        stacks = {"blocks": weights, "key": keys, "draws": draws, "replay": given.get("expert_LBTK")}
 
         def step(x_BTD: Array, memory: None, layer: Layer) -> tuple[Array, None, dict[str, Any]]:
             rows, block = layer.rows, nnx.merge(graphdef, layer.rows["blocks"])
             output = block.run(
-                x_BTD, key=rows["key"], training=training, mask_BT=mask_BT, randomness=rows["draws"],
-                capacity_limit=capacity_limit, expert_BTK=rows["replay"], watch=watch,
+                x_BTD, key=rows["key"], training=training, mask_BT=mask_BT, expert_BTK=rows["replay"],
+                capacity_limit=capacity_limit, watch=watch, **rows["draws"],
             )
-            assert output.moe is not None
-            expert_BTK = merge_groups(output.moe.routing.expert_GSK, *x_BTD.shape[:2])
-            return output.y_BTD, None, {"stats": output.moe.stats, "expert_LBTK": expert_BTK, **(output.stages or {})}
+            found = {"stats": output.stats, "expert_LBTK": output.expert_BTK, **(output.stages or {})}
+            return output.y_BTD, None, found
 
         plans = [LayerPlan(self.config.block, tuple(stacks))] * self.config.num_layers
         y_BTD, _, found = walk(step, plans, stacks, x_BTD, remat=remat)

@@ -85,9 +85,8 @@ def save(
 
 def _check_characters(characters: str | None, vocab_size: int | None) -> None:
     if characters is not None and len(set(characters)) != vocab_size:
-        raise ValueError(
-            f"characters={characters!r:.60}: must be a MakeMoE's vocab_size different characters, or left out"
-        )
+        allowed = "a MakeMoE's vocab_size different characters, or left out"
+        raise ValueError(f"characters={characters!r:.60}: must be {allowed}")
 
 
 def _family(model: nnx.Module) -> Family:

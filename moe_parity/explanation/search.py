@@ -15,7 +15,6 @@ from jax_moe.dims import Array
 from jax_moe.losses import MoEStats, pool_balance_loss
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
-from jax_moe.moe import MoE
 from moe_parity.explanation.conventions import Convention, changed, conventions_of
 from moe_parity.relative import relative_error
 from moe_parity.stages import Place, Trace
@@ -129,9 +128,9 @@ def _call(graphdef: Any, state: Any, x: Array, arrays: dict[str, Array]) -> tupl
     module: Any = nnx.merge(graphdef, state)
     if isinstance(module, Decoder | MakeMoE):
         kwargs: Any = arrays
-        output, stats = module.logits_and_stats(x, training=False, **kwargs)
-        return output, pool_balance_loss(stats, module.config.moe)
-    answer = module(x, training=False, **arrays) if isinstance(module, MoE) else module(x, **arrays)
+        found = module.run(x, **kwargs)
+        return found.logits_BTV, pool_balance_loss(found.stats, module.config.moe)
+    answer = module(x, **arrays)
     output, stats = answer if isinstance(answer, tuple) else (answer, None)
     return output, stats.load_balance_loss.mean() if isinstance(stats, MoEStats) else None
 

@@ -1,6 +1,5 @@
 """Our side with every intermediate value kept: the model's own walk, which hands out its stages when asked."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,8 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.routing import expert_scores
-from jax_moe.soft_moe import SoftMoE, soft_weights
-from moe_parity.stages import KINDS, Place
+from jax_moe.soft_moe import SoftMoE
+from moe_parity.stages import KINDS, Place, places
 
 Replay = Int[Array, "L B T K"] | None
 
@@ -27,21 +26,9 @@ def tap_model(model: Decoder | MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK:
     """
     model.check_tokens(tokens_BT)  # before int32 makes another token of a large number
     stages = _watched_model(*nnx.split(model), jnp.asarray(tokens_BT), replay_LBTK)
-    before, after = (
-        {Place(kind): stages.pop(kind) for kind in kinds} for kinds in (("embedding",), ("final_norm", "logits"))
-    )
-    num_layers = model.config.num_layers
-    mixtures: Sequence[int] = range(num_layers)
-    if isinstance(model, Decoder):
-        mixtures = model.config.moe_layers
-        del stages["balance_loss"]  # pooled over the layers, it is no layer's own
-    found: dict[int, dict[str, Array]] = {i: {} for i in range(num_layers)}
-    for kind in sorted(stages, key=KINDS.index):
-        value = stages[kind]
-        for row, i in enumerate(mixtures if value.shape[0] == len(mixtures) else found):
-            found[i][kind] = value[row]
-    layers = {Place(kind, i): value for i, taps in found.items() for kind, value in taps.items()}
-    return before | layers | after
+    if model.config.moe.balance.pooled == "over_layers":  # then it is no layer's own
+        del stages["balance_loss"]
+    return places(stages, model.config.num_layers, model.config.moe_layers)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -50,15 +37,16 @@ def _watched_model(graphdef: Any, params: Any, tokens_BT: Array, replay_LBTK: Ar
     return {**output.stages, "logits": output.logits_BTV}
 
 
-def tap_moe(layer: MoE, x_BTD: Float[Any, "B T D"], replay_BTK: Array | None = None) -> dict[Place, Array]:
-    """A mixture's values, on vectors."""
-    taps = _watched_mixture(*nnx.split(layer), jnp.asarray(x_BTD), replay_BTK)
+def tap_layer(layer: MoE | SoftMoE, x_BTD: Float[Any, "B T D"], replay_BTK: Array | None = None) -> dict[Place, Array]:
+    """A layer's values, on vectors."""
+    replay = {} if replay_BTK is None else {"expert_BTK": replay_BTK}
+    taps = _watched_layer(*nnx.split(layer), jnp.asarray(x_BTD), replay)
     return {Place(kind): taps[kind] for kind in sorted(taps, key=KINDS.index)}
 
 
 @partial(jax.jit, static_argnums=0)
-def _watched_mixture(graphdef: Any, params: Any, x_BTD: Array, replay_BTK: Array | None) -> dict[str, Array]:
-    return nnx.merge(graphdef, params).run(x_BTD, training=False, expert_BTK=replay_BTK, watch=True).stages
+def _watched_layer(graphdef: Any, params: Any, x_BTD: Array, replay: dict[str, Array]) -> dict[str, Array]:
+    return nnx.merge(graphdef, params).run(x_BTD, training=False, watch=True, **replay).stages
 
 
 def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.ndarray | None = None) -> np.ndarray:
@@ -69,16 +57,3 @@ def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.n
         return logits
     with jax.enable_x64(True):
         return np.asarray(expert_scores(jnp.asarray(logits, jnp.float64), config.router)) + correction_bias_E
-
-
-def tap_soft_moe(layer: SoftMoE, x_BTD: Float[Any, "B T D"]) -> dict[Place, Array]:
-    """Soft MoE's values: what every slot reads, what its expert answers, and how tokens read the slots."""
-    x = jnp.asarray(x_BTD)
-    dispatch_BTEC, combine_BTEC = soft_weights(x, layer.phi[...])
-    x_EBCD = jnp.einsum("BTEC,BTD->EBCD", dispatch_BTEC, x.astype(dispatch_BTEC.dtype)).astype(x.dtype)
-    graphdef, params = nnx.split(layer.experts)
-    y_EBCD = jax.vmap(lambda params, x_BCD: nnx.merge(graphdef, params)(x_BCD))(params, x_EBCD)
-    return {
-        Place("weights", None, "dispatch"): dispatch_BTEC, Place("weights", None, "combine"): combine_BTEC,
-        Place("slot_inputs"): x_EBCD, Place("expert_outputs"): y_EBCD, Place("combined"): layer(x),
-    }

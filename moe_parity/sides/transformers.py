@@ -4,14 +4,17 @@ Only config.json and the weights of the folder are used, never its code.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_moe.porting.families import architecture_of
+from jax_moe.config.decoder import LayerConfig
+from jax_moe.guarded import read_object
+from jax_moe.porting.families import family_named
+from jax_moe.porting.families.family import Family
 from jax_moe.porting.torch_tensors import import_torch
 from moe_parity.sides.hooks import Watch, first, watching
 from moe_parity.stages import Place
@@ -56,21 +59,32 @@ def widened() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def load_reference(path: Path, model_type: str, dtype: str) -> Any:
+    """The transformers model of a folder, with eager attention and without dropout."""
+    transformers, torch = import_transformers(), import_torch("parity")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return getattr(transformers, family_named(model_type).whole.architecture).from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
+        local_files_only=True, output_router_logits=True,
+    ).eval()
+
+
 def trace_transformers(
     path: Path, model_type: str, tokens_BT: np.ndarray, dtype: str, grads: bool
 ) -> dict[Place, np.ndarray]:
     """Runs the model: every stage, the loss (balance loss included) and, with `grads`, every gradient."""
-    transformers, torch = import_transformers(), import_torch("parity")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, architecture_of(model_type))
+    torch, family = import_torch("parity"), family_named(model_type)
+    config = family.config(read_object(path / "config.json"))
     inputs = torch.from_numpy(np.asarray(tokens_BT, np.int64))
     with widened() if dtype == "float64" else nullcontext(), watching() as watch:
-        reference = kind.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
-            local_files_only=True, output_router_logits=True,
-        ).eval()
-        watch_decoder(watch, reference, tokens_BT.shape)
+        reference = load_reference(path, model_type, dtype)
+        first_layer = reference.get_submodule(family.whole.layer.format(l=0)[:-1])
+        watch.into(first_layer, lambda x: watch.put(Place("embedding"), x))
+        for i, layer in enumerate(config.layers):
+            _watch_layer(watch, reference, family, layer, i, tokens_BT.shape)
+        final_norm = reference.get_submodule(_holder(family.whole.named("final_norm.scale")))
+        watch.out_of(final_norm, lambda y, *_: watch.put(Place("final_norm"), y))
         with torch.set_grad_enabled(grads):
             output = reference(inputs, labels=inputs, use_cache=False)
         watch.put(Place("logits"), output.logits)
@@ -84,30 +98,34 @@ def trace_transformers(
     return watch.trace
 
 
-def watch_decoder(watch: Watch, reference: Any, shape: tuple[int, ...]) -> None:
-    """Sets hooks on a causal language model's embedding, norms, attention, routers, experts and layers."""
-    decoder = reference.model
-    watch.into(decoder.layers[0], lambda x: watch.put(Place("embedding"), x))
-    for i, layer in enumerate(decoder.layers):
-        _watch_layer(watch, layer, i, shape)
-    watch.out_of(decoder.norm, lambda y, *_: watch.put(Place("final_norm"), y))
+def _holder(name: str) -> str:
+    """The path of the module that holds a parameter."""
+    return name.rpartition(".")[0]
 
 
-def _watch_layer(watch: Watch, layer: Any, i: int, shape: tuple[int, ...]) -> None:
-    def keep(kind: str, module: Any) -> None:
-        watch.out_of(module, lambda answer, *_: watch.put(Place(kind, i), first(answer)))
+def _watch_layer(
+    watch: Watch, reference: Any, family: Family, contract: LayerConfig, i: int, shape: tuple[int, ...]
+) -> None:
+    """Sets hooks on the modules of a layer, found by the names that the family's rows give their weights."""
+    assert family.mixture is not None
+    whole, mixture = family.whole, family.mixture.in_memory
+    stages = {f"{kind}.scale": kind for kind in ("attention_norm", "ffn_norm")}
+    paths = {stages[row.ours]: _holder(row.theirs) for row in whole.norms if row.ours in stages}
+    paths["attention"] = _holder(_holder(whole.attention[contract.attention.kind][0].theirs))
+    sparse = contract.ffn.kind == "moe"
+    paths = {kind: f"{whole.layer}{path}" for kind, path in paths.items()} | {"residual": whole.layer[:-1]}
+    paths["combined"] = mixture.within[:-1] if sparse else f"{whole.layer}{_holder(_holder(whole.dense[0].theirs))}"
+    modules = {kind: reference.get_submodule(path.format(l=i)) for kind, path in paths.items()}
+    for kind, module in modules.items():
+        watch.out_of(module, lambda answer, *_, kind=kind: watch.put(Place(kind, i), first(answer)))
+    if sparse:
+        _watch_mixture(watch, modules["combined"], {row.ours: row.theirs for row in mixture.rows}, i, shape)
 
-    keep("attention_norm", layer.input_layernorm)
-    keep("attention", layer.self_attn)
-    keep("ffn_norm", layer.post_attention_layernorm)
-    ffn = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
-    if hasattr(ffn, "experts"):
-        _watch_mixture(watch, ffn, i, shape)
-    keep("combined", ffn)
-    keep("residual", layer)
 
+def _watch_mixture(watch: Watch, mixture: Any, names: Mapping[str, str], i: int, shape: tuple[int, ...]) -> None:
+    """Sets hooks on the router, the experts and, behind their gate, the shared experts; `names` of our parameters."""
+    experts = mixture.get_submodule(_holder(names["experts.down"]))
 
-def _watch_mixture(watch: Watch, mixture: Any, i: int, shape: tuple[int, ...]) -> None:
     def routed(answer: tuple, *_: Any) -> None:
         for kind, value in zip(("router_logits", "weights", "experts"), answer, strict=True):
             watch.put(Place(kind, i), value, (*shape, -1))
@@ -116,16 +134,17 @@ def _watch_mixture(watch: Watch, mixture: Any, i: int, shape: tuple[int, ...]) -
         torch = import_torch("parity")
         with torch.no_grad():  # the experts' own code, on each choice alone, with weight 1
             unit = torch.ones_like(weights[:, :1])
-            alone = [mixture.experts.forward(x, index_R1, unit) for index_R1 in index.split(1, dim=1)]
+            alone = [experts.forward(x, index_R1, unit) for index_R1 in index.split(1, dim=1)]
         watch.put(Place("expert_outputs", i), torch.stack(alone, dim=1), (*shape, index.shape[1], -1))
 
-    watch.out_of(mixture.gate if hasattr(mixture, "gate") else mixture.router, routed)
-    watch.out_of(mixture.experts, answered)
-    if hasattr(mixture, "shared_expert"):
+    watch.out_of(mixture.get_submodule(_holder(names["router.kernel"])), routed)
+    watch.out_of(experts, answered)
+    if "shared_gate" in names:
         found: dict[str, Any] = {}
-        watch.out_of(mixture.shared_expert, lambda y, *_: found.update(y=y))
+        shared = mixture.get_submodule(_holder(_holder(names["shared.down"])))
+        watch.out_of(shared, lambda y, *_: found.update(y=y))
 
         def gated(gate: Any, *_: Any) -> None:
             watch.put(Place("shared", i), gate.sigmoid() * found["y"], (*shape, -1))
 
-        watch.out_of(mixture.shared_expert_gate, gated)
+        watch.out_of(mixture.get_submodule(_holder(names["shared_gate"])), gated)

@@ -12,10 +12,9 @@ import optax
 from flax import nnx
 
 from jax_moe.dims import Array
-from jax_moe.losses import chosen_experts, pool_balance_loss
-from jax_moe.models.block import Randomness
+from jax_moe.losses import chosen_experts, next_token_loss, pool_balance_loss
 from jax_moe.models.decoder import Decoder
-from jax_moe.models.makemoe import MakeMoE
+from jax_moe.models.makemoe import MakeMoE, Randomness
 from jax_moe.models.stack import ModelOutput
 from jax_moe.optimizers import adamw_as_torch, warmup_schedule
 from jax_moe.porting.state_dict import to_torch
@@ -52,7 +51,7 @@ def makemoe_loss(model: MakeMoE, part: dict[str, Array], settings: TrainSettings
     tokens = part["tokens"]
     draws = Randomness(**{name: value for name, value in part.items() if name != "tokens"})
     output = model.run(tokens[:, :-1], randomness=draws)
-    loss = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV, tokens[:, 1:]).mean()
+    loss = next_token_loss(output.logits_BTV, tokens[:, 1:])
     loss += settings.balance_loss_weight * pool_balance_loss(output.stats, model.config.moe)
     return loss + settings.router_z_loss_weight * output.stats.router_z_loss.mean(), choices(output)
 
@@ -61,7 +60,7 @@ def decoder_loss(model: Decoder, part: dict[str, Array], settings: TrainSettings
     """The cross-entropy of the next token plus the contract's balance loss; the experts as in `makemoe_loss`."""
     tokens, config = part["tokens"], model.config
     output = model.run(tokens)
-    loss = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV[:, :-1], tokens[:, 1:]).mean()
+    loss = next_token_loss(output.logits_BTV[:, :-1], tokens[:, 1:])
     loss += config.balance_loss_weight * pool_balance_loss(output.stats, config.moe)
     return loss, choices(output)
 

@@ -22,11 +22,12 @@ from jax_moe.porting.families import reference_table
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from moe_parity.compare import settings as computing_in
-from moe_parity.sides.transformers import import_transformers, widened
+from moe_parity.sides.torch_ref import make_module
+from moe_parity.sides.transformers import import_transformers, load_reference, widened
 from moe_parity.stages import relative_error
 from moe_parity.training.jax_side import Curve, JaxTrainer, decoder_loss, expert_counts, makemoe_loss
 from moe_parity.training.settings import Numbers, TrainSettings, decoder_numbers, makemoe_numbers
-from moe_parity.training.torch_side import TorchTrainer, load_reference, make_makemoe, transformers_loss
+from moe_parity.training.torch_side import TorchTrainer, transformers_loss
 from moe_parity.training.torch_side import makemoe_loss as makemoe_loss_torch
 
 LOSS = {"float64": 1e-10, "float32": 1e-5}  # allowed relative difference of the losses
@@ -156,7 +157,7 @@ def makemoe_sides(checkpoint: Checkpoint, settings: TrainSettings, dtype: str) -
     model = from_torch(abstract_module(type(checkpoint.module), config, np.dtype(dtype)), weights, cast=True)
     return Sides(
         JaxTrainer(model, settings, makemoe_loss),
-        TorchTrainer(make_makemoe(config, weights), settings, makemoe_loss_torch),
+        TorchTrainer(make_module("MakeMoE", config, weights).train(), settings, makemoe_loss_torch),
         partial(makemoe_numbers, config, settings), None, nullcontext,
     )
 

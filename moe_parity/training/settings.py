@@ -75,7 +75,7 @@ def makemoe_numbers(config: MakeMoEConfig, settings: TrainSettings, step: int) -
     if config.dropout > 0:
         for name, shape in (
             ("attention_keep_BHTU", (B, config.num_heads, T, T)), ("output_keep_BTD", (B, T, D)),
-            ("expert_keep_BTKD", (B, T, config.top_k, D)),
+            ("keep_BTKD", (B, T, config.top_k, D)),
         ):
             given[name] = draw.random((N, L, *shape)) >= config.dropout
     return given

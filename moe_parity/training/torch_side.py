@@ -2,15 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_moe.config.models import MakeMoEConfig
-from jax_moe.porting.families import architecture_of
-from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor, tensor_to_numpy
-from moe_parity.sides.transformers import import_transformers
+from jax_moe.porting.torch_tensors import import_torch, tensor_to_numpy
 from moe_parity.training.jax_side import Curve
 from moe_parity.training.settings import Numbers, TrainSettings
 
@@ -18,52 +14,17 @@ SMALL = 1 << 20  # a model with fewer parameters runs on one thread
 Loss = Callable[[Any, Mapping[str, Any], TrainSettings], tuple[Any, np.ndarray]]
 
 
-def make_makemoe(config: MakeMoEConfig, weights: Mapping[str, np.ndarray]) -> Any:
-    """`torch_ref.MakeMoE` with these weights, in their dtype."""
-    import torch_ref
-
-    tensors = {name: numpy_to_tensor(value) for name, value in weights.items()}
-    module = torch_ref.MakeMoE(config).to(next(iter(tensors.values())).dtype).train()
-    module.load_state_dict(tensors, strict=True)
-    return module
-
-
 def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
     """The loss, and the experts [L, tokens, K], as `makemoe_loss` of the JAX side."""
     import torch_ref
-    from torch_ref.losses import pool_balance_loss
 
-    torch = import_torch("parity")
     tokens = part["tokens"]
     draws = torch_ref.Randomness(**{name: value for name, value in part.items() if name != "tokens"})
-    with _choices_of(module) as chosen:
-        logits_BTV, stats = module.logits_and_stats(tokens[:, :-1], randomness=draws)
-    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten())
-    loss = loss + settings.balance_loss_weight * pool_balance_loss(stats, module.config.moe)
-    return loss + settings.router_z_loss_weight * stats.router_z_loss.mean(), np.stack(chosen)
-
-
-@contextmanager
-def _choices_of(module: Any) -> Iterator[list[np.ndarray]]:
-    """A list that fills with the experts [tokens, K] of each layer called, routed again from the layer's input."""
-    from torch_ref.moe import Parts, moe_routing
-
-    torch = import_torch("parity")
-    chosen: list[np.ndarray] = []
-
-    def note(smoe: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        router = smoe.router
-        parts = Parts(smoe.config, router.topkroute_linear, router.noise_linear, None, list(smoe.experts))
-        with torch.no_grad():
-            expert_GSK = moe_routing(args[0], parts, training=True, noise_BTE=kwargs["noise_BTE"])[1].expert_GSK
-        chosen.append(expert_GSK.flatten(0, 1)[: args[0].shape[0] * args[0].shape[1]].numpy())
-
-    hooks = [block.smoe.register_forward_pre_hook(note, with_kwargs=True) for block in module.blocks]
-    try:
-        yield chosen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    output = module.run(tokens[:, :-1], randomness=draws)
+    loss = torch_ref.next_token_loss(output.logits_BTV, tokens[:, 1:])
+    loss = loss + settings.balance_loss_weight * torch_ref.pool_balance_loss(output.stats, module.config.moe)
+    loss = loss + settings.router_z_loss_weight * output.stats.router_z_loss.mean()
+    return loss, output.expert_LBTK.flatten(1, 2).numpy()
 
 
 def transformers_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
@@ -133,15 +94,3 @@ class TorchTrainer:
     def weights(self) -> dict[str, np.ndarray]:
         """The present parameters by name."""
         return {name: tensor_to_numpy(value) for name, value in self.module.named_parameters()}
-
-
-def load_reference(path: Path, model_type: str, dtype: str) -> Any:
-    """The transformers model of a folder, with eager attention and without dropout."""
-    transformers, torch = import_transformers(), import_torch("parity")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, architecture_of(model_type))
-    return kind.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
-        local_files_only=True, output_router_logits=True,
-    ).eval()

@@ -1,6 +1,7 @@
 """Wrong array arguments and the message for each. Run as a program, not under pytest, where jaxtyping and beartype
 would refuse most of them before the functions are reached."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -27,6 +28,18 @@ DUPLICATES, OUTSIDE, BELOW = CHOICES.copy(), CHOICES.copy(), CHOICES.copy()
 DUPLICATES[1, 3] = 2
 OUTSIDE[0, 1, 1] = 9
 BELOW[1, 4, 0] = -1
+# The arrays that a call of each layer takes besides x_BTD, by the same names everywhere, and one of each.
+SPARSE = ("noise_BTE", "jitter_BTD", "keep_BTKD", "expert_BTK")
+OF_ATTENTION = ("attention_keep_BHTU", "output_keep_BTD")
+TAKES: dict[str, tuple[str, ...]] = {
+    "moe": ("mask_BT", *SPARSE), "soft": ("mask_BT",), "attention": ("mask_BT", *OF_ATTENTION),
+    "block": ("mask_BT", *SPARSE, *OF_ATTENTION), "soft block": ("mask_BT", *OF_ATTENTION),
+}
+GIVEN = {
+    "mask_BT": np.arange(T) >= np.asarray([[1], [0]]), "noise_BTE": numbers(B, T, E),
+    "jitter_BTD": 1 + numbers(B, T, D) / 9, "keep_BTKD": GENERATOR.random((B, T, K, D)) > 0.3, "expert_BTK": CHOICES,
+    "attention_keep_BHTU": GENERATOR.random((B, 2, T, T)) > 0.3, "output_keep_BTD": GENERATOR.random((B, T, D)) > 0.3,
+}
 OF_X = "the B and T of x_BTD"
 BOOL = "must be bool; {0} == 1 converts ones and zeros"
 # {case: (who is called, its arguments, what the error says)}; "{array}" is numpy's kind of array in the framework
@@ -88,10 +101,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "images": ("moe", {"x": numbers(B, T, T, D)}, "x_BTD has shape (2, 5, 5, 8): must have 3 dims [B, T, D]"),
     "another width": ("moe", {"x": numbers(B, T, 7)}, "x_BTD has width 7: must be model_dim=8"),
     "a list": ("moe", {"x": X.tolist()}, "x_BTD is a list: must be {array} of floatings [B, T, D]; "),
-    "soft: mask of one row": ("soft", {"mask_BT": ones(1, T)}, f"mask_BT has shape (1, 5): must be (2, 5), {OF_X}"),
     "soft: float mask": ("soft", {"mask_BT": np.ones((B, T), np.float32)}, "mask_BT has dtype float32: must be bool; "),
     "soft: integers": ("soft", {"x": TOKENS[..., None]}, "x_BTD has dtype int64: must be floating; "),
-    "attention: mask": ("attention", {"mask_BT": ones(1, T)}, f"mask_BT has shape (1, 5): must be (2, 5), {OF_X}"),
     "attention: keep": (
         "attention", {"attention_keep_BHTU": ones(B, 1, T, T)},
         "attention_keep_BHTU has shape (2, 1, 5, 5): must be (2, 2, 5, 5), the B, T and T of x_BTD and num_heads",
@@ -102,21 +113,35 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "attention: vectors": ("attention", {"x": numbers(T, D)}, "x_BTD has shape (5, 8): must have 3 dims"),
     "attention: width": ("attention", {"x": numbers(B, T, 6)}, "x_BTD has width 6: must be model_dim=8"),
-    "block: noise": (
-        "block", {"randomness": {"noise_BTE": numbers(1, T, E)}},
-        f"noise_BTE has shape (1, 5, 4): must be (2, 5, 4), {OF_X} and num_experts",
+    "block: an expert that is not there": (
+        "block", {"expert_BTK": OUTSIDE}, "expert_BTK names expert 9: must be 0 to 3 (num_experts=4)"
     ),
-    "block: expert keep": (
-        "block", {"randomness": {"expert_keep_BTKD": ones(B, T, D)}},
-        "expert_keep_BTKD has shape (2, 5, 8): must be (2, 5, 2, 8)",
-    ),
-    "block: mask": ("block", {"mask_BT": ones(1, T)}, f"mask_BT has shape (1, 5): must be (2, 5), {OF_X}"),
+    **{
+        f"{who}: {name} of another shape": (who, {name: GIVEN[name][:1]}, f"{name} has shape (1, ")
+        for who, names in TAKES.items() for name in names
+    },
+    **{
+        f"{who}: {name} of another kind": (who, {name: GIVEN[name].astype(complex)}, f"{name} has dtype complex")
+        for who, names in TAKES.items() for name in names
+    },
+    **{
+        f"soft block: {name}": ("soft block", {name: GIVEN[name]}, f"{name}: must be left out; Soft MoE draws nothing")
+        for name in SPARSE
+    },
     "model: mask": (
         "model", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"
     ),
     "model: draws": (
         "model", {"randomness": {"noise_BTE": numbers(B, 4, E)}},
         "noise_BTE has shape (2, 4, 4): must be (3, 2, 4, 4), num_layers, the B and T of tokens_BT and num_experts",
+    ),
+    "model: an expert that is not there": (
+        "model", {"expert_LBTK": np.stack([OUTSIDE[:, :4]] * 3)},
+        "expert_LBTK names expert 9: must be 0 to 3 (num_experts=4)",
+    ),
+    "model: choices of one layer": (
+        "model", {"expert_LBTK": CHOICES[None, :, :4]},
+        "expert_LBTK has shape (1, 2, 4, 2): must be (3, 2, 4, 2), num_layers, the B and T of tokens_BT and top_k",
     ),
     "model: no batch": (
         "model", {"x": TOKENS[0]}, "tokens_BT has shape (4,): must have 2 dims [B, T]; tokens_BT[None] is"
@@ -165,6 +190,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "load_balance_loss", {"load_E": numbers(E), "prob_E": numbers(1, E), "top_k": 2, "config": None},
         "prob_E.shape=(1, 4): must be (4,), the shape of load_E",
     ),
+    "losses: targets": (
+        "next_token_loss", {"logits_BTV": numbers(2, 3, E), "target_BT": TOKENS},
+        "target_BT has shape (2, 4): must be (2, 3), the B and T of logits_BTV",
+    ),
+    "losses: a target beyond the vocabulary": (
+        "next_token_loss", {"logits_BTV": numbers(2, 4, 5), "target_BT": TOKENS - 100}, "token -"
+    ),
     "losses: a list": ("squared_cv", {"x_E": [1.0, 2.0]}, "x_E is a list: must be {array} of floatings [E]"),
 }
 # In jax_moe alone
@@ -192,8 +224,8 @@ JAX_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "decoder: a list": (
         "decoder", {"x": [[1, 2]]}, "tokens_BT is a list: must be an array of integers [B, T]; np.asarray"
     ),
-    "decoder: statistics": (
-        "statistics", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"
+    "decoder: a mask of ones": (
+        "decoder", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"
     ),
     "decoder: generate with a float mask": (
         "continue", {"mask_BT": np.ones((B, 4), np.float32)}, "mask_BT has dtype float32: must be bool; "
@@ -246,10 +278,10 @@ def callers_of_jax() -> dict[str, Callable[..., Any]]:
     return {
         "moe": module(jax_moe.MoE, "moe", X), "capacity": module(jax_moe.MoE, "capacity", X),
         "soft": module(jax_moe.SoftMoE, "soft", X), "attention": module(jax_moe.Attention, "attention", X),
-        "block": module(jax_moe.Block, "block", X), "model": module(jax_moe.MakeMoE, "model", TOKENS),
+        "block": module(jax_moe.Block, "block", X), "soft block": module(jax_moe.Block, "soft block", X),
+        "model": module(jax_moe.MakeMoE, "model", TOKENS),
         "generate": lambda x=TOKENS, **values: jax_moe.generate(model, x, **settings | values),
         "decoder": lambda x=TOKENS, **values: qwen.run(x, **values),
-        "statistics": lambda x=TOKENS, **values: qwen.logits_and_stats(x, **values),
         "continue": lambda x=TOKENS, **values: jax_moe.generate(qwen, x, **settings | values),
         "traced": lambda **values: jax.jit(lambda x, **given: moe(x, **given)[0])(X, **values),
         "torch": lambda: moe(__import__("torch").ones(B, T, D)),
@@ -279,10 +311,9 @@ def callers_of_torch() -> dict[str, Callable[..., Any]]:
 
         return call
 
-    kinds = {
-        "moe": torch_ref.MoE, "capacity": torch_ref.MoE, "soft": torch_ref.SoftMoE,
-        "attention": torch_ref.Attention, "block": torch_ref.Block, "model": torch_ref.MakeMoE,
-    }
+    kinds = {"moe": torch_ref.MoE, "capacity": torch_ref.MoE, "soft": torch_ref.SoftMoE,
+             "attention": torch_ref.Attention, "block": torch_ref.Block, "soft block": torch_ref.Block,
+             "model": torch_ref.MakeMoE}
     model = torch_ref.MakeMoE(configs["model"])
     calls = {name: with_tensors(kind(configs[name]), TOKENS if name == "model" else X) for name, kind in kinds.items()}
     calls["generate"] = with_tensors(
@@ -302,14 +333,14 @@ def contracts() -> dict[str, Any]:
     from jax_moe.config.models import BlockConfig, MakeMoEConfig
     from jax_moe.config.moe import SoftMoEConfig
 
-    moe, attention = (
-        presets.makemoe(D, num_experts=E, top_k=K, capacity_factor=None),
-        AttentionConfig(model_dim=D, num_heads=2),
-    )
+    moe = presets.makemoe(D, num_experts=E, top_k=K, capacity_factor=None)
+    attention = AttentionConfig(model_dim=D, num_heads=2, dropout=0.1)
+    both_ways = dataclasses.replace(attention, causal=False)
+    soft = SoftMoEConfig(model_dim=D, num_experts=2, num_slots=2)
     return {
         "moe": moe, "capacity": presets.makemoe(D, num_experts=E, top_k=K), "attention": attention,
-        "soft": SoftMoEConfig(model_dim=D, num_experts=2, num_slots=2),
-        "block": BlockConfig(attention=attention, moe=moe),
+        "soft": soft, "block": BlockConfig(attention=attention, moe=moe),
+        "soft block": BlockConfig(attention=both_ways, moe=soft),
         "model": MakeMoEConfig(
             vocab_size=5, block_size=4, model_dim=D, num_heads=2, num_layers=3, num_experts=E, top_k=K,
             capacity_factor=None,

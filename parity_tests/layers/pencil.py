@@ -344,6 +344,19 @@ SOFT_ANSWER = [[[4 / 15 + 9 / 2, 2 / 15 + 3 / 2], [1 / 3 + 15 / 4, 1 / 6 + 5 / 4
 SOFT_RESIDUAL = [[[8 / 15 + 99 / 20, 4 / 15 + 33 / 20], [2 / 3 + 33 / 8, 1 / 3 + 11 / 8]]]
 # with the second token masked both slots read the first alone: (1, 0) and (10, 0); 2/5 + 30/5 in the first place
 SOFT_MASKED = [[6.4, 0.0]]
+# each expert's share of the combine weights, the mean entropy of each token's in nats, and the shares' CV^2
+SOFT_LOAD = [9 / 20, 11 / 20]
+SOFT_ENTROPY = (log(5.0) - (2 * log(2.0) + 3 * log(3.0)) / 5 + log(2.0)) / 2
+SOFT_CV2 = 1 / 100  # mean 1/2, deviations 1/20
+SOFT_MASKED_STATS = ([2 / 5, 3 / 5], log(5.0) - (2 * log(2.0) + 3 * log(3.0)) / 5, 1 / 25)
+
+
+# --- the next token's loss ------------------------------------------------------------------------------------------
+# Two tokens, three positions: probabilities 3/4, 1/4 and 1/2, 1/2 and 9/10, 1/10; the targets have 3/4, 1/2 and 1/10
+LOSS_LOGITS = [[[log(3.0), 0.0], [5.0, 5.0], [log(9.0), 0.0]]]
+LOSS_TARGETS = [[0, 1, 1]]
+LOSS = log(80 / 3) / 3
+LOSS_MASK, LOSS_MASKED = [[True, True, False]], log(8 / 3) / 2
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

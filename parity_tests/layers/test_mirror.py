@@ -40,7 +40,6 @@ JAX_ONLY = {
         "Moves.dropout": "in whatever shape a dispatcher holds answers; torch draws for one expert at a time",
         "Moves.keep": "see Moves.dropout",
         "einsum_dispatch": "the batched reference; torch loops (loop_dispatch)",
-        "single_answers": "a stage of jax-moe parity; torch's experts are modules to be watched",
         "queue_positions": "positions of all choices at once; torch walks each expert's queue (expert_queue)",
     },
     "experts.py": {
@@ -54,14 +53,12 @@ JAX_ONLY = {
     },
     "attention/multihead.py": {"attention_weights": "all heads at once; torch has head_weights"},
     "models/block.py": {
-        "Block.run": "hands out stages and choices; torch modules are watched from outside",
+        "Block.run": "hands out stages and choices; in torch MakeMoE alone does",
         "BlockOutput.*": "see Block.run",
     },
-    "models/makemoe.py": {"MakeMoE.run": "see Block.run"},
     "activations.py": {"clamp_above": "torch.clamp has the wanted gradient at the bound"},
     "arrays.py": {
         "check_limit": "torch has no capacity_limit",
-        "check_vocabulary": "torch checks in check_tokens",
         "moe_arrays": "jax checks under jit as well; torch has check_moe_arrays",
         "visible": "the decoders with padding stand in jax_moe alone",
     },
@@ -69,6 +66,7 @@ JAX_ONLY = {
     "norms.py": {
         "RMSNorm.*": "the Hugging Face decoders stand in jax_moe alone; their reference is transformers",
         "rms_norm": "see RMSNorm",
+        "make_norm": "see RMSNorm",
         "layer_norm": "flax's LayerNorm with torch's settings; torch's are its defaults",
     },
 }
@@ -102,6 +100,7 @@ TORCH_ONLY = {
         "router_noise": "draws the router's noise from the generator; jax folds keys",
     },
     "models/makemoe.py": {
+        "ModelOutput.*": "jax has it where all models are walked (models/stack.py)",
         "NoisyTopkRouter.*": "the original project's state-dict names; jax stores its own and ports",
         "MakeMoEExpert.*": "as NoisyTopkRouter",
         "SparseMoE.*": "as NoisyTopkRouter",
@@ -116,14 +115,16 @@ TORCH_ONLY = {
 }
 # Same name, other arguments or shapes: {file: {"name" or "name(argument)": reason}}.
 DIFFERENT = {
-    "dispatch.py": {"Moves": "jax hands over one batched function, torch a list of experts"},
+    "dispatch.py": {
+        "Moves": "jax hands over one batched function, torch a list of experts",
+        "single_answers": "torch has one dispatcher",
+    },
     "experts.py": {
         "expert_ffn": "jax takes stacked weights by name, torch one expert's linear maps",
         "expert_ffn(return)": "all experts, or one",
     },
     "moe.py": {
-        "MoE.run": "watch hands out stages, first_expert serves a step of generation",
-        "MoEOutput": "has stages; torch modules are watched from outside",
+        "MoE.run": "first_expert serves a step of generation",
         "Router": "an annotation that torch's typing of buffers needs",
         "MoE": "roles: in jax they stand on the parameters themselves",
     },
@@ -147,8 +148,6 @@ DIFFERENT = {
     },
     "models/makemoe.py": {
         "MakeMoE.check_tokens(tokens_BT)": "jax also looks at numpy tokens, before they become int32",
-        "MakeMoE.forward": "jax hands all of run's arguments on",
-        "MakeMoE.logits_and_stats": "see MakeMoE.forward",
         "kaiming_normal": "jax returns an array; torch fills a module",
     },
 }

@@ -27,6 +27,7 @@ from parity_tests.porting.decoder_cases import decoder
 
 MIXTRAL, MAKEMOE = presets.mixtral(8, 6, 4, 2), presets.makemoe(8, num_experts=4)
 ATTENTION = AttentionConfig(model_dim=8, num_heads=2, dropout=0.1)
+SOFT = SoftMoEConfig(model_dim=8, num_experts=2, num_slots=2)
 SPARSE = {
     "dropless": MIXTRAL, "makemoe": MAKEMOE, "vmoe": presets.vmoe(8, 6, 4, 2),
     "shared": presets.qwen2_moe(8, 6, 4, 2, shared_dim=4),
@@ -35,8 +36,9 @@ SPARSE = {
     **{name: dataclasses.replace(MIXTRAL, dispatcher=name) for name in ("einsum", "ragged", "grouped")},
 }
 LAYERS: dict[str, tuple[Any, Any]] = {
-    "soft": (SoftMoE, SoftMoEConfig(model_dim=8, num_experts=2, num_slots=2)), "attention": (Attention, ATTENTION),
+    "soft": (SoftMoE, SOFT), "attention": (Attention, ATTENTION),
     "block": (Block, BlockConfig(attention=ATTENTION, moe=MAKEMOE)),
+    "soft block": (Block, BlockConfig(attention=dataclasses.replace(ATTENTION, causal=False), moe=SOFT)),
     **{name: (MoE, config) for name, config in SPARSE.items()},
 }
 SHAPES = [(0, 5), (2, 0), (0, 0)]
@@ -48,12 +50,11 @@ TINY = MakeMoEConfig(vocab_size=5, block_size=4, model_dim=4, num_heads=2, num_l
 def test_layers_answer_with_nothing(name: str) -> None:
     kind, config = LAYERS[name]
     layer = kind(config, rngs=nnx.Rngs(0))
-    kwargs = {} if kind is SoftMoE else {"key": jax.random.key(0)}
     for B, T in SHAPES:
-        answer = layer(jnp.zeros((B, T, 8), jnp.bfloat16), **kwargs)
-        y_BTD, stats = answer if isinstance(answer, tuple) else (answer, None)
+        answer = layer(jnp.zeros((B, T, 8), jnp.bfloat16), key=jax.random.key(0))
+        y_BTD, stats = (answer, ()) if kind is Attention else answer
         assert y_BTD.shape == (B, T, 8) and y_BTD.dtype == jnp.bfloat16
-        for value in stats or ():
+        for value in stats:
             np.testing.assert_array_equal(np.asarray(value), 0)
 
 
@@ -61,9 +62,9 @@ def test_layers_answer_with_nothing(name: str) -> None:
 def test_models_and_generate() -> None:
     none, no_position = jnp.zeros((0, 3), jnp.int32), jnp.zeros((2, 0), jnp.int32)
     for model, vocab_size in ((MakeMoE(TINY), 5), (decoder("olmoe"), 11)):
-        logits_BTV, stats = model.logits_and_stats(none)
-        assert logits_BTV.shape == (0, 3, vocab_size)
-        np.testing.assert_array_equal(stats.load_balance_loss, 0)
+        output = model.run(none)
+        assert output.logits_BTV.shape == (0, 3, vocab_size)
+        np.testing.assert_array_equal(output.stats.load_balance_loss, 0)
         assert generate(model, none, max_new_tokens=3, key=jax.random.key(0)).shape == (0, 6)
         with pytest.raises(ValueError, match=r"^tokens_BT has 0 positions: must be "):
             model(no_position)
@@ -83,5 +84,6 @@ def test_losses_of_nothing_are_zero() -> None:
         losses.masked_mean(logits_GSE, None), losses.router_z_loss(logits_GSE), losses.router_entropy(logits_GSE),
         losses.expert_load(expert_GSK, 4, jnp.float32), losses.importance(expert_GSK, jnp.zeros((0, 3, 2)), 4),
         losses.smooth_load(logits_GSE, logits_GSE, logits_GSE + 1, 2),
+        losses.next_token_loss(logits_GSE, expert_GSK[..., 0]),
     ):
         np.testing.assert_array_equal(np.asarray(value), 0)

@@ -15,7 +15,7 @@ from jax_moe.attention.multihead import Attention
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 from jax_moe.presets import gpt_oss
-from jax_moe.soft_moe import soft_weights
+from jax_moe.soft_moe import soft_logits, soft_stats, soft_weights
 from parity_tests.layers import pencil
 from parity_tests.layers.pencil import Scenario, layer
 from parity_tests.shared.filled import filled
@@ -245,13 +245,40 @@ def soft_layer(residual: bool) -> SoftMoE:
 
 def test_soft_moe() -> None:
     x = jnp.asarray(pencil.SOFT_X, WIDE)
-    dispatch, combine = soft_weights(x, jnp.asarray(pencil.SOFT_PHI, WIDE))
+    dispatch, combine = soft_weights(soft_logits(x, jnp.asarray(pencil.SOFT_PHI, WIDE)))
     agree(dispatch[0, :, :, 0], pencil.SOFT_DISPATCH)
     agree(combine[0, :, :, 0], pencil.SOFT_COMBINE)
-    agree(soft_layer(residual=False)(x), pencil.SOFT_ANSWER)
-    agree(soft_layer(residual=True)(x), pencil.SOFT_RESIDUAL)
-    masked = soft_layer(residual=False)(x, jnp.asarray([[True, False]]))
+    y_BTD, stats = soft_layer(residual=False)(x)
+    agree(y_BTD, pencil.SOFT_ANSWER)
+    agree(soft_layer(residual=True)(x)[0], pencil.SOFT_RESIDUAL)
+    check_soft_stats(stats, pencil.SOFT_LOAD, pencil.SOFT_ENTROPY, pencil.SOFT_CV2)
+    masked, stats = soft_layer(residual=False)(x, mask_BT=jnp.asarray([[True, False]]))
     agree(masked[0, :1], pencil.SOFT_MASKED)
+    check_soft_stats(stats, *pencil.SOFT_MASKED_STATS)
+    logits_BTEC = jnp.repeat(soft_logits(x, jnp.asarray(pencil.SOFT_PHI, WIDE)), 2, axis=3)  # every slot twice
+    check_soft_stats(soft_stats(logits_BTEC), pencil.SOFT_LOAD, pencil.SOFT_ENTROPY, pencil.SOFT_CV2)
+
+
+def check_soft_stats(stats: losses.MoEStats, load: list[float], entropy: float, cv2: float) -> None:
+    agree(stats.expert_load_E, load)
+    agree(stats.router_prob_E, load)
+    agree(stats.router_entropy, entropy)
+    for value in (stats.importance_cv2, stats.load_cv2):
+        agree(value, cv2)
+    for value in (stats.load_balance_loss, stats.router_z_loss, stats.dropped_fraction):
+        agree(value, 0)
+
+
+def test_next_token_loss() -> None:
+    logits = jnp.asarray(pencil.LOSS_LOGITS, WIDE)
+    targets, mask = jnp.asarray(pencil.LOSS_TARGETS), jnp.asarray(pencil.LOSS_MASK)
+    agree(losses.next_token_loss(logits, targets), pencil.LOSS)
+    agree(losses.next_token_loss(logits, targets, mask), pencil.LOSS_MASKED)
+    anything = targets.at[0, 2].set(9)  # at padding
+    agree(losses.next_token_loss(logits, anything, mask), pencil.LOSS_MASKED)
+    agree(losses.next_token_loss(logits, targets, mask & False), 0)
+    with pytest.raises(AssertionError):
+        agree(losses.next_token_loss(logits, targets * 0), pencil.LOSS)
 
 
 @pytest.mark.parametrize("scale", ["head_dim", "model_dim"])

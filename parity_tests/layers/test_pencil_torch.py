@@ -22,7 +22,7 @@ from jax_moe.presets import gpt_oss  # noqa: E402
 from parity_tests.layers import pencil  # noqa: E402
 from parity_tests.layers.pencil import Scenario, layer  # noqa: E402
 from torch_ref import losses  # noqa: E402
-from torch_ref.soft_moe import soft_weights  # noqa: E402
+from torch_ref.soft_moe import soft_logits, soft_stats, soft_weights  # noqa: E402
 
 RTOL = 2e-15  # measured: 3e-16 of the largest entry of an answer
 
@@ -79,10 +79,10 @@ def test_a_wrong_story_is_caught() -> None:
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
-    _, _, routing, slots, capacity = build(config, pencil.pencil_weights(config)).run(tensor(pencil.ONE))
-    assert capacity == 2
-    assert routing.expert_GSK[0].tolist() == pencil.CHOICES
-    assert slots.slot_GSK[0].tolist() == pencil.SLOTS[priority]
+    output = build(config, pencil.pencil_weights(config)).run(tensor(pencil.ONE))
+    assert output.capacity == 2
+    assert output.routing.expert_GSK[0].tolist() == pencil.CHOICES
+    assert output.slots.slot_GSK[0].tolist() == pencil.SLOTS[priority]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -221,13 +221,40 @@ def soft_layer(residual: bool) -> torch_ref.SoftMoE:
 
 def test_soft_moe() -> None:
     x = tensor(pencil.SOFT_X)
-    dispatch, combine = soft_weights(x, tensor(pencil.SOFT_PHI))
+    dispatch, combine = soft_weights(soft_logits(x, tensor(pencil.SOFT_PHI)))
     agree(dispatch[0, :, :, 0], pencil.SOFT_DISPATCH)
     agree(combine[0, :, :, 0], pencil.SOFT_COMBINE)
-    agree(soft_layer(residual=False)(x), pencil.SOFT_ANSWER)
-    agree(soft_layer(residual=True)(x), pencil.SOFT_RESIDUAL)
-    masked = soft_layer(residual=False)(x, torch.tensor([[True, False]]))
+    y_BTD, stats = soft_layer(residual=False)(x)
+    agree(y_BTD, pencil.SOFT_ANSWER)
+    agree(soft_layer(residual=True)(x)[0], pencil.SOFT_RESIDUAL)
+    check_soft_stats(stats, pencil.SOFT_LOAD, pencil.SOFT_ENTROPY, pencil.SOFT_CV2)
+    masked, stats = soft_layer(residual=False)(x, mask_BT=torch.tensor([[True, False]]))
     agree(masked[0, :1], pencil.SOFT_MASKED)
+    check_soft_stats(stats, *pencil.SOFT_MASKED_STATS)
+    logits_BTEC = soft_logits(x, tensor(pencil.SOFT_PHI)).repeat_interleave(2, dim=3)  # every slot twice
+    check_soft_stats(soft_stats(logits_BTEC), pencil.SOFT_LOAD, pencil.SOFT_ENTROPY, pencil.SOFT_CV2)
+
+
+def check_soft_stats(stats: losses.MoEStats, load: list[float], entropy: float, cv2: float) -> None:
+    agree(stats.expert_load_E, load)
+    agree(stats.router_prob_E, load)
+    agree(stats.router_entropy, entropy)
+    for value in (stats.importance_cv2, stats.load_cv2):
+        agree(value, cv2)
+    for value in (stats.load_balance_loss, stats.router_z_loss, stats.dropped_fraction):
+        agree(value, 0)
+
+
+def test_next_token_loss() -> None:
+    logits = tensor(pencil.LOSS_LOGITS)
+    targets, mask = torch.tensor(pencil.LOSS_TARGETS), torch.tensor(pencil.LOSS_MASK)
+    agree(losses.next_token_loss(logits, targets), pencil.LOSS)
+    agree(losses.next_token_loss(logits, targets, mask), pencil.LOSS_MASKED)
+    anything = targets.masked_fill(~mask, 9)  # at padding
+    agree(losses.next_token_loss(logits, anything, mask), pencil.LOSS_MASKED)
+    agree(losses.next_token_loss(logits, targets, mask & False), 0)
+    with pytest.raises(AssertionError):
+        agree(losses.next_token_loss(logits, targets * 0), pencil.LOSS)
 
 
 @pytest.mark.parametrize("scale", ["head_dim", "model_dim"])

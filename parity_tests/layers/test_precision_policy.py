@@ -45,10 +45,9 @@ def objective(model: nnx.Module, precision: Precision | None = None, **kwargs: A
     def loss(params: Any, tokens_BT1: Any) -> jax.Array:
         module = nnx.merge(graphdef, params, rest)
         cast = module if precision is None else cast_to_compute(module, precision)
-        logits, stats = cast.logits_and_stats(tokens_BT1[:, :-1], **kwargs)
-        logits = logits if precision is None else logits.astype(precision.output)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT1[:, 1:]).mean()
-        return nats + stats.load_balance_loss.mean()
+        output = cast.run(tokens_BT1[:, :-1], **kwargs)
+        logits = output.logits_BTV if precision is None else output.logits_BTV.astype(precision.output)
+        return jax_moe.next_token_loss(logits, tokens_BT1[:, 1:]) + output.stats.load_balance_loss.mean()
 
     return loss, nnx.to_pure_dict(params)
 
@@ -115,9 +114,17 @@ def test_experts_are_cast_at_use_or_at_once() -> None:
     assert MIXED.dtype_of("soft_expert") == "bfloat16"  # Soft MoE's experts are cast before the call
 
 
-def test_arrays_without_a_role_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be a module or its state; here is .* without a role"):
-        cast_to_compute(nnx.to_pure_dict(nnx.state(jax_moe.SoftMoE(SOFT))), MIXED)
+@pytest.mark.parametrize("name", MODULES)
+def test_plain_arrays_are_cast_by_what_is_declared_of_them(name: str) -> None:
+    module = MODULES[name]()
+    plain = nnx.to_pure_dict(nnx.state(module))
+    told = r"^params: .* has no role: must be in a variable .* or named in declared=jax_moe"
+    with pytest.raises(ValueError, match=told):
+        cast_to_compute(plain, MIXED)
+    cast = nnx.to_pure_dict(nnx.state(cast_to_compute(module, MIXED)))
+    for declared in (module, jax_moe.declared(module)):
+        found = cast_to_compute(plain, MIXED, declared=declared)
+        assert jax.tree.map(lambda value: value.dtype, found) == jax.tree.map(lambda value: value.dtype, cast)
 
 
 def products(precision: Precision) -> list[tuple[str, ...]]:
@@ -199,11 +206,8 @@ def theirs(precision: Precision, **kwargs: Any) -> tuple[float, dict[str, np.nda
     reference.load_state_dict({name: torch.tensor(value) for name, value in jax_moe.to_torch(small()).items()})
     silence = torch_ref.Randomness(noise_BTE=torch.zeros(CONFIG.num_layers, 4, 8, CONFIG.num_experts))
     tokens = torch.from_numpy(TOKENS)
-    logits, stats = torch_ref.call_in(
-        precision, reference, tokens[:, :-1], method="logits_and_stats", randomness=silence, **kwargs
-    )
-    nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-    loss = nats + stats.load_balance_loss.mean()
+    output = torch_ref.call_in(precision, reference, tokens[:, :-1], method="run", randomness=silence, **kwargs)
+    loss = torch_ref.next_token_loss(output.logits_BTV, tokens[:, 1:]) + output.stats.load_balance_loss.mean()
     loss.backward()
     found = {name: value.grad for name, value in reference.named_parameters() if value.grad is not None}
     assert {grad.dtype for grad in found.values()} == {torch.float32}

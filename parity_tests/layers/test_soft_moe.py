@@ -45,31 +45,36 @@ def phi_gradient(
     def loss(phi: jax.Array, x: jax.Array) -> jax.Array:
         graphdef, state = nnx.split(layer)
         state["phi"] = state["phi"].replace(phi)
-        y = nnx.merge(graphdef, state)(x, None if mask is None else jnp.asarray(mask))
+        y = nnx.merge(graphdef, state)(x, mask_BT=None if mask is None else jnp.asarray(mask))[0]
         return (jnp.where(jnp.asarray(real)[..., None], y, 0) ** 2).sum()
 
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(layer.phi[...], x)
 
 
 def test_a_row_of_nothing_but_padding_is_finite(layer: SoftMoE) -> None:
-    y = layer(inputs(), jnp.asarray(MASK))
-    assert np.isfinite(y).all()
+    y, stats = layer(inputs(), mask_BT=jnp.asarray(MASK))
+    assert all(np.isfinite(value).all() for value in (y, *stats))
     for gradient in phi_gradient(layer, inputs(), MASK, np.ones_like(MASK)):
         assert np.isfinite(gradient).all()
 
 
 def test_padding_does_not_reach_the_others(layer: SoftMoE) -> None:
     x = inputs()
-    second = jnp.where(jnp.asarray(MASK)[..., None], x, 1e6 * inputs(1))
-    first, second = (np.asarray(layer(tokens, jnp.asarray(MASK))) for tokens in (x, second))
-    np.testing.assert_array_equal(first[MASK], second[MASK])  # bit for bit
-    assert not np.array_equal(np.asarray(layer(x))[MASK], first[MASK]), "without the mask it does"
+    other = jnp.where(jnp.asarray(MASK)[..., None], x, 1e6 * inputs(1))
+    one, two = (layer(each, mask_BT=jnp.asarray(MASK)) for each in (x, other))
+    np.testing.assert_array_equal(one[0][MASK], two[0][MASK])  # bit for bit
+    for first, second in zip(one[1], two[1], strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(layer(x)[0][MASK], one[0][MASK]), "without the mask it does"
 
 
 def test_masked_is_as_if_it_were_not_there(layer: SoftMoE) -> None:
     x, real = inputs()[:1], MASK[:1]
     short = x[:, real[0]]
-    np.testing.assert_allclose(layer(x, jnp.asarray(real))[:, real[0]], layer(short), rtol=0, atol=1e-15)
+    (y, stats), (y_short, stats_short) = layer(x, mask_BT=jnp.asarray(real)), layer(short)
+    np.testing.assert_allclose(y[:, real[0]], y_short, rtol=0, atol=1e-15)
+    for first, second in zip(stats, stats_short, strict=True):
+        np.testing.assert_allclose(first, second, rtol=0, atol=1e-15)
     phi_masked, x_masked = phi_gradient(layer, x, real, real)
     phi_short, x_short = phi_gradient(layer, short, None, np.ones((1, 3), bool))
     for masked, gone in ((phi_masked, phi_short), (x_masked[:, real[0]], x_short)):
@@ -82,7 +87,7 @@ def test_masked_is_as_if_it_were_not_there(layer: SoftMoE) -> None:
 def test_tokens_in_another_order_get_the_same_answers(layer: SoftMoE) -> None:
     order = np.asarray([3, 0, 4, 1, 2])
     x = inputs()
-    np.testing.assert_allclose(layer(x[:, order]), layer(x)[:, order], rtol=0, atol=1e-14)
+    np.testing.assert_allclose(layer(x[:, order])[0], layer(x)[0][:, order], rtol=0, atol=1e-14)
 
 
 def test_one_slot_and_one_token() -> None:
@@ -90,9 +95,9 @@ def test_one_slot_and_one_token() -> None:
     single = soft(SoftMoEConfig(model_dim=6, num_experts=1, num_slots=1, hidden_dims=(), residual=True))
     x = inputs(0, 2, 1, 6)
     kernel, bias = single.experts.last_fc.kernel[...][0], single.experts.last_fc.bias[...][0]
-    np.testing.assert_allclose(single(x), x + x @ kernel + bias, rtol=0, atol=1e-15)
-    # more tokens: all get the same answer, since there is only one slot to read
-    y = np.asarray(single(inputs()))
+    np.testing.assert_allclose(single(x)[0], x + x @ kernel + bias, rtol=0, atol=1e-15)
+    # more tokens: everybody gets the same answer, since there is one slot to read
+    y = np.asarray(single(inputs())[0])
     np.testing.assert_allclose(y, np.broadcast_to(y[:, :1], y.shape), rtol=0, atol=1e-15)
 
 
@@ -101,7 +106,7 @@ def test_a_causal_block_refuses_it() -> None:
     config = BlockConfig(attention=attention, moe=CONFIG)
     block = filled(lambda: Block(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype("float64")))
     y, stats = block(inputs()[:1])
-    assert y.shape == (1, 5, 6) and stats is None
+    assert y.shape == (1, 5, 6) and stats.expert_load_E.shape == (3,)
     with pytest.raises(ValueError, match=r"^moe='SoftMoEConfig': must be a MoEConfig in a causal block"):
         BlockConfig(attention=AttentionConfig(model_dim=6, num_heads=2), moe=CONFIG)
 
@@ -119,7 +124,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=str)
 def test_both_published_settings(published: dict) -> None:
-    y = soft(SoftMoEConfig(model_dim=6, num_experts=3, num_slots=2, **published))(inputs())
+    y = soft(SoftMoEConfig(model_dim=6, num_experts=3, num_slots=2, **published))(inputs())[0]
     assert np.isfinite(y).all() and np.asarray(y).std() > 1e-3
     if published["output_activation"] == "relu":
         assert (np.asarray(y) >= 0).all(), "a mix of answers that are not negative"

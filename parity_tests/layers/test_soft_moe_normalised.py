@@ -13,7 +13,7 @@ import jax_moe
 from jax_moe.config.describe import describe
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.formats.safetensors import write_safetensors
-from jax_moe.soft_moe import UNIT_EPS, soft_weights
+from jax_moe.soft_moe import UNIT_EPS, soft_logits, soft_weights
 from parity_tests.porting.porting_cases import soft_state
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.shared.filled import filled
@@ -31,12 +31,12 @@ def check(actual: object, expected: object, tolerance: float) -> None:
 
 
 def test_pencil() -> None:
-    """Both slots read the tokens in the proportion 2 : 2^0.6, and tokens read both slots equally."""
-    dispatch, combine = soft_weights(jnp.asarray(X), jnp.asarray(PHI), None, jnp.asarray(log(2.0)))
+    """... so that both slots read the tokens in the proportion 2 : 2^0.6, and tokens read both slots alike."""
+    dispatch, combine = soft_weights(soft_logits(jnp.asarray(X), jnp.asarray(PHI), None, jnp.asarray(log(2.0))))
     expected = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=0)
     check(dispatch[0, :, 0], expected, 1e-6)  # fp32, and the epsilon under the root
     check(combine[0, :, 0], np.full((2, 2), 0.5), 1e-6)
-    plain, _ = soft_weights(jnp.asarray(X), jnp.asarray(PHI))
+    plain, _ = soft_weights(soft_logits(jnp.asarray(X), jnp.asarray(PHI)))
     with pytest.raises(MismatchError):
         check(plain[0, :, 0], expected, 1e-6)
 
@@ -44,12 +44,12 @@ def test_pencil() -> None:
 def test_the_length_of_a_token_does_not_matter_and_a_zero_token_has_finite_gradients() -> None:
     layer = filled(lambda: jax_moe.SoftMoE(CONFIG))
     x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
-    first, _ = soft_weights(jnp.asarray(x), layer.phi[...], None, layer.scale[...])
-    second, _ = soft_weights(jnp.asarray(1000 * x), layer.phi[...], None, layer.scale[...])
-    check(first, second, 5e-6)  # the epsilon matters more for the shorter token
+    phi, scale = layer.phi[...], layer.scale[...]
+    one, two = (soft_weights(soft_logits(jnp.asarray(n * x), phi, None, scale))[0] for n in (1, 1000))
+    check(one, two, 5e-6)  # the epsilon weighs on the shorter
     x[0, 1] = 0
     graphdef, state = nnx.split(layer)
-    grads = jax.grad(lambda s, x: nnx.merge(graphdef, s)(x).sum(), argnums=(0, 1))(state, jnp.asarray(x))
+    grads = jax.grad(lambda s, x: nnx.merge(graphdef, s)(x)[0].sum(), argnums=(0, 1))(state, jnp.asarray(x))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert float(grads[0]["scale"][...]) != 0
     assert sqrt(UNIT_EPS) == 1e-3 and layer.scale[...].shape == ()

@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_moe import MakeMoE, MakeMoEConfig, MoE, presets
+from jax_moe import MakeMoE, MakeMoEConfig, MoE, next_token_loss, presets
 from jax_moe.config.moe import MoEConfig
 from parity_tests.shared.filled import filled
 
@@ -125,7 +125,7 @@ def test_over_a_run_every_expert_gets_a_gradient() -> None:
     def run(weights: nnx.State) -> jax.Array:
         def loss(weights: nnx.State, batch: jax.Array, key: jax.Array) -> jax.Array:
             logits = nnx.merge(graphdef, weights)(batch[:, :-1], key=key)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+            return next_token_loss(logits, batch[:, 1:])
 
         def step(carry: tuple, scanned: tuple) -> tuple[tuple, jax.Array]:
             weights, state = carry

@@ -139,7 +139,7 @@ def test_what_chosen_must_be() -> None:
     with pytest.raises(Exception, match="unchosen"):  # ValueError, or the type checker's error
         skipping("drop")
     dense = {"kernel": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"declared=None: must be jax_moe\.declared"):
+    with pytest.raises(ValueError, match=r"declared=None: must be the module or jax_moe\.declared"):
         optimizer.init(dense)
     optimizer = skipping(declared={})
     optimizer.update(dense, optimizer.init(dense), dense)  # nothing to choose
@@ -171,7 +171,7 @@ def test_state_there_and_back() -> None:
     names = [name for name, _ in module.named_parameters()]
     assert len(theirs.state_dict()["state"]) < len(names), "an expert must never have been chosen"
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
-    fresh = skipping(declared=jax_moe.declared(layer)).init(params)
+    fresh = skipping(declared=layer).init(params)
     state = jax_moe.optimizer_from_torch(layer, theirs.state_dict(), fresh, names=names)
     back = jax_moe.optimizer_to_torch(layer, state, theirs.state_dict(), names=names)
     check_same_state(back, theirs.state_dict())

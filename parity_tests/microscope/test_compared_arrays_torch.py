@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch", reason="this leg has no PyTorch")
 from flax import nnx  # noqa: E402
 
 from jax_moe import MakeMoE, MakeMoEConfig, MoE, presets  # noqa: E402
+from jax_moe.losses import next_token_loss  # noqa: E402
 from jax_moe.porting.checkpoint import Checkpoint  # noqa: E402
 from moe_parity import compare_modules, transpose  # noqa: E402
-from moe_parity.compare import compare_checkpoint, next_token_loss  # noqa: E402
+from moe_parity.compare import compare_checkpoint  # noqa: E402
 
 MAPPING = {"weight": ("kernel", transpose), "bias": "bias"}
 BAD_INPUTS: list[tuple[Any, str]] = [

@@ -83,10 +83,10 @@ def test_a_run_prints_a_table_json_and_a_page(model: Path, capsys: pytest.Captur
     assert said["passed"] and said["batch_shape"] == [2, 4] and said["first_divergence"] is None
     assert (said["reference"], said["dtype"], said["replay"]) == ("torch_ref", "float32", True)
     stages = {stage["name"]: stage for stage in said["stages"]}
-    assert len(stages) == len(said["stages"]) == 38 and stages["layer 2: chosen experts"]["agreement"] == 1
+    assert len(stages) == len(said["stages"]) == 39 and stages["layer 2: chosen experts"]["agreement"] == 1
     assert 0 < stages["logits"]["error"] < stages["logits"]["tolerance"]
     found = check_page(out.read_text())
-    assert found.tags["svg"] == 4 and "All 38 stages agree within tolerance in float32." in out.read_text()
+    assert found.tags["svg"] == 4 and "All 39 stages agree within tolerance in float32." in out.read_text()
     assert sorted(path.name for path in model.parent.iterdir()) == ["model.safetensors", "report.html", "tokens.txt"]
 
 

@@ -97,12 +97,16 @@ def test_readme_adds_a_family_in_twenty_lines(folder: Path) -> None:
 def known(
     request: pytest.FixtureRequest, cool: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> jax_moe.Decoder:
-    """A model of each family, saved as `one`; of the one with its own attention also without any other attention."""
+    """A model of each family, saved as `one`; of the one with its own attention also without any other, and with other
+    norms.
+    """
     kinds = {"cool_moe": (), "mean_moe": (MEAN, GROUPED, MEAN), "mean_moe alone": (MEAN, MEAN)}[request.param]
     layers = tuple(LayerConfig(attention=one, ffn=CONFIG.moe) for one in kinds) or CONFIG.layers
     config, family = dataclasses.replace(CONFIG, layers=layers), cool
     if kinds:
         config, family = dataclasses.replace(config, logits_divisor=1.0), add(monkeypatch)
+    if GROUPED not in kinds and kinds:
+        config = dataclasses.replace(config, norm="layer", norm_place="around")
     made = filled(lambda: jax_moe.Decoder(config, rngs=nnx.Rngs(0)))
     jax_moe.save_pretrained(made, tmp_path / "one", model_type=family.name)
     return jax_moe.load_pretrained(tmp_path / "one")
@@ -139,12 +143,11 @@ def test_it_generates_with_its_cache(known: jax_moe.Decoder) -> None:
 
 
 def test_rows_of_its_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two of our arrays in a tensor: exchanged in the table they change the answer; an impossible size is refused."""
+    """Two of our arrays in one tensor; exchanged in the table they change the answer."""
     family = add(monkeypatch)
     layers = tuple(LayerConfig(attention=one, ffn=CONFIG.moe) for one in (MEAN, GROUPED, MEAN))
-    made = filled(
-        lambda: jax_moe.Decoder(dataclasses.replace(CONFIG, layers=layers, logits_divisor=1.0), rngs=nnx.Rngs(0))
-    )
+    config = dataclasses.replace(CONFIG, layers=layers, logits_divisor=1.0)
+    made = filled(lambda: jax_moe.Decoder(config, rngs=nnx.Rngs(0)))
     jax_moe.save_pretrained(made, tmp_path / "one", model_type=family.name)
     stored = read_safetensors(tmp_path / "one/model.safetensors")["model.layers.2.mean_attn.in_proj.weight"]
     halves = [np.asarray(getattr(made.blocks_mean.attention, name)[...])[1].T for name in ("value", "gate")]
@@ -155,11 +158,11 @@ def test_rows_of_its_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     split = {path: weight_split(MESH, one, RULES | {"A": "expert"}).spec for path, one in declared(made).items()}
     assert split["blocks_mean.attention.out"] == PartitionSpec(None, "expert", None), "by the dims that it says"
     assert split["moe.experts.up"] == PartitionSpec(None, "expert", None, None)
-    config = tmp_path / "one/config.json"
-    config.write_text(config.read_text().replace('"mean_width": 6', '"mean_width": 1000000'))
+    file = tmp_path / "one/config.json"
+    file.write_text(file.read_text().replace('"mean_width": 6', '"mean_width": 1000000'))
     with pytest.raises(ValueError, match=r"config.json: mean_width=1000000: must fit the weights"):
         jax_moe.load_pretrained(tmp_path / "one")
-    config.write_text(config.read_text().replace('"mean_width": 1000000', '"mean_width": 6'))
+    file.write_text(file.read_text().replace('"mean_width": 1000000', '"mean_width": 6'))
     value, gate, out = MEAN_ROWS
     swapped = (dataclasses.replace(value, ours=gate.ours), dataclasses.replace(gate, ours=value.ours), out)
     wrong = dataclasses.replace(family.whole, attention={"grouped": GROUPED_ROWS, "mean": swapped})

@@ -88,13 +88,13 @@ def test_gradients_and_moments_take_torchs_names() -> None:
     with jax.enable_x64(True):
         model = jax_moe.from_torch(make("makemoe", 1, "float64"), reference.state_dict())
         logits = reference(torch.from_numpy(tokens[:, :-1]), randomness=silence)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten()).backward()
+        torch_ref.next_token_loss(logits, torch.from_numpy(tokens[:, 1:])).backward()
         optimizer.step()
         graphdef, params = nnx.split(model)
 
         def loss(params: nnx.State) -> jax.Array:
             logits = nnx.merge(graphdef, params)(jnp.asarray(tokens[:, :-1]))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens[:, 1:])).mean()
+            return jax_moe.next_token_loss(logits, jnp.asarray(tokens[:, 1:]))
 
         gradient = jax.jit(jax.grad(loss))(params)
         step = optax.adamw(1e-2, weight_decay=1e-2)

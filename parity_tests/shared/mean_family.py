@@ -17,7 +17,9 @@ from jax_moe.config.moe import MoEConfig
 from jax_moe.parameters import parameter
 from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.families.family import (
+    AFTER,
     GROUPED,
+    PER_EXPERT,
     Family,
     Mixture,
     Names,
@@ -29,9 +31,8 @@ from jax_moe.porting.families.family import (
     write_decoder,
     write_moe,
 )
-from jax_moe.porting.families.qwen2_moe import PER_EXPERT
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.table.rows import Row
+from jax_moe.porting.table.rows import Row, layer_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class MeanAttention(nnx.Module):
     def empty_cache(config: MeanConfig, num_layers: int, batch_size: int, num_slots: int, dtype: Any) -> Any:
         return jnp.zeros((num_layers, batch_size, config.width), dtype)
 
-    def __call__(self, x_BTD: Any, positions: Any, shared: Any, key: Any = None, memory: Any = None) -> Any:
+    def __call__(self, x_BTD: Any, positions: Any, shared: Any, *, memory: Any = None, **dropout: Any) -> Any:
         mask_BT = positions.mask_BT
         added_BTA = jax.nn.sigmoid(x_BTD @ self.gate[...]) * (x_BTD @ self.value[...])
         if mask_BT is not None:
@@ -92,6 +93,13 @@ MEAN_ROWS = (
     Row("mean_attn.out_proj.weight", "D A", "attention.out", "A D"),
 )
 
+NORMS = tuple(
+    row for theirs, ours in (
+        ("input_layernorm", "attention_norm"), ("attention_layernorm", "attention_out_norm"),
+        ("post_attention_layernorm", "ffn_norm"), ("mlp_layernorm", "ffn_out_norm"),
+    ) for row in layer_norm(theirs, ours)
+)
+
 
 def read_mixture(settings: Settings) -> MoEConfig:
     return read_moe(presets.mixtral, settings, "moe_intermediate_size")
@@ -107,7 +115,9 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
     kinds: dict[str, LayerAttention] = {"mean": mean}
     if "full" in types:
         kinds["full"] = read_decoder(settings, moe).attention
-    return DecoderConfig(layers=tuple(LayerConfig(attention=kinds[one], ffn=moe) for one in types), **around)
+    layers = tuple(LayerConfig(attention=kinds[one], ffn=moe) for one in types)
+    norm, place = settings.take("norm", str, "rms"), settings.take("norm_place", str, "before")
+    return DecoderConfig(layers=layers, norm=norm, norm_place=place, **around)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
@@ -115,15 +125,17 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     mean = config.layers[types.index("mean")].attention
     assert isinstance(mean, MeanConfig)
     written = write_decoder(config) | {"layer_types": types} if "full" in types else write_around(config)
-    return written | {"mean_width": mean.width, "mean_scale": mean.scale}
+    norms = {"norm": config.norm, "norm_place": config.norm_place}
+    return written | norms | {"mean_width": mean.width, "mean_scale": mean.scale}
 
 
 NAMES = Names(PER_EXPERT, "hf_experts", "hf_mean_moe")
 MEAN_MOE = Family(
     "mean_moe", Mixture(read_mixture, lambda moe: write_moe(moe, "num_experts", "moe_intermediate_size"), NAMES, NAMES),
     Whole(
-        "MeanMoeForCausalLM", read, write, attention={"grouped": GROUPED, "mean": MEAN_ROWS},
-        order=("self_attn.", "mean_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm."),
+        "MeanMoeForCausalLM", read, write, attention={"grouped": GROUPED, "mean": MEAN_ROWS}, norms=NORMS,
+        after=(*AFTER, Row("model.norm.bias", "D", "final_norm.bias", "D")),
+        order=("self_attn.", "mean_attn.", "mlp.", *(row.theirs for row in NORMS)),
     ),
 )
 

@@ -118,13 +118,11 @@ def always(case: Case) -> None:
 def needs_layer(case: Case) -> str | None:
     if isinstance(case.config, BlockConfig | MakeMoEConfig) and case.moe is not None:
         return "routed inside: see the load under statistics"
-    return needs_router(case)
+    return needs_mixture(case) or (None if case.moe is not None else "Soft MoE chooses no experts")
 
 
-def needs_router(case: Case) -> str | None:
-    if isinstance(case.config, AttentionConfig):
-        return "attention routes nothing"
-    return None if case.moe is not None else "Soft MoE has no choices, losses or statistics"
+def needs_mixture(case: Case) -> str | None:
+    return "attention routes nothing" if isinstance(case.config, AttentionConfig) else None
 
 
 def needs_sparse_layer(case: Case) -> str | None:
@@ -253,10 +251,10 @@ def ten_adamw_steps(runs: Runs, tolerance: float) -> float:
 COLUMNS = [
     compared("choices", "float64", 0, "experts and slots", needs_layer),
     compared("forward", "float64", 1e-12, "forward", always),
-    compared("statistics", "float64", 1e-12, "statistics", needs_router),
+    compared("statistics", "float64", 1e-12, "statistics", needs_mixture),
     compared("input_gradient", "float64", 1e-10, "input gradient", needs_vectors),
     compared("parameter_gradients", "float64", 1e-10, "parameter gradients", always),
-    compared("loss_gradients", "float64", 1e-10, "loss gradients", needs_router),
+    compared("loss_gradients", "float64", 1e-10, "loss gradients", needs_mixture),
     Column("every dispatcher", "float64", 1e-10, every_dispatcher, needs_sparse_layer),
     Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always),
     Column("round trip", "float32", 0, round_trip, always),

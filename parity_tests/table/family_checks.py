@@ -14,7 +14,7 @@ import torch
 from flax import nnx
 
 import jax_moe
-from jax_moe.losses import pool_balance_loss
+from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import reference_table
 from jax_moe.porting.formats.safetensors import read_safetensors
@@ -36,8 +36,7 @@ def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Ar
     output = model.run(batch["tokens"], mask_BT=batch["mask"])
     labels = batch["labels"][:, 1:]
     counts = labels >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(output.logits_BTV[:, :-1], jnp.where(counts, labels, 0))
-    loss = (losses * counts).sum() / counts.sum()
+    loss = next_token_loss(output.logits_BTV[:, :-1], labels, counts)
     config = model.config
     return loss + config.balance_loss_weight * pool_balance_loss(output.stats, config.moe), output
 

@@ -36,10 +36,6 @@ TORCH_MODULES = {
     BlockConfig: torch_ref.Block, MakeMoEConfig: torch_ref.MakeMoE,
 }
 ROUTING = ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK")
-DRAWN = {
-    "noise_BTE": "noise_BTE", "attention_keep_BHTU": "attention_keep_BHTU", "output_keep_BTD": "output_keep_BTD",
-    "keep_BTKD": "expert_keep_BTKD",
-}
 
 
 @dataclass
@@ -128,30 +124,33 @@ def _width(case: Case) -> int:
     return config.model_dim  # type: ignore[union-attr]
 
 
-def arguments(case: Case, given: Mapping[str, Any], randomness: type) -> dict[str, Any]:
-    """Keyword arguments of a call; a block's draws are packed into its Randomness."""
+def arguments(case: Case, given: Mapping[str, Any], randomness: Any) -> dict[str, Any]:
+    """Keyword arguments of a call: as they are, or the draws of a model packed into its Randomness."""
     rest = {name: value for name, value in given.items() if name not in ("x_BTD", "tokens_BT")}
-    if not isinstance(case.config, BlockConfig | MakeMoEConfig):
+    if not isinstance(case.config, MakeMoEConfig):
         return rest
-    drawn = {DRAWN[name]: value for name, value in rest.items() if name in DRAWN}
-    kept = {name: value for name, value in rest.items() if name not in DRAWN}
-    return kept | ({"randomness": randomness(**drawn)} if drawn else {})
+    drawn = {name: rest.pop(name) for name in randomness._fields if name in rest}
+    return rest | ({"randomness": randomness(**drawn)} if drawn else {})
 
 
 def call(case: Case, module: Any, first: Any, given: dict[str, Any]) -> tuple[Any, Any]:
-    """(output, statistics or None) of either framework's module."""
+    """(output, statistics) of either framework's module; attention has no statistics: None."""
     if isinstance(case.config, MakeMoEConfig):
-        return module.logits_and_stats(first, **given)
+        output = module.run(first, **given)
+        return output.logits_BTV, output.stats
     answer = module(first, **given)
-    return answer if isinstance(case.config, MoEConfig | BlockConfig) else (answer, None)
+    return (answer, None) if isinstance(case.config, AttentionConfig) else answer
 
 
 def total_loss(case: Case, stats: Any, pool: Callable) -> Any:
-    """The sum of the losses that train a router."""
-    assert case.moe is not None
-    return (
-        pool(stats, case.moe) + stats.router_z_loss.mean() + stats.importance_cv2.mean() + stats.router_entropy.mean()
-    )
+    """The losses that train a router, added up."""
+    losses = (stats.router_z_loss, stats.importance_cv2, stats.router_entropy)
+    return pooled_loss(case, stats, pool) + sum(loss.mean() for loss in losses)
+
+
+def pooled_loss(case: Case, stats: Any, pool: Callable) -> Any:
+    """The balance loss, pooled over the layers; that of Soft MoE is 0."""
+    return stats.load_balance_loss if case.moe is None else pool(stats, case.moe)
 
 
 # --- JAX
@@ -171,7 +170,7 @@ def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> t
     """(output, statistics, pooled balance loss, (experts, slots)); None for parts that the case lacks."""
     first = given["tokens_BT" if "tokens_BT" in given else "x_BTD"]
     y, stats = call(case, layer, first, arguments(case, given, jax_moe.Randomness))
-    pooled = None if stats is None else pool_balance_loss(stats, case.moe)
+    pooled = None if stats is None else pooled_loss(case, stats, pool_balance_loss)
     routing = None
     if isinstance(case.config, MoEConfig):
         routed = layer.run(first, **{name: value for name, value in given.items() if name in ROUTING})
@@ -316,7 +315,7 @@ class TorchSide:
             outcome.input_gradient = {"x": outcome.parameter_gradients.pop("x")}
         if stats is not None:
             outcome.statistics = {name: array(value) for name, value in stats._asdict().items()}
-            outcome.statistics["pooled_balance_loss"] = array(torch_ref.losses.pool_balance_loss(stats, case.moe))
+            outcome.statistics["pooled_balance_loss"] = array(pooled_loss(case, stats, torch_ref.pool_balance_loss))
             outcome.loss_gradients = self._gradients(loss, x)
         if isinstance(case.config, MoEConfig):
             arrays = torch_arrays(given, self.dtype)

@@ -84,10 +84,10 @@ class Attention(nn.Module):
         attention_keep_BHTU: Bool[Tensor, "B H T U"] | None = None,
         output_keep_BTD: Bool[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The answer in the input's dtype. Dropout is drawn when training, or given by masks (True where a value
-        survives).
+        """The answer in the input's dtype; attention has no statistics.
 
-        Raises ValueError for a tensor of another kind or shape.
+        Dropout is drawn when training, or given by masks (True where a value survives). Padding (mask_BT False) is
+        not attended to. Raises ValueError for a tensor of another kind or shape.
         """
         sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}

@@ -7,8 +7,7 @@ import torch
 from torch_ref.arrays import checked_input
 from torch_ref.dims import Int, Tensor, wide
 from torch_ref.generation.sampling import check_sampling, choose_tokens
-from torch_ref.models.block import Randomness
-from torch_ref.models.makemoe import MakeMoE
+from torch_ref.models.makemoe import MakeMoE, Randomness
 
 
 def generate(

@@ -1,40 +1,17 @@
 """The transformer block: attention and a mixture of experts, each after a norm and in a residual."""
 
-from typing import NamedTuple
+from typing import Any
 
 from torch import nn
 
-from jax_moe.config import BlockConfig, SoftMoEConfig, require
-from torch_ref.arrays import Dim, Sizes, checked, checked_input, dims_of_settings
+from jax_moe.config import BlockConfig, SoftMoEConfig
+from torch_ref.arrays import checked_input
 from torch_ref.attention.multihead import Attention
-from torch_ref.dims import Bool, Float, Tensor
+from torch_ref.dims import Bool, Float, Int, Tensor
 from torch_ref.losses import MoEStats
 from torch_ref.moe import MoE
 from torch_ref.norms import normed
 from torch_ref.soft_moe import SoftMoE
-
-
-class Randomness(NamedTuple):
-    """Draws given as arrays, each with a leading L for a stack of blocks. None: drawn as mode and contract say."""
-
-    noise_BTE: Float[Tensor, "*L B T E"] | None = None  # unit Gaussians for the router
-    attention_keep_BHTU: Bool[Tensor, "*L B H T U"] | None = None  # True where dropout lets a value through
-    output_keep_BTD: Bool[Tensor, "*L B T D"] | None = None
-    expert_keep_BTKD: Bool[Tensor, "*L B T K D"] | None = None
-
-
-def checked_draws(draws: Randomness | None, config: BlockConfig, sizes: Sizes, leading: str = "") -> Randomness:
-    """The draws, checked for kind and shape, `leading` dims first. Raises ValueError also for draws that go unused."""
-    draws = draws or Randomness()
-    sizes = {**sizes, "U": sizes["T"], "D": Dim(config.attention.model_dim, "model_dim")}
-    sizes |= dims_of_settings(config.attention, H="num_heads")
-    if isinstance(config.moe, SoftMoEConfig):
-        for name in ("noise_BTE", "expert_keep_BTKD"):
-            require(getattr(draws, name) is None, name, "a tensor", "left out: Soft MoE draws nothing")
-    else:
-        sizes |= dims_of_settings(config.moe, E="num_experts", K="top_k")
-    checked(sizes, leading, **draws._asdict())
-    return draws
 
 
 def block_forward(
@@ -43,21 +20,23 @@ def block_forward(
     attention: nn.Module,
     moe_norm: nn.LayerNorm,
     moe: nn.Module,
+    *,
     mask_BT: Bool[Tensor, "B T"] | None = None,
-    randomness: Randomness | None = None,
-) -> tuple[Float[Tensor, "B T D"], MoEStats | None]:
-    """x += attention(norm(x)); x += moe(norm(x)). The statistics of Soft MoE are None."""
-    draws = randomness or Randomness()
-    x_BTD = x_BTD + attention(
-        normed(x_BTD, attention_norm), mask_BT=mask_BT, attention_keep_BHTU=draws.attention_keep_BHTU,
-        output_keep_BTD=draws.output_keep_BTD,
+    attention_keep_BHTU: Bool[Tensor, "B H T U"] | None = None,
+    output_keep_BTD: Bool[Tensor, "B T D"] | None = None,
+    **arrays: Any,
+) -> tuple[Float[Tensor, "B T D"], Any, dict[str, Tensor]]:
+    """x += attention(norm(x)); x += moe(norm(x)). The block's answer, all that `moe` answered, and its own stages."""
+    normed_BTD = normed(x_BTD, attention_norm)
+    attended_BTD = attention(
+        normed_BTD, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD
     )
-    if isinstance(moe, SoftMoE):
-        return x_BTD + moe(normed(x_BTD, moe_norm), mask_BT), None
-    y_BTD, stats = moe(
-        normed(x_BTD, moe_norm), mask_BT=mask_BT, noise_BTE=draws.noise_BTE, keep_BTKD=draws.expert_keep_BTKD
-    )
-    return x_BTD + y_BTD, stats
+    x_BTD = x_BTD + attended_BTD
+    ffn_BTD = normed(x_BTD, moe_norm)
+    answer = moe(ffn_BTD, mask_BT=mask_BT, **arrays)
+    y_BTD = x_BTD + answer[0]
+    own = {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": y_BTD}
+    return y_BTD, answer, own
 
 
 class Block(nn.Module):
@@ -76,12 +55,21 @@ class Block(nn.Module):
         x_BTD: Float[Tensor, "B T D"],
         *,
         mask_BT: Bool[Tensor, "B T"] | None = None,
-        randomness: Randomness | None = None,
-    ) -> tuple[Float[Tensor, "B T D"], MoEStats | None]:
-        """The block's answer and its MoE's statistics (None for Soft MoE). Randomness as in `MoE` and `Attention`.
+        noise_BTE: Float[Tensor, "B T E"] | None = None,
+        jitter_BTD: Float[Tensor, "B T D"] | None = None,
+        keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
+        attention_keep_BHTU: Bool[Tensor, "B H T U"] | None = None,
+        output_keep_BTD: Bool[Tensor, "B T D"] | None = None,
+        expert_BTK: Int[Tensor, "B T K"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
+        """The block's answer and its mixture's statistics. Arguments as in `MoE` and `Attention`.
 
-        Raises ValueError for a tensor of another kind or shape.
+        Raises ValueError for a tensor of another kind or shape, and for a sparse layer's if the mixture is soft.
         """
-        sizes = checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
-        draws = checked_draws(randomness, self.config, sizes)
-        return block_forward(x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT, draws)
+        checked_input("x_BTD", x_BTD, self.config.attention.model_dim)
+        used = self.config.used(noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK)
+        y_BTD, answer, _ = block_forward(
+            x_BTD, self.attention_norm, self.attention, self.moe_norm, self.moe, mask_BT=mask_BT,
+            attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD, **used,
+        )
+        return y_BTD, answer[1]

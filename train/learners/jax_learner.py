@@ -13,7 +13,7 @@ from jax import Array
 
 import jax_moe
 from jax_moe.config.precision import PRECISIONS
-from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
+from jax_moe.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss
 from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
@@ -33,11 +33,6 @@ INIT, STEP, EVALUATE, SAMPLE = range(4)
 _USES = {"eval_train": 0, "eval_val": 1}
 
 State = dict[str, Any]  # params and optimizer, as plain nested dicts of arrays
-
-
-def cross_entropy(logits_BTV: Array, target_BT: Array) -> Array:
-    """Mean cross entropy over tokens, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, target_BT).mean()
 
 
 def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSettings) -> Array:
@@ -84,8 +79,8 @@ class JaxLearner:
     def _logits(self, params: State, tokens_BT: Array, **kwargs: Any) -> tuple[Array, MoEStats]:
         """Logits and statistics, computed in the precision of the settings."""
         module = cast_to_compute(self.module(params), self.precision)
-        logits_BTV, stats = module.logits_and_stats(tokens_BT, **kwargs)
-        return logits_BTV.astype(self.precision.output), stats
+        output = module.run(tokens_BT, **kwargs)
+        return output.logits_BTV.astype(self.precision.output), output.stats
 
     def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
@@ -93,7 +88,7 @@ class JaxLearner:
         def losses(params: State) -> tuple[Array, tuple[Array, Array]]:
             tokens_BT, remat = tokens_BT1[:, :-1], self.config.remat
             logits_BTV, stats = self._logits(params, tokens_BT, key=key, training=True, remat=remat)
-            loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+            loss = next_token_loss(logits_BTV, tokens_BT1[:, 1:])
             return objective(loss, stats, self.model, self.config.optimizer), (loss, chosen_experts(stats))
 
         (_, (loss, chosen_LE)), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
@@ -103,7 +98,7 @@ class JaxLearner:
     def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:
         noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
         logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=noise_key, training=False)
-        loss = cross_entropy(logits_BTV, tokens_BT1[:, 1:])
+        loss = next_token_loss(logits_BTV, tokens_BT1[:, 1:])
         return jax.tree.map(jnp.add, total, {"loss": loss, "stats": stats})
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:

@@ -22,7 +22,7 @@ PRETRAINED = "pretrained"
 
 
 class Model(Protocol):
-    """A model whose modules have `logits_and_stats(tokens_BT, key=, training=, remat=)` and suit `jax_moe.generate`."""
+    """A model whose modules have `run(tokens_BT, key=, training=, remat=)` and suit `jax_moe.generate`."""
 
     @property
     def moe(self) -> MoEConfig:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 import torch_ref
 from jax_moe.config.models import MakeMoEConfig
@@ -15,8 +14,8 @@ from jax_moe.disk import sync, whole
 from jax_moe.models.makemoe import MakeMoE
 from jax_moe.optimizers import in_full_precision
 from torch_ref.generation.generate import generate
-from torch_ref.losses import MoEStats, chosen_experts, pool_balance_loss
-from torch_ref.models.block import Randomness
+from torch_ref.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss
+from torch_ref.models.makemoe import Randomness
 from torch_ref.optimizers import clipped_step
 from torch_ref.precision import call_in, torch_dtype
 from torch_ref.unchosen import skip_unchosen
@@ -60,9 +59,9 @@ class TorchLearner:
 
     def _loss(self, tokens_BT1: np.ndarray, **kwargs: Any) -> tuple[torch.Tensor, MoEStats]:
         tokens = torch.as_tensor(tokens_BT1, dtype=torch.int64, device=self.torch_device)
-        logits_BTV, stats = call_in(self.precision, self.model, tokens[:, :-1], method="logits_and_stats", **kwargs)
-        logits_BTV = logits_BTV.to(torch_dtype(self.precision.output))
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten()), stats
+        output = call_in(self.precision, self.model, tokens[:, :-1], method="run", **kwargs)
+        logits_BTV = output.logits_BTV.to(torch_dtype(self.precision.output))
+        return next_token_loss(logits_BTV, tokens[:, 1:]), output.stats
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> torch.Tensor:
         settings = self.config.optimizer

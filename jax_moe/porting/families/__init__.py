@@ -42,13 +42,6 @@ def family_named(model_type: object) -> Family:
     return FAMILIES[model_type]
 
 
-def architecture_of(model_type: str) -> str:
-    """What `transformers` calls the class of the whole decoder."""
-    decoder = family_named(model_type).decoder
-    assert decoder is not None
-    return decoder.architecture
-
-
 def recognise(names: Iterable[str]) -> Family | None:
     """The family that a state dict's names tell, or None."""
     names = list(names)

@@ -57,6 +57,14 @@ def fused_experts(gate_up: str, down: str) -> tuple[Row, ...]:
     )
 
 
+ROUTER = (Row("gate.weight", "E D", "router.kernel", "D E"),)
+PER_EXPERT = (
+    *ROUTER,
+    Row("experts.{e}.gate_proj.weight", "F D", "experts.gate", "e D F"),
+    Row("experts.{e}.up_proj.weight", "F D", "experts.up", "e D F"),
+    Row("experts.{e}.down_proj.weight", "D F", "experts.down", "e F D"),
+)
+FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
 LAYER = "model.layers.{l}."
 
 
@@ -218,8 +226,8 @@ def read_around(
 
 
 def read_decoder(
-    settings: Settings, moe: MoEConfig, *, kv_heads: int | None = None, null_kv_heads: bool = True,
-    theta: float = 10000.0, max_positions: int = 2048, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
+    settings: Settings, moe: MoEConfig, *, kv_heads: int | None = None, null_kv_heads: bool = True, theta: float = 1e4,
+    max_positions: int = 2048, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
 ) -> DecoderConfig:
     """A decoder of grouped-query attention; `own` are the family's fields of `GroupedDecoder`. May raise ValueError.
 
@@ -228,13 +236,11 @@ def read_decoder(
     """
     around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux)
     heads = settings.size("num_attention_heads")
-    head_dim = around["model_dim"] // heads
+    head_dim, null = around["model_dim"] // heads, heads if null_kv_heads else REFUSED
     return DecoderConfig.grouped(**around | {
         "num_layers": settings.size("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": settings.integer(
-            "num_key_value_heads", kv_heads or heads, null=heads if null_kv_heads else REFUSED
-        ),
+        "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=null),
         "head_dim": settings.integer("head_dim", head_dim, null=head_dim),
         "moe": moe,
         "rope": read_rope(settings, theta, around["max_positions"]),

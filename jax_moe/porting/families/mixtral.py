@@ -8,11 +8,12 @@ from jax_moe.config.moe import MoEConfig
 from jax_moe.moe import MoE
 from jax_moe.porting.families.choices import StateDict, size_in
 from jax_moe.porting.families.family import (
+    FUSED,
+    ROUTER,
     Family,
     Mixture,
     Names,
     Whole,
-    fused_experts,
     read_decoder,
     read_moe,
     write_decoder,
@@ -22,14 +23,12 @@ from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.plan import Shapes
 from jax_moe.porting.table.rows import Row
 
-ROUTER = (Row("gate.weight", "E D", "router.kernel", "D E"),)
 PER_EXPERT = (
     *ROUTER,
     Row("experts.{e}.w1.weight", "F D", "experts.gate", "e D F"),
     Row("experts.{e}.w2.weight", "D F", "experts.down", "e F D"),
     Row("experts.{e}.w3.weight", "F D", "experts.up", "e D F"),
 )
-FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
 ON_DISK = Names(PER_EXPERT, "mixtral", "hf_mixtral", "model.layers.{l}.block_sparse_moe.")
 IN_MEMORY = Names(FUSED, "hf_fused", "hf_mixtral_fused")
 

@@ -6,11 +6,12 @@ from jax_moe import presets
 from jax_moe.config.models import DecoderConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import (
+    FUSED,
+    PER_EXPERT,
     Family,
     Mixture,
     Names,
     Whole,
-    fused_experts,
     gated_ffn,
     read_decoder,
     read_moe,
@@ -20,14 +21,6 @@ from jax_moe.porting.families.family import (
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row
 
-ROUTER = (Row("gate.weight", "E D", "router.kernel", "D E"),)
-PER_EXPERT = (
-    *ROUTER,
-    Row("experts.{e}.gate_proj.weight", "F D", "experts.gate", "e D F"),
-    Row("experts.{e}.up_proj.weight", "F D", "experts.up", "e D F"),
-    Row("experts.{e}.down_proj.weight", "D F", "experts.down", "e F D"),
-)
-FUSED = (*ROUTER, *fused_experts("experts.gate_up_proj", "experts.down_proj"))
 SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "1 D", "shared_gate", "D 1"))
 
 
@@ -92,8 +85,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(config.num_layers)]
     return write_decoder(config) | write_dense(config) | {
         "qkv_bias": config.attention.qkv_bias, "use_sliding_window": bool(slides),
-        "sliding_window": config.sliding_window,
-        "layer_types": kinds,
+        "sliding_window": config.sliding_window, "layer_types": kinds,
     }
 
 

@@ -6,6 +6,8 @@ from jax_moe import presets
 from jax_moe.config.models import DecoderConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import (
+    FUSED,
+    PER_EXPERT,
     Family,
     Mixture,
     Names,
@@ -15,7 +17,7 @@ from jax_moe.porting.families.family import (
     write_decoder,
     write_moe,
 )
-from jax_moe.porting.families.qwen2_moe import FUSED, PER_EXPERT, dense_layers, write_dense
+from jax_moe.porting.families.qwen2_moe import dense_layers, write_dense
 from jax_moe.porting.families.settings import Settings
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from jax_moe.disk import same_bits
 from jax_moe.guarded import is_file, require_memory
@@ -37,7 +38,7 @@ def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
     """Writes a new folder that `orbax.checkpoint.v1.load` reads. Raises OSError if it cannot be written."""
     path.mkdir()
     inner = path / "new"  # Orbax leaves files beside its target: here they stay inside `path`
-    save_tree(inner, _nested(arrays))
+    save_tree(inner, unflatten_dict(dict(arrays), sep="."))
     for entry in list(inner.iterdir()):
         os.replace(entry, path / entry.name)
     inner.rmdir()
@@ -192,7 +193,8 @@ class _Reader:
         self.untested = {}
         leaf = self.leaves[wanted]
         require_memory(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize, f"{self.path}: {wanted}")
-        like: Any = _nested(dict.fromkeys(self.leaves, ocp.PLACEHOLDER) | {wanted: np.empty(leaf.shape, leaf.dtype)})
+        others = dict.fromkeys(self.leaves, ocp.PLACEHOLDER)
+        like: Any = unflatten_dict(others | {wanted: np.empty(leaf.shape, leaf.dtype)}, sep=".")
         if self.within is not None:
             like = {**jax.tree.map(lambda _: ocp.PLACEHOLDER, self.others), self.within: like}
         with quiet():
@@ -213,17 +215,6 @@ def _test(path: Path, digests: Mapping[str, str]) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *outer, last = name.split(".")
-        node = tree
-        for key in outer:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

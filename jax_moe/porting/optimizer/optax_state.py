@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 
+from jax_moe.parameters import path_of
 from jax_moe.porting.errors import PortError, check_names
 from jax_moe.porting.optimizer.step_counts import HINT, unequal
 from jax_moe.porting.state_dict import flatten
-from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts, nested_counts, path_of
+from jax_moe.unchosen import AccumulatedState, SkippingAdamState, flat_counts
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # torch's key: optax's field
 SGD = {"momentum_buffer": "trace"}
@@ -200,7 +202,7 @@ def _with_counts(node: Any, count: int | None, counts: Counts) -> Any:
         wrong = [f"steps of {path} are {given[path].shape}, must be {shape}" for path, shape in misfit.items()]
         raise PortError("optimizer state", wrong=wrong)
     filled = {path: _place(given[path].astype(value.dtype), value) for path, value in own.items()}
-    return node._replace(expert_counts=nested_counts(filled))
+    return node._replace(expert_counts=unflatten_dict(filled, sep="."))
 
 
 def _like(tree: Any, arrays: Mapping[str, np.ndarray], word: str) -> Any:

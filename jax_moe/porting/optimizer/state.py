@@ -107,8 +107,8 @@ def read_state_dict(
     if kind is None:
         return Moments({}, 0 if "betas" in state_dict["param_groups"][0] else None)
     own = {name: experts[name] for name in order if name in experts} if experts else {}
-    untouched = {name: shape for name, shape in own.items() if not entries[name]}
-    entries |= _untouched(untouched, entries, kind)
+    untouched = _untouched(own, entries, kind)
+    entries |= untouched
     steps = {name: int(entry["step"]) for name, entry in entries.items() if entry.get("step") is not None}
     most = max((step for name, step in steps.items() if name not in own), default=max(steps.values(), default=0))
     _check_entries(entries, kind, {name: step for name, step in steps.items() if name not in own}, most)
@@ -153,17 +153,16 @@ def _counter_dtype(entry: Mapping[str, Any]) -> str:
 
 
 def _untouched(
-    shapes: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
+    experts: Mapping[str, tuple[int, ...]], entries: Mapping[str, Mapping[str, Any]], kind: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Entries of parameters without steps: zeros in the dtype of another parameter's moments, best of the same role."""
-    found: dict[str, dict[str, Any]] = {}
-    touched = [name for name in entries if entries[name]]
-    for name, shape in shapes.items():
-        role = name.rsplit(".", 2)[-2:]
-        like = entries[min(touched, key=lambda other: other.rsplit(".", 2)[-2:] != role)]
-        zeros = {word: np.zeros(shape, to_numpy(like[word]).dtype) for word in kind if like.get(word) is not None}
-        found[name] = {"step": 0, **zeros} if kind is ADAM else zeros
-    return found
+    """Entries of the experts without steps: zeros in the dtype of another expert's moments, or of any parameter's."""
+    like = next(entries[name] for name in (*experts, *entries) if entries[name])
+    step = {"step": 0} if kind is ADAM else {}
+    dtypes = {word: to_numpy(like[word]).dtype for word in kind if like.get(word) is not None}
+    return {
+        name: {**step, **{word: np.zeros(shape, dtype) for word, dtype in dtypes.items()}}
+        for name, shape in experts.items() if not entries[name]
+    }
 
 
 def write_state_dict(moments: Moments, groups: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
