@@ -5,7 +5,16 @@ from typing import Any
 from jax_moe import presets
 from jax_moe.config.models import DecoderConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.family import Family, Mixture, Names, Whole, read_decoder, read_moe, write_decoder, write_moe
+from jax_moe.porting.families.family import (
+    Family,
+    Mixture,
+    Names,
+    Whole,
+    read_decoder,
+    read_moe,
+    write_decoder,
+    write_moe,
+)
 from jax_moe.porting.families.qwen2_moe import FUSED, PER_EXPERT, dense_layers, write_dense
 from jax_moe.porting.families.settings import Settings
 
