@@ -5,7 +5,7 @@ from typing import Any, Literal
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 NONE: Literal["none"] = "none"
-# What a type's `none` is in Python, and how its default None is shown: a setting that a file lacks is then as published.
+# What `none` is in Python for a type, and how its default None is shown: a missing setting is as published.
 KINDS: dict[Any, tuple[str | None, str]] = {
     float | None: (None, NONE),
     float | Literal["none"] | None: (NONE, "as published"),

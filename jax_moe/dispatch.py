@@ -227,7 +227,7 @@ def single_answers(
         expert_GS1, weight_GS1, kept_GS1 = (each[..., None] for each in choice)
         place_GS1 = queue_positions(expert_GS1, weight_GS1, moves.config.num_experts, "token", choice[2])
         only = Slots(jnp.where(kept_GS1, place_GS1, moves.capacity), weight_GS1)
-        return dispatch(x_GSD, Routing(expert_GS1, weight_GS1, routing.logits_GSE), only, alone)
+        return dispatch(x_GSD, routing._replace(expert_GSK=expert_GS1, weight_GSK=weight_GS1), only, alone)
 
     of_each_k = [jnp.moveaxis(each, -1, 0) for each in (routing.expert_GSK, weight_GSK, kept_GSK)]
     return jnp.moveaxis(jax.lax.map(of_choice, tuple(of_each_k)), 0, 2)

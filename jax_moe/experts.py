@@ -84,4 +84,5 @@ class Experts(nnx.Module):
 
 def make_experts(config: MoEConfig, **kwargs: object) -> Experts:
     """The routed experts of a layer."""
-    return Experts(config.num_experts, config.model_dim, config.expert_dim, config.expert, **kwargs)  # type: ignore[arg-type]
+    sizes = config.num_experts, config.model_dim, config.expert_dim
+    return Experts(*sizes, config.expert, **kwargs)  # type: ignore[arg-type]

@@ -167,10 +167,9 @@ class MoE(nnx.Module):
         replayed.
         """
         routing, slots = output.routing, output.slots
-        own = route(routing.logits_GSE, self.config, self.router.weight("correction_bias"))
         before_drops = round_weights(slots._replace(weight_GSK=routing.weight_GSK), self.config, dtype)
         found = {
-            "router_logits": routing.logits_GSE, "experts": own.expert_GSK, "weights": before_drops.weight_GSK,
+            "router_logits": routing.logits_GSE, "experts": routing.own_GSK, "weights": before_drops.weight_GSK,
             "slots": slots.slot_GSK, "expert_outputs": answers_GSKD, "shared": shared_GSD,
         }
         B, T = output.y_BTD.shape[:2]

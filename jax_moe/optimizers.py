@@ -49,7 +49,7 @@ def in_full_precision(schedule: optax.Schedule) -> Callable[[jax.Array | int], j
 
 
 def warmup_schedule(peak: float, steps: int, *, warmup_steps: int = 0, final: float | None = None) -> optax.Schedule:
-    """Learning rate by step, counted from 0: linear warm-up to `peak`, then constant, or a cosine to `final` at `steps`."""
+    """Learning rate by step, from 0: linear warm-up to `peak`, then constant or a cosine to `final` at `steps`."""
     if final is None:
         after = optax.constant_schedule(peak)
     else:

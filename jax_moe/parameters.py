@@ -1,4 +1,4 @@
-"""A parameter says once what its dims are and what it is for: metadata of its variable, which every nnx transform keeps."""
+"""A parameter declares its dims and its role once, as metadata of its variable, which every nnx transform keeps."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,12 +14,12 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def parameter(value: Array, dims: str, role: Role, kind: type[nnx.Variable] = nnx.Param) -> Any:
-    """A variable of the value that carries dims ("E D F") and role. Raises ValueError for dims that do not fit its shape."""
+    """A variable with that value, dims ("E D F") and role. Raises ValueError for dims that do not fit the shape."""
     return kind(value, **_said(value.shape, dims, role))
 
 
 def declare(layer: Module, role: Role, **dims: str) -> Module:
-    """One of flax's layers, its variables' dims given by name: `declare(nnx.Linear(...), "head", kernel="D V", bias="V")`."""
+    """A flax layer with dims declared for its variables: `declare(nnx.Linear(...), "head", kernel="D V", bias="V")`."""
     for name, letters in dims.items():
         variable = getattr(layer, name)
         variable.set_metadata(**_said(variable.shape, letters, role))

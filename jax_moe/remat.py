@@ -22,4 +22,5 @@ def rematerialised(layer: Layer, remat: Remat) -> Layer:
     if remat == "none":
         return layer
     policy = jax.checkpoint_policies.dots_saveable if remat == "dots" else jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # type: ignore[return-value]  # a scan needs no barrier
+    # a scan needs no barrier
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # type: ignore[return-value]

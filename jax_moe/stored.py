@@ -10,7 +10,7 @@ class Kept(nnx.Variable):
 
 
 def stored_state(module: Any) -> Any:
-    """All that a checkpoint of the module holds, an nnx.State: every variable but the state of random number generators."""
+    """What a checkpoint of the module holds, as nnx.State: every variable but the state of random number generators."""
     return nnx.state(module, nnx.Not(nnx.RngState))
 
 

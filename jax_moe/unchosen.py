@@ -118,7 +118,9 @@ def _parts(decay: float, mask: Any, dtype: Any) -> tuple[Any, Any]:
     return jnp.where(mask, decay, 1).astype(dtype), jnp.where(mask, 1 - decay, 0).astype(dtype)
 
 
-def scale_by_skipping_adam(b1: float, b2: float, eps: float, said: Said = None) -> optax.GradientTransformationExtraArgs:
+def scale_by_skipping_adam(
+    b1: float, b2: float, eps: float, said: Said = None
+) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` in which an expert without tokens keeps its moments and its count."""
 
     def init(params: optax.Params) -> SkippingAdamState:
@@ -137,7 +139,9 @@ def scale_by_skipping_adam(b1: float, b2: float, eps: float, said: Said = None) 
 
         def leaf(keys: tuple, gradient: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             path = path_of(keys)
-            steps, mask = (_for_leaf(path, experts, gradient, at, other) for at, other in ((counts, count), (masks, None)))
+            steps, mask = (
+                _for_leaf(path, experts, gradient, at, other) for at, other in ((counts, count), (masks, None))
+            )
             # factors 1 and 0 keep the moments of experts without tokens: cheaper than `where` on all elements
             (old_mu, new_1), (old_nu, new_2) = (_parts(decay, mask, mu.dtype) for decay in (b1, b2))
             new_mu = new_1 * gradient + old_mu * mu
@@ -178,7 +182,8 @@ def accumulated(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.MultiSteps` for an optimizer that takes `chosen`: an expert counts as chosen if any part chose it.
 
-    `declared` as in `adamw_as_torch`. Gradients accumulate in jax's widest float; the default of `MultiSteps` is float32.
+    `declared` as in `adamw_as_torch`. Gradients accumulate in jax's widest float; the default of `MultiSteps` is
+    float32.
     """
     known = inspect.signature(optax.MultiSteps).parameters  # an older optax accumulates in the gradients' dtype
     wide = {"accumulator_dtype": jnp.result_type(float)} if "accumulator_dtype" in known else {}

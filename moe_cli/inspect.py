@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.config.describe import describe
+from jax_moe.parameters import declared
 from jax_moe.porting.checkpoint import load_found
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import weight_files
@@ -75,18 +76,15 @@ def _inspect_decoder(command: Inspect, found: Found) -> None:
         layout = f"layout {found.plan.table.name}" + (f", {found.note}" if found.note else "")
         where = f"{of_run}{_counted(weight_files(found.place))}, {len(found.stored):,} tensors ({layout}){tied}"
         dtypes = {piece.ours: found.tensors[piece.theirs].dtype.itemsize for piece in found.plan.pieces}
-        _print(found, found.plan.our_shapes, dtypes, where, command)
-        return
-    shapes = {name: one.shape for name, one in found.tensors.items()}
-    dtypes = {name: one.dtype.itemsize for name, one in found.tensors.items()}
-    _print(found, shapes, dtypes, f"{of_run}an Orbax checkpoint, {len(shapes)} arrays", command)
+    else:
+        where = f"{of_run}an Orbax checkpoint, {len(found.tensors)} arrays"
+        dtypes = {name: one.dtype.itemsize for name, one in found.tensors.items()}
+    _print(found, dtypes, where, command)
 
 
-def _print(
-    found: Found, shapes: Mapping[str, tuple[int, ...]], itemsizes: Mapping[str, int], where: str, command: Inspect
-) -> None:
-    config, tensors = found.config, found.stored
-    counts = count_parameters(shapes, config)
+def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Inspect) -> None:
+    config, tensors, arrays = found.config, found.stored, declared(found.model)
+    counts = count_parameters(arrays, config)
     held = bytes_by_dtype(tensors.values())
     print(f"{found.family.name}, {counts.total:,} parameters, {counts.active:,} of them active for a token")
     print(
@@ -95,8 +93,8 @@ def _print(
     )
     print(f"files: {where}; " + ", ".join(f"{readable(size)} {dtype}" for dtype, size in held.items()))
     print("\n".join(describe(config)))
-    stored = {name: math.prod(shape) * itemsizes[name] for name, shape in shapes.items()}
-    experts = sum(size for name, size in stored.items() if name.startswith("moe.experts."))
+    stored = {name: math.prod(one.shape) * itemsizes[name] for name, one in arrays.items()}
+    experts = sum(size for name, size in stored.items() if arrays[name].role == "expert")
     devices = DEVICES if command.devices is None else (command.devices,)
     rows = memory_rows(counts, sum(stored.values()), experts, config, devices)
     print(f"{'memory per device, for N =':30}" + "".join(f"{n:>12,}" for n in devices))

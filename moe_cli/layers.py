@@ -1,4 +1,6 @@
-"""`inspect`, `parity` and `port` of single layers' mixtures: of folders whose decoder is not known, or where layers are named."""
+"""`inspect`, `parity` and `port` of single layers' mixtures: of folders whose decoder is not known, or where layers
+are named.
+"""
 
 import json
 from collections.abc import Iterator
@@ -83,7 +85,6 @@ def compare_layers(command: Parity, found: Mixtures, layers: tuple[int, ...]) ->
     from moe_parity.report import print_table
 
     passed, reports = True, []
-    _say_alone(found)
     for layer, checkpoint in _each(found, layers):
         width = checkpoint.config.model_dim
         batch = random_vectors(width, command.batch_size, command.num_tokens or POSITIONS, command.seed)
@@ -97,6 +98,7 @@ def compare_layers(command: Parity, found: Mixtures, layers: tuple[int, ...]) ->
         if not command.json:
             print(f"layer {layer} of {found.family.name}")
             print_table(report)
+    _say_alone(found)
     if command.json:
         print(json.dumps(reports, indent=1))
     return 0 if passed else 1
@@ -104,12 +106,12 @@ def compare_layers(command: Parity, found: Mixtures, layers: tuple[int, ...]) ->
 
 def port_layers(command: Port, found: Mixtures, layers: tuple[int, ...]) -> int:
     """Writes a folder for each layer, all or none: `jax_moe.load` reads it, `jax_moe.save_moe` puts it back."""
-    _say_alone(found)
     with writing(command.dst, command.overwrite, replaceable=_of_layers) as part:
         part.mkdir()
         for layer, checkpoint in _each(found, layers):
             save(checkpoint, part / f"layer_{layer}")
             print(f"layer {layer}: {_size(checkpoint.module):,} parameters")  # type: ignore[arg-type]
+    _say_alone(found)
     print(f"{found.family.name}, {len(layers)} layer{'s' if len(layers) != 1 else ''}: wrote {command.dst}")
     return 0
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_moe.config.decoder import DecoderConfig
+from jax_moe.config.parameters import Declared
 
-EXPERTS = "moe.experts."
 ADAMW_BYTES = 16  # fp32: weight, gradient and two moments, 4 bytes each
 GIB = 2**30
 
@@ -21,11 +21,10 @@ class Parameters:
     active: int
 
 
-def count_parameters(shapes: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> Parameters:
+def count_parameters(arrays: Mapping[str, Declared], config: DecoderConfig) -> Parameters:
     """Active are all parameters but the E - K unchosen experts of every mixture; embedding and head count in full."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    total = sum(sizes.values())
-    experts = sum(size for name, size in sizes.items() if name.startswith(EXPERTS))
+    total = sum(math.prod(one.shape) for one in arrays.values())
+    experts = sum(math.prod(one.shape) for one in arrays.values() if one.role == "expert")
     E, K = config.moe.num_experts, config.moe.top_k
     return Parameters(total, experts, total - experts // E * (E - K))
 

@@ -159,7 +159,9 @@ def _as_function(ours: Any, params: Any) -> tuple[Callable, dict[str, np.ndarray
         leaves, structure = jax.tree_util.tree_flatten(params)
         names = list(flatten(params))
         assert len(names) == len(leaves)
-        rebuilt = lambda weights: jax.tree_util.tree_unflatten(structure, [weights[name] for name in names])  # noqa: E731
+        rebuilt = lambda weights: jax.tree_util.tree_unflatten(  # noqa: E731
+            structure, [weights[name] for name in names]
+        )
         return lambda weights, *inputs: ours(rebuilt(weights), *inputs), flatten(params)
     if not isinstance(ours, nnx.Module):
         raise ValueError(f"ours={type(ours).__name__}: must be an nnx module, or a function together with params=")

@@ -198,12 +198,14 @@ class MoE(nn.Module):
         range, and for a capacity below one slot.
         """
         output = self.run(
-            x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD, expert_BTK=expert_BTK
+            x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD,
+            expert_BTK=expert_BTK,
         )
         return output.y_BTD, output.stats
 
     def run(
-        self, x_BTD: Float[Tensor, "B T D"], *, keep_BTKD: Bool[Tensor, "B T K D"] | None = None, **arrays: Tensor | None
+        self, x_BTD: Float[Tensor, "B T D"], *, keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
+        **arrays: Tensor | None,
     ) -> MoEOutput:
         """All that a call computes. Arguments as in a call."""
         return moe_forward(x_BTD, self.parts(), training=self.training, keep_BTKD=keep_BTKD, **arrays)

@@ -21,8 +21,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def cast_to_compute(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
     """The parameters for a call, by name; gradients flow back to the stored parameters, in their dtype.
 
-    Each is cast as `Precision.dtype_of` says of its role. Not cast are routers, Soft MoE's phi and, unless `cast_experts`
-    is "at_once", experts. Norms become `norms`, all else `compute`.
+    Each is cast as `Precision.dtype_of` says of its role. Not cast are routers, Soft MoE's phi and, unless
+    `cast_experts` is "at_once", experts. Norms become `norms`, all else `compute`.
     """
     cast = {}
     for name, value in model.named_parameters():

@@ -17,6 +17,7 @@ class Routing(NamedTuple):
     expert_GSK: Int[Tensor, "G S K"]  # the k-th choice of each token
     weight_GSK: Float[Tensor, "G S K"]  # the weight of that expert's answer; fp32 or wider
     logits_GSE: Float[Tensor, "G S E"]  # the logits chosen from, noise included; the losses read them
+    own_GSK: Int[Tensor, "G S K"]  # the router's own choices: others than expert_GSK where another run's are replayed
 
 
 def router_logits(
@@ -120,10 +121,8 @@ def route(
     correction_bias_E: Float[Tensor, " E"] | None = None,
     expert_GSK: Int[Tensor, "G S K"] | None = None,
 ) -> Routing:
-    """Choices and weights. A given `expert_GSK` replays another run's choices, and only the weights are computed."""
+    """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
     score_GSE = expert_scores(logits_GSE, config.router)
-    if expert_GSK is None:
-        expert_GSK = select_experts(score_GSE, config, correction_bias_E)
-    else:
-        expert_GSK = expert_GSK.long()
-    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)
+    own_GSK = select_experts(score_GSE, config, correction_bias_E)
+    expert_GSK = own_GSK if expert_GSK is None else expert_GSK.long()
+    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)

@@ -23,10 +23,10 @@ def check_end(config: TrainConfig, task: Task, folder: Path) -> None:
     model = task.model
     if isinstance(model, MakeMoEConfig):
         return
-    decoder = model.config  # its cache of keys and values grows with the sample
-    positions = length + config.model.block_size
-    cache_bytes = 4 * 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * positions
-    require_memory(cache_bytes, f"sample_length={length}")
+    from jax_moe.generation.cache import cache_bytes
+
+    positions = length + config.model.block_size  # its cache may grow with the sample
+    require_memory(cache_bytes(model.config, 1, positions, "float32"), f"sample_length={length}")
     target = folder / "pretrained"
     free = not target.exists() or (target / "config.json").is_file()
     require(free, "out", str(folder), f"a folder that holds no other file or folder named {target.name}")

@@ -58,7 +58,9 @@ class GroupedAttention(nnx.Module):
     def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Rotations:
         """cos and sin of the positions."""
         length = positions.text_length
-        return rotations(positions.position_BT, config.rope, config.head_dim, jnp.dtype(dtype), length, positions.num_slots)
+        return rotations(
+            positions.position_BT, config.rope, config.head_dim, jnp.dtype(dtype), length, positions.num_slots
+        )
 
     @staticmethod
     def empty_cache(

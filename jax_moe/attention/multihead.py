@@ -25,9 +25,9 @@ def attention_weights(
 
 
 class Attention(nnx.Module):
-    """Self-attention. Parameters `query`, `key`, `value` [D, H, A] or one `qkv` [D, 3, H, A]; `out` [H, A, D], `out_bias`.
+    """Self-attention. Projections have no bias, the output has one, as in makeMoE.
 
-    Projections have no bias, the output has one, as in makeMoE.
+    Parameters: `query`, `key`, `value` [D, H, A], or one `qkv` [D, 3, H, A]; `out` [H, A, D], `out_bias` [D].
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class Attention(nnx.Module):
         """
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         sizes |= {"U": sizes["T"], **dims_of_settings(self.config, H="num_heads")}
-        given = checked(sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD)
+        given = checked(
+            sizes, mask_BT=mask_BT, attention_keep_BHTU=attention_keep_BHTU, output_keep_BTD=output_keep_BTD
+        )
         dtype, rate = x_BTD.dtype, self.config.dropout
         if self.config.projections == "per_head":
             kernel_D3HA = jnp.stack([self.query[...], self.key[...], self.value[...]], axis=1)

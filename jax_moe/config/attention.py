@@ -80,16 +80,27 @@ class RopeConfig:
         above = self.high_freq_factor > self.low_freq_factor
         require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}")
 
+    def words(self) -> str:
+        """The base, and the stretching where there is any."""
+        base = f"rotary, base {self.theta:,.0f}"
+        trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
+        return base if self.kind == "default" else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAttention:
     """What the attention of a decoder's layer must say of itself; each kind is a subclass, its module in
-    `jax_moe.attention`.
+    `jax_moe.attention.KINDS`.
     """
 
     kind: ClassVar[str] = ""
 
     model_dim: int
+
+    @property
+    def room(self) -> str:
+        """The attribute of a decoder that stacks what layers of this kind have beside their feed-forward networks."""
+        return f"blocks_{self.kind}"
 
     def stored(self) -> "LayerAttention":
         """This contract without what leaves the parameters as they are: layers that agree in it are stacked
@@ -97,13 +108,20 @@ class LayerAttention:
         """
         return self
 
+    def sizes(self) -> dict[str, int]:
+        """{name: size} of what a wrong number would make too large: none is above the number of weights in the files."""
+        return {}
+
+    def words(self) -> dict[str, list[str]]:
+        """{subject: phrases} for `describe`."""
+        return {"attention": [self.kind]}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedAttentionConfig(LayerAttention):
     """Grouped-query attention with rotary positions, as the Hugging Face decoders have it."""
 
     kind: ClassVar[str] = "grouped"
-
     num_heads: int
     num_kv_heads: int  # each serves num_heads / num_kv_heads query heads
     head_dim: int  # may differ from model_dim / num_heads
@@ -119,7 +137,9 @@ class GroupedAttentionConfig(LayerAttention):
 
     def __post_init__(self) -> None:
         check_literals(self)
-        check_positive_ints(**{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")})
+        check_positive_ints(
+            **{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")}
+        )
         heads, width = self.num_heads, self.head_dim
         require(heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={heads}")
         require(width % 2 == 0, "head_dim", width, "even (rotary embeddings turn pairs)")
@@ -133,6 +153,11 @@ class GroupedAttentionConfig(LayerAttention):
         check_within(LEAST, optional=True, clip_qkv=self.clip_qkv, attention_multiplier=self.multiplier)
 
     @property
+    def room(self) -> str:
+        """The attribute that stacks layers had before there was another kind."""
+        return "blocks"
+
+    @property
     def score_scale(self) -> float:
         """What q.k is multiplied with."""
         return self.head_dim**-0.5 if self.multiplier is None else self.multiplier
@@ -141,3 +166,23 @@ class GroupedAttentionConfig(LayerAttention):
         """Heads, biases and norms alone."""
         plain: dict = {"rope": RopeConfig(), "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
         return dataclasses.replace(self, **plain)
+
+    def sizes(self) -> dict[str, int]:
+        """The width of all heads."""
+        return {"num_heads * head_dim": self.num_heads * self.head_dim}
+
+    def words(self) -> dict[str, list[str]]:
+        """Heads, scale, window, biases, norms, clipping; and the rotation."""
+        H, J = self.num_heads, self.num_kv_heads
+        biases = [name for name, on in (("queries, keys and values", self.qkv_bias), ("the output", self.output_bias)) if on]
+        norms = {"per_head": "each head's queries and keys normed", "full_width": "queries and keys normed over their full width"}
+        told = {
+            f"{H} heads of width {self.head_dim}": True,
+            "keys and values of their own" if H == J else f"each key and value head serving {H // J}": True,
+            f"scores times {self.score_scale:.6g}": True,
+            f"a window of {self.window or 0:,} positions": self.window is not None,
+            f"biases on {' and '.join(biases)}": bool(biases),
+            norms.get(self.qk_norm, ""): self.qk_norm in norms,
+            f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
+        }
+        return {"attention": [phrase for phrase, holds in told.items() if holds], "positions": [self.rope.words()]}

@@ -4,16 +4,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, RopeConfig
 from jax_moe.config.checks import LEAST, check_flags, check_positive_ints, check_within, is_int, require
-from jax_moe.config.moe import Activation, ExpertConfig, MoEConfig
+from jax_moe.config.moe import ExpertConfig, MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """The feed-forward network of a layer without a mixture: one expert that every token meets."""
+
+    kind: ClassVar[str] = "dense"
 
     model_dim: int
     dim: int  # its width
@@ -23,6 +25,12 @@ class DenseConfig:
         check_positive_ints(model_dim=self.model_dim, dense_dim=self.dim)
         require(self.expert.shared_dim == 0, "expert.shared_dim", self.expert.shared_dim, "0 in a dense layer")
 
+    @classmethod
+    def beside(cls, moe: MoEConfig, dim: int) -> "DenseConfig":
+        """A network of that width, with the activation and biases of the mixtures in other layers."""
+        expert = dataclasses.replace(moe.expert, shared_dim=0, shared_gate=False, dropout=0.0)
+        return cls(model_dim=moe.model_dim, dim=dim, expert=expert)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
@@ -31,11 +39,12 @@ class LayerConfig:
     attention: LayerAttention
     ffn: MoEConfig | DenseConfig
 
-    def stacks(self) -> tuple[tuple[str, Any], tuple[str, Any]]:
-        """(room among a decoder's attributes, what its parameters depend on), of the attention and of the network."""
-        kind, ffn = self.attention.kind, self.ffn
-        room = "blocks" if kind == GroupedAttentionConfig.kind else f"blocks_{kind}"
-        return (room, self.attention.stored()), ("moe" if isinstance(ffn, MoEConfig) else "dense", ffn)
+
+class Stack(NamedTuple):
+    """Layers whose parameters are stacked in one attribute of a decoder."""
+
+    layers: tuple[int, ...]
+    contract: Any  # of the first one's attention or feed-forward network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,9 @@ class DecoderConfig:
         require(bool(some), "layers", type(layers).__name__, "a tuple of at least one LayerConfig")
         for one in dict.fromkeys(layers):
             for name, part in (("attention", one.attention), ("moe", one.ffn)):
-                require(part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}")
+                require(
+                    part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}"
+                )
         require(bool(self.moe_layers), "dense_layers", self.dense_layers, "fewer than all layers")
         sizes = {(one.num_experts, one.top_k) for one in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
@@ -83,35 +94,40 @@ class DecoderConfig:
         return dataclasses.replace(self, layers=tuple(map(change, self.layers)))
 
     def with_attention(self, **changes: Any) -> "DecoderConfig":
-        """The same decoder with these fields of every layer's attention changed."""
-        return self.with_layers(lambda one: dataclasses.replace(one, attention=dataclasses.replace(one.attention, **changes)))
+        """The same decoder with these fields of every layer's grouped attention changed."""
+        def changed(layer: LayerConfig) -> LayerConfig:
+            if not isinstance(layer.attention, GroupedAttentionConfig):
+                return layer
+            return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, **changes))
+
+        return self.with_layers(changed)
 
     def with_moe(self, moe: MoEConfig) -> "DecoderConfig":
         """The same decoder with this mixture in every layer that has one."""
-        return self.with_layers(lambda one: dataclasses.replace(one, ffn=moe) if isinstance(one.ffn, MoEConfig) else one)
+        return self.with_layers(
+            lambda one: dataclasses.replace(one, ffn=moe) if isinstance(one.ffn, MoEConfig) else one
+        )
 
     @cached_property
-    def stacks(self) -> dict[str, tuple[int, ...]]:
-        """{attribute of the decoder: the layers whose parameters are stacked in it}: attention first, then mixtures,
-        then dense.
+    def stacks(self) -> dict[str, Stack]:
+        """{attribute of the decoder: what is stacked in it}: attention first, then mixtures, then dense networks.
 
-        "blocks" (grouped attention and the norms), "moe", "dense"; a further stack of the same room is "blocks_2" and
-        so on.
+        "blocks" (grouped attention and the norms), "blocks_KIND" of another kind, "moe", "dense"; where parameters of
+        a kind differ, "blocks_2" and so on.
         """
         names: dict[tuple[str, Any], str] = {}
-        found: dict[str, list[int]] = {}
-        for part in (0, 1):
-            for i, layer in enumerate(self.layers):
-                room, stored = layer.stacks()[part]
-                number = sum(other == room for other, _ in names)
-                name = names.setdefault((room, stored), room if number == 0 else f"{room}_{number + 1}")
-                found.setdefault(name, []).append(i)
-        ordered = sorted(found, key=lambda name: (("blocks", "moe", "dense").index(name.split("_")[0])))
-        return {name: tuple(found[name]) for name in ordered}
+        found: dict[str, tuple[list[int], Any]] = {}
+        attention = [(i, layer.attention) for i, layer in enumerate(self.layers)]
+        for i, part in (*attention, *((i, self.layers[i].ffn) for i in (*self.moe_layers, *self.dense_layers))):
+            room, stored = (part.room, part.stored()) if isinstance(part, LayerAttention) else (part.kind, part)
+            number = sum(other == room for other, _ in names)
+            name = names.setdefault((room, stored), room if number == 0 else f"{room}_{number + 1}")
+            found.setdefault(name, ([], part))[0].append(i)
+        return {name: Stack(tuple(layers), part) for name, (layers, part) in found.items()}
 
     def stacks_of(self, layer: int) -> tuple[str, str]:
-        """The names of the two stacks that a layer is in."""
-        attention, ffn = (name for name, layers in self.stacks.items() if layer in layers)
+        """The names of the two stacks that a layer is in: of its attention, and of its feed-forward network."""
+        attention, ffn = (name for name, stack in self.stacks.items() if layer in stack.layers)
         return attention, ffn
 
     @property
@@ -144,11 +160,6 @@ class DecoderConfig:
         return next((layer.ffn.dim for layer in self.layers if isinstance(layer.ffn, DenseConfig)), 0)
 
     @property
-    def dense_activation(self) -> Activation:
-        """Of the dense layers: that of the experts."""
-        return self.moe.expert.activation
-
-    @property
     def attention(self) -> GroupedAttentionConfig:
         """The contract of the first layer with grouped attention, in most decoders that of all but for the window."""
         found = (layer.attention for layer in self.layers if isinstance(layer.attention, GroupedAttentionConfig))
@@ -174,30 +185,6 @@ class DecoderConfig:
         return self.attention.rope
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.attention.qkv_bias
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention.output_bias
-
-    @property
-    def qk_norm(self) -> Norm:
-        return self.attention.qk_norm
-
-    @property
-    def clip_qkv(self) -> float | None:
-        return self.attention.clip_qkv
-
-    @property
-    def attention_dropout(self) -> float:
-        return self.attention.dropout
-
-    @property
-    def score_scale(self) -> float:
-        return self.attention.score_scale
-
-    @property
     def sliding_layers(self) -> tuple[int, ...]:
         """The layers with a window."""
         return tuple(i for i, layer in enumerate(self.layers) if getattr(layer.attention, "window", None) is not None)
@@ -214,7 +201,9 @@ class DecoderConfig:
         if not all(isinstance(layer.attention, GroupedAttentionConfig) for layer in self.layers):
             return None
         own = {ours: getattr(self.attention, name) for ours, name in ATTENTION_FIELDS.items()}
-        layers = {name: getattr(self, name) for name in ("dense_layers", "dense_dim", "sliding_layers", "sliding_window")}
+        layers = {
+            name: getattr(self, name) for name in ("dense_layers", "dense_dim", "sliding_layers", "sliding_window")
+        }
         alike = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "layers"}
         found = GroupedDecoder(num_layers=self.num_layers, moe=self.moe, **own, **layers, **alike)
         return found if found.config() == self else None
@@ -222,8 +211,9 @@ class DecoderConfig:
 
 # Fields of `GroupedDecoder` that are of the layers' attention, and their names there
 ATTENTION_FIELDS = {
-    "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope", "qkv_bias": "qkv_bias",
-    "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv", "attention_dropout": "dropout",
+    "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope",
+    "qkv_bias": "qkv_bias", "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv",
+    "attention_dropout": "dropout",
     "attention_multiplier": "multiplier",
 }
 
@@ -277,14 +267,10 @@ class GroupedDecoder:
         own = {name: getattr(self, ours) for ours, name in ATTENTION_FIELDS.items()}
         whole = GroupedAttentionConfig(model_dim=self.model_dim, norm_eps=self.norm_eps, **own)
         sliding = dataclasses.replace(whole, window=self.sliding_window)
-        mixture: MoEConfig | DenseConfig = self.moe
-        dense_ffn = mixture
-        if self.dense_layers:
-            expert = dataclasses.replace(self.moe.expert, shared_dim=0, shared_gate=False, dropout=0.0)
-            dense_ffn = DenseConfig(model_dim=self.model_dim, dim=self.dense_dim, expert=expert)
+        without = DenseConfig.beside(self.moe, self.dense_dim) if self.dense_layers else self.moe
         layers = tuple(
             LayerConfig(
-                attention=sliding if i in self.sliding_layers else whole, ffn=dense_ffn if i in self.dense_layers else mixture
+                attention=sliding if i in self.sliding_layers else whole, ffn=without if i in self.dense_layers else self.moe
             )
             for i in range(self.num_layers)
         )
@@ -295,5 +281,6 @@ class GroupedDecoder:
 def differences(one: DecoderConfig, other: DecoderConfig) -> list[str]:
     """The fields in which two decoders differ: those of the shorthand where both have it."""
     short = one.shorthand, other.shorthand
-    pair = (one, other) if None in short else short
-    return [each.name for each in dataclasses.fields(pair[0]) if getattr(pair[0], each.name) != getattr(pair[1], each.name)]  # type: ignore[arg-type]
+    pair: Any = (one, other) if None in short else short
+    names = [field.name for field in dataclasses.fields(pair[0])]
+    return [name for name in names if getattr(pair[0], name) != getattr(pair[1], name)]

@@ -1,8 +1,8 @@
 """A contract in words, a line for each part."""
 
 from collections.abc import Sequence
+from functools import singledispatch
 
-from jax_moe.config.attention import RopeConfig
 from jax_moe.config.models import DecoderConfig, MakeMoEConfig
 from jax_moe.config.moe import CapacityConfig, MoEConfig, SoftMoEConfig
 
@@ -13,21 +13,22 @@ _PRIORITY = {
 _GROUP = {"batch": "the whole batch", "sequence": "one sequence"}
 
 
-def describe(config: MakeMoEConfig | MoEConfig | SoftMoEConfig | DecoderConfig) -> list[str]:
-    """Lines that say what the layer or model does."""
-    if isinstance(config, DecoderConfig):
-        return _decoder(config)
-    if isinstance(config, SoftMoEConfig):
-        return _soft(config)
-    if isinstance(config, MakeMoEConfig):
-        model = (
-            f"model: vocabulary {config.vocab_size}, block {config.block_size}, width {config.model_dim}, "
-            f"{config.num_layers} layers of {config.num_heads} heads"
-        )
-        return [model, *_sparse(config.moe)]
-    return _sparse(config)
+@singledispatch
+def describe(config: object) -> list[str]:
+    """Lines that say what the layer or model of a contract does."""
+    raise TypeError(f"config={type(config).__name__}: must be the contract of a layer or model")
 
 
+@describe.register
+def _makemoe(config: MakeMoEConfig) -> list[str]:
+    model = (
+        f"model: vocabulary {config.vocab_size}, block {config.block_size}, width {config.model_dim}, "
+        f"{config.num_layers} layers of {config.num_heads} heads"
+    )
+    return [model, *_sparse(config.moe)]
+
+
+@describe.register
 def _sparse(config: MoEConfig) -> list[str]:
     router, expert = config.router, config.expert
     top = f"the best {config.top_k} of {config.num_experts}"
@@ -73,26 +74,29 @@ def _capacity(config: MoEConfig, rule: CapacityConfig) -> str:
     return f"{slots} over {group}, {_PRIORITY[rule.priority]}"
 
 
+@describe.register
 def _soft(config: SoftMoEConfig) -> list[str]:
     widths = " -> ".join(map(str, config.widths))
     norms = [name for name, on in (("hidden", config.layer_norm), ("output", config.output_layer_norm)) if on]
     return [
-        f"slots: {config.num_experts} experts of {config.num_slots}; every slot mixes all tokens (not for causal models)",
+        f"slots: {config.num_experts} experts of {config.num_slots}; "
+        "every slot mixes all tokens (not for causal models)",
         *(["logits: tokens and phi of unit length, times a learned scale"] if config.normalise else []),
         f"experts: {widths}, hidden {config.hidden_activation}, output {config.output_activation}, "
         f"layer norm: {' and '.join(norms) or 'none'}, {'with' if config.residual else 'no'} residual",
     ]
 
 
+@describe.register
 def _decoder(config: DecoderConfig) -> list[str]:
     mixtures, dense = len(config.moe_layers), config.dense_layers
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
     tied = "the head is the embedding" if config.tied_embeddings else "a head of its own"
     lines = [
-        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, up to {config.max_positions:,} positions",
+        f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
+        f"up to {config.max_positions:,} positions",
         f"layers: {config.num_layers}, " + (kinds if dense else "each with a mixture"),
-        "attention: " + ", ".join(_attention(config)),
-        f"positions: {_rope(config.rope)}",
+        *_attention(config),
     ]
     multipliers = {
         "embeddings times": config.embedding_multiplier, "each half of a block times": config.residual_multiplier,
@@ -102,7 +106,8 @@ def _decoder(config: DecoderConfig) -> list[str]:
     if told:
         lines.append("multipliers: " + ", ".join(told))
     balance, router = config.moe.balance, config.moe.router
-    pooled = "f and P averaged over the layers first" if balance.pooled == "over_layers" else "the mean of the layers' losses"
+    averaged = balance.pooled == "over_layers"
+    pooled = "f and P averaged over the layers first" if averaged else "the mean of the layers' losses"
     sums = "the top-k" if balance.f_sums_to == "k" else "1"
     wide = ["in fp32" if kept == "float32" else "in the model's dtype" for kept in (router.dtype, router.weight_dtype)]
     return [
@@ -112,27 +117,24 @@ def _decoder(config: DecoderConfig) -> list[str]:
 
 
 def _attention(config: DecoderConfig) -> list[str]:
-    H, J = config.num_heads, config.num_kv_heads
-    shared = "keys and values of their own" if H == J else f"each key and value head serving {H // J}"
-    lines = [f"{H} heads of width {config.head_dim}, {shared}", f"scores times {config.score_scale:.6g}"]
-    if config.sliding_window is not None:
-        slides = config.sliding_layers
-        where = "all layers" if len(slides) == config.num_layers else numbers(slides)
-        lines.append(f"a window of {config.sliding_window:,} positions in {where}")
-    biases = [name for name, on in (("queries, keys and values", config.qkv_bias), ("the output", config.output_bias)) if on]
-    lines += [f"biases on {' and '.join(biases)}"] if biases else []
-    norms = {"per_head": "each head's queries and keys normed", "full_width": "queries and keys normed over their full width"}
-    lines += [norms[config.qk_norm]] if config.qk_norm != "none" else []
-    lines += [f"queries, keys and values clipped to +-{config.clip_qkv:g}"] if config.clip_qkv is not None else []
+    """A line for each kind of attention and subject; a phrase that not all layers of the kind say names those that do."""
+    kinds: dict[str, dict[int, dict[str, list[str]]]] = {}
+    for i, layer in enumerate(config.layers):
+        kinds.setdefault(layer.attention.kind, {})[i] = layer.attention.words()
+    lines = []
+    for said in kinds.values():
+        of = "" if len(kinds) == 1 else f" of {numbers(list(said))}"
+        phrases: dict[str, dict[str, list[int]]] = {}
+        for i, words in said.items():
+            for subject, phrase in ((subject, phrase) for subject, each in words.items() for phrase in each):
+                phrases.setdefault(subject, {}).setdefault(phrase, []).append(i)
+        lines += [
+            f"{subject}{of}: " + ", ".join(
+                phrase if len(where) == len(said) else f"{phrase} in {numbers(where)}" for phrase, where in found.items()
+            )
+            for subject, found in phrases.items()
+        ]
     return lines
-
-
-def _rope(rope: RopeConfig) -> str:
-    words = f"rotary, base {rope.theta:,.0f}"
-    if rope.kind == "default":
-        return words
-    trained = f" from {rope.original_max_positions:,} positions" if rope.original_max_positions else ""
-    return f"{words}, stretched {rope.factor:g} times{trained} ({rope.kind})"
 
 
 def numbers(layers: Sequence[int]) -> str:

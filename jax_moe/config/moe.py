@@ -8,7 +8,7 @@ those of `dims.py`. The file is longer than most so that a whole contract can be
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jax_moe.config.checks import (
     check_above_zero,
@@ -181,6 +181,8 @@ class BalanceConfig:
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """A sparse MoE layer. `jax_moe.presets` make contracts, `with_capacity` and `dataclasses.replace` change them."""
+
+    kind: ClassVar[str] = "moe"
 
     model_dim: int
     expert_dim: int

@@ -20,7 +20,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Declared:
-    """A stored array: its shape, its dims in the letters of `jax_moe/dims.py` and its role; None where nothing is said."""
+    """A stored array: shape, dims in the letters of `jax_moe/dims.py`, role. Dims or role None: not declared."""
 
     shape: tuple[int, ...]
     dims: str | None = None

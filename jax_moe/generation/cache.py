@@ -4,12 +4,16 @@ Texts end together: a shorter one begins later, at slot `start_B`, so that all w
 position counts from the text's first token. What a layer keeps is its kind of attention's own affair.
 """
 
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jax_moe.attention import kind_of
 from jax_moe.attention.positions import Positions
+from jax_moe.config.attention import LayerAttention
+from jax_moe.config.decoder import DecoderConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int
 from jax_moe.models.decoder import Decoder
 
@@ -21,15 +25,19 @@ class Cache(NamedTuple):
     mask_BU: Bool[Array, "B U"]  # False at padding
 
 
-def empty_cache(model: Decoder, start_B: Int[Array, " B"], num_slots: int, dtype: DTypeLike) -> Cache:
+def empty_cache(config: DecoderConfig, start_B: Int[Array, " B"], num_slots: int, dtype: DTypeLike) -> Cache:
     """A cache with nothing in it."""
-    config = model.config
-    contracts = {name: config.layers[layers[0]].attention for name, layers in config.stacks.items() if name.startswith("blocks")}
     kept = {
-        name: kind_of(one).empty_cache(one, len(config.stacks[name]), start_B.shape[0], num_slots, dtype)
-        for name, one in contracts.items()
+        name: kind_of(contract).empty_cache(contract, len(layers), start_B.shape[0], num_slots, dtype)
+        for name, (layers, contract) in config.stacks.items() if isinstance(contract, LayerAttention)
     }
     return Cache(kept, jnp.arange(num_slots) >= start_B[:, None])
+
+
+def cache_bytes(config: DecoderConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> int:
+    """The memory that a cache takes."""
+    cache = jax.eval_shape(lambda: empty_cache(config, jnp.zeros(batch_size, jnp.int32), num_slots, dtype))
+    return sum(math.prod(one.shape) * one.dtype.itemsize for one in jax.tree.leaves(cache))
 
 
 def prefill(
@@ -37,7 +45,7 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after the last position, and a cache of `num_slots` with the first T filled."""
     x_BTD, T = model.embed(tokens_BT), tokens_BT.shape[1]
-    cache = empty_cache(model, start_B, num_slots, x_BTD.dtype)
+    cache = empty_cache(model.config, start_B, num_slots, x_BTD.dtype)
     x_BTD, kept, _ = model.layers(x_BTD, _positions(jnp.arange(T), start_B, cache.mask_BU[:, :T]), cache.kept)
     assert kept is not None
     return model.logits(x_BTD[:, -1:])[:, 0], cache._replace(kept=kept)

@@ -1,7 +1,7 @@
 """A decoder's generation: one program reads the prompt, one loops over the new tokens; the host only waits at the end.
 
-Compiled programs serve all prompts of like length: prompts are padded on the left, and the cache on the right, to lengths
-of `bucket`. What comes out does not depend on it.
+Compiled programs serve all prompts of like length: prompts are padded on the left, and the cache on the right, to
+lengths of `bucket`. What comes out does not depend on it.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class State(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The length that is compiled for: the next multiple of a quarter of the power of two below it, and of 16 at least."""
+    """The compiled length: `length` rounded up to a multiple of 16 and of a quarter of the power of two below it."""
     step = max(1 << (max(length, 1).bit_length() - 1) >> 2, 16)
     return -(-length // step) * step
 
@@ -66,19 +66,25 @@ def generate_cached(
     """The prompt and what follows, as `generate` says; after the last stop `pad_token` fills up to max_new_tokens."""
     tokens, mask = check_prompt(model, tokens_BT, mask_BT)
     moe = model.config.moe
-    require(moe.capacity is None, "capacity", moe.capacity, "None to generate with a cache; config.moe.with_capacity(None) is")
+    require(
+        moe.capacity is None, "capacity", moe.capacity,
+        "None to generate with a cache; config.moe.with_capacity(None) is",
+    )
     pad_token = pad_token if pad_token is not None else (stop_tokens or (0,))[0]
     prompt_slots, num_slots = bucket(tokens.shape[1]), bucket(bucket(tokens.shape[1]) + max_new_tokens)
     stops = stop_tokens + (-1,) * (bucket(max(len(stop_tokens), 1)) - len(stop_tokens))
     padding = [(0, 0), (prompt_slots - tokens.shape[1], 0)]
     request = Request(
-        start_B=jnp.asarray(prompt_slots - mask.sum(axis=1), jnp.int32), prompt_slots=jnp.asarray(prompt_slots, jnp.int32),
+        start_B=jnp.asarray(prompt_slots - mask.sum(axis=1), jnp.int32),
+        prompt_slots=jnp.asarray(prompt_slots, jnp.int32),
         temperature=jnp.asarray(temperature, jnp.float32), key=None if temperature == 0 else key,
         stop_tokens=jnp.asarray(stops, jnp.int32), pad_token=jnp.asarray(pad_token, jnp.int32),
     )
     graphdef, weights = nnx.split(model)
     sampling = Sampling(temperature == 0, top_k, top_p)
-    first = _start(graphdef, weights, jnp.asarray(np.pad(tokens, padding)), request, num_slots=num_slots, sampling=sampling)
+    first = _start(
+        graphdef, weights, jnp.asarray(np.pad(tokens, padding)), request, num_slots=num_slots, sampling=sampling
+    )
     proceed = partial(_proceed, graphdef, weights, request, sampling=sampling)
     if callback is None:
         state = proceed(first[0], max_new_tokens)[0]
@@ -88,7 +94,7 @@ def generate_cached(
 
 
 def check_prompt(model: Decoder, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, 0 at padding, and mask on the host. Raises ValueError for what is not in the vocabulary or not on the left."""
+    """Tokens (0 at padding) and mask, on the host. Raises ValueError for unknown tokens and padding on the right."""
     tokens = np.asarray(tokens_BT)
     mask = np.ones(tokens.shape, bool) if mask_BT is None else np.asarray(mask_BT, bool)
     if mask.shape != tokens.shape:
@@ -99,7 +105,10 @@ def check_prompt(model: Decoder, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarr
     for row in range(len(tokens)):
         require(bool(mask[row].any()), "mask_BT", "all False", f"True somewhere: sequence {row} has no token")
         left = bool(mask[row, np.argmax(mask[row]) :].all())
-        require(left, "mask_BT", "False after a token", f"False on the left alone: sequence {row} has padding after its text")
+        require(
+            left, "mask_BT", "False after a token",
+            f"False on the left alone: sequence {row} has padding after its text",
+        )
     return tokens, mask
 
 

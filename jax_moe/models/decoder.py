@@ -17,7 +17,7 @@ from jax_moe.arrays import check_choices, check_vocabulary, checked, checked_inp
 from jax_moe.attention import kind_of
 from jax_moe.attention.positions import Positions, whole_call
 from jax_moe.config.attention import LayerAttention
-from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
+from jax_moe.config.decoder import DecoderConfig, DenseConfig
 from jax_moe.config.models import Origin
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
@@ -62,9 +62,9 @@ class Decoder(nnx.Module):
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": init}
         shape = (config.vocab_size, config.model_dim)
         self.embedding = parameter(init(rngs.params(), shape, param_dtype), "V D", "embedding")
-        for name, layers in config.stacks.items():
-            make = partial(_part, config.layers[layers[0]], name, config.norm_eps, kwargs)
-            setattr(self, name, stacked(make, rngs, len(layers), "L"))
+        for name, stack in config.stacks.items():
+            make = partial(_part, stack.contract, config.norm_eps, kwargs)
+            setattr(self, name, stacked(make, rngs, len(stack.layers), "L"))
         self.final_norm = RMSNorm(config.model_dim, config.norm_eps, param_dtype)
         if not config.tied_embeddings:
             self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
@@ -150,12 +150,16 @@ class Decoder(nnx.Module):
         parts = {name: nnx.split(getattr(self, name), of_role("expert"), ...) for name in config.stacks}
         stacks: dict[str, Any] = {name: (experts, others) for name, (_, experts, others) in parts.items()}
         through: dict[str, Any] = {}
-        if in_place:  # a layer's slice of the stacked experts would copy them all: those of all layers are numbered through
-            through = {name: jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), each[1]) for name, each in parts.items()}
+        # slicing a layer out of the stacked experts would copy them: experts of all layers get one numbering
+        if in_place:
+            through = {
+                name: jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), each[1]) for name, each in parts.items()
+            }
             stacks = {name: (None, others) for name, (_, others) in stacks.items()}
         stacks |= {"key": None if key is None else jax.random.split(key, config.num_layers), "replay": expert_LBTK}
         step = _Step(
-            model=self, graphs={name: graph for name, (graph, _, _) in parts.items()}, through=through, positions=positions,
+            model=self, graphs={name: graph for name, (graph, _, _) in parts.items()}, through=through,
+            positions=positions,
             training=training, watch=watch, in_place=in_place, shared={
                 contract: kind_of(contract).shared(contract, positions, x_BTD.dtype)
                 for contract in dict.fromkeys(layer.attention for layer in config.layers)
@@ -177,21 +181,20 @@ class Decoder(nnx.Module):
         check_vocabulary(tokens_BT, self.config.vocab_size)
 
 
-def _part(layer: LayerConfig, stack: str, norm_eps: float, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
-    """A layer's part of that stack."""
-    if stack.startswith("blocks"):
-        return Attend(layer.attention, norm_eps, rngs=rngs, **kwargs)
-    if isinstance(layer.ffn, DenseConfig):
-        return Experts(1, layer.ffn.model_dim, layer.ffn.dim, layer.ffn.expert, role="shared", rngs=rngs, **kwargs)
-    return MoE(layer.ffn, rngs=rngs, **kwargs)
+def _part(contract: Any, norm_eps: float, kwargs: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """What a layer has of that contract: a mixture, a dense network, or attention and both norms."""
+    if isinstance(contract, MoEConfig):
+        return MoE(contract, rngs=rngs, **kwargs)
+    if isinstance(contract, DenseConfig):
+        return Experts(1, contract.model_dim, contract.dim, contract.expert, role="shared", rngs=rngs, **kwargs)
+    return Attend(contract, norm_eps, rngs=rngs, **kwargs)
 
 
 def _plans(config: DecoderConfig) -> list[LayerPlan]:
     """Every layer's contract, and the stacks it has a row in."""
-    names = [[name for name, layers in config.stacks.items() if i in layers] for i in range(config.num_layers)]
-    replayed = [("replay",) if isinstance(layer.ffn, MoEConfig) else () for layer in config.layers]
+    replayed = dict.fromkeys(config.moe_layers, ("replay",))
     return [
-        LayerPlan(layer, (*own, "key", *more)) for layer, own, more in zip(config.layers, names, replayed, strict=True)
+        LayerPlan(layer, (*config.stacks_of(i), "key", *replayed.get(i, ()))) for i, layer in enumerate(config.layers)
     ]
 
 

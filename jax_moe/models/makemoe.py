@@ -40,7 +40,9 @@ class MakeMoE(nnx.Module):
         D, V = config.model_dim, config.vocab_size
         self.token_embedding = declare(nnx.Embed(V, D, **embed), "embedding", embedding="V D")
         self.position_embedding = declare(nnx.Embed(config.block_size, D, **embed), "embedding", embedding="U D")
-        make = lambda rngs: Block(config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal)  # noqa: E731
+        make = lambda rngs: Block(  # noqa: E731
+            config.block, rngs=rngs, param_dtype=param_dtype, kernel_init=kaiming_normal
+        )
         self.blocks = stacked(make, rngs, config.num_layers, "L")
         self.final_norm = layer_norm(config.model_dim, rngs, param_dtype)
         head = nnx.Linear(
@@ -105,7 +107,8 @@ class MakeMoE(nnx.Module):
 
         plans = [LayerPlan(self.config.block, tuple(stacks))] * self.config.num_layers
         y_BTD, _, found = walk(step, plans, stacks, x_BTD, remat=remat)
-        normed_BTD, stats, chosen_LBTK = self.final_norm(y_BTD).astype(y_BTD.dtype), found.pop("stats"), found.pop("expert_LBTK")
+        stats, chosen_LBTK = found.pop("stats"), found.pop("expert_LBTK")
+        normed_BTD = self.final_norm(y_BTD).astype(y_BTD.dtype)
         stages = {"embedding": x_BTD, **found, "final_norm": normed_BTD} if watch else None
         return ModelOutput(self.head(normed_BTD), stats, chosen_LBTK, stages)
 
@@ -115,5 +118,7 @@ class MakeMoE(nnx.Module):
         config = self.config
         checked_input("tokens_BT", tokens_BT)
         if not 1 <= tokens_BT.shape[1] <= config.block_size:
-            raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}")
+            raise ValueError(
+                f"tokens_BT has {tokens_BT.shape[1]} positions: must be 1 to block_size={config.block_size}"
+            )
         check_vocabulary(tokens_BT, config.vocab_size)

@@ -21,7 +21,8 @@ class ModelOutput(NamedTuple):
     logits_BTV: Float[Array, "B T V"]  # in the weights' dtype
     stats: MoEStats  # each field with a leading L
     expert_LBTK: Int[Array, "L B T K"]  # the experts every token was sent to, best first
-    stages: dict[str, Array] | None = None  # every intermediate value by name, where asked for; a layer's with a leading dim
+    # every intermediate value by name, if asked for; a layer's with a leading dim
+    stages: dict[str, Array] | None = None
 
 
 class LayerPlan(NamedTuple):
@@ -63,7 +64,8 @@ def repeated_units(kinds: Sequence[Hashable]) -> list[tuple[Sequence[Hashable], 
 
 
 def walk(
-    step: Step, plans: Sequence[LayerPlan], stacks: Mapping[str, Any], x: Array, memory: Any = None, *, remat: Remat = "none",
+    step: Step, plans: Sequence[LayerPlan], stacks: Mapping[str, Any], x: Array, memory: Any = None, *,
+    remat: Remat = "none",
     in_place: bool = False,
 ) -> tuple[Array, Any, dict[str, Any]]:
     """The last layer's x, the memory after it, and what the steps handed out by name: each with a leading dim, in
@@ -88,10 +90,14 @@ def walk(
             handed_out.setdefault(name, []).append(flat)
         first += len(unit) * count
         start.update({name: n * count for name, n in per_unit.items()})
-    return x, memory, {name: jax.tree.map(lambda *each: jnp.concatenate(each), *parts) for name, parts in handed_out.items()}
+    return x, memory, {
+        name: jax.tree.map(lambda *each: jnp.concatenate(each), *parts) for name, parts in handed_out.items()
+    }
 
 
-def _unit_step(step: Step, layers: Sequence[LayerPlan], whole: Mapping[str, Any] | None, start: Counter[str]) -> Callable:
+def _unit_step(
+    step: Step, layers: Sequence[LayerPlan], whole: Mapping[str, Any] | None, start: Counter[str]
+) -> Callable:
     """The scan's step over one unit; `whole` are the stacks to read from where no rows come with the scan."""
     per_unit = _rows_in(layers)
 
@@ -109,7 +115,9 @@ def _unit_step(step: Step, layers: Sequence[LayerPlan], whole: Mapping[str, Any]
             for name, value in found.items():
                 handed_out.setdefault(name, []).append(value)
             before.update(plan.stacks)
-        return (x, memory), {name: jax.tree.map(lambda *each: jnp.stack(each), *found) for name, found in handed_out.items()}
+        return (x, memory), {
+            name: jax.tree.map(lambda *each: jnp.stack(each), *found) for name, found in handed_out.items()
+        }
 
     return run
 

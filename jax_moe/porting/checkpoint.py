@@ -90,9 +90,9 @@ def load(
 ) -> Checkpoint:
     """A checkpoint in any form: a folder of ours or Hugging Face's, a run of train.py (its newest weights), or a file.
 
-    Files are `.pt` or `.safetensors` under a family's own names; of a training file its weights, and the optimizer's state if
-    asked for. `choices` say what a file's weights do not tell; a folder knows. Raises ValueError for what is not a whole
-    checkpoint, of no known family, or holds NaN or infinity.
+    Files are `.pt` or `.safetensors` under a family's own names; of a training file its weights, and the optimizer's
+    state if asked for. `choices` say what a file's weights do not tell; a folder knows. Raises ValueError for what is
+    not a whole checkpoint, of no known family, or holds NaN or infinity.
     """
     return load_found(open_path(path, choices), allow_nonfinite, dtype, with_optimizer)
 
@@ -168,8 +168,8 @@ def _in_order(state: dict[str, np.ndarray], order: list[str]) -> dict[str, np.nd
 def _module_for(found: Found, weights: Mapping[str, np.ndarray], dtype: np.dtype | None = None) -> nnx.Module:
     """The abstract module, in the weights' dtype unless another is given.
 
-    Raises ValueError if the contract asks for far more numbers than the weights are, before anything of that size is made or
-    named: a few missing tensors are named one by one later.
+    Raises ValueError if the contract asks for far more numbers than the weights are, before anything of that size is
+    made or named: a few missing tensors are named one by one later.
     """
     assert found.family.state is not None
     module = abstract_module(found.family.state.module, found.config, dtype or _float_dtype(weights))
@@ -234,4 +234,6 @@ def _refuse_nonfinite(path: Path, state: Mapping[str, np.ndarray], allow: bool) 
     bad = [] if allow else [name for name, value in floats.items() if not all_finite(value)]
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise ValueError(f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (allow_nonfinite=True takes them as they are)")
+        raise ValueError(
+            f"{path}: NaN or infinity in {', '.join(bad[:20])}{more} (allow_nonfinite=True takes them as they are)"
+        )

@@ -51,13 +51,14 @@ class Ported:
 
 
 def port_decoder(
-    found: Found, target: Path, to: Literal["hf", "orbax"], *, dtype: np.dtype | None, max_shard_bytes: int, overwrite: bool,
-    allow_nonfinite: bool, progress: Progress, say: Callable[[str], None], also: Callable[[Path], None] = lambda part: None,
+    found: Found, target: Path, to: Literal["hf", "orbax"], *, dtype: np.dtype | None, max_shard_bytes: int,
+    overwrite: bool, allow_nonfinite: bool, progress: Progress, say: Callable[[str], None],
+    also: Callable[[Path], None] = lambda part: None,
 ) -> Ported:
-    """Of either form, into either; verified bit for bit before it stands at `target`. `also` writes more into the folder.
+    """Ports a decoder from either form into either, verified bit for bit before the result is renamed to `target`.
 
-    Between Hugging Face folders one tensor is in memory at a time, to and from Orbax all. What goes to Hugging Face can be
-    interrupted and resumed.
+    `also` writes further files into the new folder. Between Hugging Face folders one tensor is in memory at a time; to
+    and from Orbax all tensors are. An interrupted port to a Hugging Face folder is resumed.
     """
     require(max_shard_bytes >= 1, "max_shard_bytes", max_shard_bytes, "at least 1")
     origin, model = found.origin, found.model
@@ -92,7 +93,10 @@ def _write_hf(
     room_for(target, total)
     dtypes = {name: one.dtype.name for name, one in tensors.items()}
     note = {"source": identity(source.found.folder), "dtypes": dtypes, "shards": shards}
-    with resumable(target, overwrite, replaceable, note, say) as part, progress(f"writing {target.name}", total) as advance:
+    with (
+        resumable(target, overwrite, replaceable, note, say) as part,
+        progress(f"writing {target.name}", total) as advance,
+    ):
         kept = write_shards(part, tensors, shards, advance)
         (part / "config.json").write_text(source.origin.config_json, encoding="utf-8")
         copy_others(Path(source.origin.directory), part)
@@ -101,7 +105,8 @@ def _write_hf(
 
 
 def _write_orbax(
-    source: Source, target: Path, _max_shard_bytes: int, overwrite: bool, progress: Progress, _say: Callable[[str], None],
+    source: Source, target: Path, _max_shard_bytes: int, overwrite: bool, progress: Progress,
+    _say: Callable[[str], None],
     also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = source.tensors if source.found.ours else _ours(source.plan, source.tensors)
@@ -136,7 +141,8 @@ def _ours(plan: Plan, theirs: Mapping[str, Header]) -> dict[str, Header]:
 
     grouped = ((name, list(pieces)) for name, pieces in groupby(sorted(plan.pieces, key=_of_ours), key=_of_ours))
     return {
-        name: Header(plan.ours[name].shape, theirs[pieces[0].theirs].dtype, reader(name, pieces)) for name, pieces in grouped
+        name: Header(plan.ours[name].shape, theirs[pieces[0].theirs].dtype, reader(name, pieces))
+        for name, pieces in grouped
     }
 
 

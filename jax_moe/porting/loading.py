@@ -1,4 +1,4 @@
-"""`jax_moe.load` and `jax_moe.save`: a model from whatever is at a path, and back in the form that the path's ending says."""
+"""`jax_moe.load` and `jax_moe.save`: a model from any checkpoint, and back in the form that the path's suffix names."""
 
 import os
 import warnings
@@ -25,15 +25,16 @@ from jax_moe.porting.targets import saving
 
 
 def load(
-    path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False, **choices: Any
+    path: str | os.PathLike[str], dtype: Any = None, mesh: Mesh | None = None, *, allow_nonfinite: bool = False,
+    **choices: Any,
 ) -> Any:
     """The model at `path`: MakeMoE, MoE, SoftMoE or Decoder, its contract at `.config`.
 
-    `path` is a Hugging Face folder, a folder of `save` or `jax-moe port` (Orbax too), a run of train.py, finished or not (its
-    newest weights), or a .pt or .safetensors file under the names of makeMoE, a Mixtral block, a Switch layer or Soft MoE.
-    `choices` say what a file's weights do not tell (top_k, capacity_factor, ..., as `jax-moe inspect --help` lists them); what
-    neither says is assumed as published, with a warning. `mesh` is for Hugging Face folders, as in `load_pretrained`.
-    Raises ValueError for anything that is not a whole checkpoint.
+    `path` is a Hugging Face folder, a folder of `save` or `jax-moe port` (Orbax too), a run of train.py, finished or
+    not (its newest weights), or a .pt or .safetensors file under the names of makeMoE, a Mixtral block, a Switch layer
+    or Soft MoE. `choices` say what a file's weights do not tell (top_k, capacity_factor, ..., as `jax-moe inspect
+    --help` lists them); what neither says is assumed as published, with a warning. `mesh` is for Hugging Face folders,
+    as in `load_pretrained`. Raises ValueError for anything that is not a whole checkpoint.
     """
     place = Path(path)
     found = open_path(place, _choices(choices))
@@ -46,7 +47,9 @@ def load(
     read = checkpoint.load_found(found, allow_nonfinite, None if dtype is None else float_dtype(dtype).name)
     if read.assumed:
         said = ", ".join(f"{name}={value!r}" for name, value in read.assumed.items())
-        warnings.warn(f"{place}: does not say, and assumed was {said}; jax_moe.load(path, {said}) says it", stacklevel=2)
+        warnings.warn(
+            f"{place}: does not say, and assumed was {said}; jax_moe.load(path, {said}) says it", stacklevel=2
+        )
     return read.module
 
 
@@ -56,24 +59,22 @@ def save(
 ) -> None:
     """Writes the model whole or not at all, read back bit for bit; `load` reads it.
 
-    A path that ends in .pt, .pth, .bin or .safetensors becomes a file under the original project's names; any other a folder:
-    of a Decoder a Hugging Face folder (`model_type` as in `save_pretrained`), of the others config.json and the weights.
-    `characters` go into a MakeMoE's folder, for `jax-moe generate`. Raises ValueError if `path` exists (without `overwrite`),
-    cannot be written, or is a file that could not say what the layer is.
+    A path that ends in .pt, .pth, .bin or .safetensors becomes a file under the original project's names; any other a
+    folder: of a Decoder a Hugging Face folder (`model_type` as in `save_pretrained`), of the others config.json and the
+    weights. `characters` go into a MakeMoE's folder, for `jax-moe generate`. Raises ValueError if `path` exists
+    (without `overwrite`), cannot be written, or is a file that could not say what the layer is.
     """
     place = Path(path)
-    whole = None if isinstance(model, Decoder) else Checkpoint(_family(model).name, model, characters)
-    spells = whole is not None and whole.of_characters and len(set(characters or "")) == whole.config.vocab_size
-    if characters is not None and not spells:
-        raise ValueError(f"characters={characters!r:.60}: must be a MakeMoE's vocab_size different characters, or left out")
     if isinstance(model, Decoder):
+        _check_characters(characters, None)
         if place.suffix in SUFFIXES:
             raise ValueError(f"{place}: must be a folder for a Hugging Face model, without the ending {place.suffix}")
         save_pretrained(model, place, model_type=model_type, overwrite=overwrite)
         return
+    whole = Checkpoint(_family(model).name, model, characters)
+    _check_characters(characters, whole.config.vocab_size if whole.of_characters else None)
     if model_type is not None:
         raise ValueError(f"model_type={model_type!r}: must be left out: only a Decoder has one")
-    assert whole is not None
     if place.suffix in SUFFIXES:
         if whole.record.state is not None and whole.record.state.read is None:
             raise ValueError(f"{place}: must be a folder: its contract is of no family whose file alone would tell it")
@@ -84,8 +85,13 @@ def save(
         checkpoint.save(whole, part)
 
 
+def _check_characters(characters: str | None, vocab_size: int | None) -> None:
+    if characters is not None and len(set(characters)) != vocab_size:
+        raise ValueError(f"characters={characters!r:.60}: must be a MakeMoE's vocab_size different characters, or left out")
+
+
 def _family(model: nnx.Module) -> Family:
-    """Under whose names: the family whose file together with its choices says this very contract, or can hold every one."""
+    """The family whose names to write: a file of it, with the file's choices, gives this very contract when loaded."""
     found = families_of(model)
     if not found:
         raise ValueError(f"model={type(model).__name__}: must be a MakeMoE, MoE, SoftMoE or Decoder")
@@ -101,7 +107,8 @@ def _says(family: Family, model: Any) -> bool:
         told: Any = state.config(family.name, their_shapes(model, state.table.name), choices)
     except ValueError:
         return False
-    return replace(told, dispatcher=model.config.dispatcher) == model.config  # how tokens are moved is no part of the contract
+    # how tokens are moved is no part of the contract
+    return replace(told, dispatcher=model.config.dispatcher) == model.config
 
 
 def _choices(choices: Mapping[str, Any]) -> Choices:

@@ -53,7 +53,8 @@ class Mixtures:
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers that have a mixture, those of multi-token prediction left out."""
-        found = {int(m[1]) for pattern in self._patterns("experts.") for name in self.files if (m := pattern.match(name))}
+        patterns = self._patterns("experts.")
+        found = {int(m[1]) for pattern in patterns for name in self.files if (m := pattern.match(name))}
         return tuple(sorted(i for i in found if self.count is None or i < self.count))
 
     @property
@@ -63,10 +64,11 @@ class Mixtures:
         return count if isinstance(count, int) else None
 
     def config(self, layer: int) -> MoEConfig:
-        """The contract of that layer's mixture. Raises ValueError if there is none, or for a setting that is not supported."""
+        """The contract of the layer's mixture. Raises ValueError if it has none, or for an unsupported setting."""
         if layer not in self.layers:
             dense = f"; layer {layer} has no mixture" if is_int(layer) and 0 <= layer < (self.count or 0) else ""
-            listed = ", ".join(map(str, self.layers)) or f"a layer with experts: no names here are those of {self.family.name}"
+            none = f"a layer with experts: no names here are those of {self.family.name}"
+            listed = ", ".join(map(str, self.layers)) or none
             raise ValueError(f"{self.path}: layer={layer!r}: must be one of {listed}{dense}")
         try:
             return self.family.mixture_config(self.values, layer)
@@ -123,7 +125,9 @@ class Mixtures:
 
 
 def open_mixtures(directory: Folder) -> Mixtures:
-    """What a folder says of its mixtures. Raises ValueError for a model type that is not known, before any weight is read."""
+    """What a folder says of its mixtures. Raises ValueError for a model type that is not known, before any weight is
+    read.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
@@ -141,7 +145,9 @@ def open_mixtures(directory: Folder) -> Mixtures:
 
 
 def without_decoder(path: Path) -> bool:
-    """Whether this is a Hugging Face folder of a model type of which the mixture is known, and not the whole decoder."""
+    """Whether this is a Hugging Face folder of a model type of which the mixture is known, and not the whole
+    decoder.
+    """
     if not path.is_dir() or not is_hf(path):
         return False
     model_type = read_object(path / "config.json").get("model_type")
@@ -149,7 +155,9 @@ def without_decoder(path: Path) -> bool:
 
 
 def moe_layers(directory: Folder) -> tuple[int, ...]:
-    """The numbers of the layers that have a mixture of experts. Raises ValueError for a folder of no known model type."""
+    """The numbers of the layers that have a mixture of experts. Raises ValueError for a folder of no known model
+    type.
+    """
     return open_mixtures(directory).layers
 
 
@@ -158,9 +166,9 @@ def load_moe(
 ) -> MoE:
     """The mixture of one layer of a Hugging Face folder, with its shared experts; of other layers nothing is read.
 
-    Weights keep the dtype they are stored in, unless `dtype` names another (a correction bias keeps its own all the same). On
-    a `mesh` experts are split over its expert axis. Raises ValueError (PortError for weights) for a layer without a mixture,
-    a setting that is not supported and tensors that are missing, too many, misshapen or not finite.
+    Weights keep the dtype they are stored in, unless `dtype` names another (a correction bias keeps its own all the
+    same). On a `mesh` experts are split over its expert axis. Raises ValueError (PortError for weights) for a layer
+    without a mixture, a setting that is not supported and tensors that are missing, too many, misshapen or not finite.
     """
     return read_mixture(open_mixtures(directory), layer, dtype, mesh, allow_nonfinite)
 
@@ -183,11 +191,11 @@ def read_mixture(
 
 
 def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> None:
-    """Puts a layer's weights back into the Hugging Face folder that they came from, or a copy of it, whole or not at all.
+    """Puts a layer's weights back into the Hugging Face folder that they came from, or a copy of it.
 
-    The folder's names, files and dtypes stay: the layer's tensors are replaced, under per-expert names or fused as they are
-    there, all others keep their bits. `cast` converts to the folder's dtypes; without it a differing dtype is an error. Raises
-    ValueError if the folder's config.json says another contract, or the folder cannot be written.
+    Whole or not at all. The folder's names, files and dtypes stay: the layer's tensors are replaced, under per-expert
+    names or fused as they are there, all others keep their bits. `cast` converts to the folder's dtypes; without it a
+    differing dtype is an error. Raises ValueError if config.json says another contract, or nothing can be written.
     """
     found = open_mixtures(directory)
     config = found.config(layer)
@@ -199,7 +207,8 @@ def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> 
     check(plan, headers, f"{found.path}, layer {layer} (layout {plan.table.name})")
     theirs = theirs_from(plan, {path: v[...] for path, v in stored_variables(moe).items()})
     if not cast:
-        wrong = [f"{n} is {theirs[n].dtype}, must be {h.dtype}" for n, h in headers.items() if theirs[n].dtype != h.dtype]
+        pairs = {name: (theirs[name].dtype, header.dtype) for name, header in headers.items()}
+        wrong = [f"{name} is {mine}, must be {there}" for name, (mine, there) in pairs.items() if mine != there]
         if wrong:
             raise PortError(f"{found.path}, layer {layer}", mistyped=wrong)
     _write(found, {name: _as(theirs[name], header.dtype) for name, header in headers.items()})

@@ -33,9 +33,9 @@ def load_pretrained(
     """The decoder in a folder that `transformers` or `save_pretrained` wrote.
 
     Weights keep the dtype they are stored in, unless `dtype` names another; a router's correction bias keeps its own
-    all the same. One stacked array at a time passes through host
-    memory; on a `mesh` (or the one that `jax.set_mesh` has set) experts are split over its expert axis, one device's part at
-    a time. Raises ValueError (PortError for weights) with everything that is wrong; runs no code found there.
+    all the same. One stacked array at a time passes through host memory; on a `mesh` (or the one that `jax.set_mesh`
+    has set) experts are split over its expert axis, one device's part at a time. Raises ValueError (PortError for
+    weights) with everything that is wrong; runs no code found there.
     """
     found = open_folder(Path(directory))
     model = read_pretrained(found, dtype, mesh, allow_nonfinite)
@@ -64,14 +64,16 @@ def save_pretrained(
 ) -> None:
     """Writes config.json, the weights under the family's own names and, of a loaded model, the tokenizer's files.
 
-    Whole or not at all. The folder may be there if it is empty; one with a checkpoint in it is replaced with `overwrite`;
-    missing parents are made. `model_type` names the family of a decoder that was not loaded. Raises ValueError if the folder
-    holds anything else or cannot be written, or if the family cannot say this contract.
+    Whole or not at all. The folder may be there if it is empty; one with a checkpoint in it is replaced with
+    `overwrite`; missing parents are made. `model_type` names the family of a decoder that was not loaded. Raises
+    ValueError if the folder holds anything else or cannot be written, or if the family cannot say this contract.
     """
     path = Path(directory)
     origin = model.origin
     if model_type is None and origin is None:
-        raise ValueError(f"model_type=None: must be one of {', '.join(decoder_names())} for a decoder that was not loaded")
+        raise ValueError(
+            f"model_type=None: must be one of {', '.join(decoder_names())} for a decoder that was not loaded"
+        )
     family = family_named(model_type or origin.model_type)  # type: ignore[union-attr]
     loaded = origin if origin is not None and origin.model_type == family.name else None
     values = family.values(model.config) if loaded is None else parse_json(loaded.config_json, "config.json")

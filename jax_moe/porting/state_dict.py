@@ -40,11 +40,13 @@ def from_torch(layer: Module, state: Mapping[str, Any], *, layout: str | None = 
 
 
 def _refuse_far_larger(layer: nnx.Module, variables: Mapping[str, nnx.Variable], there: int) -> None:
-    """Raises ValueError where the layer has so many more tensors than are there that to list the missing ones takes gigabytes."""
+    """Raises ValueError if so many tensors are missing that listing them would take gigabytes."""
     here = sum(math.prod(v.shape[:-2]) for v in variables.values())  # a name for each layer, expert, head
     if here > 100 * (there + 100):
         name = type(layer).__name__
-        raise ValueError(f"cannot load into {name}: its contract has about {here:,} tensors, another model's {there:,} are there")
+        raise ValueError(
+            f"cannot load into {name}: its contract has about {here:,} tensors, another model's {there:,} are there"
+        )
 
 
 def load_ours(layer: Module, weights: Mapping[str, np.ndarray]) -> Module:
@@ -110,7 +112,7 @@ def kept_names(layer: nnx.Module, names: Iterable[str], layout: str | None = Non
 
 
 def _choose_plan(layer: nnx.Module, ours: Mapping[str, Declared], names: set[str] | None, layout: str | None) -> Plan:
-    """The named table's plan; else the first that names all our weights or, with names given, the one nearest to them."""
+    """The named table's plan; else the first that covers all our weights or, given names, the plan nearest to them."""
     tables = tables_of(layer)
     if layout is not None:
         known = [table for table in tables if table.name == layout]
@@ -170,7 +172,8 @@ def _to_numpy(value: Any) -> np.ndarray:
 def _place(value: np.ndarray, like: nnx.Variable, path: str) -> jax.Array:
     """A jax array where the old one lay. Raises PortError rather than let jax narrow fp64 to fp32."""
     sharding = getattr(like.get_value(), "sharding", None)
-    spread = sharding is not None and len(sharding.device_set) > 1  # one device: stay uncommitted, as freshly made weights are
+    # one device: stay uncommitted, as freshly made weights are
+    spread = sharding is not None and len(sharding.device_set) > 1
     placed = jax.device_put(np.array(value), sharding) if spread else jnp.array(value)
     if placed.dtype != value.dtype:
         raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=[f"{path} is {value.dtype}"])
@@ -179,7 +182,9 @@ def _place(value: np.ndarray, like: nnx.Variable, path: str) -> jax.Array:
 
 def abstract_module(kind: type[Module], config: Any, dtype: np.dtype) -> Module:
     """The module with shapes and dtypes but no numbers yet; `from_torch` fills it."""
-    return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))  # type: ignore[call-arg]
+    return nnx.eval_shape(
+        lambda: kind(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype))  # type: ignore[call-arg]
+    )
 
 
 def abstract_decoder(config: DecoderConfig, origin: Origin | None = None) -> Decoder:

@@ -1,4 +1,4 @@
-"""Where Python code saves to: as `files.writing`, with an empty folder and missing parents allowed, and Python's words."""
+"""Where Python code saves to: as `files.writing`, but empty folders and missing parents are allowed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +9,7 @@ from jax_moe.disk import writing
 
 @contextmanager
 def saving(path: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """A path to write to, renamed to `path` at the end and removed on any error, with the parents that were made for it.
+    """A path to write to: renamed to `path` at the end; on any error removed together with the parents made for it.
 
     Raises ValueError if `path` is more than an empty folder and may not be overwritten (`replaceable` says what is a
     checkpoint), is the working folder, or cannot be written.

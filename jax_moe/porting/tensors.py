@@ -12,7 +12,8 @@ EXPONENT = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 CHUNK = 1 << 18  # bytes looked at a time: they stay in the cache
 
 DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
 

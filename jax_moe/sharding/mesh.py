@@ -35,7 +35,10 @@ def expert_mesh(num_expert_devices: int, num_data_devices: int = 1) -> Mesh:
     devices, wanted = jax.local_devices(), num_expert_devices * num_data_devices
     require(num_expert_devices >= 1, "num_expert_devices", num_expert_devices, "at least 1")
     require(num_data_devices >= 1, "num_data_devices", num_data_devices, "at least 1")
-    require(wanted <= len(devices), "num_expert_devices * num_data_devices", wanted, f"at most {len(devices)}, the devices here")
+    require(
+        wanted <= len(devices), "num_expert_devices * num_data_devices", wanted,
+        f"at most {len(devices)}, the devices here",
+    )
     shape = (num_data_devices, num_expert_devices)
     return jax.make_mesh(shape, (DATA_AXIS, EXPERT_AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 

@@ -26,7 +26,8 @@ def place(
     sharding = weight_split(mesh, array)
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        holders.setdefault(tuple(one.indices(size)[:2] for one, size in zip(index or (), shape, strict=True)), []).append(device)
+        bounds = tuple(span.indices(size)[:2] for span, size in zip(index or (), shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
     pieces = []
     for bounds, devices in holders.items():
         value = part(tuple(slice(*one) for one in bounds))
@@ -35,13 +36,16 @@ def place(
 
 
 def fetch(array: Any, index: tuple) -> np.ndarray:
-    """array[index] on the host, for integers and whole slices; of an array that lies in pieces or off the host only that part.
+    """array[index] on the host, for integers and whole slices; from a sharded or device array only that part is copied.
 
     Raises ValueError if a part of it is on no device of this process.
     """
     if not isinstance(array, jax.Array):
         return np.asarray(array)[index]
-    require(array.is_fully_addressable, "array.is_fully_addressable", False, "True: gather a model that other hosts hold too")
+    require(
+        array.is_fully_addressable, "array.is_fully_addressable", False,
+        "True: gather a model that other hosts hold too",
+    )
     return np.asarray(array)[index] if array.is_fully_replicated and _on_host(array) else _gathered(array, index)
 
 
@@ -51,7 +55,8 @@ def _gathered(array: jax.Array, index: tuple) -> np.ndarray:
     for shard in array.addressable_shards:
         spans = [slice(*one.indices(size)[:2]) for one, size in zip(shard.index, array.shape, strict=True)]
         pairs = list(zip(index, spans, strict=True))
-        if shard.replica_id == 0 and all(isinstance(one, slice) or span.start <= one < span.stop for one, span in pairs):
+        here = all(isinstance(one, slice) or span.start <= one < span.stop for one, span in pairs)
+        if shard.replica_id == 0 and here:
             inside = tuple(one if isinstance(one, slice) else one - span.start for one, span in pairs)
             piece = np.asarray(shard.data)[inside] if _on_host(array) else np.asarray(shard.data[inside])
             value[tuple(spans[axis] for axis in kept)] = piece

@@ -14,7 +14,7 @@ WHOLE: frozenset[Role] = frozenset({"router", "correction"})  # every device rou
 
 
 def weight_split(mesh: AnyMesh, array: Declared, rules: Rules = RULES) -> NamedSharding:
-    """Each dim over the axis that the rules name, if the mesh has it and it divides the dim; whole on every device otherwise.
+    """The partition: a dim is split over its rule's axis if the mesh has the axis and its size divides the dim.
 
     Raises ValueError for a tensor of which two dims lie on one axis.
     """
@@ -24,7 +24,9 @@ def weight_split(mesh: AnyMesh, array: Declared, rules: Rules = RULES) -> NamedS
     for axis in filter(None, axes):
         if axes.count(axis) > 1:
             both = " and ".join(letter for letter in array.letters if rules.get(letter) == axis)
-            raise ValueError(f"dims={array.dims!r}: must have one dim at most on axis {axis!r}, which the rules give to {both}")
+            raise ValueError(
+                f"dims={array.dims!r}: must have one dim at most on axis {axis!r}, which the rules give to {both}"
+            )
     fits = [axis if size % mesh.shape.get(axis, 1) == 0 else None for axis, size in zip(axes, array.shape, strict=True)]
     used = [axis if axis is not None and mesh.shape.get(axis, 1) > 1 else None for axis in fits]
     return NamedSharding(mesh, PartitionSpec(*used)) if any(used) else replicated(mesh)

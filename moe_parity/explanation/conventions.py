@@ -89,7 +89,7 @@ def _allowed(module: nnx.Module, convention: Convention) -> bool:
 
 def moe_fields(module: nnx.Module) -> Iterator[Convention]:
     """A convention for every other value of the contract's fields."""
-    config = next(_parts(module, MoE)).config
+    config = _parts(module, MoE)[0].config
     for path, values in MOE_FIELDS.items():
         part, name = path.split(".")
         holder = getattr(config, part)
@@ -104,8 +104,8 @@ def _moe_field(part: str, name: str, value: object, module: nnx.Module) -> None:
 
     for layer in _parts(module, MoE):
         layer.config = replaced(layer.config)
-    if isinstance(module, Decoder):  # its pooled balance loss reads the decoder's config
-        module.config = module.config.with_moe(replaced(module.config.moe))
+    for decoder in _found(module, Decoder):  # its pooled balance loss reads the decoder's config
+        decoder.config = decoder.config.with_moe(replaced(decoder.config.moe))
 
 
 def expert_weights() -> Iterator[Convention]:
@@ -155,9 +155,10 @@ def _experts_reversed(module: nnx.Module) -> None:
 
 
 def _norm_eps(eps: float, module: nnx.Module) -> None:
-    norms = [*_parts(module, RMSNorm), *_parts(module, nnx.LayerNorm)]
-    for norm in norms:
-        setattr(norm, "eps" if isinstance(norm, RMSNorm) else "epsilon", eps)
+    for norm in _found(module, RMSNorm):
+        norm.eps = eps
+    for norm in _found(module, nnx.LayerNorm):
+        norm.epsilon = eps
 
 
 def _scores(apply: Callable[[str, nnx.Module], None]) -> Iterator[Convention]:
@@ -167,8 +168,8 @@ def _scores(apply: Callable[[str, nnx.Module], None]) -> Iterator[Convention]:
 
 
 def _multiplier(power: str, module: nnx.Module) -> None:
-    assert isinstance(module, Decoder)
-    module.config = module.config.with_attention(multiplier=getattr(module.config.attention, power) ** -0.5)
+    for decoder in _parts(module, Decoder):
+        decoder.config = decoder.config.with_attention(multiplier=getattr(decoder.config.attention, power) ** -0.5)
 
 
 def _scale(power: str, module: nnx.Module) -> None:
@@ -192,8 +193,8 @@ def rotary() -> Iterator[Convention]:
 
 
 def _rope(change: Mapping[str, Any], module: nnx.Module) -> None:
-    assert isinstance(module, Decoder)
-    module.config = module.config.with_attention(rope=dataclasses.replace(module.config.rope, **change))
+    for decoder in _parts(module, Decoder):
+        decoder.config = decoder.config.with_attention(rope=dataclasses.replace(decoder.config.rope, **change))
 
 
 def _paired_anew(inverse: bool, module: nnx.Module) -> None:
@@ -212,8 +213,13 @@ def _paired_anew(inverse: bool, module: nnx.Module) -> None:
                 scale[...] = heads[..., order].reshape(scale.shape)
 
 
-def _parts(module: nnx.Module, kind: type) -> Iterator[Any]:
-    found = [part for _, part in nnx.iter_modules(module) if isinstance(part, kind)]
+def _found(module: nnx.Module, kind: type) -> list[Any]:
+    return [part for _, part in nnx.iter_modules(module) if isinstance(part, kind)]
+
+
+def _parts(module: nnx.Module, kind: type) -> list[Any]:
+    """As `_found`. Raises AttributeError if there is none."""
+    found = _found(module, kind)
     if not found:
         raise AttributeError(f"{type(module).__name__} has no {kind.__name__}")
-    return iter(found)
+    return found

@@ -27,7 +27,9 @@ def tap_model(model: Decoder | MakeMoE, tokens_BT: Int[Any, "B T"], replay_LBTK:
     """
     model.check_tokens(tokens_BT)  # before int32 makes another token of a large number
     stages = _watched_model(*nnx.split(model), jnp.asarray(tokens_BT), replay_LBTK)
-    before, after = ({Place(kind): stages.pop(kind) for kind in kinds} for kinds in (("embedding",), ("final_norm", "logits")))
+    before, after = (
+        {Place(kind): stages.pop(kind) for kind in kinds} for kinds in (("embedding",), ("final_norm", "logits"))
+    )
     num_layers = model.config.num_layers
     mixtures: Sequence[int] = range(num_layers)
     if isinstance(model, Decoder):

@@ -23,7 +23,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """What a command that must succeed prints; nothing on stderr but what was assumed of a file."""
     assert main([str(argument) for argument in arguments]) == 0
     streams = capsys.readouterr()
-    assert [line for line in streams.err.splitlines() if ": assumed, as the file does not store them: " not in line] == []
+    assert [
+        line for line in streams.err.splitlines() if ": assumed, as the file does not store them: " not in line
+    ] == []
     return streams.out
 
 
@@ -40,7 +42,9 @@ def command(*arguments: object, before: str = "") -> subprocess.CompletedProcess
     words = ["jax-moe", *map(str, arguments)]
     code = f"{before}\nimport sys\nfrom moe_cli.main import main\nsys.argv = {words!r}\nsys.exit(main())"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 def names(folder: Path) -> set[str]:

@@ -21,7 +21,9 @@ from parity_tests.porting.porting_cases import STATES, drawn, makemoe_state, mix
 
 def switch_state(dtype: str = "float32") -> dict[str, np.ndarray]:
     """Switch Transformers' sparse layer as transformers names it: 4 experts, width 8, expert width 6."""
-    experts = {f"experts.expert_{e}.{name}.weight": shape for e in range(4) for name, shape in (("wi", (6, 8)), ("wo", (8, 6)))}
+    experts = {
+        f"experts.expert_{e}.{name}.weight": shape for e in range(4) for name, shape in (("wi", (6, 8)), ("wo", (8, 6)))
+    }
     return drawn({"router.classifier.weight": (4, 8), **experts}, dtype, seed=0)
 
 
@@ -59,7 +61,8 @@ def test_inspect_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
     count = sum(value.size for name, value in makemoe_state().items() if "tril" not in name)
     for words in (
         f"makemoe, {count:,} parameters, float32", "vocabulary 11, block 4, width 8, 3 layers of 2 heads",
-        "the best 2 of 4, then softmax over them, with bias", "learned softplus noise on the logits, also at evaluation",
+        "the best 2 of 4, then softmax over them, with bias",
+        "learned softplus noise on the logits, also at evaluation",
         "floor(tokens K / experts * 1.0)", "tensors: ", "; --names lists them",
     ):
         assert words in out, words
@@ -70,7 +73,7 @@ def test_inspect_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_switch_layer_and_its_capacity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By default transformers' 64 slots; or so many, or the paper's factor, or none dropped. bf16 and a router's bias return."""
+    """Capacity: transformers' 64 slots by default, a number, the paper's factor, dropless. bf16 and a bias survive."""
     state = switch_state("bfloat16")
     state["router.classifier.bias"] = state["router.classifier.weight"][:, 0].copy()
     source = tmp_path / "a.safetensors"

@@ -128,7 +128,9 @@ def test_settings_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "dropout: must be a setting of mixtral" in fails(capsys, "port", source, tmp_path / "f", "--dropout", "0.1")
     assert main(["port", str(source), str(tmp_path / "f")]) == 0
     capsys.readouterr()
-    assert "top_k: must be left out for a folder" in fails(capsys, "port", tmp_path / "f", tmp_path / "g", "--top-k", "1")
+    assert "top_k: must be left out for a folder" in fails(
+        capsys, "port", tmp_path / "f", tmp_path / "g", "--top-k", "1"
+    )
     assert "must be a makeMoE language model" in fails(capsys, "generate", tmp_path / "f")
 
 

@@ -20,14 +20,15 @@ from parity_tests.cli.commands import command, fails, run
 from parity_tests.porting.decoder_cases import CONFIGS, decoder, weights
 
 MIXTRAL_8X7B = {
-    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000, "rope_theta": 1e6,
-    "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "router_aux_loss_coef": 0.02, "torch_dtype": "bfloat16",
+    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "vocab_size": 32000, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768,
+    "router_aux_loss_coef": 0.02, "torch_dtype": "bfloat16",
 }
 
 
 def holes(folder: Path, values: dict[str, Any], shards: int) -> Path:
-    """A folder of those sizes in bf16 whose files are headers and then nothing: no disk, and no weight that could be read."""
+    """A folder of those sizes in bf16 whose sparse files hold headers only: they take no disk, and hold no weights."""
     family = family_named(values["model_type"])
     config = family.config(values)
     plan = make_plan(family.on_disk(config), declared(abstract_decoder(config)))
@@ -75,9 +76,10 @@ def test_inspect_counts_the_published_mixtral(mixtral: Path, capsys: pytest.Capt
     for what, sizes in expected.items():
         assert re.findall(r"[\d.]+", rows[what]) == [f"{size / 2**30:.1f}" for size in sizes], what
     for words in (
-        f"mixtral, {total:,} parameters, {active:,} of them active", "19 files, 87.0 GiB, 995 tensors", "87.0 GiB bfloat16",
-        "32 heads of width 128, each key and value head serving 4", "softmax over all, then the best 2 of 8",
-        "weights: divided by their sum", "8 of 4096 -> 14336 -> 4096, gated silu", "f summing to the top-k",
+        f"mixtral, {total:,} parameters, {active:,} of them active", "19 files, 87.0 GiB, 995 tensors",
+        "87.0 GiB bfloat16", "32 heads of width 128, each key and value head serving 4",
+        "softmax over all, then the best 2 of 8", "weights: divided by their sum",
+        "8 of 4096 -> 14336 -> 4096, gated silu", "f summing to the top-k",
         "precision: router in the model's dtype, its weights in fp32",
     ):
         assert words in out, words
@@ -93,13 +95,17 @@ def test_inspect_reads_no_weight_and_loads_no_framework_of_theirs(mixtral: Path)
 
 
 WORDS = {
-    "mixtral": ["a window of 3 positions in all layers", "rotary, base 1,000,000", "layers: 3, each with a mixture"],
+    "mixtral": ["a window of 3 positions, ", "rotary, base 1,000,000", "layers: 3, each with a mixture"],
     "qwen2_moe": [
         "2 with a mixture, 1 dense of width 5 (layer 1)", "a window of 3 positions in layers 0, 2",
         "shared expert: width 4, behind a sigmoid gate", "biases on queries, keys and values",
     ],
-    "qwen3_moe": ["each head's queries and keys normed", "stretched 2 times from 8 positions (yarn)", "2 dense of width 5"],
-    "olmoe": ["normed over their full width", "clipped to +-3.5", "weight 0.02", "queries, keys and values and the output"],
+    "qwen3_moe": [
+        "each head's queries and keys normed", "stretched 2 times from 8 positions (yarn)", "2 dense of width 5"
+    ],
+    "olmoe": [
+        "normed over their full width", "clipped to +-3.5", "weight 0.02", "queries, keys and values and the output"
+    ],
     "granitemoe": [
         "the head is the embedding", "scores times 0.2",
         "embeddings times 2, each half of a block times 0.5, logits divided by 3",
@@ -116,7 +122,9 @@ def test_inspect_says_the_contract(model_type: str, tmp_path: Path, capsys: pyte
     out = run(capsys, "inspect", tmp_path / "model")
     for words in WORDS[model_type]:
         assert words in out, words
-    assert config_from_json(DecoderConfig, json.loads(json.dumps(config_to_json(model.config))), "config") == model.config
+    assert (
+        config_from_json(DecoderConfig, json.loads(json.dumps(config_to_json(model.config))), "config") == model.config
+    )
 
 
 def test_inspect_on_chosen_devices_and_with_names(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

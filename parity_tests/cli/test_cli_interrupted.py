@@ -27,7 +27,9 @@ def test_interrupted_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.Cap
     assert not target.exists()
     assert "2 left by an interrupted port" in run(capsys, "port", whole, target, *PORT)
     same_folders(target, expected)
-    assert {file.name: file.read_bytes() for file in target.iterdir()} == {f.name: f.read_bytes() for f in expected.iterdir()}
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == {
+        f.name: f.read_bytes() for f in expected.iterdir()
+    }
     assert names(tmp_path) == {"expected", "target"}
 
 
@@ -38,7 +40,9 @@ def test_interrupted_before_anything_is_there(whole: Path, tmp_path: Path, capsy
     assert capsys.readouterr().err == "jax-moe: interrupted\n" and names(tmp_path) == set()
 
 
-def test_a_finished_shard_that_changed_is_written_again(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_shard_that_changed_is_written_again(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "target"
     with pytest.MonkeyPatch.context() as patch:
         stop_before(3, interrupt, patch)

@@ -1,4 +1,4 @@
-"""`jax-moe parity` on Hugging Face folders: the answer, a planted fault, and what it says where the reference is missing."""
+"""`jax-moe parity` on Hugging Face folders: the report, a planted fault, and the message without the reference."""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return case_folder("mixtral", tmp_path_factory.mktemp("theirs") / "model")
 
 
-def test_parity_with_transformers(theirs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within tolerance as it is, from an Orbax folder of it; with one expert's gate and up exchanged on our side it is not."""
+def test_parity_with_transformers(
+    theirs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within tolerance, also from an Orbax folder; not if an expert's gate and up are exchanged on the JAX side."""
     orbax = theirs.parent / "orbax"
     assert main(["port", str(theirs), str(orbax)]) == 0
     assert main(["parity", str(orbax), "--num-tokens", "9"]) == 0

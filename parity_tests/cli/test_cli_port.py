@@ -72,7 +72,9 @@ def test_small_families_by_orbax(family: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_shards_and_dtype(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run(capsys, "port", whole, tmp_path / "narrow", "--to", "hf", "--dtype", "bfloat16", "--max-shard-bytes", "1500")
+    out = run(
+        capsys, "port", whole, tmp_path / "narrow", "--to", "hf", "--dtype", "bfloat16", "--max-shard-bytes", "1500"
+    )
     shards = [read_safetensors(file) for file in sorted((tmp_path / "narrow").glob("*.safetensors"))]
     assert f"{len(shards)} shards, read back bit for bit" in out and len(shards) > 4
     assert all(len(shard) == 1 or sum(value.nbytes for value in shard.values()) <= 1500 for shard in shards)
@@ -81,7 +83,8 @@ def test_shards_and_dtype(whole: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert {value.dtype.name for value in found.values()} == {"bfloat16"}
     check_exact(found, expected, "converted")
     index = json.loads((tmp_path / "narrow" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == found.keys() and index["metadata"]["total_size"] == sum(v.nbytes for v in found.values())
+    assert index["weight_map"].keys() == found.keys()
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in found.values())
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
     assert (tmp_path / "narrow" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "narrow" / "modeling_evil.py").exists()
@@ -91,7 +94,9 @@ def test_shards_and_dtype(whole: Path, tmp_path: Path, capsys: pytest.CaptureFix
     same_folders(tmp_path / "same", whole)
 
 
-def test_a_folder_takes_its_own_place(folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_takes_its_own_place(
+    folder: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "exists already; --overwrite" in fails(capsys, "port", folder, folder, "--to", "hf")
     run(capsys, "port", folder, folder, "--to", "hf", "--overwrite")
     same_folders(folder, whole)
@@ -104,7 +109,7 @@ def test_a_folder_takes_its_own_place(folder: Path, whole: Path, tmp_path: Path,
 
 
 def test_memory_of_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 17 MB the largest tensor is 2.1 MB: what reading, writing and comparing add to memory stays under two of it."""
+    """The largest of 17 MB is a tensor of 2.1 MB: reading, writing and comparing add less than twice that to memory."""
     moe = presets.mixtral(128, 256, 11, 2)
     model = decoder("mixtral", vocab_size=4096, model_dim=128, moe=moe, sliding_window=None, sliding_layers=())
     jax_moe.save_pretrained(model, tmp_path / "big", model_type="mixtral")

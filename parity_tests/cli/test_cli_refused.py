@@ -106,7 +106,9 @@ def test_places_that_do_not_fit(whole: Path, folder: Path, tmp_path: Path, capsy
         ((folder, tmp_path / "out", "--to", "hf", "--max-shard-bytes", "0"), "max_shard_bytes=0: must be at least 1"),
     ):
         assert words in fails(capsys, "port", *arguments), arguments
-    assert "must end in one of" in fails(capsys, "parity", file) and "must end in one of" in fails(capsys, "inspect", file)
+    assert (
+        "must end in one of" in fails(capsys, "parity", file) and "must end in one of" in fails(capsys, "inspect", file)
+    )
     write_state(tmp_path / "a.safetensors", STATES["mixtral"]())
     line = fails(capsys, "port", tmp_path / "a.safetensors", tmp_path / "out", "--to", "hf")
     assert "is not a Hugging Face model: --to must be torch" in line
@@ -120,7 +122,9 @@ def test_no_space_is_said_before_anything_is_written(
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for to in ("hf", "orbax"):
         line = fails(capsys, "port", whole, tmp_path / "out", "--to", to)
-        assert re.search(r"No space left on device: needs [\d,]+ bytes, 1,000 are free", line) and names(tmp_path) == set()
+        assert (
+            re.search(r"No space left on device: needs [\d,]+ bytes, 1,000 are free", line) and names(tmp_path) == set()
+        )
 
 
 def test_a_disk_that_fills_leaves_nothing(
@@ -134,8 +138,10 @@ def test_a_disk_that_fills_leaves_nothing(
     assert "cannot be written (No space left on device)" in line and names(tmp_path) == set()
 
 
-def test_a_file_that_the_system_refuses_leaves_nothing(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real refusal, by the system's limit on a file's size; Orbax in a process of its own, for what its threads say late."""
+def test_a_file_that_the_system_refuses_leaves_nothing(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real refusal, by the system's limit on file size; Orbax in a subprocess, as its threads print late."""
     refused = f"jax-moe: error: {tmp_path / 'out'}: cannot be written (File too large)\n"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))

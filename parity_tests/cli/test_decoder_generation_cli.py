@@ -1,4 +1,4 @@
-"""`jax-moe generate` on a Hugging Face folder: text through its tokenizer, numbers without one, one line for what is wrong."""
+"""`jax-moe generate` on a Hugging Face folder: text with a tokenizer, tokens without, one line for each error."""
 
 import json
 import shutil
@@ -60,7 +60,9 @@ def test_text_numbers_and_stops(folder: Path, capsys: pytest.CaptureFixture[str]
     prompt = [0, *tokenizer.encode("the queen", add_special_tokens=False).ids]
     assert tokenizer.encode("the queen").ids == prompt
     model = jax_moe.load_pretrained(folder)
-    tokens = np.asarray(jax_moe.generate(model, np.asarray([prompt], np.int32), max_new_tokens=8, temperature=0))[0].tolist()
+    tokens = np.asarray(jax_moe.generate(model, np.asarray([prompt], np.int32), max_new_tokens=8, temperature=0))[
+        0
+    ].tolist()
     expected = tokenizer.decode(tokens)
     assert run(capsys, folder, "--prompt", "the queen") == expected + "\n"
     numbers = ",".join(map(str, prompt))

@@ -1,31 +1,36 @@
-"""The table of docs/families.md: `python -m parity_tests.families [--update] [model types]`."""
+"""Measures the cells of docs/families.md: `python -m parity_tests.families [--update] [model types, or all]`."""
 
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import transformers
+
 from parity_tests.families.cases import CASES
 from parity_tests.families.checks import COLUMNS, Runs
+from parity_tests.families.page import PAGE, page, stored
 
 
-def main() -> None:
-    """Measures and prints every cell."""
-    asked = [word for word in sys.argv[1:] if not word.startswith("-")] or list(CASES)
+def measure(name: str, room: Path) -> dict[str, float]:
+    """{column: error} of one model type. Raises MismatchError if one is beyond its limit."""
+    runs = Runs(CASES[name], room)
+    return {column.name: column(runs) for column in COLUMNS if not column.lacks(runs.case)}
+
+
+def main(words: list[str]) -> None:
+    """Prints the cells; with --update writes the document."""
+    transformers.utils.logging.disable_progress_bar()
+    names, measured = [word for word in words if word != "--update"] or list(CASES), {}
     with tempfile.TemporaryDirectory() as room:
-        for name in asked:
-            runs, cells, began = Runs(CASES[name], Path(room)), [], time.process_time()
-            for column in COLUMNS:
-                if column.lacks(runs.case):
-                    cells.append("-")
-                    continue
-                try:
-                    cells.append(f"{column(runs):.0e}")
-                except Exception as error:
-                    cells.append("FAIL")
-                    print(f"   {name} / {column.name}: {type(error).__name__}: {str(error)[:600]}")
-            print(f"{name:18} {time.process_time() - began:5.1f}s  {' '.join(cells)}", flush=True)
+        for name in names:
+            began = time.process_time()
+            measured[name] = measure(name, Path(room))
+            cells = " ".join(f"{error:.0e}" for error in measured[name].values())
+            print(f"{name:20} {time.process_time() - began:5.1f} s  {cells}", flush=True)
+    if "--update" in words:
+        PAGE.write_text(page({**stored(), **measured}, transformers.__version__), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -27,16 +27,20 @@ class Case:
     top: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # settings beside the text model's, of one shape each
     model: str = "ForCausalLM"  # the class of a whole model; empty: none is made, for a `reason` in words
     reason: str = ""
+    alone: str = ""  # the type of the text model by itself, of which the whole model is then
+    of_whole: bool = False  # whether the module takes the whole configuration, not the part with its sizes
     balance: bool = False  # whether transformers has a balance loss, and it counts the choices that are made
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
 
-    def values(self, shape: int) -> dict[str, Any]:
-        """The settings of a tiny whole model."""
+    def values(self, shape: int, alone: bool = False) -> dict[str, Any]:
+        """The settings of a tiny whole model, or of its text model alone."""
         D, F, E, K = SHAPES[shape][1]
         experts, width, choices = self.sizes.split()
         sizes = {"hidden_size": D, experts: E, width: F, choices: K}
         values = {**TINY, **sizes, **self.settings, **self.others[shape]}
+        if alone:
+            return values
         for word in reversed(self.nested.split(".") if self.nested else []):
             values = {word: values}
         return {**values, **self.top[shape]}
@@ -65,6 +69,7 @@ ADAPTED = tuple(
     {"vision_config": {"adapter_out_dim": sizes[0]}, "audio_config": {"adapter_output_size": sizes[0]}}
     for _, sizes in SHAPES
 )
+DBRX = {"n_heads": 2, "n_layers": 2, "max_seq_len": 16, "attn_config": {"kv_n_heads": 1, "rope_theta": 100.0}}
 AROUND = "a tiny vision model around the text model is not made"
 
 
@@ -109,7 +114,7 @@ CASES = {one.model_type: one for one in (
     granite("granitemoehybrid", "GraniteMoeHybrid", mamba_n_heads=2, layer_types=["linear_attention", FULL[0]]),
     granite("granitemoe_swa", "GraniteMoeSWA"),
     Case("aria", "AriaText", "MoELayer", "moe_num_experts intermediate_size moe_topk", {"moe_num_shared_experts": 2},
-         nested="text_config", model="", reason=AROUND),
+         nested="text_config", alone="aria_text"),
     v3("deepseek_v3", "DeepseekV3", settings=DENSE_FIRST),
     v3("deepseek_v32", "DeepseekV32", settings=DENSE_FIRST),
     v3("glm4_moe", "Glm4Moe", others=tuple({**a, **b} for a, b in zip(CLUSTERS, NORM, strict=True))),
@@ -118,7 +123,7 @@ CASES = {one.model_type: one for one in (
     v3("glm_moe_dsa", "GlmMoeDsa", settings=DENSE_FIRST),
     v3("solar_open", "SolarOpen"),
     v3("dots1", "Dots1"),
-    v3("dots3_note", "Dots3Note", "TextMoE", nested="text_config", top=ADAPTED, model="", reason=AROUND,
+    v3("dots3_note", "Dots3Note", "TextMoE", nested="text_config", top=ADAPTED, alone="dots3_note_text",
        settings={"shared_experts_intermediate_size": 5, "num_key_value_heads": 2}),
     v3("mimo_v2_flash", "MiMoV2Flash"),
     v3("axk2", "AXK2", others=({"n_group": None, "topk_group": None}, CLUSTERS[1])),
@@ -133,6 +138,18 @@ CASES = {one.model_type: one for one in (
     Case("flint", "Flint", settings={**GATED, "mlp_only_layers": [0]}, others=NORM),
     Case("lfm2_moe", "Lfm2Moe", settings={**SCALED, "num_dense_layers": 1, "layer_types": FULL}, others=BIAS),
     v3("mistral4", "Mistral4"),
+    Case("gpt_oss", "GptOss", "MLP", MIXTRAL, {"swiglu_limit": 0.6}, balance=True),
+    Case("openai_privacy_filter", "OpenAIPrivacyFilter", "MLP", MIXTRAL, {"swiglu_limit": 0.6},
+         model="ForTokenClassification"),
+    Case("llama4", "Llama4", "TextMoe", MIXTRAL, nested="text_config", alone="llama4_text"),
+    v3("glm5_next", "Glm5NextText", nested="text_config", model="", reason=AROUND,
+       settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
+    Case("minimax_m3_vl", "MiniMaxM3VL", sizes=MIXTRAL, nested="text_config", alone="minimax_m3_vl_text",
+         settings={**SCALED, "shared_intermediate_size": 4, "swiglu_limit": 0.6}),
+    v3("mistral_large4", "MistralLarge4Text", nested="text_config", model="", reason=AROUND),
+    Case("dbrx", "Dbrx", "FFN", "moe_num_experts ffn_hidden_size moe_top_k", nested="ffn_config", of_whole=True,
+         top=tuple({"d_model": sizes[0], **DBRX} for _, sizes in SHAPES),
+         others=({"moe_normalize_expert_weights": 1.0}, {"moe_normalize_expert_weights": None}), balance=True),
     v3("deepseek_v2", "DeepseekV2", "Moe", others=GREEDY),
     v3("deepseek_ocr2", "DeepseekOcr2Text", "Moe", nested="text_config", settings=ONE_HEAD, others=GREEDY, model="",
        reason=AROUND),

@@ -117,7 +117,8 @@ def choices(runs: Runs) -> float:
     """The chosen experts of every token, in fp64 and fp32: exact."""
     for shape, dtype in RUNS:
         mine, theirs = runs.ours(shape, dtype)[0].experts, runs.theirs(shape, dtype).experts
-        check_exact({"experts": mine}, {"experts": theirs.astype(mine.dtype)}, f"{runs.case.model_type}, shape {shape}, {dtype}")
+        where = f"{runs.case.model_type}, shape {shape}, {dtype}"
+        check_exact({"experts": mine}, {"experts": theirs.astype(mine.dtype)}, where)
     return 0.0
 
 
@@ -153,7 +154,8 @@ def balance(runs: Runs, tolerance: float) -> float:
         assert logits is not None
         expected = balance_loss(runs.case, logits, shape)
         found = {"balance": np.float64(runs.ours(shape, "float64")[1])}
-        errors.append(check_close(found, {"balance": np.float64(expected)}, tolerance, f"{runs.case.model_type}: balance loss"))
+        where = f"{runs.case.model_type}: balance loss"
+        errors.append(check_close(found, {"balance": np.float64(expected)}, tolerance, where))
     return max(errors)
 
 
@@ -163,7 +165,9 @@ def there_and_back(runs: Runs) -> float:
         contract, mixture = runs.contract(shape), runs.family.mixture
         assert mixture is not None
         values = {**mixture.write(contract), "model_type": runs.case.model_type}
-        for word in reversed(runs.case.nested.split(".") if runs.case.nested else []):
+        for word in reversed(mixture.types.get(runs.case.model_type, "").split(".")):
+            if not word:
+                continue
             values = {word: values, "model_type": runs.case.model_type}
         again = runs.family.mixture_config(values, 1)
         assert again == contract, f"{runs.case.model_type}: {again} is not {contract}"
@@ -185,8 +189,9 @@ def folder(runs: Runs) -> float:
     whole = {name: value.numpy() for name, value in model.state_dict().items()}
     mixture = runs.family.mixture
     assert mixture is not None
+    within = runs.memory.within.format(l=layer)
     for root in mixture.roots:
-        prefix = root + runs.memory.within.removeprefix("model.").format(l=layer)
+        prefix = within.replace("model.", root, 1) if within.startswith("model.") else within
         written = {f"{prefix}{name}": value for name, value in jax_moe.to_torch(moe, layout=runs.memory.layer).items()}
         if written.keys() <= whole.keys():
             break

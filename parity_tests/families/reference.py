@@ -23,8 +23,8 @@ def configuration(case: Case, shape: int) -> Any:
 
 
 def text_of(case: Case, config: Any) -> Any:
-    """The text model's part of it."""
-    for word in case.nested.split(".") if case.nested else []:
+    """The part of it that the mixture is made from."""
+    for word in case.nested.split(".") if case.nested and not case.of_whole else []:
         config = getattr(config, word)
     return config
 
@@ -104,11 +104,15 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
     found: dict[str, Any] = {}
 
     def routed(module: Any, given: Any, answer: Any) -> None:
-        if isinstance(answer, tuple):
-            index = [one for one in answer if not one.is_floating_point()]
-            if index:
-                found.setdefault("experts", index[0].reshape(-1, index[0].shape[-1]).sort(dim=-1).values.numpy())
-                found.setdefault("logits", answer[0].detach().reshape(-1, answer[0].shape[-1]).numpy())
+        answers = answer if isinstance(answer, tuple) else (answer,)
+        if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of those that were not chosen
+            K = module.top_k
+            answers = (answer[1], answer[0].topk(K, dim=-1).indices)
+        index = [one for one in (*answers, *given) if not one.is_floating_point()]
+        if index:
+            found.setdefault("experts", index[0].reshape(-1, index[0].shape[-1]).sort(dim=-1).values.numpy())
+        if any(word in type(module).__name__ for word in ("Router", "Gate")):
+            found.setdefault("logits", answers[0].detach().reshape(-1, answers[0].shape[-1]).numpy())
 
     hooks = [one.register_forward_hook(routed) for one in layer.modules()]
     x, cotangent = (torch.from_numpy(one.copy()) for one in inputs(shape, dtype))
@@ -119,8 +123,9 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
         (y * cotangent).sum().backward()
     for hook in hooks:
         hook.remove()
-    gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in layer.named_parameters() if p.requires_grad}
-    named = {name: value.numpy() for name, value in layer.named(gradients.items()).items()}
+    trained = [(name, value) for name, value in layer.named_parameters() if value.requires_grad]
+    gradients = [(n, torch.zeros_like(p) if p.grad is None else p.grad) for n, p in trained]
+    named = {name: value.numpy() for name, value in layer.named(gradients).items()}
     return Answer(found["experts"], y.detach().numpy(), {"x": x.grad.numpy(), **named}, found.get("logits"))  # type: ignore
 
 
@@ -135,7 +140,10 @@ def balance_loss(case: Case, logits: np.ndarray, shape: int) -> float:
 def save_model(case: Case, folder: Path) -> Any:
     """The tiniest whole model of the type, written by its own save_pretrained; the model."""
     import transformers
-    model = getattr(transformers, f"{case.prefix}{case.model}")(configuration(case, 0))
+    config = configuration(case, 0)
+    if case.alone:
+        config = transformers.CONFIG_MAPPING[case.alone](**case.values(0, alone=True))
+    model = getattr(transformers, f"{case.prefix}{case.model}")(config)
     draw(model, seed=5)
     model.save_pretrained(folder)
     return model

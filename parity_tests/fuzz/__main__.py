@@ -1,9 +1,10 @@
-"""Readers fed with damaged files: whatever is wrong, a reader answers with a ValueError of one line, soon and in little memory.
+"""Readers are fed damaged files: each must answer with a ValueError of one line, quickly and in little memory.
 
     python -m parity_tests.fuzz --count 100000 --seed 1
 
 Each input is a small valid file with one to four changes: bytes flipped, cut, doubled, numbers made huge, JSON values
-replaced by values of another kind. `damaged(kind, generator)` is a pure function of the seed, so that a finding repeats.
+replaced by values of another kind. `damaged(kind, generator)` is a pure function of the seed, so that a finding
+repeats.
 """
 
 import argparse
@@ -28,8 +29,8 @@ SAMPLES = Path(__file__).parents[1] / "samples" / "v0_1_0"
 SLOW = 0.02  # the share of a kind whose reader takes half a second
 LONGEST, MOST_BYTES = 5.0, 300e6  # seconds and bytes that one input may take
 ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0", "../x", [],
-    [[]], [1], {}, {"a": {}},
+    None, True, -1, 0, 1, 2**31, 10**9, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "4", "\0",
+    "../x", [], [[]], [1], {}, {"a": {}},
 )
 
 
@@ -240,7 +241,9 @@ def _made() -> dict[str, Any]:
         hf, ours = Path(place) / "hf", Path(place) / "ours"
         jax_moe.save_pretrained(decoder("qwen2_moe"), hf, model_type="qwen2_moe")
         save(Checkpoint("soft_moe", make("soft_moe")), ours)
-        found: dict[str, Any] = {f"{f.parent.name}/{f.name}": f.read_bytes() for folder in (hf, ours) for f in folder.iterdir()}
+        found: dict[str, Any] = {
+            f"{f.parent.name}/{f.name}": f.read_bytes() for folder in (hf, ours) for f in folder.iterdir()
+        }
         found["names"] = list(read_safetensors(hf / "model.safetensors"))
         if importlib.util.find_spec("torch"):
             write_state(Path(place) / "x.pt", mixtral_state())

@@ -1,5 +1,5 @@
-"""Array arguments that are not what their names say, and what a caller is told. Run as a program, away from pytest: there
-jaxtyping and beartype stop most of them before the functions are reached."""
+"""Wrong array arguments and the message for each. Run as a program, not under pytest, where jaxtyping and beartype
+would refuse most of them before the functions are reached."""
 
 import json
 import sys
@@ -39,7 +39,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "moe", {"mask_BT": np.zeros((B, T), np.float32)},
         f"mask_BT has dtype float32: {BOOL.format('mask_BT')}, mask_BT == 0 an additive mask",
     ),
-    "mask of ones": ("moe", {"mask_BT": np.ones((B, T), np.int32)}, f"mask_BT has dtype int32: {BOOL.format('mask_BT')}"),
+    "mask of ones": (
+        "moe", {"mask_BT": np.ones((B, T), np.int32)}, f"mask_BT has dtype int32: {BOOL.format('mask_BT')}"
+    ),
     "choices of other positions": (
         "moe", {"expert_BTK": CHOICES[:, :4]}, f"expert_BTK has shape (2, 4, 2): must be (2, 5, 2), {OF_X} and top_k"
     ),
@@ -52,19 +54,23 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a negative expert": ("moe", {"expert_BTK": BELOW}, "expert_BTK names expert -1: must be 0 to 3 (num_experts=4)"),
     "an expert twice": (
-        "moe", {"expert_BTK": DUPLICATES}, "expert_BTK names expert 2 twice for one token: must be 2 different experts per token"
+        "moe", {"expert_BTK": DUPLICATES},
+        "expert_BTK names expert 2 twice for one token: must be 2 different experts per token",
     ),
     "an expert that is not there, capacity": (
         "capacity", {"expert_BTK": OUTSIDE}, "expert_BTK names expert 9: must be 0 to 3 (num_experts=4)"
     ),
     "noise of another width": (
-        "moe", {"noise_BTE": numbers(B, T, 3)}, f"noise_BTE has shape (2, 5, 3): must be (2, 5, 4), {OF_X} and num_experts"
+        "moe", {"noise_BTE": numbers(B, T, 3)},
+        f"noise_BTE has shape (2, 5, 3): must be (2, 5, 4), {OF_X} and num_experts",
     ),
     "noise of one sequence": (
-        "moe", {"noise_BTE": numbers(1, T, E)}, f"noise_BTE has shape (1, 5, 4): must be (2, 5, 4), {OF_X} and num_experts"
+        "moe", {"noise_BTE": numbers(1, T, E)},
+        f"noise_BTE has shape (1, 5, 4): must be (2, 5, 4), {OF_X} and num_experts",
     ),
     "jitter of one sequence": (
-        "moe", {"jitter_BTD": numbers(1, T, D)}, "jitter_BTD has shape (1, 5, 8): must be (2, 5, 8), the B, T and D of x_BTD"
+        "moe", {"jitter_BTD": numbers(1, T, D)},
+        "jitter_BTD has shape (1, 5, 8): must be (2, 5, 8), the B, T and D of x_BTD",
     ),
     "keep of numbers": (
         "moe", {"keep_BTKD": np.ones((B, T, K, D), np.int32)}, f"keep_BTKD has dtype int32: {BOOL.format('keep_BTKD')}"
@@ -101,17 +107,24 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         f"noise_BTE has shape (1, 5, 4): must be (2, 5, 4), {OF_X} and num_experts",
     ),
     "block: expert keep": (
-        "block", {"randomness": {"expert_keep_BTKD": ones(B, T, D)}}, "expert_keep_BTKD has shape (2, 5, 8): must be (2, 5, 2, 8)"
+        "block", {"randomness": {"expert_keep_BTKD": ones(B, T, D)}},
+        "expert_keep_BTKD has shape (2, 5, 8): must be (2, 5, 2, 8)",
     ),
     "block: mask": ("block", {"mask_BT": ones(1, T)}, f"mask_BT has shape (1, 5): must be (2, 5), {OF_X}"),
-    "model: mask": ("model", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"),
+    "model: mask": (
+        "model", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"
+    ),
     "model: draws": (
         "model", {"randomness": {"noise_BTE": numbers(B, 4, E)}},
         "noise_BTE has shape (2, 4, 4): must be (3, 2, 4, 4), num_layers, the B and T of tokens_BT and num_experts",
     ),
-    "model: no batch": ("model", {"x": TOKENS[0]}, "tokens_BT has shape (4,): must have 2 dims [B, T]; tokens_BT[None] is"),
+    "model: no batch": (
+        "model", {"x": TOKENS[0]}, "tokens_BT has shape (4,): must have 2 dims [B, T]; tokens_BT[None] is"
+    ),
     "model: a list": ("model", {"x": [1, 2, 3]}, "tokens_BT is a list: must be {array} of integers [B, T]; "),
-    "model: float tokens": ("model", {"x": TOKENS.astype(np.float32)}, "tokens_BT has dtype float32: must be integer; "),
+    "model: float tokens": (
+        "model", {"x": TOKENS.astype(np.float32)}, "tokens_BT has dtype float32: must be integer; "
+    ),
     "generate: a list": ("generate", {"x": [1, 2, 3]}, "tokens_BT is a list: must be {array} of integers [B, T]; "),
     "generate: no batch": ("generate", {"x": TOKENS[0]}, "tokens_BT has shape (4,): must have 2 dims [B, T]; "),
     "generate: no position": ("generate", {"x": TOKENS[:, :0]}, "tokens_BT has 0 positions: must be 1 to block_size=4"),
@@ -123,25 +136,29 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "mask_GS has shape (1, 3): must be (2, 3), the G and S of logits_GSE",
     ),
     "losses: float mask": (
-        "router_entropy", {"logits_GSE": numbers(2, 3, E), "mask_GS": numbers(2, 3)}, "mask_GS has dtype float32: must be bool"
+        "router_entropy", {"logits_GSE": numbers(2, 3, E), "mask_GS": numbers(2, 3)},
+        "mask_GS has dtype float32: must be bool",
     ),
     "losses: mean": (
         "masked_mean", {"x_GS": numbers(2, 3), "mask_GS": ones(3, 2)},
         "mask_GS has shape (3, 2): must be (2, 3), the G and S of x_GS",
     ),
     "losses: an expert that is not there": (
-        "expert_load", {"expert_GSK": OUTSIDE, "num_experts": E, "dtype": "float32"}, "expert_GSK names expert 9: must be 0 to 3"
+        "expert_load", {"expert_GSK": OUTSIDE, "num_experts": E, "dtype": "float32"},
+        "expert_GSK names expert 9: must be 0 to 3",
     ),
     "losses: weights": (
         "importance", {"expert_GSK": CHOICES, "weight_GSK": numbers(B, T, 1), "num_experts": E},
         "weight_GSK has shape (2, 5, 1): must be (2, 5, 2), the G, S and K of expert_GSK",
     ),
     "losses: smooth load": (
-        "smooth_load", {"clean_GSE": numbers(2, 3, E), "noisy_GSE": numbers(1, 3, E), "scale_GSE": numbers(2, 3, E), "top_k": 2},
+        "smooth_load",
+        {"clean_GSE": numbers(2, 3, E), "noisy_GSE": numbers(1, 3, E), "scale_GSE": numbers(2, 3, E), "top_k": 2},
         "noisy_GSE has shape (1, 3, 4): must be (2, 3, 4), the G, S and E of clean_GSE",
     ),
     "losses: top_k": (
-        "smooth_load", {"clean_GSE": numbers(2, 3, E), "noisy_GSE": numbers(2, 3, E), "scale_GSE": numbers(2, 3, E), "top_k": 5},
+        "smooth_load",
+        {"clean_GSE": numbers(2, 3, E), "noisy_GSE": numbers(2, 3, E), "scale_GSE": numbers(2, 3, E), "top_k": 5},
         "top_k=5: must be 1 to 4",
     ),
     "losses: two loads": (
@@ -156,33 +173,50 @@ JAX_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "capacity", {"capacity_limit": np.asarray(99)}, "capacity_limit=99: must be 0 to 5, the slots of an expert"
     ),
     "several limits": ("capacity", {"capacity_limit": np.ones(2, int)}, "capacity_limit has shape (2,): must be ()"),
-    "decoder: mask": ("decoder", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"),
+    "decoder: mask": (
+        "decoder", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"
+    ),
     "decoder: positions": (
-        "decoder", {"position_BT": np.arange(4)[None]}, "position_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT"
+        "decoder", {"position_BT": np.arange(4)[None]},
+        "position_BT has shape (1, 4): must be (2, 4), the B and T of tokens_BT",
     ),
     "decoder: choices of one layer": (
         "decoder", {"expert_LBTK": np.stack([CHOICES[:, :4]])},
-        "expert_LBTK has shape (1, 2, 4, 2): must be (2, 2, 4, 2), the number of mixtures, the B and T of tokens_BT and top_k",
+        "expert_LBTK has shape (1, 2, 4, 2): must be (2, 2, 4, 2), "
+        "the number of mixtures, the B and T of tokens_BT and top_k",
     ),
     "decoder: an expert that is not there": (
-        "decoder", {"expert_LBTK": np.stack([OUTSIDE[:, :4]] * 2)}, "expert_LBTK names expert 9: must be 0 to 3 (num_experts=4)"
+        "decoder", {"expert_LBTK": np.stack([OUTSIDE[:, :4]] * 2)},
+        "expert_LBTK names expert 9: must be 0 to 3 (num_experts=4)",
     ),
-    "decoder: a list": ("decoder", {"x": [[1, 2]]}, "tokens_BT is a list: must be an array of integers [B, T]; np.asarray"),
-    "decoder: statistics": ("statistics", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"),
+    "decoder: a list": (
+        "decoder", {"x": [[1, 2]]}, "tokens_BT is a list: must be an array of integers [B, T]; np.asarray"
+    ),
+    "decoder: statistics": (
+        "statistics", {"mask_BT": np.ones((B, 4), np.int32)}, "mask_BT has dtype int32: must be bool"
+    ),
     "decoder: generate with a float mask": (
         "continue", {"mask_BT": np.ones((B, 4), np.float32)}, "mask_BT has dtype float32: must be bool; "
     ),
-    "decoder: generate with another mask": ("continue", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4)"),
-    "decoder: generate, a list": ("continue", {"x": [1, 2]}, "tokens_BT is a list: must be an array of integers [B, T]"),
+    "decoder: generate with another mask": (
+        "continue", {"mask_BT": ones(1, 4)}, "mask_BT has shape (1, 4): must be (2, 4)"
+    ),
+    "decoder: generate, a list": (
+        "continue", {"x": [1, 2]}, "tokens_BT is a list: must be an array of integers [B, T]"
+    ),
     "decoder: generate, a large token": ("continue", {"x": TOKENS + 2**32}, "token 4294967"),
     "decoder: an end beyond the vocabulary": (
         "continue", {"stop_tokens": (2, 11)},
         "stop_tokens=(2, 11): must be tokens of 0 to 10 (vocab_size=11); leave out what the model cannot give",
     ),
     "decoder: one end": ("continue", {"stop_tokens": 2}, "stop_tokens=2: must be a tuple of tokens"),
-    "decoder: padding beyond the vocabulary": ("continue", {"pad_token": -1}, "pad_token=-1: must be None or a token of 0 to 10"),
+    "decoder: padding beyond the vocabulary": (
+        "continue", {"pad_token": -1}, "pad_token=-1: must be None or a token of 0 to 10"
+    ),
     "traced: mask": ("traced", {"mask_BT": ones(1, T)}, f"mask_BT has shape (1, 5): must be (2, 5), {OF_X}"),
-    "a torch tensor": ("torch", {}, "x_BTD is a torch.Tensor: must be an array of floatings [B, T, D]; of jax or numpy"),
+    "a torch tensor": (
+        "torch", {}, "x_BTD is a torch.Tensor: must be an array of floatings [B, T, D]; of jax or numpy"
+    ),
 }
 
 
@@ -245,11 +279,15 @@ def callers_of_torch() -> dict[str, Callable[..., Any]]:
 
         return call
 
-    kinds = {"moe": torch_ref.MoE, "capacity": torch_ref.MoE, "soft": torch_ref.SoftMoE, "attention": torch_ref.Attention,
-             "block": torch_ref.Block, "model": torch_ref.MakeMoE}
+    kinds = {
+        "moe": torch_ref.MoE, "capacity": torch_ref.MoE, "soft": torch_ref.SoftMoE,
+        "attention": torch_ref.Attention, "block": torch_ref.Block, "model": torch_ref.MakeMoE,
+    }
     model = torch_ref.MakeMoE(configs["model"])
     calls = {name: with_tensors(kind(configs[name]), TOKENS if name == "model" else X) for name, kind in kinds.items()}
-    calls["generate"] = with_tensors(lambda x, **values: torch_ref.generate(model, x, **{"max_new_tokens": 2} | values), TOKENS)
+    calls["generate"] = with_tensors(
+        lambda x, **values: torch_ref.generate(model, x, **{"max_new_tokens": 2} | values), TOKENS
+    )
     return calls | {name: with_tensors(getattr(losses, name)) for name in losses_called()}
 
 
@@ -264,12 +302,17 @@ def contracts() -> dict[str, Any]:
     from jax_moe.config.models import BlockConfig, MakeMoEConfig
     from jax_moe.config.moe import SoftMoEConfig
 
-    moe, attention = presets.makemoe(D, num_experts=E, top_k=K, capacity_factor=None), AttentionConfig(model_dim=D, num_heads=2)
+    moe, attention = (
+        presets.makemoe(D, num_experts=E, top_k=K, capacity_factor=None),
+        AttentionConfig(model_dim=D, num_heads=2),
+    )
     return {
         "moe": moe, "capacity": presets.makemoe(D, num_experts=E, top_k=K), "attention": attention,
-        "soft": SoftMoEConfig(model_dim=D, num_experts=2, num_slots=2), "block": BlockConfig(attention=attention, moe=moe),
+        "soft": SoftMoEConfig(model_dim=D, num_experts=2, num_slots=2),
+        "block": BlockConfig(attention=attention, moe=moe),
         "model": MakeMoEConfig(
-            vocab_size=5, block_size=4, model_dim=D, num_heads=2, num_layers=3, num_experts=E, top_k=K, capacity_factor=None
+            vocab_size=5, block_size=4, model_dim=D, num_heads=2, num_layers=3, num_experts=E, top_k=K,
+            capacity_factor=None,
         ),
     }
 

@@ -1,7 +1,7 @@
 """The originals, told again in other words: plain PyTorch that follows what those projects' modules do, step by step.
 
-They are a third judge. Neither `torch_ref` nor `jax_moe` is imported; names of parameters are those of the originals, so
-that a state dict of theirs is a state dict of ours. Capacities are computed in floats, as the original does.
+They are a third judge and import neither `torch_ref` nor `jax_moe`. Parameters have the originals' names, so that their
+state dicts load here. Capacities are computed in floats, as in the original.
 """
 
 from collections.abc import Callable
@@ -38,14 +38,16 @@ class Router(nn.Module):
 class Expert(nn.Module):
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.net = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class SparseMoE(nn.Module):
-    """Each expert takes the first `capacity` of the tokens that name it, in flat order; the rest get nothing from it."""
+    """Each expert takes the first `capacity` of the tokens that chose it, in flat order, and drops the rest."""
 
     def __init__(self, width: int, num_experts: int, top_k: int, capacity_factor: float = 1.0, dropout: float = 0.1):
         super().__init__()

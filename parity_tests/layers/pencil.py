@@ -73,10 +73,15 @@ class Scenario:
     mask_BT: list | None = None
 
     def all_weights(self) -> dict[str, np.ndarray]:
-        return {**pencil_weights(self.config), **{name: np.asarray(value, float) for name, value in self.weights.items()}}
+        return {
+            **pencil_weights(self.config),
+            **{name: np.asarray(value, float) for name, value in self.weights.items()},
+        }
 
 
-def weight_story(name: str, proportions: list[float], answer: list[float], router: RouterConfig, **extra: object) -> Scenario:
+def weight_story(
+    name: str, proportions: list[float], answer: list[float], router: RouterConfig, **extra: object
+) -> Scenario:
     """One token named 60 with the given raw logits, dropless."""
     config = layer(len(proportions), router=router)
     return Scenario(name, config, [[[*proportions, 60.0]]], [[[*answer, 0.0]]], **extra)  # type: ignore[arg-type]
@@ -99,7 +104,9 @@ WEIGHTS = [
     # 1/2 + 1/3 = 5/6; 60 * (3/5, 2/5)
     weight_story("divided by the sum", HALF_THIRD_SIXTH, [36, 24, 0], RouterConfig(renormalise="sum")),
     # 5/6 + eps 5/6 = 5/3; 60 * (3/10, 1/5)
-    weight_story("divided by sum + eps", HALF_THIRD_SIXTH, [18, 12, 0], RouterConfig(renormalise="eps", renormalise_eps=5 / 6)),
+    weight_story(
+        "divided by sum + eps", HALF_THIRD_SIXTH, [18, 12, 0], RouterConfig(renormalise="eps", renormalise_eps=5 / 6)
+    ),
     # the scale comes after: 2.5 * 60 * (3/5, 2/5)
     weight_story("scaled", HALF_THIRD_SIXTH, [90, 60, 0], RouterConfig(renormalise="sum", scale=2.5)),
     # and without renormalising: 2.5 * 60 * (1/2, 1/3)
@@ -113,7 +120,9 @@ WEIGHTS = [
     # 60 * (2, 1)
     weight_story("square root of softplus", SQUARES, [120, 60, 0], RouterConfig(score="sqrt_softplus")),
     # 60 * (2/3, 1/3)
-    weight_story("sqrt softplus, by the sum", SQUARES, [40, 20, 0], RouterConfig(score="sqrt_softplus", renormalise="sum")),
+    weight_story(
+        "sqrt softplus, by the sum", SQUARES, [40, 20, 0], RouterConfig(score="sqrt_softplus", renormalise="sum")
+    ),
     # nobody is better than anybody: the two lowest indices win
     weight_story("three-way tie", EQUAL, [20, 20, 0], RouterConfig()),
     weight_story("tie for the second place", [0.0, log(2.0), 0.0], [15, 30, 0], RouterConfig()),
@@ -133,9 +142,10 @@ WEIGHTS = [
     weight_story("clusters by their best two", TWO_CLUSTERS, [0, 0, 36, 30], V3),
     # choice scores 9/10, 1/10 - 2/10 | -inf, -inf: the second choice is expert 1, its weight 1/10
     weight_story(
-        "others filled with -inf", TWO_CLUSTERS, [54, 6, 0, 0], BIASED_MAX, weights={"router.correction_bias": [0, -0.2, 0, 0]}
+        "others filled with -inf", TWO_CLUSTERS, [54, 6, 0, 0], BIASED_MAX,
+        weights={"router.correction_bias": [0, -0.2, 0, 0]},
     ),
-    # choice scores 9/10, -1/10 | 0, 0: the second choice leaves the cluster; expert 2 is the lower index, its weight 6/10
+    # choice scores 9/10, -1/10 | 0, 0: the second choice leaves the cluster; expert 2, the lower index, has weight 6/10
     weight_story(
         "others filled with 0", TWO_CLUSTERS, [54, 0, 36, 0], dataclasses.replace(BIASED_MAX, cluster_fill="zero"),
         weights={"router.correction_bias": [0, -0.2, 0, 0]},
@@ -159,21 +169,21 @@ CHOICES = [[1, 0], [0, 1], [0, 2]]
 ONE = [sequence(*FRIENDS)]
 TWICE = [sequence(*FRIENDS), sequence(*FRIENDS)]
 BY_SEQUENCE = CapacityConfig(group="sequence")
-# Three guests, each to two experts: Ada 0 and 2 with 10 and 9 twentieths, Ben 2 and 1 with 8 and 7, Cy 0 and 1 with 12 and 5.
+# Three guests choose two experts each: Ada 0 and 2 (10 and 9 twentieths), Ben 2 and 1 (8 and 7), Cy 0 and 1 (12 and 5).
 # With one slot an expert each order serves others:
 GUESTS = [sequence((10, 1, 9, 20), (5, 7, 8, 40), (12, 5, 3, 60))]
 SERVED = {
     "token": [[10, 0, 9, 0], [0, 14, 0, 0], [0] * 4],  # Ada 0 and 2, Ben 1
     "choice": [[10, 0, 0, 0], [0, 14, 16, 0], [0] * 4],  # Ada 0, Ben 2; then Ben 1 before Cy
     "probability": [[0, 0, 9, 0], [0, 14, 0, 0], [36, 0, 0, 0]],  # Cy 12, Ada 9 before Ben 8, Ben 7 before Cy 5
-    "batch": [[0] * 4, [0, 0, 16, 0], [36, 15, 0, 0]],  # first Cy 0, Ben 2 (Ada lost 0 to Cy); then Cy 1 before Ada and Ben
+    "batch": [[0] * 4, [0, 0, 16, 0], [36, 15, 0, 0]],  # first Cy 0 (before Ada), Ben 2; then Cy 1 before Ada and Ben
 }
 STRANGER = (18, 1, 1, 1000)  # goes to expert 0 before everybody
 
 
 def drop_story(name: str, answer: list, dropped: float, capacity: CapacityConfig, **extra: object) -> Scenario:
-    x_BTD = extra.pop("x_BTD", ONE)
-    return Scenario(name, layer(capacity=capacity, **extra.pop("settings", {})), x_BTD, answer, dropped, **extra)  # type: ignore[arg-type]
+    x_BTD, moe = extra.pop("x_BTD", ONE), layer(capacity=capacity, **extra.pop("settings", {}))
+    return Scenario(name, moe, x_BTD, answer, dropped, **extra)  # type: ignore[arg-type]
 
 
 DROPS = [
@@ -182,8 +192,8 @@ DROPS = [
     drop_story("first choices first", [KEEPS_CHOICE], 1 / 6, CapacityConfig(priority="choice")),
     drop_story("highest probability first", [KEEPS_PROBABILITY], 1 / 6, CapacityConfig(priority="probability")),
     *(
-        drop_story(f"one slot, {priority} order", [served], 1 / 2, CapacityConfig(factor=0.5, priority=priority), x_BTD=GUESTS)  # type: ignore[arg-type]
-        for priority, served in SERVED.items()
+        drop_story(f"one slot, {capacity.priority} order", [SERVED[capacity.priority]], 1 / 2, capacity, x_BTD=GUESTS)
+        for capacity in (CapacityConfig(factor=0.5, priority=priority) for priority in SERVED)  # type: ignore[arg-type]
     ),
     # one slot more and everybody fits: floor(2 * 3/2) = 3
     drop_story("capacity one higher", [ALL], 0, CapacityConfig(factor=1.5)),
@@ -191,7 +201,8 @@ DROPS = [
     drop_story("capacity one", [[[9, 10, 0, 0], [0, 0, 0, 0], [0, 0, 15, 0]]], 1 / 2, CapacityConfig(factor=0.5)),
     # floor(2 * 2/5) = 0 slots: everything is dropped, the answer is nothing
     drop_story("capacity zero", [[[0] * 4] * 3], 1, CapacityConfig(factor=0.4, below_one="drop_all")),
-    # GShard: Cleo lost 12 of 17, her 5 takes over all of it: 60 * 1. Ann: 20 * 9/19, 20 * 10/19; Bob: 40 * 8/15, 40 * 7/15
+    # GShard: Cleo lost 12 of 17, so her 5 gets all the weight: 60 * 1.
+    # Ann: 20 * 9/19, 20 * 10/19; Bob: 40 * 8/15, 40 * 7/15
     drop_story(
         "survivors take over", [[[180 / 19, 200 / 19, 0, 0], [64 / 3, 56 / 3, 0, 0], [0, 0, 60, 0]]], 1 / 6,
         CapacityConfig(renormalise_after_drop=True),
@@ -203,22 +214,25 @@ DROPS = [
     ),
     # a stranger who is only padding stands first in the queue of expert 0 and must not take a slot; floor(4 * 2/3) = 2
     drop_story(
-        "padding takes no slot", [[[0] * 4, *KEEPS_TOKEN]], 1 / 6, CapacityConfig(), x_BTD=[sequence(STRANGER, *FRIENDS)],
+        "padding takes no slot", [[[0] * 4, *KEEPS_TOKEN]], 1 / 6, CapacityConfig(),
+        x_BTD=[sequence(STRANGER, *FRIENDS)],
         mask_BT=[[False, True, True, True]],
     ),
     # without the mask he does: expert 0 serves him and Ann, expert 1 him and Ann; Bob has nothing, Cleo only expert 2
     drop_story(
-        "a stranger takes two slots", [[[900, 50, 0, 0], [9, 10, 0, 0], [0] * 4, [0, 0, 15, 0]]], 3 / 8, CapacityConfig(),
+        "a stranger takes two slots", [[[900, 50, 0, 0], [9, 10, 0, 0], [0] * 4, [0, 0, 15, 0]]], 3 / 8,
+        CapacityConfig(),
         x_BTD=[sequence(STRANGER, *FRIENDS)],
     ),
     # each sequence has its own two slots
     drop_story("groups are sequences", [KEEPS_TOKEN, KEEPS_TOKEN], 1 / 6, BY_SEQUENCE, x_BTD=TWICE),
     # six tokens share four slots: expert 0 serves Ann, Bob, Cleo and the second Ann; the second Bob and Cleo lose it
     drop_story(
-        "the batch is one group", [ALL, [[9, 10, 0, 0], [0, 14, 0, 0], [0, 0, 15, 0]]], 2 / 12, CapacityConfig(), x_BTD=TWICE
+        "the batch is one group", [ALL, [[9, 10, 0, 0], [0, 14, 0, 0], [0, 0, 15, 0]]], 2 / 12, CapacityConfig(),
+        x_BTD=TWICE,
     ),
     # groups of four in flat order, floor(4 * 2/3) = 2 slots each: Ann Bob Cleo Ann | Bob Cleo and nobody.
-    # Expert 0 loses Cleo and the second Ann; expert 1 served Ann and Bob and loses the second Ann; the short group loses nothing
+    # Expert 0 drops Cleo and the second Ann; expert 1 serves Ann and Bob, drops the second Ann; the short group none
     drop_story(
         "groups of four", [KEEPS_TOKEN, [[0] * 4, [16, 14, 0, 0], [36, 0, 15, 0]]], 3 / 12,
         CapacityConfig(group="fixed", group_size=4), x_BTD=TWICE,
@@ -251,7 +265,9 @@ EXPERTS = [
         "shared expert behind its gate",
         layer(router=SIGMOID, expert=dataclasses.replace(PLAIN_EXPERT, shared_dim=1, shared_gate=True)),
         [[[*THREE_ONE, 60.0]]], [[[45, 30, 0, 22.5]]],
-        weights={"shared.up": [[[0], [0], [0], [1]]], "shared.down": [[[0, 0, 0, 0.5]]], "shared_gate": [[1], [0], [0], [0]]},
+        weights={
+            "shared.up": [[[0], [0], [0], [1]]], "shared.down": [[[0, 0, 0, 0.5]]], "shared_gate": [[1], [0], [0], [0]]
+        },
     ),
     # a token without a slot still meets the shared expert: Cleo loses expert 0 and keeps 60 / 2
     Scenario(
@@ -262,8 +278,8 @@ EXPERTS = [
     ),
 ]
 
-# One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1, no curve: min(gate, 2) * (clip(up, -2, 2) + 1).
-# Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is that of the inside, as torch's.
+# One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).
+# Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is the inner one.
 CLAMPED = MoEConfig(
     model_dim=2, expert_dim=1, num_experts=1, top_k=1,
     expert=ExpertConfig(activation="identity", clamp=2.0, up_offset=1.0),
@@ -299,7 +315,10 @@ LOAD_CV2 = 1 / 6  # 3, 2, 1: mean 2, variance 2/3; 2/3 / 4
 # Sigmoid of ln 3, 0, -ln 3: 3/4, 1/2, 1/4, over their sum 3/2: 1/2, 1/3, 1/6. The other token is the mirror image.
 # Alone the first token has f = (1/2, 1/2, 0), so the loss 3 * (1/4 + 1/6) = 5/4; both have P = (1/3, 1/3, 1/3).
 # Square roots of softplus 2, 1, 1/2 over 7/2: 4/7, 2/7, 1/7; alone: 3 * (2/7 + 1/7) = 9/7
-SCORED = {"sigmoid": (THREE_ONE, [1 / 2, 1 / 3, 1 / 6], 5 / 4), "sqrt_softplus": (SQUARES, [4 / 7, 2 / 7, 1 / 7], 9 / 7)}
+SCORED = {
+    "sigmoid": (THREE_ONE, [1 / 2, 1 / 3, 1 / 6], 5 / 4),
+    "sqrt_softplus": (SQUARES, [4 / 7, 2 / 7, 1 / 7], 9 / 7),
+}
 # E / S * p_j * (f_j - sum_e f_e p_e); the inner sum is 48/120 for Ann, 43/120 for Bob, 47/120 for Cleo
 BALANCE_GRADIENT = [
     [9 / 200, -1 / 30, -7 / 600],

@@ -46,15 +46,17 @@ class Sizes:
     def theirs(self, **settings: Any) -> hf.SwitchTransformersSparseMLP:
         """transformers' layer with weights that spread tokens over the experts, unevenly."""
         config = hf.SwitchTransformersConfig(**{
-            "d_model": self.width, "d_ff": self.expert_width, "num_experts": self.experts, "expert_capacity": self.slots,
-            "router_jitter_noise": 0.0, "dropout_rate": 0.0, **settings,
+            "d_model": self.width, "d_ff": self.expert_width, "num_experts": self.experts,
+            "expert_capacity": self.slots, "router_jitter_noise": 0.0, "dropout_rate": 0.0, **settings,
         })
         layer = hf.SwitchTransformersSparseMLP(config)
         generator = np.random.default_rng(1)
         with torch.no_grad():
             for name, value in sorted(layer.named_parameters()):
                 scale = 2.0 if name.startswith("router") else 1.0
-                value.copy_(torch.from_numpy(scale * generator.normal(size=tuple(value.shape)) * value.shape[-1] ** -0.5))
+                value.copy_(
+                    torch.from_numpy(scale * generator.normal(size=tuple(value.shape)) * value.shape[-1] ** -0.5)
+                )
         return layer
 
 
@@ -92,9 +94,9 @@ def paper(
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Answers [R, D], balance loss, z-loss and dropped tokens, one token after the other.
 
-    arXiv 2101.03961: eq. 1-2 (p = softmax(W x), y = p_i(x) E_i(x) for the likeliest i), eq. 3 (`slots` a group, in token
-    order; who comes too late "is passed directly to the next layer through the residual connection", so the layer adds
-    nothing), eq. 4-6 without alpha (N * sum f_i P_i over `balance`: all tokens, or each group and the mean of those).
+    arXiv 2101.03961: eq. 1-2 (p = softmax(W x), y = p_i(x) E_i(x) for the likeliest i), eq. 3 (`slots` a group, in
+    token order; an overflowing token "is passed directly to the next layer through the residual connection", so the
+    layer adds nothing), eq. 4-6 without alpha (N * sum f_i P_i over `balance`: all tokens, or the mean over groups).
     arXiv 2202.08906, eq. 5: the mean of logsumexp squared.
     """
     logits_RE = x_RD @ weights["router.classifier.weight"].T

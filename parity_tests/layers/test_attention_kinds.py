@@ -4,8 +4,7 @@ torch.
 
 import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,61 +15,13 @@ from flax import nnx
 from jax_moe import Decoder, DecoderConfig, attention, generate, presets
 from jax_moe.attention.positions import whole_call
 from jax_moe.config.as_json import config_from_json, config_to_json
-from jax_moe.config.attention import LayerAttention
-from jax_moe.config.checks import check_positive_ints
 from jax_moe.config.decoder import LayerConfig
 from jax_moe.generation.cache import decode, prefill
-from jax_moe.parameters import parameter
 from parity_tests.shared.compare import check_close
 from parity_tests.shared.filled import filled
+from parity_tests.shared.mean_family import MeanConfig, add
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeanConfig(LayerAttention):
-    """The mean of what came before, weighted by a gate: linear attention of one head, its state of constant size."""
-
-    kind: ClassVar[str] = "mean"
-
-    width: int
-    scale: float = 1.0  # on the answer: no parameter depends on it
-
-    def __post_init__(self) -> None:
-        check_positive_ints(width=self.width)
-
-    def stored(self) -> "MeanConfig":
-        return dataclasses.replace(self, scale=1.0)
-
-
-class MeanAttention(nnx.Module):
-    """out(sum of sigmoid(gate) * value / number of tokens)."""
-
-    def __init__(self, config: MeanConfig, *, rngs: nnx.Rngs, kernel_init: Any, param_dtype: Any = jnp.float32):
-        self.config = config
-        D, A = config.model_dim, config.width
-        for name, dims, shape in (("value", "D A", (D, A)), ("gate", "D A", (D, A)), ("out", "A D", (A, D))):
-            setattr(self, name, parameter(kernel_init(rngs.params(), shape, param_dtype), dims, "attention"))
-
-    @staticmethod
-    def shared(config: MeanConfig, positions: Any, dtype: Any) -> Any:
-        return (positions.position_BT + 1).astype(dtype)
-
-    @staticmethod
-    def empty_cache(config: MeanConfig, num_layers: int, batch_size: int, num_slots: int, dtype: Any) -> Any:
-        return jnp.zeros((num_layers, batch_size, config.width), dtype)
-
-    def __call__(self, x_BTD: Any, positions: Any, shared: Any, key: Any = None, memory: Any = None) -> Any:
-        mask_BT = positions.mask_BT
-        added_BTA = jax.nn.sigmoid(x_BTD @ self.gate[...]) * (x_BTD @ self.value[...])
-        if mask_BT is not None:
-            added_BTA = jnp.where(mask_BT[..., None], added_BTA, 0)
-        sum_BTA, cache = jnp.cumsum(added_BTA, axis=1), None
-        if memory is not None:
-            cache, layer = memory
-            sum_BTA += cache[layer][:, None]
-            cache = cache.at[layer].set(sum_BTA[:, -1])
-        return self.config.scale * (sum_BTA / shared[..., None]) @ self.out[...], cache
 
 
 MEAN = MeanConfig(model_dim=12, width=6)
@@ -81,8 +32,7 @@ MASK = np.arange(9) >= np.asarray(START)[:, None]
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a new kind needs besides its own file."""
-    monkeypatch.setitem(attention.KINDS, MeanConfig, MeanAttention)
+    add(monkeypatch)
 
 
 def mixed(num_layers: int = 6) -> DecoderConfig:
@@ -107,7 +57,8 @@ def model(config: DecoderConfig | None = None) -> Decoder:
 def test_stacks_and_json() -> None:
     """Layers that differ in their window or scale alone share a stack."""
     config = mixed()
-    assert config.stacks == {"blocks": (0, 3), "blocks_mean": (1, 2, 4, 5), "moe": (0, 2, 3, 5), "dense": (1, 4)}
+    layers = {name: stack.layers for name, stack in config.stacks.items()}
+    assert layers == {"blocks": (0, 3), "blocks_mean": (1, 2, 4, 5), "moe": (0, 2, 3, 5), "dense": (1, 4)}
     assert config.shorthand is None and config.sliding_layers == (0,)
     assert config_from_json(DecoderConfig, json.loads(json.dumps(config_to_json(config))), "config") == config
     with pytest.raises(ValueError, match=r"layers\[0\].attention.kind='mena': must be one of 'grouped', 'mean'"):
@@ -128,11 +79,10 @@ def by_hand(made: Decoder) -> np.ndarray:
     position_BT = jnp.asarray(np.maximum(np.cumsum(MASK, axis=1) - 1, 0))
     positions = whole_call(9, position_BT, jnp.asarray(MASK))
     for i, layer in enumerate(config.layers):
-        names = [name for name, layers in config.stacks.items() if i in layers]
         parts = []
-        for name in names:
+        for name in config.stacks_of(i):
             graph, state = nnx.split(getattr(made, name))
-            row = config.stacks[name].index(i)
+            row = config.stacks[name].layers.index(i)
             parts.append(nnx.merge(graph, jax.tree.map(lambda w, row=row: w[row], state)))
         block, ffn = parts
         block.attention.config = layer.attention

@@ -1,4 +1,4 @@
-"""Which dispatcher `auto` takes: by platform, capacity, number of tokens and the group's size beside the experts' width."""
+"""Which dispatcher `auto` takes, by platform, capacity, number of tokens, group size and expert width."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Whoever hands over an array of another shape, kind or range is told which, and what it must be; nobody gets wrong numbers.
+"""An array of the wrong shape, dtype or range is refused; the message names it and says what it must be.
 
 Shapes and kinds run in a process of their own (see `bad_arrays.py`); what is traced runs here too.
 """

@@ -27,7 +27,7 @@ def logits(seed: int, ties: bool = False) -> np.ndarray:
 
 
 def by_vmoe(gates_SE: np.ndarray, capacity: int, by_best_weight: bool) -> np.ndarray:
-    """Buffer index of every choice, `capacity` if it is dropped: a running count over the choices, sorted as V-MoE sorts."""
+    """Buffer index of every choice, `capacity` if it is dropped: a running count over choices in V-MoE's order."""
     chosen_SK = np.argsort(-gates_SE, axis=1, kind="stable")[:, :K]
     order = np.argsort(-gates_SE.max(axis=1), kind="stable") if by_best_weight else np.arange(S)
     one_hot = np.eye(E, dtype=int)[chosen_SK[order].T.ravel()]  # all first choices, then all second

@@ -1,4 +1,4 @@
-"""`ModelOutput.expert_LBTK` are the choices that the answer was made with: with a key, under jitter, in uneven groups."""
+"""`ModelOutput.expert_LBTK` holds the choices that made the answer: with a key, under jitter, in uneven groups."""
 
 import dataclasses
 from typing import Any

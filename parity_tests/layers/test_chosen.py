@@ -18,7 +18,8 @@ CONTRACTS: dict[str, MoEConfig] = {
     "mixtral": presets.mixtral(6, 10, 12, 2),
     "qwen2_moe": presets.qwen2_moe(6, 10, 12, 2, shared_dim=4),
     "weighted input": dataclasses.replace(
-        presets.mixtral(6, 10, 12, 2), expert=dataclasses.replace(presets.mixtral(6, 10, 12, 2).expert, weight_on="input")
+        presets.mixtral(6, 10, 12, 2),
+        expert=dataclasses.replace(presets.mixtral(6, 10, 12, 2).expert, weight_on="input"),
     ),
     "biased": dataclasses.replace(
         presets.mixtral(6, 10, 12, 2), expert=dataclasses.replace(presets.mixtral(6, 10, 12, 2).expert, bias=True)

@@ -32,7 +32,9 @@ def moe(num_experts: int = 8, top_k: int = 2, **rest: object) -> MoEConfig:
 
 
 def slots(group_size: int, num_experts: int, top_k: int, factor: object, **rule: object) -> int:
-    return moe(num_experts, top_k, capacity=CapacityConfig(factor=factor, **rule)).expert_capacity(group_size)  # type: ignore[arg-type]
+    return moe(
+        num_experts, top_k, capacity=CapacityConfig(factor=factor, **rule)  # type: ignore[arg-type]
+    ).expert_capacity(group_size)
 
 
 # --- capacity -------------------------------------------------------------------------------------------------------
@@ -76,9 +78,8 @@ def test_dropless_has_room_for_everybody() -> None:
 
 
 def test_below_one_slot_is_an_error_that_says_why() -> None:
-    want = (
-        r"capacity factor=0\.5: must give at least one slot; 7 tokens, top_k=1, num_experts=8 give 0\.438 slots per expert"
-    )
+    want = r"capacity factor=0\.5: must give at least one slot; "
+    want += r"7 tokens, top_k=1, num_experts=8 give 0\.438 slots per expert"
     with pytest.raises(ValueError, match=f"^{want}$"):
         slots(7, 8, 1, 0.5)
     assert slots(7, 8, 1, 0.5, minimum=1) == 1
@@ -101,7 +102,9 @@ def test_capacity_against_two_other_computations(
     choices = group_size * top_k if rule["counts_top_k"] else group_size
     # in whole thousandths, by counting up; and in Decimal with the division last, so that only it can round
     thousandths = choices * int(factor * 1000)
-    by_integers = thousandths // (1000 * num_experts) + (rule["rounding"] == "ceil" and thousandths % (1000 * num_experts) > 0)
+    by_integers = thousandths // (1000 * num_experts) + (
+        rule["rounding"] == "ceil" and thousandths % (1000 * num_experts) > 0
+    )
     whole, rest = divmod(Decimal(choices) * factor, Decimal(num_experts))
     by_decimal = int(whole) + (rule["rounding"] == "ceil" and rest > 0)
     assert by_integers == by_decimal
@@ -139,7 +142,9 @@ def test_with_capacity() -> None:
     limited = dropless.with_capacity(1.5, priority="choice")
     assert dropless.capacity is None, "the contract itself does not change"
     assert limited.capacity == CapacityConfig(factor=1.5, priority="choice")
-    assert limited.with_capacity("0.75").capacity == CapacityConfig(factor="0.75", priority="choice"), "other settings stay"
+    assert limited.with_capacity("0.75").capacity == CapacityConfig(factor="0.75", priority="choice"), (
+        "other settings stay"
+    )
     assert limited.with_capacity(None) == dropless
     assert dataclasses.replace(limited, capacity=None) == dropless
     with pytest.raises(ValueError, match=r"^capacity_factor=None: must be a number when priority is set$"):
@@ -173,7 +178,10 @@ BAD = [
     (RouterConfig, {"cluster_fill": "nan"}, "cluster_fill='nan': must be one of 'neg_inf', 'zero'"),
     (RouterConfig, {"dtype": "bfloat16"}, "dtype='bfloat16': must be one of 'float32', 'input'"),
     (RouterConfig, {"weight_dtype": None}, "weight_dtype=None: must be one of 'float32', 'input'"),
-    (RouterConfig, {"noise": "gaussian"}, "noise='gaussian': must be one of 'none', 'learned_gaussian', 'input_jitter'"),
+    (
+        RouterConfig, {"noise": "gaussian"},
+        "noise='gaussian': must be one of 'none', 'learned_gaussian', 'input_jitter'",
+    ),
     (RouterConfig, {"jitter_scope": "all"}, "jitter_scope='all': must be one of 'router', 'block'"),
     (RouterConfig, {"num_clusters": 0}, "num_clusters=0: must be an integer of at least 1"),
     (RouterConfig, {"top_clusters": 1.0}, "top_clusters=1.0: must be an integer of at least 1"),
@@ -181,7 +189,10 @@ BAD = [
     (RouterConfig, {"renormalise_eps": 0.0}, "renormalise_eps=0.0: must be a number above 0"),
     (RouterConfig, {"scale": -1.0}, "scale=-1.0: must be a number above 0"),
     (RouterConfig, {"scale": float("nan")}, "scale=nan: must be a number above 0"),
-    (RouterConfig, {"noise": "input_jitter", "jitter_eps": 1.0}, "jitter_eps=1.0: must be a number of at least 0 and below 1"),
+    (
+        RouterConfig, {"noise": "input_jitter", "jitter_eps": 1.0},
+        "jitter_eps=1.0: must be a number of at least 0 and below 1",
+    ),
     (RouterConfig, {"noise": "input_jitter"}, "jitter_eps=0.0: must be above 0 exactly when noise='input_jitter'"),
     (RouterConfig, {"jitter_eps": 0.1}, "jitter_eps=0.1: must be above 0 exactly when noise='input_jitter'"),
     (
@@ -211,7 +222,10 @@ BAD = [
     (CapacityConfig, {"group": "fixed"}, "group_size=None: must be set exactly when group='fixed'"),
     (CapacityConfig, {"group_size": 4}, "group_size=4: must be set exactly when group='fixed'"),
     (CapacityConfig, {"group": "fixed", "group_size": 0}, "group_size=0: must be an integer of at least 1"),
-    (CapacityConfig, {"priority": "probs"}, "priority='probs': must be one of 'token', 'choice', 'probability', 'batch'"),
+    (
+        CapacityConfig, {"priority": "probs"},
+        "priority='probs': must be one of 'token', 'choice', 'probability', 'batch'",
+    ),
     (CapacityConfig, {"below_one": "warn"}, "below_one='warn': must be one of 'error', 'drop_all'"),
     (
         ExpertConfig, {"activation": "swish"},
@@ -295,7 +309,10 @@ def test_a_dispatcher_that_cannot_serve_the_capacity_is_refused(config: type, ar
 
 
 def test_every_contract_has_a_bad_setting_here() -> None:
-    every = {RouterConfig, CapacityConfig, ExpertConfig, BalanceConfig, MoEConfig, SoftMoEConfig, AttentionConfig, BlockConfig}
+    every = {
+        RouterConfig, CapacityConfig, ExpertConfig, BalanceConfig, MoEConfig, SoftMoEConfig, AttentionConfig,
+        BlockConfig,
+    }
     assert {one[0] for one in BAD} == every | {MakeMoEConfig}
 
 
@@ -320,7 +337,9 @@ WRONG_TYPES = [
 ]
 
 
-@pytest.mark.parametrize(("config", "arguments", "named"), WRONG_TYPES, ids=[f"{o[0].__name__}, {o[2]}" for o in WRONG_TYPES])
+@pytest.mark.parametrize(
+    ("config", "arguments", "named"), WRONG_TYPES, ids=[f"{o[0].__name__}, {o[2]}" for o in WRONG_TYPES]
+)
 def test_wrong_types_are_named_too(config: type, arguments: dict, named: str) -> None:
     with pytest.raises(ValueError) as caught:
         config(**arguments)

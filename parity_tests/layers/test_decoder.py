@@ -1,4 +1,4 @@
-"""The decoder by itself: padding, windows, scans, keys, and the rotary kinds against their equations. Needs no torch."""
+"""The decoder by itself: padding, windows, scans, keys, and rotary kinds against their equations. Needs no torch."""
 
 import dataclasses
 from functools import partial
@@ -60,7 +60,9 @@ def test_repeated_units() -> None:
 def test_program_does_not_grow_with_depth(dense: str) -> None:
     def equations(layers: int) -> int:
         where = {"none": (), "first": (0,), "every other": tuple(range(0, layers, 2))}[dense]
-        config = DecoderConfig.grouped(**(SIZES | {"num_layers": layers, "dense_layers": where, "dense_dim": 5 if where else 0}))
+        config = DecoderConfig.grouped(
+            **(SIZES | {"num_layers": layers, "dense_layers": where, "dense_dim": 5 if where else 0})
+        )
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
         return str(jax.make_jaxpr(lambda model: model(jnp.asarray(TOKENS)))(model)).count(" = ")
 
@@ -99,7 +101,9 @@ def test_keys_draw_dropout_and_jitter_only_in_training() -> None:
     )
     drawn = [np.asarray(with_key(model, jax.random.key(seed), True)) for seed in (0, 1, 1)]
     assert (drawn[0] != drawn[1]).any() and (drawn[1] == drawn[2]).all()
-    np.testing.assert_allclose(np.asarray(with_key(model, jax.random.key(0), False)), logits(model, TOKENS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(with_key(model, jax.random.key(0), False)), logits(model, TOKENS), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_rotary_frequencies_by_their_equations() -> None:

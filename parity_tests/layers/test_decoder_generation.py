@@ -1,4 +1,4 @@
-"""Generation with a cache against the decoder without one: logits, padding, stops, callbacks, and what a step costs. No torch."""
+"""Cached generation against the uncached decoder: logits, padding, stops, callbacks, cost of a step. No torch."""
 
 import dataclasses
 from functools import partial
@@ -104,11 +104,15 @@ def test_greedy_tokens_are_the_best_of_the_text_before_them(model: Decoder) -> N
 
 
 def test_buckets() -> None:
-    assert [bucket(n) for n in (1, 16, 17, 64, 65, 127, 128, 129, 1000, 1025)] == [16, 16, 32, 64, 80, 128, 128, 160, 1024, 1280]
+    assert [bucket(n) for n in (1, 16, 17, 64, 65, 127, 128, 129, 1000, 1025)] == [
+        16, 16, 32, 64, 80, 128, 128, 160, 1024, 1280
+    ]
     assert all(n <= bucket(n) <= max(n * 1.25, n + 15) for n in range(1, 5000))
 
 
-def test_neither_length_compiles_again_nor_does_the_bucket_show(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_length_compiles_again_nor_does_the_bucket_show(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     traced: list[str] = []
     for name in ("prefill", "decode"):
         function = getattr(loop, name)
@@ -176,7 +180,10 @@ def test_sampling(model: Decoder) -> None:
 BAD = [
     ({"tokens": [[19]]}, r"token 19: must be 0 to 18 \(vocab_size=19\)"),
     ({"tokens": [[]]}, "tokens_BT has 0 positions: must be at least 1"),
-    ({"mask_BT": [[True, False]]}, "mask_BT='False after a token': must be False on the left alone: .* padding after its text"),
+    (
+        {"mask_BT": [[True, False]]},
+        "mask_BT='False after a token': must be False on the left alone: .* padding after its text",
+    ),
     ({"mask_BT": [[False, False]]}, "mask_BT='all False': must be True somewhere: sequence 0 has no token"),
     ({"stop_tokens": (3, 19)}, r"stop_tokens=\(3, 19\): must be tokens of 0 to 18 \(vocab_size=19\); leave out .*"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
@@ -211,7 +218,7 @@ def compiled_step(num_experts: int, dispatcher: Any = "auto") -> Any:
 def step_arguments(model: Decoder) -> list[Any]:
     """What a step of a batch of two takes, as shapes."""
     integers = [jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((2,), (), (2,))]
-    return [*integers, jax.eval_shape(lambda start_B: empty_cache(model, start_B, 16, jnp.float32), integers[2])]
+    return [*integers, jax.eval_shape(lambda start_B: empty_cache(model.config, start_B, 16, jnp.float32), integers[2])]
 
 
 def test_a_step_does_not_touch_experts_that_were_not_chosen() -> None:

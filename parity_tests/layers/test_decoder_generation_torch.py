@@ -42,7 +42,7 @@ def ours(model: jax_moe.Decoder, tokens: np.ndarray, stops: list[int] | None, ma
 
 
 def pair(case: Case, folder: Path) -> tuple["torch.nn.Module", jax_moe.Decoder]:
-    """The reference and the decoder loaded from its folder. transformers' generate fails where it computes a balance loss."""
+    """The reference, and the decoder from its folder. transformers' generate fails if it computes a balance loss."""
     reference = case.reference(case.config()).eval()
     draw_weights(reference, seed=1)
     reference.config.output_router_logits = False
@@ -52,13 +52,15 @@ def pair(case: Case, folder: Path) -> tuple["torch.nn.Module", jax_moe.Decoder]:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' advice about lengths
 @pytest.mark.parametrize("case", CHOSEN, ids=[case.name for case in CHOSEN])
 def test_greedy_tokens(case: Case, tmp_path: Path) -> None:
-    """Free, and until each text comes upon one of two stop tokens; with the mask forgotten (the planted fault) it differs."""
+    """Without stop tokens and with two; a forgotten mask (the planted fault) changes the tokens."""
     reference, model = pair(case, tmp_path)
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (TEXTS, PROMPT))
     free = theirs(reference, tokens, None)
     check_exact({"tokens": ours(model, tokens, None)}, {"tokens": free}, case.name)
     stops = [int(free[0, PROMPT + 5]), int(free[1, PROMPT + 2])]
-    check_exact({"tokens": ours(model, tokens, stops)}, {"tokens": theirs(reference, tokens, stops)}, f"{case.name}, stopping")
+    check_exact(
+        {"tokens": ours(model, tokens, stops)}, {"tokens": theirs(reference, tokens, stops)}, f"{case.name}, stopping"
+    )
     if case.name == "mixtral":
         with pytest.raises(MismatchError, match="tokens"):
             check_exact({"tokens": ours(model, tokens, None, np.ones_like(MASK))}, {"tokens": free}, "no mask")

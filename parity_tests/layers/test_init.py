@@ -22,7 +22,7 @@ def count(module: nnx.Module) -> int:
 
 
 def check_std(drawn: np.ndarray, std: float, what: str) -> None:
-    """The sample's deviation and mean within four of their own standard errors (normal: std / sqrt(2 n), std / sqrt(n))."""
+    """Deviation and mean of the sample within four standard errors (of a normal: std / sqrt(2 n), std / sqrt(n))."""
     error = std / np.sqrt(drawn.size)
     assert abs(drawn.std() - std) < 4 * error / np.sqrt(2), f"{what}: std {drawn.std():.4g}, must be {std:.4g}"
     assert abs(drawn.mean()) < 4 * error, f"{what}: mean {drawn.mean():.4g}"
@@ -116,7 +116,7 @@ def test_experts_of_a_plain_layer_are_scaled_by_their_own_fan_in() -> None:
     layer = MoE(presets.mixtral(64, 96, 8, 2), rngs=nnx.Rngs(0), param_dtype=FP32)
     for name, fan_in in (("up", 64), ("gate", 64), ("down", 96)):
         for expert in np.asarray(getattr(layer.experts, name)[...]):
-            # a normal cut at two deviations is narrower at the ends, so its deviation is known better: bound still holds
+            # a normal truncated at two deviations has thinner tails, so its deviation is known better: the bound holds
             check_std(expert, fan_in**-0.5, name)
 
 
@@ -131,7 +131,8 @@ def test_soft_experts_are_orthogonal_with_gain_one_hundredth() -> None:
         kernels = np.asarray(linear.kernel[...], np.float64)
         for kernel in kernels:
             short = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
-            np.testing.assert_allclose(short @ short.T, 1e-4 * np.eye(len(short)), rtol=0, atol=1e-10)  # fp32; measured 4.8e-11
+            # fp32; measured 4.8e-11
+            np.testing.assert_allclose(short @ short.T, 1e-4 * np.eye(len(short)), rtol=0, atol=1e-10)
         assert not np.array_equal(kernels[0], kernels[1])
 
 

@@ -1,4 +1,4 @@
-"""Losses by their gradients: against formulas written out in numpy, and against a simulation. Values: `test_pencil.py`."""
+"""Gradients of the losses against formulas in numpy and against a simulation. Values: `test_pencil.py`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -95,7 +95,10 @@ def test_gradient_of_the_entropy() -> None:
     logits = logits_of(4)
     p = softmax(logits)
     entropy = -(p * np.log(p)).sum(-1, keepdims=True)
-    agree(gradient(lambda logits: stats_of(logits, CONFIG, None).router_entropy, logits), -p * (np.log(p) + entropy) / (G * S))
+    agree(
+        gradient(lambda logits: stats_of(logits, CONFIG, None).router_entropy, logits),
+        -p * (np.log(p) + entropy) / (G * S),
+    )
 
 
 def test_importance_has_a_gradient_and_load_has_none() -> None:

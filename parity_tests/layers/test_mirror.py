@@ -132,7 +132,9 @@ DIFFERENT = {
         "SoftExpert.forward": "jax maps one expert over E and keeps any leading dims",
         "SoftExpert.forward(return)": "as its argument",
     },
-    "attention/multihead.py": {"Attention.__init__": "block_size makes the `tril` buffers of the original's state dict"},
+    "attention/multihead.py": {
+        "Attention.__init__": "block_size makes the `tril` buffers of the original's state dict"
+    },
     "precision.py": {"cast_to_compute": "jax casts a tree, torch a module's parameters"},
     "generation/generate.py": {
         "generate": "jax also serves the Hugging Face decoders: padding, stop tokens, a callback",
@@ -167,7 +169,8 @@ def shapes_in(annotation: ast.expr | None) -> tuple[str, ...]:
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return shapes_in(ast.parse(annotation.value, mode="eval").body)
     found: list[str] = []
-    if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name) and annotation.value.id in SHAPED:
+    named = isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name)
+    if named and annotation.value.id in SHAPED:
         assert isinstance(annotation.slice, ast.Tuple)
         shape = annotation.slice.elts[1]
         assert isinstance(shape, ast.Constant)
@@ -198,7 +201,9 @@ def public(path: Path) -> dict[str, Signature]:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                     found[node.name].arguments.append(item.target.id)
                     found[node.name].shapes[item.target.id] = shapes_in(item.annotation)
-                elif isinstance(item, ast.FunctionDef) and (item.name[0] != "_" or item.name in ("__init__", "__call__")):
+                elif (
+                    isinstance(item, ast.FunctionDef) and (item.name[0] != "_" or item.name in ("__init__", "__call__"))
+                ):
                     name = "forward" if item.name == "__call__" else item.name
                     found[f"{node.name}.{name}"] = signature(item)
     return found
@@ -243,7 +248,12 @@ def test_letters_are_one_glossary() -> None:
 
     def letters(path: Path) -> set[str]:
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
-        return {word for line in text.splitlines() for word in line.split() if len(word) == 1 and word.isupper() and word != "A"}
+        return {
+            word
+            for line in text.splitlines()
+            for word in line.split()
+            if len(word) == 1 and word.isupper() and word != "A"
+        }
 
     assert letters(ROOT / "jax_moe/dims.py") == letters(ROOT / "torch_ref/dims.py") != set()
 

@@ -36,7 +36,8 @@ SPARSE = {
 }
 LAYERS: dict[str, tuple[Any, Any]] = {
     "soft": (SoftMoE, SoftMoEConfig(model_dim=8, num_experts=2, num_slots=2)), "attention": (Attention, ATTENTION),
-    "block": (Block, BlockConfig(attention=ATTENTION, moe=MAKEMOE)), **{name: (MoE, config) for name, config in SPARSE.items()},
+    "block": (Block, BlockConfig(attention=ATTENTION, moe=MAKEMOE)),
+    **{name: (MoE, config) for name, config in SPARSE.items()},
 }
 SHAPES = [(0, 5), (2, 0), (0, 0)]
 TINY = MakeMoEConfig(vocab_size=5, block_size=4, model_dim=4, num_heads=2, num_layers=2, num_experts=2)

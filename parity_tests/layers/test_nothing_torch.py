@@ -24,7 +24,8 @@ def test_layers_answer_with_nothing(name: str) -> None:
 
 
 def test_models_and_generate() -> None:
-    model, none, no_position = torch_ref.MakeMoE(TINY), torch.zeros(0, 3, dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
+    model = torch_ref.MakeMoE(TINY)
+    none, no_position = torch.zeros(0, 3, dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int32)
     assert model(none).shape == (0, 3, 5)
     assert torch_ref.generate(model, none, max_new_tokens=3).shape == (0, 6)
     for call in (lambda: model(no_position), lambda: torch_ref.generate(model, no_position, max_new_tokens=1)):

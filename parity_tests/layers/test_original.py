@@ -185,12 +185,12 @@ def without_type_checks() -> Iterator[None]:
 
 @functools.cache
 def language_models(factor: float | None) -> tuple[torch.nn.Module, torch_ref.MakeMoE, jax_moe.MakeMoE]:
-    """The original, ours in torch and ours in JAX with its weights. Dropless, the original gets room for every token."""
+    """The original, torch_ref and jax_moe with its weights. If dropless, the original gets room for every token."""
     room = EXPERTS / TOP_K if factor is None else factor
     original = made(originals.LanguageModel, VOCAB, BLOCK, WIDTH, HEADS, LAYERS_DEEP, EXPERTS, TOP_K, room).silence()
     config = jax_moe.MakeMoEConfig(
-        vocab_size=VOCAB, block_size=BLOCK, model_dim=WIDTH, num_heads=HEADS, num_layers=LAYERS_DEEP, num_experts=EXPERTS,
-        top_k=TOP_K, capacity_factor=factor,
+        vocab_size=VOCAB, block_size=BLOCK, model_dim=WIDTH, num_heads=HEADS, num_layers=LAYERS_DEEP,
+        num_experts=EXPERTS, top_k=TOP_K, capacity_factor=factor,
     )
     reference = torch_ref.MakeMoE(config).to(torch.float64).eval()
     reference.load_state_dict(original.state_dict(), strict=True)

@@ -19,17 +19,21 @@ from jax_moe.stored import stored_state
 SOFT = jax_moe.SoftMoEConfig(
     model_dim=4, num_experts=2, num_slots=3, hidden_dims=(5,), layer_norm=True, output_layer_norm=True, normalise=True
 )
-MAKEMOE = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=6, num_heads=2, num_layers=3, num_experts=4, top_k=2)
+MAKEMOE = jax_moe.MakeMoEConfig(
+    vocab_size=11, block_size=8, model_dim=6, num_heads=2, num_layers=3, num_experts=4, top_k=2
+)
 DECODER: dict[str, Any] = {
-    "vocab_size": 11, "model_dim": 6, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "dense_layers": (0,),
-    "dense_dim": 9, "qkv_bias": True, "output_bias": True,
+    "vocab_size": 11, "model_dim": 6, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12,
+    "dense_layers": (0,), "dense_dim": 9, "qkv_bias": True, "output_bias": True,
     "moe": presets.qwen2_moe(model_dim=6, expert_dim=8, num_experts=7, top_k=2, shared_dim=10),
 }
 MODULES: dict[str, Callable[[], nnx.Module]] = {
     "makemoe": lambda: jax_moe.MakeMoE(MAKEMOE),
     "soft": lambda: jax_moe.SoftMoE(SOFT),
     "decoder": lambda: jax_moe.Decoder(jax_moe.DecoderConfig.grouped(**DECODER, qk_norm="per_head"), rngs=nnx.Rngs(0)),
-    "wide norms": lambda: jax_moe.Decoder(jax_moe.DecoderConfig.grouped(**DECODER, qk_norm="full_width"), rngs=nnx.Rngs(0)),
+    "wide norms": lambda: jax_moe.Decoder(
+        jax_moe.DecoderConfig.grouped(**DECODER, qk_norm="full_width"), rngs=nnx.Rngs(0)
+    ),
     "correction": lambda: jax_moe.MoE(presets.deepseek_v3(
         model_dim=6, expert_dim=8, num_experts=4, top_k=2, num_clusters=2, top_clusters=1
     )),

@@ -102,7 +102,9 @@ def test_ties_go_to_the_lower_index_in_every_dtype(dtype: jnp.dtype, order: str)
 def test_replayed_choices_get_the_weights_of_their_scores() -> None:
     # told to use experts 2 and 0 although 0 and 1 are best: 60 * 1/6 and 60 * 1/2
     moe = build(layer(), pencil.pencil_weights(layer()))
-    y_BTD, _ = moe(jnp.asarray([[[*pencil.HALF_THIRD_SIXTH, 60.0]]], WIDE), expert_BTK=jnp.asarray([[[2, 0]]], jnp.int32))
+    y_BTD, _ = moe(
+        jnp.asarray([[[*pencil.HALF_THIRD_SIXTH, 60.0]]], WIDE), expert_BTK=jnp.asarray([[[2, 0]]], jnp.int32)
+    )
     agree(y_BTD, [[[30, 0, 10, 0]]])
 
 
@@ -218,14 +220,15 @@ def test_balance_loss_per_layer_or_pooled() -> None:
     # Pooled, both are used alike: f = P = (1/2, 1/2), and the loss is 1
     load, prob = jnp.asarray([[1, 0], [0, 1]], WIDE), jnp.asarray([[3 / 4, 1 / 4], [1 / 4, 3 / 4]], WIDE)
     for pooled, f_sums_to, top_k, want in [
-        ("per_layer", "one", 1, 1.5), ("over_layers", "one", 1, 1.0), ("per_layer", "k", 2, 3.0), ("over_layers", "k", 2, 2.0),
+        ("per_layer", "one", 1, 1.5), ("over_layers", "one", 1, 1.0), ("per_layer", "k", 2, 3.0),
+        ("over_layers", "k", 2, 2.0),
     ]:
         config = layer(num_experts=2, top_k=top_k, balance=BalanceConfig(pooled=pooled, f_sums_to=f_sums_to))
         each = losses.load_balance_loss(load, prob, top_k, config.balance)
         zeros = jnp.zeros((2,), WIDE)
         stats = losses.MoEStats(
-            load_balance_loss=each, router_z_loss=zeros, dropped_fraction=zeros, expert_load_E=load, router_entropy=zeros,
-            router_prob_E=prob, importance_cv2=zeros, load_cv2=zeros,
+            load_balance_loss=each, router_z_loss=zeros, dropped_fraction=zeros, expert_load_E=load,
+            router_entropy=zeros, router_prob_E=prob, importance_cv2=zeros, load_cv2=zeros,
         )
         agree(losses.pool_balance_loss(stats, config), want)
 

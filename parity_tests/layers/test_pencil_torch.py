@@ -10,7 +10,14 @@ torch = pytest.importorskip("torch", reason="this leg has no PyTorch")
 
 import torch_ref  # noqa: E402
 from jax_moe.config.attention import AttentionConfig  # noqa: E402
-from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig  # noqa: E402
+from jax_moe.config.moe import (  # noqa: E402
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+    SoftMoEConfig,
+)
 from jax_moe.presets import gpt_oss  # noqa: E402
 from parity_tests.layers import pencil  # noqa: E402
 from parity_tests.layers.pencil import Scenario, layer  # noqa: E402
@@ -186,7 +193,8 @@ def test_smooth_load() -> None:
 def test_balance_loss_per_layer_or_pooled() -> None:
     load, prob, zeros = tensor([[1, 0], [0, 1]]), tensor([[3 / 4, 1 / 4], [1 / 4, 3 / 4]]), tensor([0, 0])
     for pooled, f_sums_to, top_k, want in [
-        ("per_layer", "one", 1, 1.5), ("over_layers", "one", 1, 1.0), ("per_layer", "k", 2, 3.0), ("over_layers", "k", 2, 2.0),
+        ("per_layer", "one", 1, 1.5), ("over_layers", "one", 1, 1.0), ("per_layer", "k", 2, 3.0),
+        ("over_layers", "k", 2, 2.0),
     ]:
         config = layer(num_experts=2, top_k=top_k, balance=BalanceConfig(pooled=pooled, f_sums_to=f_sums_to))
         stats = losses.MoEStats(
@@ -203,7 +211,10 @@ def soft_layer(residual: bool) -> torch_ref.SoftMoE:
     soft = torch_ref.SoftMoE(config).double()
     state = {"phi": tensor(pencil.SOFT_PHI)}
     for e, factor in enumerate(pencil.SOFT_FACTORS):
-        state |= {f"experts.{e}.last_fc.weight": factor * tensor(np.eye(2)), f"experts.{e}.last_fc.bias": tensor([0, 0])}
+        state |= {
+            f"experts.{e}.last_fc.weight": factor * tensor(np.eye(2)),
+            f"experts.{e}.last_fc.bias": tensor([0, 0]),
+        }
     soft.load_state_dict(state, strict=True)
     return soft
 
@@ -222,7 +233,9 @@ def test_soft_moe() -> None:
 @pytest.mark.parametrize("scale", ["head_dim", "model_dim"])
 @pytest.mark.parametrize("projections", ["per_head", "fused"])
 def test_attention(scale: str, projections: str) -> None:
-    attention = torch_ref.Attention(AttentionConfig(model_dim=4, num_heads=4, scale=scale, projections=projections)).double()
+    attention = torch_ref.Attention(
+        AttentionConfig(model_dim=4, num_heads=4, scale=scale, projections=projections)
+    ).double()
     state = {"proj.weight": tensor(np.eye(4)), "proj.bias": tensor([0] * 4)}
     if projections == "fused":
         qkv = np.zeros((12, 4))  # rows: four queries, four keys, four values; head 0 is the first of each

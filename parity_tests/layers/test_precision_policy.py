@@ -1,6 +1,6 @@
 """Mixed precision and rematerialisation: what is cast and what is not, both frameworks against fp64, what each costs.
 
-Long because casting and remat are one idea here: what a call sees, keeps and gives back, held against the same small model.
+Long because casting and remat are tested together, on the same small model: what a call sees, keeps and returns.
 """
 
 import dataclasses
@@ -85,7 +85,9 @@ def test_bad_settings() -> None:
         rematerialised(lambda x: x, "some")  # type: ignore[arg-type]
 
 
-SOFT = jax_moe.SoftMoEConfig(model_dim=4, num_experts=2, num_slots=2, hidden_dims=(4,), layer_norm=True, output_layer_norm=True)
+SOFT = jax_moe.SoftMoEConfig(
+    model_dim=4, num_experts=2, num_slots=2, hidden_dims=(4,), layer_norm=True, output_layer_norm=True
+)
 DECODER = jax_moe.DecoderConfig.grouped(
     vocab_size=11, model_dim=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, dense_layers=(0,), dense_dim=12,
     moe=dataclasses.replace(
@@ -109,7 +111,9 @@ def test_exactly_routers_norms_and_experts_stay_wide(name: str) -> None:
     wide = [part for _, part in nnx.iter_modules(cast) if isinstance(part, nnx.LayerNorm | RMSNorm | Router)]
     expected = {id(value) for part in wide for value in vars(part).values() if isinstance(value, nnx.Variable)}
     expected |= {id(cast.phi)} if name == "soft" else set()
-    found = {id(value) for _, value in nnx.iter_graph(cast) if isinstance(value, nnx.Variable) and value.dtype == jnp.float32}
+    found = {
+        id(value) for _, value in nnx.iter_graph(cast) if isinstance(value, nnx.Variable) and value.dtype == jnp.float32
+    }
     assert found == expected and len(found) >= 1
 
 
@@ -173,7 +177,9 @@ def by_norm(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> d
 
 def all_by_norm(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     """|error| / |truth| of all together."""
-    return by_norm(*({"": np.concatenate([tree[name].ravel() for name in expected])} for tree in (actual, expected)))[""]
+    return by_norm(*({"": np.concatenate([tree[name].ravel() for name in expected])} for tree in (actual, expected)))[
+        ""
+    ]
 
 
 def our_side(precision: Precision | None) -> tuple[float, dict[str, np.ndarray]]:
@@ -185,7 +191,9 @@ def our_side(precision: Precision | None) -> tuple[float, dict[str, np.ndarray]]
             model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.float64), state))
         loss, params = objective(model, precision)
         value, gradient = compiled(jax.value_and_grad(loss), params, TOKENS)(params, TOKENS)
-        assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float64" if precision is None else "float32")}
+        assert {x.dtype for x in jax.tree.leaves(gradient)} == {
+            jnp.dtype("float64" if precision is None else "float32")
+        }
         named = jax_moe.to_torch(model, gradient)
     return float(value), {name: np.asarray(value, np.float64) for name, value in named.items()}
 
@@ -245,7 +253,7 @@ def trained(precision: Precision, steps: int = 20) -> dict[str, np.ndarray]:
 
 
 def test_master_weights_keep_what_bf16_forgets() -> None:
-    """AdamW moves every weight by about the learning rate a step: 1e-4 is below half a bf16 step of a weight above 0.05."""
+    """AdamW moves a weight by about the learning rate: 1e-4 is below half a bf16 step of a weight above 0.05."""
     start, truth = flat(objective(small(dataclasses.replace(CONFIG, num_layers=1)))[1]), trained(PRECISIONS["float32"])
     name = "head.kernel"
     moved = np.linalg.norm(truth[name] - start[name])

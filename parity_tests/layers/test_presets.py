@@ -72,7 +72,9 @@ CAPACITIES = {  # all others are dropless
         renormalise_after_drop=False, below_one="drop_all",
     ),
     "switch": CapacityConfig(factor=1.25, rounding="ceil", counts_top_k=False, group="sequence", priority="token"),
-    "vmoe": CapacityConfig(factor=1.05, rounding="ceil", multiple=4, counts_top_k=True, group="sequence", priority="choice"),
+    "vmoe": CapacityConfig(
+        factor=1.05, rounding="ceil", multiple=4, counts_top_k=True, group="sequence", priority="choice"
+    ),
 }
 HUGGING_FACE_BALANCE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granite_moe")
 
@@ -115,10 +117,14 @@ def test_noise() -> None:
     assert noisy.noise == "learned_gaussian" and noisy.noise_at_evaluation, "makeMoE's noise is always on"
     assert presets.makemoe(noise=False).router.noise == "none"
     jitter = presets.switch().router
-    assert (jitter.noise, jitter.jitter_eps, jitter.jitter_scope) == ("input_jitter", 0.01, "router"), "seen by the router only"
+    assert (jitter.noise, jitter.jitter_eps, jitter.jitter_scope) == ("input_jitter", 0.01, "router"), (
+        "seen by the router only"
+    )
     assert not jitter.noise_at_evaluation, "Switch jitters in training only"
     block = presets.mixtral(jitter_eps=0.1).router
-    assert (block.noise, block.jitter_scope) == ("input_jitter", "block"), "Mixtral's experts see the jittered input too"
+    assert (block.noise, block.jitter_scope) == ("input_jitter", "block"), (
+        "Mixtral's experts see the jittered input too"
+    )
 
 
 def test_deepseek_clusters() -> None:
@@ -168,7 +174,9 @@ def test_published_model() -> None:
     )
     assert config.moe == presets.makemoe()
     attention = config.block.attention
-    assert (attention.scale, attention.causal, attention.dropout, attention.projections) == ("model_dim", True, 0.1, "per_head")
+    assert (attention.scale, attention.causal, attention.dropout, attention.projections) == (
+        "model_dim", True, 0.1, "per_head"
+    )
     assert attention.score_scale == 128**-0.5, "the width of the model, not of a head"
     assert config.block.norm_eps == 1e-5
     assert isinstance(config.moe.expert, ExpertConfig) and isinstance(config.moe.router, RouterConfig)

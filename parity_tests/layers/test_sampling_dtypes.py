@@ -1,4 +1,4 @@
-"""Tokens are drawn as often as they should, whatever dtype their logits have: noise of bf16 has 128 values, and ties."""
+"""Tokens are drawn with the right frequencies in every dtype of the logits: bf16 noise has 128 values, so ties."""
 
 from functools import partial
 from typing import Any
@@ -44,7 +44,8 @@ def test_draws_follow_the_distribution(case: str, dtype: str) -> None:
         logits, settings = CASES[case]
         logits_V = jnp.asarray(logits, dtype)
         tokens = draws(
-            logits_V, jnp.asarray(settings.get("temperature", 1.0), jnp.float32), settings.get("top_k"), settings.get("top_p")
+            logits_V, jnp.asarray(settings.get("temperature", 1.0), jnp.float32), settings.get("top_k"),
+            settings.get("top_p"),
         )
         measured = surprise(np.asarray(tokens), shares(np.asarray(logits_V, np.float64), **settings))
     assert measured < MOST, f"{measured:.1f} standard deviations"
@@ -81,7 +82,8 @@ def equal_decoder(dtype: str) -> Decoder:
 
 def equal_makemoe(dtype: str) -> MakeMoE:
     config = MakeMoEConfig(
-        vocab_size=1000, block_size=2, model_dim=4, num_heads=2, num_layers=1, num_experts=2, top_k=1, capacity_factor=None
+        vocab_size=1000, block_size=2, model_dim=4, num_heads=2, num_layers=1, num_experts=2, top_k=1,
+        capacity_factor=None,
     )
     model = filled(lambda: MakeMoE(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)), 0)
     model.head.kernel[...] = jnp.zeros_like(model.head.kernel[...])

@@ -43,7 +43,8 @@ def test_filtered_logits_are_wide_and_the_lower_token_wins_a_tie() -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_generate_draws_so_too_and_its_noise_is_wide(dtype: str) -> None:
     config = torch_ref.MakeMoEConfig(
-        vocab_size=1000, block_size=2, model_dim=4, num_heads=2, num_layers=1, num_experts=2, top_k=1, capacity_factor=None
+        vocab_size=1000, block_size=2, model_dim=4, num_heads=2, num_layers=1, num_experts=2, top_k=1,
+        capacity_factor=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

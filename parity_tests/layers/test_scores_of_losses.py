@@ -19,9 +19,8 @@ Stats = dict[str, np.ndarray]
 
 
 def config_of(score: Score, **balance: str) -> MoEConfig:
-    return dataclasses.replace(
-        presets.olmoe(4, 4, E, K), router=RouterConfig(score=score), balance=BalanceConfig(**balance)  # type: ignore[arg-type]
-    )
+    counted = BalanceConfig(**balance)  # type: ignore[arg-type]
+    return dataclasses.replace(presets.olmoe(4, 4, E, K), router=RouterConfig(score=score), balance=counted)
 
 
 def in_jax(logits: np.ndarray, config: MoEConfig) -> Stats:
@@ -70,7 +69,9 @@ def test_scores_of_nought_balance(side: Side, counted_in: str) -> None:
     """All scores 0: the choice takes them for equal, and so does the loss."""
     logits = (np.random.default_rng(0).normal(size=(S, E)) * 10 - 150).astype(np.float32)
     config = presets.deepseek_v3(4, 4, E, K, num_clusters=1, top_clusters=1)
-    stats = side(logits, dataclasses.replace(config, balance=BalanceConfig(counted_in=counted_in)))  # type: ignore[arg-type]
+    stats = side(
+        logits, dataclasses.replace(config, balance=BalanceConfig(counted_in=counted_in))  # type: ignore[arg-type]
+    )
     np.testing.assert_array_equal(stats["expert_load_E"], [1 / 2, 1 / 2, *[0] * (E - 2)])
     np.testing.assert_allclose(stats["router_prob_E"], np.full(E, 1 / E), rtol=1e-6)  # measured: 6e-8
     np.testing.assert_allclose(stats["load_balance_loss"], 1, rtol=1e-6)  # a softmax of the logits gives 1e-6 and less
@@ -91,7 +92,8 @@ def test_probabilities_are_scores_over_their_sum(side: Side, score: Score, shift
     for name, want in (("router_prob_E", prob.mean(0)), ("router_entropy", -(prob * np.log(prob)).sum(1).mean())):
         np.testing.assert_allclose(stats[name], want.astype(float), rtol=2e-14, err_msg=name)  # measured: 3e-15
     in_fp32 = side(logits.astype(np.float32), config_of(score))
-    np.testing.assert_allclose(in_fp32["router_prob_E"], prob.mean(0).astype(float), rtol=2e-5)  # measured: 4e-6, at -60
+    # measured: 4e-6, at -60
+    np.testing.assert_allclose(in_fp32["router_prob_E"], prob.mean(0).astype(float), rtol=2e-5)
 
 
 @both_sides
@@ -111,7 +113,9 @@ def test_the_gradient_is_that_of_the_scores_and_finite_everywhere(side: Side, sc
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
-def test_a_softmax_of_the_logits_is_seen_where_the_score_is_another(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_softmax_of_the_logits_is_seen_where_the_score_is_another(
+    score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "log_scores", lambda logits_GSE, _: logits_GSE)
     logits = np.random.default_rng(1).normal(size=(S, E))
     wrong = in_jax(logits, config_of(score))["router_prob_E"]

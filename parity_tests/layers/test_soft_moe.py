@@ -37,7 +37,9 @@ def inputs(seed: int = 0, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape or (3, 5, 6)))
 
 
-def phi_gradient(layer: SoftMoE, x: jax.Array, mask: np.ndarray | None, real: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def phi_gradient(
+    layer: SoftMoE, x: jax.Array, mask: np.ndarray | None, real: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
     """Gradients of the sum of the real tokens' squared answers by phi and by the input."""
 
     def loss(phi: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Soft MoE as published normalises (arXiv 2308.00951, section 2.3): unit-length tokens and slots, times a learned scale."""
+"""Normalised Soft MoE (arXiv 2308.00951, section 2.3): unit-length tokens and slots, times a learned scale."""
 
 from math import log, sqrt
 from pathlib import Path
@@ -19,7 +19,7 @@ from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.shared.filled import filled
 
 CONFIG = jax_moe.SoftMoEConfig(model_dim=4, num_experts=2, num_slots=2, normalise=True)
-# Tokens of lengths 3 and 5, phi's columns of lengths 2 and 7: only their directions count. Cosines 1 and 3/5, scale ln 2 ...
+# Tokens of lengths 3 and 5, phi's columns of lengths 2 and 7: only directions count. Cosines 1 and 3/5, scale ln 2 ...
 X = [[[3.0, 0.0], [3.0, 4.0]]]
 PHI = [[[2.0, 7.0]], [[0.0, 0.0]]]
 LOGITS = [[log(2.0), log(2.0)], [0.6 * log(2.0), 0.6 * log(2.0)]]
@@ -60,7 +60,8 @@ def test_a_state_dict_with_a_scale_normalises_and_comes_back(tmp_path: Path) -> 
     write_safetensors(tmp_path / "with.safetensors", state)
     write_safetensors(tmp_path / "without.safetensors", soft_state())
     found = load(tmp_path / "with.safetensors")
-    assert found.config.normalise and "logits: tokens and phi of unit length, times a learned scale" in describe(found.config)
+    assert found.config.normalise
+    assert "logits: tokens and phi of unit length, times a learned scale" in describe(found.config)
     back = found.state()
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
     assert not load(tmp_path / "without.safetensors").config.normalise

@@ -1,4 +1,4 @@
-"""What is stored and what keeps fp32 is said by a variable's class: a correction bias survives every kind of storage."""
+"""A variable's class says whether it is stored and keeps fp32: a correction bias survives every kind of storage."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +16,16 @@ from jax_moe.config.precision import Precision
 from jax_moe.porting.checkpoint import Checkpoint, load, save
 from jax_moe.porting.convert import port_decoder
 from jax_moe.porting.families import FAMILIES
-from jax_moe.porting.families.family import Family, Mixture, Names, Whole, read_decoder, read_moe, write_decoder, write_moe
+from jax_moe.porting.families.family import (
+    Family,
+    Mixture,
+    Names,
+    Whole,
+    read_decoder,
+    read_moe,
+    write_decoder,
+    write_moe,
+)
 from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.safetensors import read_safetensors
 from jax_moe.porting.table.rows import Row
@@ -46,7 +55,8 @@ NAMES = Names(ROWS, "hf_corrected_layer", "hf_corrected_moe")
 CORRECTED = Family(
     "corrected_moe",
     Mixture(
-        lambda settings: read_moe(with_bias, settings, "moe_size"), lambda moe: write_moe(moe, "num_experts", "moe_size"),
+        lambda settings: read_moe(with_bias, settings, "moe_size"),
+        lambda moe: write_moe(moe, "num_experts", "moe_size"),
         NAMES, NAMES,
     ),
     Whole("CorrectedMoeForCausalLM", read_decoder, lambda config: write_decoder(config)),
@@ -66,13 +76,18 @@ def model(monkeypatch: pytest.MonkeyPatch) -> jax_moe.Decoder:
 def check_bias(found: nnx.Module, model: jax_moe.Decoder) -> None:
     """Bit for bit in fp32, all else bf16."""
     variables = stored_variables(found)
-    check_exact({"bias": np.asarray(variables[BIAS][...])}, {"bias": np.asarray(stored_variables(model)[BIAS][...])}, "bias")
+    check_exact(
+        {"bias": np.asarray(variables[BIAS][...])}, {"bias": np.asarray(stored_variables(model)[BIAS][...])}, "bias"
+    )
     assert {path for path, v in variables.items() if v.dtype != BF16} == {BIAS}
 
 
 def test_a_correction_bias_is_written_and_read_as_bf16_bit_for_bit(model: jax_moe.Decoder, tmp_path: Path) -> None:
     jax_moe.save_pretrained(model, tmp_path / "hf", model_type="corrected_moe")
-    weights, bias = read_safetensors(tmp_path / "hf" / "model.safetensors"), np.asarray(stored_variables(model)[BIAS][...])
+    weights, bias = (
+        read_safetensors(tmp_path / "hf" / "model.safetensors"),
+        np.asarray(stored_variables(model)[BIAS][...]),
+    )
     check_exact({"w": weights[THEIRS.format(1)]}, {"w": bias[1]}, "in the file")
     assert not np.array_equal(bias.astype(BF16).astype(np.float32), bias), "bf16 must not hold it, or nothing is tested"
     loaded = jax_moe.load_pretrained(tmp_path / "hf", dtype="bfloat16")
@@ -89,8 +104,9 @@ def test_ports_between_both_forms_keep_it(model: jax_moe.Decoder, tmp_path: Path
     jax_moe.save_pretrained(model, tmp_path / "hf", model_type="corrected_moe")
     for source, target, to in (("hf", "orbax", "orbax"), ("hf", "narrow", "hf"), ("orbax", "back", "hf")):
         port_decoder(
-            open_path(tmp_path / source), tmp_path / target, to, dtype=BF16, max_shard_bytes=10**9, overwrite=False,  # type: ignore[arg-type]
-            allow_nonfinite=False, progress=lambda what, total: nullcontext(lambda size: None), say=lambda _: None,
+            open_path(tmp_path / source), tmp_path / target, to, dtype=BF16,  # type: ignore[arg-type]
+            max_shard_bytes=10**9, overwrite=False, allow_nonfinite=False,
+            progress=lambda what, total: nullcontext(lambda size: None), say=lambda _: None,
         )
         check_bias(load(tmp_path / target).module, model)
 
@@ -101,12 +117,14 @@ def test_own_folders_of_a_layer_keep_it(storage: str, tmp_path: Path) -> None:
     save(Checkpoint("moe", layer), tmp_path / "own", storage=storage)  # type: ignore[arg-type]
     loaded = load(tmp_path / "own", dtype="bfloat16").module
     variables, path = stored_variables(loaded), "router.correction_bias"
-    check_exact({"bias": np.asarray(variables[path][...])}, {"bias": np.asarray(layer.router.correction_bias[...])}, "bias")
+    check_exact(
+        {"bias": np.asarray(variables[path][...])}, {"bias": np.asarray(layer.router.correction_bias[...])}, "bias"
+    )
     assert {name for name, v in variables.items() if v.dtype != BF16} == {path}
 
 
 class Odd(nnx.Module):
-    """A module with a kept variable whose name says nothing, a generator, and a parameter named as a correction bias is."""
+    """A module with a kept variable of neutral name, a generator, and a parameter named like a correction bias."""
 
     def __init__(self) -> None:
         self.shift = Kept(jnp.full((3,), 0.1))
@@ -119,5 +137,8 @@ def test_the_class_decides_and_not_the_name() -> None:
     assert set(stored_variables(module)) == {"shift", "my_correction_bias"}
     assert kept_paths(module) == {"shift"}
     cast = cast_to_compute(stored_state(module), Precision(compute="bfloat16"))
-    assert {name: v.dtype for name, v in nnx.to_pure_dict(cast).items()} == {"shift": jnp.float32, "my_correction_bias": BF16}
+    assert {name: v.dtype for name, v in nnx.to_pure_dict(cast).items()} == {
+        "shift": jnp.float32,
+        "my_correction_bias": BF16,
+    }
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cast))

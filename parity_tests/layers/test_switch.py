@@ -1,7 +1,7 @@
 """Switch Transformers' sparse layer: against transformers where it is right, against the papers where it is not.
 
-Checked with transformers 5.23.0, whose layer routes each sequence apart and drops. Where it disagrees with the papers: see
-test_switch_findings.py.
+Checked with transformers 5.23.0, whose layer routes each sequence separately and drops tokens. Its disagreements with
+the papers are in test_switch_findings.py.
 """
 
 import dataclasses
@@ -54,13 +54,16 @@ def test_against_transformers(sizes: Sizes) -> None:
     found, stats = our_numbers(layer, x)
     if sizes.length > 1:
         assert 0.1 < float(stats.dropped_fraction) < 0.9
-    errors = [check_close(found, expected, FP32, "ours"), check_close(mirror_numbers(layer, x), expected, FP32, "torch_ref")]
+    errors = [
+        check_close(found, expected, FP32, "ours"),
+        check_close(mirror_numbers(layer, x), expected, FP32, "torch_ref"),
+    ]
     print(sizes, errors)
 
 
 @pytest.mark.parametrize(("sizes", "group", "balance"), [
-    (SIZES[0], "sequence", "batch"), (SIZES[0], "batch", "group"), (SIZES[1], "sequence", "group"), (SIZES[1], "batch", "batch"),
-    (SIZES[2], "sequence", "group"), (SIZES[3], "batch", "batch"),
+    (SIZES[0], "sequence", "batch"), (SIZES[0], "batch", "group"), (SIZES[1], "sequence", "group"),
+    (SIZES[1], "batch", "batch"), (SIZES[2], "sequence", "group"), (SIZES[3], "batch", "batch"),
 ])
 def test_against_the_papers(sizes: Sizes, group: str, balance: str) -> None:
     """Eq. 3's capacity with a factor that drops, both groups, both countings of the balance loss, in fp64."""
@@ -75,7 +78,10 @@ def test_against_the_papers(sizes: Sizes, group: str, balance: str) -> None:
         layer = ours(config, state)
         found, stats = our_numbers(layer, x)
         assert float(stats.dropped_fraction) == pytest.approx(len(dropped) / (sizes.batch * sizes.length), abs=1e-15)
-        errors = [check_close(found, expected, WIDE, "ours"), check_close(mirror_numbers(layer, x), expected, WIDE, "torch_ref")]
+        errors = [
+            check_close(found, expected, WIDE, "ours"),
+            check_close(mirror_numbers(layer, x), expected, WIDE, "torch_ref"),
+        ]
     assert dropped or sizes.length == 1
     print(sizes, group, balance, errors)
 
@@ -84,7 +90,9 @@ def test_the_two_countings_of_the_balance_loss_differ() -> None:
     """A mean of products is not the product of means, so a test that mixed them up would be seen."""
     sizes, x = SIZES[1], SIZES[1].tokens()
     state = state_of(sizes.theirs())
-    losses = [float(paper_numbers(state, x, sizes.slots, "sequence", balance)[0]["balance"]) for balance in ("batch", "group")]
+    losses = [
+        float(paper_numbers(state, x, sizes.slots, "sequence", balance)[0]["balance"]) for balance in ("batch", "group")
+    ]
     assert abs(losses[0] - losses[1]) > 0.05  # measured: 1.27 and 1.37
 
 
@@ -94,7 +102,7 @@ def test_the_two_countings_of_the_balance_loss_differ() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip(dtype: str, bias: bool) -> None:
-    """Into our layer and back: the same names, bits and dtypes; transformers loads them strictly; the layout is found."""
+    """Into our layer and back: the same names, bits and dtypes; transformers loads them strictly; layouts match."""
     sizes = SIZES[2]
     theirs = sizes.theirs(router_bias=bias).to(getattr(torch, dtype))
     state, config = state_of(theirs), contract(sizes)

@@ -1,7 +1,7 @@
-"""Where transformers' Switch layer parts from the papers, or from its own other versions; and what becomes of a dropped token.
+"""Where transformers' Switch layer differs from the papers or between versions, and what happens to a dropped token.
 
-Checked with transformers 5.23.0. Each finding is a test whose name begins with `test_finding`; it holds the disagreement
-as a fact about transformers, and what we do instead.
+Checked with transformers 5.23.0. Each finding is a test whose name begins with `test_finding`; it holds the
+disagreement as a fact about transformers, and what we do instead.
 """
 
 import dataclasses
@@ -55,7 +55,9 @@ def test_a_dropped_token_gets_exactly_nothing_and_keeps_its_residual() -> None:
 
 
 def _config(sizes: Sizes) -> Any:
-    return transformers.SwitchTransformersConfig(d_model=sizes.width, d_ff=sizes.expert_width, num_experts=sizes.experts)
+    return transformers.SwitchTransformersConfig(
+        d_model=sizes.width, d_ff=sizes.expert_width, num_experts=sizes.experts
+    )
 
 
 def test_finding_transformers_4_kept_the_dropped_token() -> None:
@@ -183,7 +185,8 @@ def test_finding_losses_of_a_stack(sparse: int) -> None:
     config = transformers.SwitchTransformersConfig(
         vocab_size=11, d_model=8, d_kv=4, d_ff=6, num_heads=2, num_layers=4, num_decoder_layers=4, num_experts=4,
         decoder_start_token_id=0,
-        num_sparse_encoder_layers=4 // sparse, num_sparse_decoder_layers=4 // sparse, router_jitter_noise=0.0, dropout_rate=0.0,
+        num_sparse_encoder_layers=4 // sparse, num_sparse_decoder_layers=4 // sparse, router_jitter_noise=0.0,
+        dropout_rate=0.0,
     )
     torch.manual_seed(3)
     model = transformers.SwitchTransformersForConditionalGeneration(config).eval()

@@ -1,4 +1,4 @@
-"""The tiled dispatcher where one expert has several tiles, and the queues: against the reference and against counting."""
+"""The tiled dispatcher with several tiles per expert, and its queues: against the reference and against counting."""
 
 import dataclasses
 import functools
@@ -55,7 +55,10 @@ def answers(config: MoEConfig, dispatcher: str, load: str, num_tokens: int, mask
 
         (by_state, by_x), (y, stats) = run(state, jnp.asarray(x))
         gradients = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(by_state)}
-        return {"answer": np.asarray(y), "by x": np.asarray(by_x), "dropped": np.asarray(stats.dropped_fraction), **gradients}
+        return {
+            "answer": np.asarray(y), "by x": np.asarray(by_x), "dropped": np.asarray(stats.dropped_fraction),
+            **gradients,
+        }
 
 
 def compare_with_reference(what: str, config: MoEConfig = MIXTRAL, load: str = "spread", masked: bool = False) -> None:

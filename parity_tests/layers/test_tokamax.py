@@ -1,4 +1,4 @@
-"""Where tokamax takes the place of `jax.lax.ragged_dot`: whatever it leaves behind the last expert's rows is not seen."""
+"""tokamax in place of `jax.lax.ragged_dot`: whatever it writes after the last expert's rows has no effect."""
 
 import dataclasses
 import sys
@@ -34,7 +34,7 @@ def answers() -> dict[str, np.ndarray]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, factor: float) -> list[tuple[int, ...]]:
-    """A stand-in with NaN behind the last expert's rows, in answers and gradients; the shapes that it was called with."""
+    """A stand-in that puts NaN after the last expert's rows of answers and gradients; and the shapes of its calls."""
     calls: list[tuple[int, ...]] = []
 
     def spoilt(rows: jax.Array, count: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """An expert that was not chosen gets no gradient in this step. Can it still be trained?
 
-Its own weights: a gradient of exactly zero, so nothing is learned from this step, though AdamW's decay and momentum move
-them all the same. The router's row of it: with a softmax over all experts it is pushed even so; with a softmax over the
-chosen (makeMoE) it is not, unless the balance loss is on. Over a run every expert gets its turn.
+Its weights get a gradient of exactly zero: they learn nothing from this step, though AdamW's decay and momentum still
+move them. Its row of the router gets a gradient from a softmax over all experts, but none from a softmax over the
+chosen experts (makeMoE), unless the balance loss is on. Over a run every expert is chosen at some step.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def test_the_routers_row_under_a_softmax_over_all() -> None:
 
 
 def test_the_routers_row_when_the_sum_is_divided_out() -> None:
-    # Mixtral divides by the sum of the chosen probabilities, and the unchosen logit cancels: rounding is all that is left
+    # Mixtral divides by the sum of the chosen probabilities, so the unchosen logit cancels: only rounding remains
     row = np.abs(gradients(layer_of(MIXTRAL))["router.kernel"]).max(axis=0)
     assert (row[UNCHOSEN] < 1e-14 * row.max()).all(), row
 

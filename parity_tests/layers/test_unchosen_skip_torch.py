@@ -1,4 +1,4 @@
-"""Experts without tokens left alone, `unchosen="skip"`: the same steps as PyTorch's, state both ways and through files."""
+"""`unchosen="skip"`, experts without tokens left alone: PyTorch's steps; state converts both ways and through files."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def sides(config: MoEConfig = CONFIG) -> tuple[jax_moe.MoE, torch_ref.MoE]:
 
 
 def torch_run(module: torch_ref.MoE, parts: int = 1, steps: int = STEPS) -> tuple[dict[str, np.ndarray], Any]:
-    """The weights after the steps of a loop that leaves the gradients of experts without tokens at None; its optimizer."""
+    """Weights and optimizer after a loop that leaves the gradients of experts without tokens at None."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.3)
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -103,7 +103,9 @@ def test_steps_are_those_of_pytorch(parts: int) -> None:
     back = jax_moe.optimizer_to_torch(layer, state, theirs.state_dict(), names=names)
     assert steps_by_number(back) == steps_by_number(theirs.state_dict())
     with pytest.raises(MismatchError):
-        decayed, _ = jax_run(layer, skipping("decay") if parts == 1 else optax.MultiSteps(skipping("decay"), parts), parts)
+        decayed, _ = jax_run(
+            layer, skipping("decay") if parts == 1 else optax.MultiSteps(skipping("decay"), parts), parts
+        )
         check_close(jax_moe.to_torch(layer, decayed), expected, 1e-3, "unchosen experts decayed")
 
 
@@ -116,7 +118,9 @@ def test_multi_steps_alone_forgets_who_was_chosen_and_is_refused() -> None:
     _, theirs = torch_run(module)
     state = optax.MultiSteps(skipping(), 2).init(nnx.state(layer, nnx.Param))
     with pytest.raises(ValueError, match=r"MultiStepsState: must be jax_moe.unchosen.accumulated's"):
-        jax_moe.optimizer_to_torch(layer, state, theirs.state_dict(), names=[name for name, _ in module.named_parameters()])
+        jax_moe.optimizer_to_torch(
+            layer, state, theirs.state_dict(), names=[name for name, _ in module.named_parameters()]
+        )
 
 
 def test_what_chosen_must_be() -> None:
@@ -157,7 +161,7 @@ def test_who_had_tokens() -> None:
 
 
 def test_state_there_and_back() -> None:
-    """Bit for bit, experts that were never trained without an entry; into optax's AdamW it is refused with what to do."""
+    """Bit for bit, untrained experts having no entry; optax's AdamW refuses the state and says what to do."""
     layer, module = sides()
     _, theirs = torch_run(module, steps=2)
     names = [name for name, _ in module.named_parameters()]
@@ -168,7 +172,9 @@ def test_state_there_and_back() -> None:
     back = jax_moe.optimizer_to_torch(layer, state, theirs.state_dict(), names=names)
     check_same_state(back, theirs.state_dict())
     theirs.load_state_dict(back)
-    with pytest.raises(ValueError, match=r"takes no step in PyTorch; .*unchosen='skip'.*step of experts\[\d\] is \d, must be 2"):
+    with pytest.raises(
+        ValueError, match=r"takes no step in PyTorch; .*unchosen='skip'.*step of experts\[\d\] is \d, must be 2"
+    ):
         jax_moe.optimizer_from_torch(layer, theirs.state_dict(), skipping("decay").init(params), names=names)
     broken = theirs.state_dict()
     number = next(i for i, name in enumerate(names) if name.endswith("up.weight") and i in broken["state"])
@@ -179,7 +185,9 @@ def test_state_there_and_back() -> None:
 
 def check_same_state(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one["param_groups"] == two["param_groups"] and one["state"].keys() == two["state"].keys()
-    flat = [{f"{i} {k}": v.numpy() for i, entry in each["state"].items() for k, v in entry.items()} for each in (one, two)]
+    flat = [
+        {f"{i} {k}": v.numpy() for i, entry in each["state"].items() for k, v in entry.items()} for each in (one, two)
+    ]
     check_exact(*flat, "optimizer state")
 
 
@@ -194,7 +202,9 @@ def test_equal_counts_fit_both_kinds() -> None:
         fresh = skipping(unchosen, declared=jax_moe.declared(layer)).init(params)
         state = jax_moe.optimizer_from_torch(layer, optimizer.state_dict(), fresh, names=names)
         assert jax.tree.structure(state) == jax.tree.structure(fresh)
-        check_same_state(jax_moe.optimizer_to_torch(layer, state, optimizer.state_dict(), names=names), optimizer.state_dict())
+        check_same_state(
+            jax_moe.optimizer_to_torch(layer, state, optimizer.state_dict(), names=names), optimizer.state_dict()
+        )
 
 
 # --- files
@@ -202,7 +212,7 @@ def test_equal_counts_fit_both_kinds() -> None:
 
 @pytest.fixture
 def training_file(tmp_path: Path) -> tuple[Path, Any]:
-    """What the loop of the original makeMoE leaves: its own modules, batches so small that experts go without tokens."""
+    """What the original makeMoE loop saves: its own modules, batches so small that experts get no tokens."""
     torch.manual_seed(0)
     module = originals.LanguageModel(11, 8, 16, 2, 2, 9, 2, 3.0, 0.0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
@@ -216,7 +226,9 @@ def training_file(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "theirs.pt", [name for name, _ in module.named_parameters()]
 
 
-def test_port_of_the_originals_training_file(training_file: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_of_the_originals_training_file(
+    training_file: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     path, names = training_file
     folder, back = path.parent / "folder", path.parent / "back.pt"
     assert main(["port", str(path), str(folder), "--top-k", "2"]) == 0
@@ -231,7 +243,9 @@ def test_port_of_the_originals_training_file(training_file: tuple[Path, list[str
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = jax_moe.load_optimizer(folder, skipping(declared=jax_moe.declared(model)).init(params))
     check_same_state(jax_moe.optimizer_to_torch(model, state, before["optimizer"], names=names), before["optimizer"])
-    with pytest.raises(ValueError, match=r"optimizer.safetensors: .*step of blocks.moe.experts\[0, \d\] is \d, must be 4"):
+    with pytest.raises(
+        ValueError, match=r"optimizer.safetensors: .*step of blocks.moe.experts\[0, \d\] is \d, must be 4"
+    ):
         jax_moe.load_optimizer(folder, skipping("decay").init(params))
     assert (folder / FILE).is_file()
 

@@ -21,7 +21,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "masked_mean": {"x_GS": LOGITS, "mask_GS": MASK}, "router_z_loss": {"logits_GSE": LOGITS, "mask_GS": MASK},
     "router_entropy": {"logits_GSE": LOGITS, "mask_GS": MASK}, "squared_cv": {"x_E": LOAD},
     "importance": {"expert_GSK": CHOICES, "weight_GSK": np.abs(LOGITS[..., :K]), "num_experts": E, "mask_GS": MASK},
-    "smooth_load": {"clean_GSE": LOGITS, "noisy_GSE": LOGITS + 1, "scale_GSE": np.exp(LOGITS / 4), "top_k": K, "mask_GS": MASK},
+    "smooth_load": {
+        "clean_GSE": LOGITS, "noisy_GSE": LOGITS + 1, "scale_GSE": np.exp(LOGITS / 4), "top_k": K, "mask_GS": MASK
+    },
 }
 
 
@@ -35,7 +37,11 @@ def value(name: str, package: Any, arguments: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", CALLS)
 def test_narrow_arrays_are_computed_wide(name: str, dtype: str) -> None:
-    floats = {key: torch.tensor(x).to(getattr(torch, dtype)) for key, x in CALLS[name].items() if np.asarray(x).dtype.kind == "f"}
+    floats = {
+        key: torch.tensor(x).to(getattr(torch, dtype))
+        for key, x in CALLS[name].items()
+        if np.asarray(x).dtype.kind == "f"
+    }
     others = {key: x for key, x in CALLS[name].items() if key not in floats}
     as_torch = {key: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for key, x in others.items()}
     as_jax = {key: jnp.asarray(x) if isinstance(x, np.ndarray) else x for key, x in others.items()}
@@ -53,4 +59,6 @@ def test_a_load_in_bf16_is_rounded_once() -> None:
         ours.expert_load(jnp.asarray(CHOICES), E, jnp.bfloat16, jnp.asarray(MASK)),
         theirs.expert_load(torch.from_numpy(CHOICES), E, torch.bfloat16, torch.from_numpy(MASK)).float().numpy(),
     ):
-        np.testing.assert_array_equal(np.asarray(found, np.float32), torch.tensor(exact).to(torch.bfloat16).float().numpy())
+        np.testing.assert_array_equal(
+            np.asarray(found, np.float32), torch.tensor(exact).to(torch.bfloat16).float().numpy()
+        )

@@ -18,8 +18,14 @@ from moe_parity.compare import compare_checkpoint, next_token_loss  # noqa: E402
 
 MAPPING = {"weight": ("kernel", transpose), "bias": "bias"}
 BAD_INPUTS: list[tuple[Any, str]] = [
-    ([1.0, 2.0, 3.0], r"inputs\[0\]='float': must be an array; np\.asarray\(\[\.\.\.\]\) of a list, and a tuple of arrays"),
-    (np.zeros((0, 3), np.float32), r"inputs\[0\]\.shape=\(0, 3\): must be of at least one number: empty arrays always agree"),
+    (
+        [1.0, 2.0, 3.0],
+        r"inputs\[0\]='float': must be an array; np\.asarray\(\[\.\.\.\]\) of a list, and a tuple of arrays",
+    ),
+    (
+        np.zeros((0, 3), np.float32),
+        r"inputs\[0\]\.shape=\(0, 3\): must be of at least one number: empty arrays always agree",
+    ),
     (np.asarray([["a", "b", "c"]]), r"inputs\[0\]\.dtype='<U1': must be of numbers or booleans"),
     ((), r"inputs=\(\): must be at least one array"),
 ]
@@ -31,7 +37,9 @@ def test_compare_modules_names_the_input(inputs: Any, message: str) -> None:
         compare_modules(torch.nn.Linear(3, 2), nnx.Linear(3, 2, rngs=nnx.Rngs(0)), MAPPING, inputs)
 
 
-@pytest.mark.parametrize("x", [np.ones((2, 3), ml_dtypes.bfloat16), torch.ones(2, 3).bfloat16()], ids=["numpy", "torch"])
+@pytest.mark.parametrize(
+    "x", [np.ones((2, 3), ml_dtypes.bfloat16), torch.ones(2, 3).bfloat16()], ids=["numpy", "torch"]
+)
 def test_compare_modules_takes_bf16(x: Any) -> None:
     ours = nnx.Linear(3, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert compare_modules(torch.nn.Linear(3, 2).bfloat16(), ours, MAPPING, x).passed

@@ -22,7 +22,8 @@ SIZES: dict[str, Any] = {"model_dim": 6, "expert_dim": 6, "num_experts": 6, "top
 LAYER = MoEConfig(
     **SIZES,
     router=RouterConfig(
-        score="sigmoid", renormalise_eps=1e-2, scale=2.5, bias=True, correction_bias=True, num_clusters=2, top_clusters=1,
+        score="sigmoid", renormalise_eps=1e-2, scale=2.5, bias=True, correction_bias=True, num_clusters=2,
+        top_clusters=1,
     ),
     capacity=CapacityConfig(factor="0.7", group="sequence", below_one="drop_all"),
     expert=ExpertConfig(activation="gelu"),
@@ -30,8 +31,9 @@ LAYER = MoEConfig(
 )
 SMALL = MoEConfig(**SIZES, expert=ExpertConfig(activation="identity", gated=False))
 DECODER = DecoderConfig.grouped(
-    vocab_size=11, model_dim=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=10, qk_norm="per_head", qkv_bias=True,
-    moe=dataclasses.replace(SMALL, router=RouterConfig(renormalise="sum")), dense_layers=(), norm_eps=1e-3,
+    vocab_size=11, model_dim=6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=10, qk_norm="per_head",
+    qkv_bias=True, moe=dataclasses.replace(SMALL, router=RouterConfig(renormalise="sum")), dense_layers=(),
+    norm_eps=1e-3,
 )
 X = np.random.default_rng(3).normal(size=(2, 12, 6)).astype(np.float32)
 TOKENS = np.random.default_rng(4).integers(0, 11, (2, 7))
@@ -77,10 +79,13 @@ def test_every_convention_of_a_layer_is_named_alone() -> None:
 
 
 def test_softmax_before_or_after_and_what_is_the_same_as_that() -> None:
-    after = our_answer(moe(dataclasses.replace(SMALL, router=RouterConfig(order="select_then_softmax"))), jnp.asarray(X), {})
+    after = our_answer(
+        moe(dataclasses.replace(SMALL, router=RouterConfig(order="select_then_softmax"))), jnp.asarray(X), {}
+    )
     only = [one for one in conventions_of(moe(SMALL)) if one.group.startswith(("router.order", "router.renormalise"))]
     said = in_words(explain(moe(SMALL), after, X, candidates=only))
-    assert "router.order='select_then_softmax'" in said and "router.renormalise='sum'" in said  # equal in mathematics too
+    # equal in mathematics too
+    assert "router.order='select_then_softmax'" in said and "router.renormalise='sum'" in said
     assert said.startswith("matches if ") and "; as configured 0." in said
 
 
@@ -94,8 +99,8 @@ def test_ties_are_told_from_each_other() -> None:
 
 def test_conventions_of_a_decoder_in_fp64() -> None:
     some = (
-        "attention scaled by model", "rope rotates", "rope.kind='linear' with factor=4", "rope.theta=1e+06", "norm_eps=1e-05",
-        "norm_eps=1e-06", "router.renormalise='none'",
+        "attention scaled by model", "rope rotates", "rope.kind='linear' with factor=4", "rope.theta=1e+06",
+        "norm_eps=1e-05", "norm_eps=1e-06", "router.renormalise='none'",
     )
     with jax.enable_x64(True):
         assert overlooked(decoder(), TOKENS, set(), some) == []
@@ -106,7 +111,9 @@ def test_conventions_of_a_makemoe_model_include_its_scale_of_attention() -> None
     model = filled(lambda: jax_moe.MakeMoE(config, rngs=nnx.Rngs(0)))
     only = [one for one in conventions_of(model) if one.name.startswith(("attention", "capacity.rounding"))]
     theirs = planted(model, "attention scaled by head_dim**-0.5", x=TOKENS)
-    assert in_words(explain(model, theirs, TOKENS, candidates=only)).startswith("matches if attention scaled by head_dim**-0.5 (")
+    assert in_words(explain(model, theirs, TOKENS, candidates=only)).startswith(
+        "matches if attention scaled by head_dim**-0.5 ("
+    )
 
 
 def test_a_pair_is_named_where_no_single_one_explains() -> None:
@@ -132,7 +139,9 @@ def test_their_side_may_be_a_function_of_the_input_and_of_torch() -> None:
     import torch
 
     layer = moe(dataclasses.replace(SMALL, expert=ExpertConfig()))
-    config = dataclasses.replace(layer.config, router=RouterConfig(renormalise="sum"), balance=BalanceConfig(f_sums_to="k"))
+    config = dataclasses.replace(
+        layer.config, router=RouterConfig(renormalise="sum"), balance=BalanceConfig(f_sums_to="k")
+    )
     reference = torch_ref.MoE(config)
     reference.load_state_dict({name: torch.from_numpy(value) for name, value in jax_moe.to_torch(layer).items()})
 

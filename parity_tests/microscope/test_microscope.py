@@ -1,4 +1,4 @@
-"""The microscope against `torch_ref`: healthy models pass, every planted fault is named where it is, a near tie is a flip."""
+"""The microscope against `torch_ref`: sound models pass, every planted fault is located, a near tie is a flip."""
 
 import dataclasses
 from collections.abc import Callable
@@ -46,8 +46,8 @@ def test_a_healthy_language_model_passes() -> None:
     assert report.passed, report.sentence()
     kinds = worst(report.results)
     assert set(kinds) == {
-        "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights", "slots",
-        "expert_outputs", "combined", "residual", "balance_loss", "logits", "loss", "own_call", "gradient",
+        "checkpoint", "embedding", "attention_norm", "attention", "ffn_norm", "router_logits", "experts", "weights",
+        "slots", "expert_outputs", "combined", "residual", "balance_loss", "logits", "loss", "own_call", "gradient",
     }
     assert kinds.pop("gradient") <= 1e-13 and max(kinds.values()) <= 1e-14
     assert sum(one.kind == "gradient" for one in report.results) == 70
@@ -77,7 +77,9 @@ def test_switch_without_capacity_still_balances_each_sequence() -> None:
 def test_a_healthy_soft_moe_passes() -> None:
     x = np.random.default_rng(0).standard_normal((2, 5, 8))
     report = compare_checkpoint(Checkpoint("soft_moe", make("soft_moe", 1)), x, dtype="float64", grads=True)
-    assert report.passed and {one.name for one in report.results} >= {"weights (dispatch)", "slot inputs", "expert outputs"}, SOFT
+    assert report.passed and {one.name for one in report.results} >= {
+        "weights (dispatch)", "slot inputs", "expert outputs"
+    }, SOFT
 
 
 def swap_router(blocks: Any) -> None:
@@ -145,7 +147,8 @@ def test_a_flip_at_a_near_tie_is_told_from_a_wrong_number() -> None:
         alone = compare_traces(tied(1), x, other, dtype="float32", replay=False)
     flips = [one for one in followed if one.num_flips]
     assert [one.name for one in flips] == ["layer 1: chosen experts"] and flips[0].verdict == "flip at a near tie"
-    assert 0 < flips[0].flips[0].margin < 1e-6 < flips[0].noise and {flips[0].flips[0].ours, flips[0].flips[0].theirs} == {0, 1}  # type: ignore[operator]
+    flip = flips[0].flips[0]
+    assert 0 < flip.margin < 1e-6 < flips[0].noise and {flip.ours, flip.theirs} == {0, 1}  # type: ignore[operator]
     assert first_divergence(followed) is None, "with their choices everything after the flip agrees"
     assert sum(one.kind == "gradient" for one in followed) == 70
     first = first_divergence(alone)

@@ -90,7 +90,9 @@ def test_a_run_prints_a_table_json_and_a_page(model: Path, capsys: pytest.Captur
     assert sorted(path.name for path in model.parent.iterdir()) == ["model.safetensors", "report.html", "tokens.txt"]
 
 
-def test_a_fault_is_exit_status_1(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_exit_status_1(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch", reason="the other side is PyTorch")
     import torch_ref
 
@@ -118,7 +120,9 @@ def report(error: float = 1e-7, margin: float | None = None, layers: int = 2) ->
         verdict: Verdict = "same" if not flips else "flip at a near tie" if flips[0].near_tie else "wrong number"
         fits: Verdict = "same" if error <= 1e-5 else "wrong number"
         results.append(StageResult(f"layer {i}: attention", i, "attention", error, 1e-5, fits))
-        values: tuple[Any, ...] = (margin or 0.0, 1e-5, verdict, "", flips, len(flips), 0.5 if flips else 1.0, 1e-3, 1e-5)
+        values: tuple[Any, ...] = (
+            margin or 0.0, 1e-5, verdict, "", flips, len(flips), 0.5 if flips else 1.0, 1e-3, 1e-5
+        )
         results.append(StageResult(f"layer {i}: chosen experts", i, "experts", *values))
     return Report("mixtral", "<b>theirs</b>", "float32", (2, 16), True, tuple(results))
 
@@ -132,7 +136,10 @@ def test_the_sentence_tells_a_flip_from_a_wrong_number() -> None:
     assert not wrong.passed
     assert wrong.sentence().startswith("First divergence: layer 0: attention, error 0.5 where 1e-05 is allowed")
     assert wrong.sentence().endswith("1 later stage is beyond tolerance too.")
-    assert [one.name for one in map(worst, parts(wrong.results).values())][1:] == ["layer 0: attention", "layer 1: attention"]
+    assert [one.name for one in map(worst, parts(wrong.results).values())][1:] == [
+        "layer 0: attention",
+        "layer 1: attention",
+    ]
 
 
 REPORTS = [report(), report(margin=3e-7), report(error=float("inf"), margin=0.1), report(layers=80), report(0.0)]
@@ -229,7 +236,9 @@ def test_too_little_memory_is_said_first(
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     line = fails(capsys, "parity", model, "--grads", "--dtype", "float64")
-    assert re.search(r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line)
+    assert re.search(
+        r"not enough memory for both sides: [\d,]+ parameters need about 0\.0 GB, 0\.0 GB are available", line
+    )
     assert line.rstrip().endswith("less is needed with --dtype float32 and without --grads")
     monkeypatch.undo()
     assert guarded.available_memory() is None or guarded.available_memory() > 0  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The microscope against `transformers`: a healthy folder passes, every planted fault is named where it is, near ties too."""
+"""The microscope against `transformers`: a sound folder passes, every planted fault and near tie is located."""
 
 import dataclasses
 from collections.abc import Callable
@@ -73,7 +73,8 @@ def other_theta(model: Any) -> None:
 
 FAULTS: list[tuple[Callable[[Any], None], str]] = [
     (exchange, "layer 1: expert outputs"), (swap_rows, "layer 0: router logits"),
-    (other_scale, "layer 0: attention"), (swap_down, "layer 1: expert outputs"), (norm_off, "layer 1: norm before the FFN"),
+    (other_scale, "layer 0: attention"), (swap_down, "layer 1: expert outputs"),
+    (norm_off, "layer 1: norm before the FFN"),
     (other_theta, "layer 0: attention"),
 ]
 
@@ -81,7 +82,9 @@ FAULTS: list[tuple[Callable[[Any], None], str]] = [
 def test_a_healthy_folder_passes(folder: Path, theirs: Trace) -> None:
     """Measured over all 15 models of hf_cases: see moe_parity/stages.py."""
     with settings("float64"):
-        results = compare_traces(jax_moe.load_pretrained(folder, dtype="float64"), tokens(), theirs, dtype="float64", grads=True)
+        results = compare_traces(
+            jax_moe.load_pretrained(folder, dtype="float64"), tokens(), theirs, dtype="float64", grads=True
+        )
     assert first_divergence(results) is None
     assert max(one.error for one in results if one.kind != "gradient") <= 1e-14
     assert sum(one.kind == "gradient" for one in results) == 21 and len(results) == 45

@@ -61,7 +61,10 @@ def test_modules_that_agree() -> None:
     report = compare_modules(Theirs(), Ours(), MAPPING, X)
     assert report.passed and len(report.results) == 5
     assert max(one.error for one in report.results) < 1e-6 < report.results[0].tolerance
-    assert report.sentence().startswith("all 5 comparisons agree; the largest error is that of ") and str(report).count("\n") == 5
+    assert (
+        report.sentence().startswith("all 5 comparisons agree; the largest error is that of ")
+        and str(report).count("\n") == 5
+    )
 
 
 def test_in_fp64_they_agree_to_rounding() -> None:
@@ -70,7 +73,9 @@ def test_in_fp64_they_agree_to_rounding() -> None:
 
 
 def test_another_gelu_is_caught_and_the_first_failure_named() -> None:
-    with pytest.raises(ModulesDifferError, match=r"^output: error .* where 1e-05 is allowed \(at .* fail too") as caught:
+    with pytest.raises(
+        ModulesDifferError, match=r"^output: error .* where 1e-05 is allowed \(at .* fail too"
+    ) as caught:
         compare_modules(Theirs(), Ours(approximate=True), MAPPING, X)
     assert [one.passed for one in caught.value.report.results] == [False] * 5
     report = compare_modules(Theirs(), Ours(approximate=True), MAPPING, X, fail=False)
@@ -125,8 +130,9 @@ INPUTS = (np.array([[1, 2], [6, 1]]), np.float32(1.5) * np.ones((2, 2, 4), np.fl
 def test_a_function_with_params_fused_and_stacked_weights_integers_and_several_outputs() -> None:
     report = compare_modules(Fused(), function, FUSED, INPUTS, params=PARAMS)
     assert [one.name for one in report.results] == [
-        "output heads", "output mean", "gradient of input 1", "gradient of embed.weight", "gradient of qkv.weight (attention.q)",
-        "gradient of qkv.weight (attention.k)", "gradient of qkv.weight (attention.v)", "gradient of experts.0.weight",
+        "output heads", "output mean", "gradient of input 1", "gradient of embed.weight",
+        "gradient of qkv.weight (attention.q)", "gradient of qkv.weight (attention.k)",
+        "gradient of qkv.weight (attention.v)", "gradient of experts.0.weight",
         "gradient of experts.1.weight",
     ]
     swapped = {f"experts.{i}.weight": stacked("experts", 1 - i, transpose) for i in range(2)}
@@ -134,7 +140,10 @@ def test_a_function_with_params_fused_and_stacked_weights_integers_and_several_o
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"embed.weight": ...}, "PyTorch tensors that are not mapped: embed.weight; JAX arrays that nothing maps to: embed"),
+    (
+        {"embed.weight": ...},
+        "PyTorch tensors that are not mapped: embed.weight; JAX arrays that nothing maps to: embed",
+    ),
     ({"bias": "embed2"}, "PyTorch tensors that do not exist: bias; JAX arrays that do not exist: embed2"),
     (
         {"embed.weight": None},
@@ -143,7 +152,10 @@ def test_a_function_with_params_fused_and_stacked_weights_integers_and_several_o
     ({"mask": "embed"}, "JAX arrays that are mapped more than once: embed"),
     ({"experts.1.weight": stacked("experts", 2)}, "JAX arrays whose places are not 0, 1, 2 ...: experts"),
     ({"embed.weight": ("embed", transpose)}, r"shapes do not fit. embed would be \(4, 7\), must be \(7, 4\)"),
-    ({"embed.weight": ("embed", reshape(5, 5))}, r"embed.weight of shape \(7, 4\) cannot be turned into embed: cannot reshape"),
+    (
+        {"embed.weight": ("embed", reshape(5, 5))},
+        r"embed.weight of shape \(7, 4\) cannot be turned into embed: cannot reshape",
+    ),
     ({"experts.0.weight": stacked("experts", 0)}, r"experts would be \(3, 4\) and \(4, 3\), must be \(2, 4, 3\)"),
     ({"embed.weight": 3}, r"3 must be a path, \(path, transform\), an Entry"),
 ])
@@ -183,4 +195,6 @@ def test_a_convolution_and_dropout_left_alone() -> None:
     torch.manual_seed(2)
     theirs = torch.nn.Conv1d(2, 3, 3)
     x = np.random.default_rng(1).normal(size=(2, 2, 7)).astype(np.float32)
-    assert compare_modules(theirs, Convolved(), {"weight": ("conv.kernel", permute(2, 1, 0)), "bias": "conv.bias"}, x).passed
+    assert compare_modules(
+        theirs, Convolved(), {"weight": ("conv.kernel", permute(2, 1, 0)), "bias": "conv.bias"}, x
+    ).passed

@@ -16,7 +16,10 @@ def test_by_pencil() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "error"),
-    [([0.0], [0.0], 0.0), ([1.0], [0.0], np.inf), ([np.nan], [np.nan], np.inf), ([np.inf], [1.0], np.inf), ([], [], 0.0)],
+    [
+        ([0.0], [0.0], 0.0), ([1.0], [0.0], np.inf), ([np.nan], [np.nan], np.inf), ([np.inf], [1.0], np.inf),
+        ([], [], 0.0),
+    ],
 )
 def test_where_a_quotient_has_no_value(ours: list[float], theirs: list[float], error: float) -> None:
     assert relative_error(np.asarray(ours), np.asarray(theirs)) == error

@@ -1,7 +1,7 @@
-"""Does the suite notice? Small changes of `jax_moe` and `torch_ref`, one at a time in a copy, each to be caught by a fast check.
+"""Small faults planted in copies of `jax_moe` and `torch_ref`, one at a time: a fast check must catch each.
 
-`python -m parity_tests.mutations [--list] [--only NAME] [--update]`. Rows of the parity table run in fp64 (or by the named
-columns), tests by pytest, a family against `transformers`. `--update` writes docs/mutations.md.
+`python -m parity_tests.mutations [--list] [--only NAME] [--update]`. Rows of the parity table run in fp64 (or by the
+named columns), tests by pytest, a family against `transformers`. `--update` writes docs/mutations.md.
 """
 
 import argparse
@@ -72,7 +72,10 @@ def controls(mutations: list[Mutation]) -> list[Mutation]:
     families = {one.family: None for one in mutations if one.family}
     tests = {test: None for one in mutations for test in one.tests}
     nothing = {"file": mutations[0].file, "old": mutations[0].old, "new": mutations[0].old}
-    found = [Mutation(f"control: {', '.join(columns)}", **nothing, rows=rows, columns=columns) for columns, rows in some.items()]
+    found = [
+        Mutation(f"control: {', '.join(columns)}", **nothing, rows=rows, columns=columns)
+        for columns, rows in some.items()
+    ]
     found += [Mutation(f"control: {family}", **nothing, family=family) for family in families]
     found += [Mutation("control: rows", **nothing, rows=tuple(plain))] if plain else []
     return found + ([Mutation("control: tests", **nothing, tests=tuple(tests))] if tests else [])
@@ -171,7 +174,9 @@ def _check_rows(mutation: Mutation, folder: Path) -> None:
         from parity_tests.table.family_cases import CASES
         from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns
 
-        family = FamilyRuns(next(case for case in CASES if case.name == mutation.family), folder / f"family {mutation.name}")
+        family = FamilyRuns(
+            next(case for case in CASES if case.name == mutation.family), folder / f"family {mutation.name}"
+        )
         for column in FAMILY_COLUMNS[:4]:
             column.measure(family, column.tolerance)  # type: ignore[arg-type]
 
@@ -193,8 +198,8 @@ def render(verdicts: list[Verdict]) -> str:
     caught = sum(one.caught for one in verdicts)
     lines = [
         "# Mutations", "",
-        f"{caught} of {len(verdicts)} small changes of the sources are caught by a fast check: rows of the parity table in fp64,",
-        "pencil answers, or a family against `transformers`. Each is made alone, in a copy.",
+        f"{caught} of {len(verdicts)} small changes of the sources are caught by a fast check: rows of the parity",
+        "table in fp64, pencil answers, or a family against `transformers`. Each is made alone, in a copy.",
         f"Written by `python -m parity_tests.mutations --update`, {datetime.date.today():%Y-%m-%d}, {versions}.", "",
     ]
     survivors = [one for one in verdicts if not one.caught]

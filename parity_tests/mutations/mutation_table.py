@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """One small change. `rows` and `columns` are of the parity table, `family` of the Hugging Face models, `tests` pytest's."""
+    """A planted fault and what must catch it: rows and columns of the parity table, a Hugging Face family, or tests."""
 
     name: str
     file: str
@@ -49,7 +49,8 @@ CONFIG = [
         tests=CONTRACT,
     ),
     Mutation(
-        "capacity's minimum is a maximum", "jax_moe/config/moe.py", "slots = max(-(-slots", "slots = min(-(-slots", tests=CONTRACT
+        "capacity's minimum is a maximum", "jax_moe/config/moe.py", "slots = max(-(-slots", "slots = min(-(-slots",
+        tests=CONTRACT,
     ),
     Mutation(
         "the factor is the nearest double",
@@ -141,9 +142,9 @@ JAX_ROUTING = [
     Mutation(
         "jax: the correction bias stays in the weights",
         "jax_moe/routing.py",
-        "return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)",
+        "return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)",
         "score_GSE = score_GSE + (0 if correction_bias_E is None else correction_bias_E)\n"
-        "    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE)",
+        "    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)",
         rows=("deepseek_v3",),
     ),
     Mutation(
@@ -195,7 +196,9 @@ JAX_LAYERS = [
         "activate(config.activation, up_ECF) * (gate_ECF + config.up_offset)",
         rows=("mixtral, einsum",),
     ),
-    Mutation("jax: up's offset is left out", "jax_moe/experts.py", "(up_ECF + config.up_offset)", "up_ECF", rows=("gpt_oss",)),
+    Mutation(
+        "jax: up's offset is left out", "jax_moe/experts.py", "(up_ECF + config.up_offset)", "up_ECF", rows=("gpt_oss",)
+    ),
     Mutation(
         "jax: experts have no biases",
         "jax_moe/experts.py",
@@ -211,7 +214,8 @@ JAX_LAYERS = [
         rows=("qwen2_moe",),
     ),
     Mutation(
-        "jax: the shared gate is a tanh", "jax_moe/moe.py", "y_GSD *= jax.nn.sigmoid(", "y_GSD *= jnp.tanh(", rows=("qwen2_moe",)
+        "jax: the shared gate is a tanh", "jax_moe/moe.py", "y_GSD *= jax.nn.sigmoid(", "y_GSD *= jnp.tanh(",
+        rows=("qwen2_moe",),
     ),
     Mutation(
         "jax: experts see the clean input",
@@ -227,7 +231,9 @@ JAX_LAYERS = [
         "return logits_BTE - noise_BTE",
         rows=("noisy top-k",),
     ),
-    Mutation("jax: dropout is not divided by what it keeps", "jax_moe/dropout.py", "/ (1 - rate)", "/ 1", rows=("makemoe",)),
+    Mutation(
+        "jax: dropout is not divided by what it keeps", "jax_moe/dropout.py", "/ (1 - rate)", "/ 1", rows=("makemoe",)
+    ),
     Mutation(
         "jax: attention sees the next token",
         "jax_moe/attention/multihead.py",
@@ -491,7 +497,10 @@ TORCH = [
         "gate_RF.clamp(min=-config.clamp, max=config.clamp)",
         tests=("parity_tests/layers/test_pencil_torch.py" + CLAMP,),
     ),
-    Mutation("torch: silu becomes gelu", "torch_ref/activations.py", "return F.silu(x)", "return F.gelu(x)", rows=("mixtral",)),
+    Mutation(
+        "torch: silu becomes gelu", "torch_ref/activations.py", "return F.silu(x)", "return F.gelu(x)",
+        rows=("mixtral",),
+    ),
     Mutation(
         "torch: the load is not divided",
         "torch_ref/losses.py",
@@ -500,7 +509,8 @@ TORCH = [
         rows=("mixtral",),
     ),
     Mutation(
-        "torch: the sample's variance", "torch_ref/losses.py", "x_E.var(correction=0)", "x_E.var(correction=1)", rows=("mixtral",)
+        "torch: the sample's variance", "torch_ref/losses.py", "x_E.var(correction=0)", "x_E.var(correction=1)",
+        rows=("mixtral",),
     ),
     Mutation(
         "torch: P is a softmax of logits whatever the score",

@@ -11,7 +11,9 @@ from jax_moe import Decoder, DecoderConfig, presets
 from jax_moe.config.attention import RopeConfig
 from jax_moe.porting.formats.safetensors import read_safetensors
 
-SIZES: dict[str, Any] = {"vocab_size": 11, "model_dim": 8, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 11, "model_dim": 8, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4
+}
 EVERY = {"sliding_window": 3, "sliding_layers": (0, 1, 2)}
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"moe": presets.mixtral(8, 6, 4, 2), "rope": RopeConfig(theta=1e6), **EVERY},
@@ -29,7 +31,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {
         "moe": presets.granite_moe(8, 6, 4, 2), "attention_multiplier": 0.2, "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5, "logits_divisor": 3.0, "tied_embeddings": True, "rope": RopeConfig(kind="linear", factor=2.0),
+        "residual_multiplier": 0.5, "logits_divisor": 3.0, "tied_embeddings": True,
+        "rope": RopeConfig(kind="linear", factor=2.0),
     },
 }
 
@@ -40,7 +43,8 @@ def decoder(model_type: str, dtype: Any = "float32", **changes: Any) -> Decoder:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(dtype)))
     generator = np.random.default_rng(0)
     filled = [
-        (keys, v.replace(jnp.asarray(generator.normal(size=v.shape), v.dtype))) for keys, v in nnx.to_flat_state(nnx.state(model))
+        (keys, v.replace(jnp.asarray(generator.normal(size=v.shape), v.dtype)))
+        for keys, v in nnx.to_flat_state(nnx.state(model))
     ]
     nnx.update(model, nnx.from_flat_state(filled))
     return model
@@ -48,4 +52,6 @@ def decoder(model_type: str, dtype: Any = "float32", **changes: Any) -> Decoder:
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of all files."""
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in read_safetensors(file).items()}
+    return {
+        name: value for file in sorted(folder.glob("*.safetensors")) for name, value in read_safetensors(file).items()
+    }

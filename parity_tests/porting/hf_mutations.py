@@ -11,19 +11,23 @@ LAYERS, THETA = 2, 50.0
 ROPE = {"rope_type": "default", "rope_theta": THETA}
 OUTER: dict[str, Any] = {
     **COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "dtype": "float32",
-    "architectures": ["X"], "transformers_version": "5.24.0", "rope_parameters": ROPE,
+    "tie_word_embeddings": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+    "dtype": "float32", "architectures": ["X"], "transformers_version": "5.24.0", "rope_parameters": ROPE,
 }
 HEADS = {"num_key_value_heads": 2, "head_dim": 6}
 BASES: dict[str, dict[str, Any]] = {
-    "mixtral": {**OUTER, **sizes(24, 4, 2, LAYERS, **MIXTRAL), **HEADS, "sliding_window": None, "router_jitter_noise": 0.0},
+    "mixtral": {
+        **OUTER, **sizes(24, 4, 2, LAYERS, **MIXTRAL), **HEADS, "sliding_window": None, "router_jitter_noise": 0.0
+    },
     "qwen2_moe": {
-        **OUTER, **sizes(24, 4, 2, LAYERS, **QWEN2), "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False,
-        "qkv_bias": True, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 2, "layer_types": None,
+        **OUTER, **sizes(24, 4, 2, LAYERS, **QWEN2), "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "norm_topk_prob": False, "qkv_bias": True, "use_sliding_window": False, "sliding_window": 4,
+        "max_window_layers": 2, "layer_types": None,
     },
     "qwen3_moe": {
         **OUTER, **sizes(24, 4, 2, LAYERS, **QWEN3), **HEADS, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "norm_topk_prob": True, "attention_bias": False, "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 2,
+        "norm_topk_prob": True, "attention_bias": False, "use_sliding_window": False, "sliding_window": 4,
+        "max_window_layers": 2,
     },
     "olmoe": {
         **OUTER, **sizes(24, 4, 4, LAYERS, **OLMOE), "attention_bias": False, "clip_qkv": None, "norm_topk_prob": False,
@@ -38,18 +42,22 @@ ANY: tuple[Any, ...] = (
 MORE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "relu", "swish", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "mish"),
     "num_attention_heads": (8,), "num_key_value_heads": (4,), "head_dim": (12,), "num_experts_per_tok": (3, 99),
-    "rms_norm_eps": (0.1,), "router_aux_loss_coef": (0.5,), "sliding_window": (3,), "clip_qkv": (0.5,), "pad_token_id": (99,),
-    "mlp_only_layers": ([1], [7], [-1], [True], ["0"]), "decoder_sparse_step": (-2,), "max_position_embeddings": (6,),
+    "rms_norm_eps": (0.1,), "router_aux_loss_coef": (0.5,), "sliding_window": (3,), "clip_qkv": (0.5,),
+    "pad_token_id": (99,), "mlp_only_layers": ([1], [7], [-1], [True], ["0"]), "decoder_sparse_step": (-2,),
+    "max_position_embeddings": (6,),
     "layer_types": (["full_attention"] * 2, ["sliding_attention", "full_attention"], ["full_attention"], ["x", "y"]),
-    "embedding_multiplier": (1.5,), "attention_multiplier": (0.5,), "residual_multiplier": (1.5,), "logits_scaling": (4.0,),
+    "embedding_multiplier": (1.5,), "attention_multiplier": (0.5,), "residual_multiplier": (1.5,),
+    "logits_scaling": (4.0,),
 }
 # Fields that are not in the file yet.
 ADDED: dict[str, tuple[Any, ...]] = {
     "num_experts": (3, 5, 6, 7), "num_local_experts": (3, 5, 6, 7), "rope_theta": (None, 20.0, math.inf),
     "head_dim": (None, 0, 6, 12),
-    "is_causal": (False, True), "partial_rotary_factor": (0.5, 1.0), "per_layer_config": ([{}, {}],), "torch_dtype": ("float32",),
-    "original_max_position_embeddings": (None, 7, 0), "sliding_window": (3,), "attention_bias": (True,), "qkv_bias": (False,),
-    "clip_qkv": (0.5,), "norm_topk_prob": (True,), "embedding_multiplier": (3.0,), "eos_token_id": (99,),
+    "is_causal": (False, True), "partial_rotary_factor": (0.5, 1.0), "per_layer_config": ([{}, {}],),
+    "torch_dtype": ("float32",), "original_max_position_embeddings": (None, 7, 0), "sliding_window": (3,),
+    "attention_bias": (True,), "qkv_bias": (False,), "clip_qkv": (0.5,), "norm_topk_prob": (True,),
+    "embedding_multiplier": (3.0,),
+    "eos_token_id": (99,),
     "quantization_config": ({"bits": 4},),
     "layer_types": (["full_attention"] * 2,), "intermediate_size": (18,), "shared_expert_intermediate_size": (10,),
 }
@@ -64,7 +72,8 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 20.0}},
     {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 20.0},
     {"rope_scaling": {}, "rope_theta": 20.0}, {"rope_scaling": None}, {"rope_scaling": []}, {"rope_scaling": "x"},
-    {"rope_scaling": YARN, "rope_parameters": LINEAR}, {"rope_scaling": LINEAR, "rope_parameters": YARN, "rope_theta": 20.0},
+    {"rope_scaling": YARN, "rope_parameters": LINEAR},
+    {"rope_scaling": LINEAR, "rope_parameters": YARN, "rope_theta": 20.0},
     {"rope_parameters": {"type": "linear", "factor": 4.0}, "rope_theta": 20.0},
     {"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
     {"rope_parameters": {"rope_type": "linear", "type": "x", "factor": 4.0}},
@@ -75,7 +84,8 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"rope_parameters": YARN, "original_max_position_embeddings": 9},
     {"rope_parameters": YARN, "original_max_position_embeddings": None},
     {"rope_parameters": LLAMA3, "original_max_position_embeddings": 9},
-    {"rope_parameters": {**YARN, "factor": None}}, {"rope_parameters": {**YARN, "factor": None}, "max_position_embeddings": 8},
+    {"rope_parameters": {**YARN, "factor": None}},
+    {"rope_parameters": {**YARN, "factor": None}, "max_position_embeddings": 8},
     {"rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 8.0}},
     {"rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 2.0}},
     {"rope_parameters": {**YARN, "mscale": 0.5}}, {"rope_parameters": {**YARN, "mscale": 0.0, "mscale_all_dim": 2.0}},
@@ -97,7 +107,9 @@ TOGETHER: tuple[dict[str, Any], ...] = (
 def mutations(family: str) -> Iterator[dict[str, Any]]:
     """Changes to the family's base; ABSENT takes a key out."""
     base = BASES[family]
-    fields = [name for name in base if name not in ("architectures", "transformers_version", "dtype", "rope_parameters")]
+    fields = [
+        name for name in base if name not in ("architectures", "transformers_version", "dtype", "rope_parameters")
+    ]
     for name in fields:
         yield from ({name: value} for value in (*ANY, *MORE.get(name, ())))
     yield from ({name: value} for name, values in ADDED.items() if name not in base for value in values)

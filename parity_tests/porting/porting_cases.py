@@ -8,7 +8,9 @@ from flax import nnx
 import jax_moe
 from jax_moe import presets
 
-TINY = jax_moe.MakeMoEConfig(vocab_size=11, block_size=4, model_dim=8, num_heads=2, num_layers=3, num_experts=4, dropout=0.0)
+TINY = jax_moe.MakeMoEConfig(
+    vocab_size=11, block_size=4, model_dim=8, num_heads=2, num_layers=3, num_experts=4, dropout=0.0
+)
 SOFT = jax_moe.SoftMoEConfig(model_dim=8, num_experts=3, num_slots=2, hidden_dims=(5, 6), output_layer_norm=True)
 CAUSAL = {"model_dim": 8, "num_heads": 2}
 HEADS = jax_moe.AttentionConfig(**CAUSAL)
@@ -22,13 +24,15 @@ MODULES = {
     "attention_fused": (lambda rngs, dtype: jax_moe.Attention(FUSED, rngs=rngs, param_dtype=dtype), "torch_ref"),
     "block": (
         lambda rngs, dtype: jax_moe.Block(
-            jax_moe.BlockConfig(attention=HEADS, moe=presets.deepseek_v3(8, 6, 4, 2, 3, 2, 1)), rngs=rngs, param_dtype=dtype
+            jax_moe.BlockConfig(attention=HEADS, moe=presets.deepseek_v3(8, 6, 4, 2, 3, 2, 1)), rngs=rngs,
+            param_dtype=dtype,
         ),
         "torch_ref",
     ),
     "block_soft": (
         lambda rngs, dtype: jax_moe.Block(
-            jax_moe.BlockConfig(attention=jax_moe.AttentionConfig(causal=False, **CAUSAL), moe=SOFT), rngs=rngs, param_dtype=dtype
+            jax_moe.BlockConfig(attention=jax_moe.AttentionConfig(causal=False, **CAUSAL), moe=SOFT), rngs=rngs,
+            param_dtype=dtype,
         ),
         "torch_ref_soft",
     ),

@@ -37,7 +37,7 @@ def test_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_was_removed_while_another_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opened, then removed by its holder, then locked: that file is nobody's any more, and is not taken for the lock."""
+    """A lock file opened before its holder removes it, then locked, does not count as the lock."""
     path, real = tmp_path / ".lock", os.open
     first: list[Lock] = [Lock(path)]
 

@@ -46,7 +46,9 @@ OPTIMIZERS: dict[str, tuple[Any, optax.GradientTransformation]] = {
     "sgd, momentum": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), optax.sgd(0.1, momentum=0.9)),
     "sgd, nesterov, schedule": (
         partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
-        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(optax.constant_schedule(0.1), momentum=0.9, nesterov=True)),
+        optax.chain(
+            optax.add_decayed_weights(0.1), optax.sgd(optax.constant_schedule(0.1), momentum=0.9, nesterov=True)
+        ),
     ),
     "sgd, plain": (partial(torch.optim.SGD, lr=0.1), optax.sgd(0.1)),
 }
@@ -67,7 +69,9 @@ def test_state_there_and_back(name: str, steps: int) -> None:
     assert back["param_groups"] == theirs.state_dict()["param_groups"]
     if steps and name != "sgd, plain":
         for i, entry in theirs.state_dict()["state"].items():
-            check_exact({k: v.numpy() for k, v in back["state"][i].items()}, {k: v.numpy() for k, v in entry.items()}, name)
+            check_exact(
+                {k: v.numpy() for k, v in back["state"][i].items()}, {k: v.numpy() for k, v in entry.items()}, name
+            )
 
 
 def test_momentum_goes_on_as_it_was() -> None:
@@ -79,7 +83,9 @@ def test_momentum_goes_on_as_it_was() -> None:
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     state = optimizer_from_torch(layer, theirs.state_dict(), optimizer.init(params), names=names)
     for step in range(3):
-        gradients = {name: np.full(tuple(p.shape), 0.1 * step, np.float32) for name, p in zip(names, parameters, strict=True)}
+        gradients = {
+            name: np.full(tuple(p.shape), 0.1 * step, np.float32) for name, p in zip(names, parameters, strict=True)
+        }
         for name, parameter in zip(names, parameters, strict=True):
             parameter.grad = torch.from_numpy(gradients[name])
         theirs.step()
@@ -117,14 +123,23 @@ def broken(state: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def two_groups(state: dict[str, Any]) -> dict[str, Any]:
     """The last parameter in a group of its own, without decay."""
     group = state["param_groups"][0]
-    rest, last = {**group, "params": group["params"][:-1]}, {**group, "params": group["params"][-1:], "weight_decay": 0.0}
+    rest, last = (
+        {**group, "params": group["params"][:-1]},
+        {**group, "params": group["params"][-1:], "weight_decay": 0.0},
+    )
     return {**state, "param_groups": [rest, last]}
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "missing": (lambda s: broken(s, exp_avg=None, exp_avg_sq=None), "2 missing: exp_avg of router.linear.weight, exp_avg_sq of"),
-    "misshapen": (lambda s: broken(s, exp_avg=torch.zeros(2, 2)), r"exp_avg of router.linear.weight is \(2, 2\), must be"),
-    "amsgrad": (lambda s: {**s, "param_groups": [{**s["param_groups"][0], "amsgrad": True}]}, "amsgrad=True: must be False"),
+    "missing": (
+        lambda s: broken(s, exp_avg=None, exp_avg_sq=None), "2 missing: exp_avg of router.linear.weight, exp_avg_sq of"
+    ),
+    "misshapen": (
+        lambda s: broken(s, exp_avg=torch.zeros(2, 2)), r"exp_avg of router.linear.weight is \(2, 2\), must be"
+    ),
+    "amsgrad": (
+        lambda s: {**s, "param_groups": [{**s["param_groups"][0], "amsgrad": True}]}, "amsgrad=True: must be False"
+    ),
     "another kind": (lambda s: broken(s, square_avg=torch.zeros(2)), "square_avg, step: must be that of AdamW"),
     "steps": (lambda s: broken(s, step=torch.tensor(7.0)), "step of .* is 2, must be 7"),
     "groups": (two_groups, r"param_groups 0 and 1 differ in weight_decay \(0.01 and 0.0\)"),
@@ -201,7 +216,10 @@ def test_port_of_training_says_what_is_wrong(training_file: Path, capsys: pytest
     torch.save(whole, training_file)
     target = training_file.parent / "new"
     for words, message in (
-        ([str(target)], "2 missing: exp_avg of token_embedding_table.weight, exp_avg_sq of blocks.0.sa.heads.0.query.weight"),
+        (
+            [str(target)],
+            "2 missing: exp_avg of token_embedding_table.weight, exp_avg_sq of blocks.0.sa.heads.0.query.weight",
+        ),
         ([str(target), "--dtype", "bfloat16"], "dtype='bfloat16': must be left out"),
         ([f"{target}.safetensors"], "must be a folder, or end in .pt"),
         ([str(target), "--to", "hf"], "to='hf': must be torch or folder"),

@@ -1,4 +1,4 @@
-"""Optimizer state of Hugging Face models through folders: optimizer.pt beside the weights, our Orbax layout, optax and back."""
+"""Optimizer state of Hugging Face models through folders: optimizer.pt beside the weights, Orbax, optax and back."""
 
 import re
 import shutil
@@ -66,7 +66,9 @@ def trained(family: str, kind: str, folder: Path) -> tuple[Any, list[str]]:
 
 def check_same_state(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one["param_groups"] == two["param_groups"]
-    flat = [{f"{i} {k}": v.numpy() for i, entry in each["state"].items() for k, v in entry.items()} for each in (one, two)]
+    flat = [
+        {f"{i} {k}": v.numpy() for i, entry in each["state"].items() for k, v in entry.items()} for each in (one, two)
+    ]
     check_exact(*flat, "optimizer state")
 
 
@@ -103,7 +105,8 @@ def test_order_and_groups_are_those_of_transformers(case: Any) -> None:
     config = family.config(values)
     plan = tree_plan(abstract_decoder(config), layout=family.in_memory(config).name)
     assert family.parameter_order(plan) == [name for name, _ in reference.named_parameters()]
-    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # Trainer.get_decay_parameter_names
+    # Trainer.get_decay_parameter_names
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     assert "|".join(patterns) == NOT_DECAYED
     trained = {name for name, _ in reference.named_parameters()}  # a tied head is not
     decayed = trained.intersection(get_parameter_names(reference, [torch.nn.LayerNorm], patterns))
@@ -129,7 +132,9 @@ BAD = [
 ]
 
 
-def test_what_does_not_fit_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_one_line_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs, target = tmp_path / "theirs", tmp_path / "new"
     trained("mixtral", TRAINER, theirs)
     whole = (theirs / TORCH_FILE).read_bytes()

@@ -58,6 +58,8 @@ def test_a_wrong_name_is_caught() -> None:
 def test_submodules_are_attributes(package: object) -> None:
     for module in pkgutil.iter_modules(package.__path__):  # type: ignore[attr-defined]
         if not module.name.startswith("_") :  # type: ignore[attr-defined]
-            assert getattr(package, module.name).__name__ == f"{package.__name__}.{module.name}"  # type: ignore[attr-defined]
+            assert getattr(  # type: ignore[attr-defined]
+                package, module.name
+            ).__name__ == f"{package.__name__}.{module.name}"
     with pytest.raises(AttributeError, match="attribute shading"):
         _ = package.shading  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Files as people have them, and files made to hurt: each is read, or is one sentence that says what it is and what to do."""
+"""Files of other projects and hostile files: each is read or refused with a sentence that says what it is."""
 
 import json
 import shutil
@@ -36,7 +36,8 @@ def refused(path: Path, **settings: Any) -> str:
 def test_prefixes_of_wrappers_are_taken_off_and_said(prefix: str, tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", {prefix + name: value for name, value in mixtral_state().items()})
     found = load(tmp_path / "x.safetensors")
-    assert found.family == "mixtral" and found.note is not None and all(part in found.note for part in prefix.split(".")[:-1])
+    assert found.family == "mixtral" and found.note is not None
+    assert all(part in found.note for part in prefix.split(".")[:-1])
     for name, value in mixtral_state().items():
         assert np.array_equal(found.state()[name], value)
 

@@ -30,11 +30,14 @@ from jax_moe.porting.formats.orbax import read_orbax, write_orbax
 def test_json_that_cannot_be_read_is_one_line(text: str | bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         guarded.parse_json(text, "here")
-    assert str(caught.value).startswith("here: must be JSON (") and "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    message = str(caught.value)
+    assert message.startswith("here: must be JSON (") and "\n" not in message and len(message) < 250
 
 
 def test_numbers_that_tokenizers_really_write_are_read() -> None:
-    assert guarded.parse_json('{"model_max_length": 1000000000000000019884624838656}', "") == {"model_max_length": int(1e30)}
+    assert guarded.parse_json('{"model_max_length": 1000000000000000019884624838656}', "") == {
+        "model_max_length": int(1e30)
+    }
 
 
 def test_a_file_that_is_large_or_no_object_is_refused(tmp_path: Path) -> None:
@@ -131,11 +134,14 @@ def test_what_is_no_npy_file_is_one_line(data: bytes, said: str, tmp_path: Path)
 
 
 def test_npy_files_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
-    for value in (np.arange(6).reshape(2, 3), np.asfortranarray(np.ones((2, 3), np.float16)), np.float32(3), np.empty((0, 2))):
+    for value in (
+        np.arange(6).reshape(2, 3), np.asfortranarray(np.ones((2, 3), np.float16)), np.float32(3), np.empty((0, 2))
+    ):
         np.save(tmp_path / "x.npy", value)
         for mapped in (False, True):
             again = guarded.read_npy(tmp_path / "x.npy", mapped=mapped)
-            assert again.dtype == np.asarray(value).dtype and np.array_equal(again, value) and again.shape == np.shape(value)
+            assert np.array_equal(again, value)
+            assert (again.dtype, again.shape) == (np.asarray(value).dtype, np.shape(value))
     with pytest.raises(FileNotFoundError):
         guarded.read_npy(tmp_path / "none.npy")
 

@@ -1,8 +1,8 @@
 """Every field of every family's config.json, mutated: what we read gives transformers' numbers, or is refused.
 
-transformers' logits and loss are cheap, so they say whether a mutation matters. Where they change, ours is refused or, run
-with the same weights, gives the same; where they do not, ours is refused, the same contract, or run as well. Rotary
-settings are compared by cosines and sines, all else by a run of our decoder, one for each contract.
+transformers' logits and loss are cheap, so they say whether a mutation matters. If they change, we refuse the config or
+give the same numbers with the same weights; if not, we refuse it, read the same contract, or run it as well. Rotary
+settings are compared by cosines and sines, all others by a run of our decoder, one per contract.
 """
 
 import copy
@@ -38,9 +38,12 @@ from parity_tests.table.family_cases import LENGTH, MULTIPLIERS, VOCABULARY, dra
 from parity_tests.table.family_checks import training_loss  # noqa: E402
 
 LIMIT = 1e-5  # measured: 1.9e-6 (a tied head), else below 1e-6
-PREFIX = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "granitemoe": "GraniteMoe"}
+PREFIX = {
+    "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "olmoe": "Olmoe", "granitemoe": "GraniteMoe"
+}
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
-UNCOMPARED = {"output_router_logits"}  # the balance loss is always part of ours, as in transformers with the router's logits
+# Our loss always includes the balance loss, as transformers' does with the router's logits.
+UNCOMPARED = {"output_router_logits"}
 
 
 class RefusedError(Exception):
@@ -118,7 +121,10 @@ def ours(config: DecoderConfig, state: dict[str, Any], family: str) -> dict[str,
 
 def turned(config: DecoderConfig) -> list[np.ndarray]:
     """Cosines and sines of the first positions."""
-    return [np.asarray(one) for one in rotations(jnp.arange(LENGTH)[None], config.rope, config.head_dim, jnp.dtype("float32"))]
+    return [
+        np.asarray(one)
+        for one in rotations(jnp.arange(LENGTH)[None], config.rope, config.head_dim, jnp.dtype("float32"))
+    ]
 
 
 class Comparison:

@@ -61,7 +61,9 @@ def test_a_block_by_itself(name: str) -> None:
     check_exact(jax_moe.to_torch(layer, layout=memory), state, f"{name}: back")
     again = jax_moe.from_torch(jax_moe.MoE(config, rngs=nnx.Rngs(1)), jax_moe.to_torch(layer, layout=disk))
     check_exact(jax_moe.to_torch(again, layout=memory), state, f"{name}: by way of {disk}")
-    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in jax_moe.to_torch(again, layout=memory).items()})
+    theirs.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in jax_moe.to_torch(again, layout=memory).items()}
+    )
     layer.experts.gate[...], layer.experts.up[...] = layer.experts.up[...], layer.experts.gate[...]
     with pytest.raises(MismatchError):
         check_close({"y": np.asarray(layer(jnp.asarray(x_BTD))[0])}, expected, 1e3 * LIMIT, name)

@@ -1,4 +1,4 @@
-"""`jax_moe.load` takes every form, `jax_moe.save` writes them; where saving may write, in Python's words; needs no torch."""
+"""`jax_moe.load` reads every form and `jax_moe.save` writes it; where saving may write. Needs no torch."""
 
 import warnings
 from pathlib import Path
@@ -28,7 +28,9 @@ MODELS: dict[str, Any] = {
     "switch": lambda: jax_moe.MoE(
         presets.switch(**SIZES, expert_capacity=3, balance_per_sequence=True), rngs=nnx.Rngs(0)
     ),
-    "soft_moe": lambda: jax_moe.SoftMoE(jax_moe.SoftMoEConfig(model_dim=8, num_experts=2, num_slots=3), rngs=nnx.Rngs(0)),
+    "soft_moe": lambda: jax_moe.SoftMoE(
+        jax_moe.SoftMoEConfig(model_dim=8, num_experts=2, num_slots=3), rngs=nnx.Rngs(0)
+    ),
     "moe": lambda: jax_moe.MoE(presets.deepseek_v3(**SIZES, top_k=2, num_clusters=2, top_clusters=1), rngs=nnx.Rngs(0)),
 }
 FILES = {
@@ -64,7 +66,9 @@ def test_a_folder_and_a_file_of_every_family(family: str, tmp_path: Path) -> Non
 
 def test_what_a_file_does_not_say_is_a_warning(tmp_path: Path) -> None:
     jax_moe.save(MODELS["makemoe"](), tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"assumed was capacity_factor=1\.0, dropout=0\.1; jax_moe\.load\(path, capacity"):
+    with pytest.warns(
+        UserWarning, match=r"assumed was capacity_factor=1\.0, dropout=0\.1; jax_moe\.load\(path, capacity"
+    ):
         assert jax_moe.load(tmp_path / "model.safetensors", top_k=1).config.top_k == 1
     with pytest.raises(ValueError, match=r"topk: must be one of top_k"):
         jax_moe.load(tmp_path / "model.safetensors", topk=1)
@@ -90,7 +94,7 @@ def test_a_decoder_in_every_form(whole: Path, orbax: Path, tmp_path: Path) -> No
 
 
 def test_where_saving_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers: an empty folder and missing parents are fine; a checkpoint needs overwrite=True, and it says so."""
+    """As in transformers: an empty folder and missing parents are fine; replacing a checkpoint needs overwrite=True."""
     model = decoder("mixtral")
 
     def save(place: Path, **settings: Any) -> None:
@@ -121,7 +125,9 @@ def test_where_saving_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("jax_moe.porting.pretrained.write_weights", _full)
     with pytest.raises(ValueError, match="No space left on device"):
         save(tmp_path / "p" / "q" / "r")
-    assert names(tmp_path) == {"empty", "a", "real", "link", "mine", "here"} and names(tmp_path / "mine") == {"thesis.txt"}
+    assert names(tmp_path) == {"empty", "a", "real", "link", "mine", "here"} and names(tmp_path / "mine") == {
+        "thesis.txt"
+    }
     assert names(tmp_path / "here") == set()
 
 
@@ -165,7 +171,10 @@ def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     for family, words in (
         ("mixtral", "top_k=2 (--top-k)\n"), ("switch", "expert_capacity=64 (--expert-capacity)\n"),
         ("makemoe_layer", f"{published}\n"),
-        ("soft_moe", "hidden_activation=relu (--hidden-activation), output_activation=identity (--output-activation), "),
+        (
+            "soft_moe",
+            "hidden_activation=relu (--hidden-activation), output_activation=identity (--output-activation), ",
+        ),
     ):
         jax_moe.save(MODELS[family](), tmp_path / f"{family}.safetensors")
         assert main(["inspect", str(tmp_path / f"{family}.safetensors")]) == 0

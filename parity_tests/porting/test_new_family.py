@@ -1,5 +1,8 @@
-"""README's made-up family, run from README itself: one file and the list give it every command and every call."""
+"""Made-up families, each in one file and the list, have every command and every call: README's, run from README itself,
+and one with an attention of its own.
+"""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -10,21 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import jax_moe
 from jax_moe import presets
+from jax_moe.config.attention import GroupedAttentionConfig
+from jax_moe.config.decoder import LayerConfig
+from jax_moe.parameters import declared
 from jax_moe.porting.families import FAMILIES
+from jax_moe.porting.families.family import GROUPED as GROUPED_ROWS
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.formats.safetensors import read_safetensors
 from jax_moe.porting.state_dict import their_shapes, tree_plan
+from jax_moe.sharding.rules import RULES, weight_split
 from parity_tests.cli.commands import fails, names, run, same_folders
 from parity_tests.shared.compare import MismatchError, check_exact
 from parity_tests.shared.filled import filled
+from parity_tests.shared.mean_family import MEAN_ROWS, MeanConfig, add
 from parity_tests.shared.quick import QUICK
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- a new family: begin -->\n```python\n", "```\n<!-- a new family: end -->"
+MEAN = MeanConfig(model_dim=8, width=6, scale=0.5)
+GROUPED = GroupedAttentionConfig(model_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
+MESH = AbstractMesh((2,), ("expert",))
 TOKENS = jnp.arange(6).reshape(2, 3)
 CONFIG = jax_moe.DecoderConfig.grouped(
     vocab_size=11, model_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, logits_divisor=4.0,
@@ -39,7 +52,7 @@ def code() -> str:
 
 @pytest.fixture
 def cool(monkeypatch: pytest.MonkeyPatch) -> Family:
-    """The family, in the list. One with another attention kind would stand here beside it: its rows are in `Whole.attention`."""
+    """README's family, in the list."""
     made: dict[str, Any] = {}
     exec(code(), made)
     monkeypatch.setitem(FAMILIES, "cool_moe", made["COOL"])
@@ -59,12 +72,12 @@ def model() -> jax_moe.Decoder:
 
 
 @partial(jax.jit, compiler_options=QUICK)
-def run_decoder(decoder: jax_moe.Decoder) -> jax.Array:
-    return decoder(TOKENS)
+def run_decoder(decoder: jax_moe.Decoder, tokens_BT: jax.Array) -> jax.Array:
+    return decoder(tokens_BT)
 
 
 def logits(decoder: jax_moe.Decoder) -> dict[str, np.ndarray]:
-    return {"logits": np.asarray(run_decoder(decoder))}
+    return {"logits": np.asarray(run_decoder(decoder, TOKENS))}
 
 
 def test_readme_adds_a_family_in_twenty_lines(folder: Path) -> None:
@@ -80,30 +93,85 @@ def test_readme_adds_a_family_in_twenty_lines(folder: Path) -> None:
         check_exact(logits(loaded), logits(made), "gate and up exchanged")
 
 
-def test_every_command_and_call_knows_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(params=["cool_moe", "mean_moe", "mean_moe alone"])
+def known(request: pytest.FixtureRequest, cool: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> jax_moe.Decoder:
+    """A model of each family, saved as `one`; of the one with its own attention also without any other attention."""
+    kinds = {"cool_moe": (), "mean_moe": (MEAN, GROUPED, MEAN), "mean_moe alone": (MEAN, MEAN)}[request.param]
+    layers = tuple(LayerConfig(attention=one, ffn=CONFIG.moe) for one in kinds) or CONFIG.layers
+    config, family = dataclasses.replace(CONFIG, layers=layers), cool
+    if kinds:
+        config, family = dataclasses.replace(config, logits_divisor=1.0), add(monkeypatch)
+    made = filled(lambda: jax_moe.Decoder(config, rngs=nnx.Rngs(0)))
+    jax_moe.save_pretrained(made, tmp_path / "one", model_type=family.name)
+    return jax_moe.load_pretrained(tmp_path / "one")
+
+
+def test_every_command_and_call_knows_it(known: jax_moe.Decoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """inspect, port both ways, load and save: bit for bit."""
-    assert "cool_moe, " in run(capsys, "inspect", folder)
-    assert "cool_moe, " in run(capsys, "port", folder, tmp_path / "orbax")
-    assert "cool_moe, " in run(capsys, "inspect", tmp_path / "orbax")
+    assert known.origin is not None
+    name, folder = known.origin.model_type, tmp_path / "one"
+    told = run(capsys, "inspect", folder)
+    assert told.startswith(f"{name}, ") and ("a gated mean of width 6" in told) == (name == "mean_moe")
+    assert f"{name}, " in run(capsys, "port", folder, tmp_path / "orbax")
+    assert f"{name}, " in run(capsys, "inspect", tmp_path / "orbax")
     run(capsys, "port", tmp_path / "orbax", tmp_path / "back")
     same_folders(folder, tmp_path / "back")
     for place in (folder, tmp_path / "orbax", tmp_path / "back"):
         loaded = jax_moe.load(place)
-        assert loaded.config == CONFIG and loaded.origin.model_type == "cool_moe"
-        check_exact(jax_moe.to_torch(loaded), jax_moe.to_torch(model(), layout="hf_cool_moe"), place.name)
+        assert loaded.config == known.config and loaded.origin.model_type == name
+        check_exact(jax_moe.to_torch(loaded), jax_moe.to_torch(known), place.name)
     jax_moe.save(jax_moe.load(folder), tmp_path / "saved")
     same_folders(folder, tmp_path / "saved")
-    assert names(tmp_path) == {"cool", "orbax", "back", "saved"}
+    assert names(tmp_path) == {"one", "orbax", "back", "saved"}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("known", ["mean_moe"], indirect=True)
+def test_it_generates_with_its_cache(known: jax_moe.Decoder) -> None:
+    """Every new token is the likeliest by a call on all that stands before it."""
+    made = jax_moe.generate(known, TOKENS, max_new_tokens=4, temperature=0)
+    likeliest = np.asarray(run_decoder(known, made[:, :-1])).argmax(-1)
+    check_exact({"tokens": np.asarray(made)[:, 3:]}, {"tokens": likeliest[:, 2:].astype(np.int32)}, "generated")
+
+
+def test_rows_of_its_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two of our arrays in one tensor; exchanged in the table they change the answer; a size that no tensor has is refused."""
+    family = add(monkeypatch)
+    layers = tuple(LayerConfig(attention=one, ffn=CONFIG.moe) for one in (MEAN, GROUPED, MEAN))
+    made = filled(lambda: jax_moe.Decoder(dataclasses.replace(CONFIG, layers=layers, logits_divisor=1.0), rngs=nnx.Rngs(0)))
+    jax_moe.save_pretrained(made, tmp_path / "one", model_type=family.name)
+    stored = read_safetensors(tmp_path / "one/model.safetensors")["model.layers.2.mean_attn.in_proj.weight"]
+    halves = [np.asarray(getattr(made.blocks_mean.attention, name)[...])[1].T for name in ("value", "gate")]
+    check_exact({"w": stored}, {"w": np.concatenate(halves)}, "value and gate")
+    check_exact(logits(jax_moe.load_pretrained(tmp_path / "one")), logits(made), "loaded")
+    order = family.parameter_order(tree_plan(made, layout=family.in_memory(made.config).name))
+    assert order[1:3] == ["model.layers.0.mean_attn.in_proj.weight", "model.layers.0.mean_attn.out_proj.weight"]
+    split = {path: weight_split(MESH, one, RULES | {"A": "expert"}).spec for path, one in declared(made).items()}
+    assert split["blocks_mean.attention.out"] == PartitionSpec(None, "expert", None), "by the dims that it says"
+    assert split["moe.experts.up"] == PartitionSpec(None, "expert", None, None)
+    config = tmp_path / "one/config.json"
+    config.write_text(config.read_text().replace('"mean_width": 6', '"mean_width": 1000000'))
+    with pytest.raises(ValueError, match=r"config.json: mean_width=1000000: must fit the weights"):
+        jax_moe.load_pretrained(tmp_path / "one")
+    config.write_text(config.read_text().replace('"mean_width": 1000000', '"mean_width": 6'))
+    value, gate, out = MEAN_ROWS
+    swapped = (dataclasses.replace(value, ours=gate.ours), dataclasses.replace(gate, ours=value.ours), out)
+    wrong = dataclasses.replace(family.whole, attention={"grouped": GROUPED_ROWS, "mean": swapped})
+    monkeypatch.setitem(FAMILIES, family.name, dataclasses.replace(family, decoder=wrong))
+    with pytest.raises(MismatchError):
+        check_exact(logits(jax_moe.load_pretrained(tmp_path / "one")), logits(made), "value and gate exchanged")
 
 
 def test_the_order_of_its_optimizer(cool: Family) -> None:
-    """As modules are defined: the embedding, layer by layer attention, mixture and norms, then the last norm and the head."""
+    """The order of definition: the embedding; per layer attention, mixture and norms; the last norm and the head."""
     made = tree_plan(model(), layout=cool.in_memory(CONFIG).name)
     order = cool.parameter_order(made)
     layer = [name.removeprefix("model.layers.1.") for name in order if name.startswith("model.layers.1.")]
     assert order[0] == "model.embed_tokens.weight" and order[-2:] == ["model.norm.weight", "lm_head.weight"]
     assert layer[:5] == [*(f"self_attn.{one}_proj.weight" for one in "qkvo"), "mlp.router.weight"]
-    assert layer[-2:] == ["input_layernorm.weight", "post_attention_layernorm.weight"] and len(order) == 3 + 2 * len(layer)
+    assert (
+        layer[-2:] == ["input_layernorm.weight", "post_attention_layernorm.weight"] and len(order) == 3 + 2 * len(layer)
+    )
 
 
 def test_a_family_known_by_its_mixture_alone(
@@ -122,7 +190,9 @@ def test_a_family_known_by_its_mixture_alone(
     below = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     assert below.keys() == their_shapes(layer, "hf_cool_layer").keys()
     jax_moe.from_torch(layer, below)
-    check_exact({"up": np.asarray(layer.experts.up[...])}, {"up": np.asarray(model().moe.experts.up[...])[1]}, "layer 1")
+    check_exact(
+        {"up": np.asarray(layer.experts.up[...])}, {"up": np.asarray(model().moe.experts.up[...])[1]}, "layer 1"
+    )
     assert "cool_moe: mixtures in layers 0, 1" in run(capsys, "inspect", folder)
     assert "of this type the mixture of a layer is known, not the whole decoder" in fails(capsys, "generate", folder)
 

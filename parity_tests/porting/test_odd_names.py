@@ -1,4 +1,4 @@
-"""Names of folders that Orbax takes for patterns, or that look like something else: what is written there is there again."""
+"""Folder names with glob characters or other odd parts, in Orbax too: what is written can be read back."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,8 @@ from moe_cli.main import main
 from train.run import checkpoint
 
 NAMES = [
-    "run[1]", "[!a]", "a*b", "a?b", "{a,b}", "a\\b", "a b", "%20", "~", "a:b", "x.orbax-checkpoint-tmp", "line\nbreak", "dots..",
+    "run[1]", "[!a]", "a*b", "a?b", "{a,b}", "a\\b", "a b", "%20", "~", "a:b", "x.orbax-checkpoint-tmp", "line\nbreak",
+    "dots..",
 ]
 ARRAYS = {"a.w": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
 
@@ -35,7 +36,10 @@ def test_a_checkpoint_of_bare_weights(name: str, tmp_path: Path) -> None:
     write_orbax(tmp_path / "axb", {key: value + 1 for key, value in ARRAYS.items()})
     sums = write_orbax(tmp_path / name, ARRAYS)
     verify_orbax(tmp_path / name, sums, ARRAYS, lambda _: None)
-    assert {key: header.shape for key, header in read_orbax(tmp_path / name, sums).items()} == {"a.w": (2, 3), "b": (4,)}
+    assert {key: header.shape for key, header in read_orbax(tmp_path / name, sums).items()} == {
+        "a.w": (2, 3),
+        "b": (4,),
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"axb", name}
 
 

@@ -73,7 +73,9 @@ def test_the_answer_of_every_kind(places: dict[str, Path]) -> None:
 
 def test_of_a_run_its_newest_weights_and_of_a_training_checkpoint_the_optimizer() -> None:
     run, training = open_path(SAMPLES / "run_stopped"), open_path(SAMPLES / "training")
-    assert run.run is not None and (run.kind, run.family.name, run.place.parent.name) == ("run", "makemoe", "checkpoints")
+    assert (
+        run.run is not None and (run.kind, run.family.name, run.place.parent.name) == ("run", "makemoe", "checkpoints")
+    )
     assert training.optimizer == SAMPLES / "training" / "optimizer.safetensors"
 
 
@@ -98,7 +100,10 @@ def test_every_command_and_call_opens_config_json_once(name: str, places: dict[s
     ]
     if name == "hf":
         greedy = ("--max-new-tokens", "1", "--temperature", "0")
-        calls += [lambda: jax_moe.load_pretrained(place), lambda: main(["generate", str(place), "--tokens", "1,2", *greedy])]
+        calls += [
+            lambda: jax_moe.load_pretrained(place),
+            lambda: main(["generate", str(place), "--tokens", "1,2", *greedy]),
+        ]
     for number, call in enumerate(calls):
         with openings(place / "config.json") as counted:
             assert call() != 1  # the status of a command that fails

@@ -28,7 +28,16 @@ from jax_moe.porting.formats.safetensors import write_safetensors
 from jax_moe.porting.formats.state_file import read_state, write_state
 from jax_moe.porting.table.plan import check, make_plan, to_ours, to_theirs
 from jax_moe.porting.table.rows import Row, Table
-from parity_tests.porting.porting_cases import MODULES, STATES, TINY, bits, make, makemoe_state, mixtral_state, soft_state
+from parity_tests.porting.porting_cases import (
+    MODULES,
+    STATES,
+    TINY,
+    bits,
+    make,
+    makemoe_state,
+    mixtral_state,
+    soft_state,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -43,7 +52,9 @@ def test_round_trip_keeps_every_bit(name: str, dtype: str) -> None:
     verify(state, jax_moe.to_torch(target), Path(name))
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("moe_") and MODULES[name][1] != "torch_ref"])
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.startswith("moe_") and MODULES[name][1] != "torch_ref"]
+)
 def test_layouts_of_one_module_are_found_by_their_names(name: str) -> None:
     source, layout = make(name, 1), MODULES[name][1]
     theirs, ours = jax_moe.to_torch(source, layout=layout), jax_moe.to_torch(source)
@@ -133,7 +144,9 @@ def test_fp64_is_never_narrowed() -> None:
 
 
 def test_unknown_layout_and_module_are_named() -> None:
-    with pytest.raises(ValueError, match=r"layout='keras': must be one of 'torch_ref', 'mixtral', .*'hf_granitemoe' for MoE"):
+    with pytest.raises(
+        ValueError, match=r"layout='keras': must be one of 'torch_ref', 'mixtral', .*'hf_granitemoe' for MoE"
+    ):
         jax_moe.from_torch(make("moe_mixtral"), {}, layout="keras")
     with pytest.raises(PortError, match=r"layout mixtral has no names for.*router\.bias"):
         jax_moe.to_torch(make("moe_makemoe"), layout="mixtral")
@@ -166,7 +179,8 @@ def test_moments_of_optax_take_the_same_names() -> None:
     weights = jax_moe.to_torch(module, layout="mixtral")
     assert named.keys() == weights.keys()
     for name, value in named.items():
-        assert np.allclose(value, 0.1 * weights[name], rtol=1e-6, atol=0), name  # measured 0; one fp32 rounding is 1.2e-7
+        # measured 0; one fp32 rounding is 1.2e-7
+        assert np.allclose(value, 0.1 * weights[name], rtol=1e-6, atol=0), name
     as_state = nnx.state(module, nnx.Param)  # optax over nnx.State, as jax.grad over it returns
     _, moments = optimizer.update(as_state, optimizer.init(as_state), as_state)
     verify(named, jax_moe.to_torch(module, moments[0].mu, layout="mixtral"), Path("mu"))
@@ -187,7 +201,10 @@ def test_engine_takes_fused_and_interleaved_parts() -> None:
     """Rows for files that fuse what ours keeps apart, and the other way round."""
     rng = np.random.default_rng(0)
     E, D, F = 3, 4, 5
-    ours = {"gate": rng.standard_normal((E, D, F)), "up": rng.standard_normal((E, D, F)), "qkv": rng.standard_normal((D, 3, F))}
+    ours = {
+        "gate": rng.standard_normal((E, D, F)), "up": rng.standard_normal((E, D, F)),
+        "qkv": rng.standard_normal((D, 3, F)),
+    }
     table = Table("fused", (
         Row("gate_up", "E (F 0/2) D", "gate", "E D F"),  # interleaved
         Row("gate_up", "E (F 1/2) D", "up", "E D F"),
@@ -243,7 +260,11 @@ def test_sizes_are_read_from_the_tensors(tmp_path: Path) -> None:
     quiet = {name: value for name, value in makemoe_state().items() if "noise_linear" not in name}
     write_state(tmp_path / "b.safetensors", quiet)
     assert load(tmp_path / "b.safetensors").config.noise is False
-    layer = {name.removeprefix("blocks.0.smoe."): value for name, value in makemoe_state().items() if "blocks.0.smoe." in name}
+    layer = {
+        name.removeprefix("blocks.0.smoe."): value
+        for name, value in makemoe_state().items()
+        if "blocks.0.smoe." in name
+    }
     write_state(tmp_path / "c.safetensors", layer)
     checkpoint = load(tmp_path / "c.safetensors")
     assert (checkpoint.family, checkpoint.config) == ("makemoe_layer", presets.makemoe(8, 32, 4))
@@ -303,7 +324,9 @@ def test_checkpoint_names_its_weights() -> None:
 def test_a_row_with_other_dims_than_the_parameter_is_refused(dims: str) -> None:
     """Though in shapes alone another order fits wherever two sizes are the same."""
     layer = jax_moe.MoE(presets.mixtral(6, 6, 3, 2))
-    rows = tuple(dataclasses.replace(row, our_dims=dims) if row.ours == "experts.up" else row for row in tables_of(layer)[0].rows)
+    rows = tuple(
+        dataclasses.replace(row, our_dims=dims) if row.ours == "experts.up" else row for row in tables_of(layer)[0].rows
+    )
     wanted = f"layout wrong: dims of experts.up in the row of .*={dims!r}: must be 'E D F', as the parameter says"
     with pytest.raises(ValueError, match=wanted):
         make_plan(Table("wrong", rows), declared(layer))

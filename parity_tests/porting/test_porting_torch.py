@@ -34,7 +34,8 @@ REFERENCES: dict[str, tuple[Callable, str | None]] = {
     "attention": (lambda: torch_ref.Attention(HEADS), None),
     "attention_fused": (lambda: torch_ref.Attention(FUSED), None),
     "block": (
-        lambda: torch_ref.Block(torch_ref.BlockConfig(attention=HEADS, moe=presets.deepseek_v3(8, 6, 4, 2, 3, 2, 1))), None
+        lambda: torch_ref.Block(torch_ref.BlockConfig(attention=HEADS, moe=presets.deepseek_v3(8, 6, 4, 2, 3, 2, 1))),
+        None,
     ),
     "block_soft": (
         lambda: torch_ref.Block(
@@ -105,10 +106,10 @@ def test_gradients_and_moments_take_torchs_names() -> None:
             "weight": jax_moe.to_torch(model, optax.apply_updates(params, update)),
         }
         named = dict(reference.named_parameters())
+        moments_of = lambda kind: {name: optimizer.state[value][kind] for name, value in named.items()}  # noqa: E731
         theirs = {
             "grad": {name: value.grad for name, value in named.items()},
-            **{kind: {name: optimizer.state[value][kind] for name, value in named.items()} for kind in ("exp_avg", "exp_avg_sq")},
-            "weight": named,
+            "exp_avg": moments_of("exp_avg"), "exp_avg_sq": moments_of("exp_avg_sq"), "weight": named,
         }
         alive = {name for name in ours["grad"] if "noise" not in name and "experts" not in name}  # no noise, few tokens
         assert all(np.abs(ours["grad"][name]).max() > 0 for name in alive)
@@ -153,14 +154,17 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, capsys: pytes
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"phi": Payload(tmp_path / "ran")}, protocol=2))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     for name in ("evil.pt", "plain.pt", "module.pt"):
-        assert "its pickle holds code or objects other than tensors" in fails(capsys, "port", tmp_path / name, tmp_path / "out")
+        said = fails(capsys, "port", tmp_path / name, tmp_path / "out")
+        assert "its pickle holds code or objects other than tensors" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt", "module.pt", "plain.pt"]
 
 
 def test_pt_files_that_are_not_whole_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = tmp_path / "whole.pt"
     write_state(whole, mixtral_state())
-    for spoiled in (whole.read_bytes()[:-100], whole.read_bytes()[:300], b"", b"hello world", bytes(range(256)), b'{"a": 1}'):
+    for spoiled in (
+        whole.read_bytes()[:-100], whole.read_bytes()[:300], b"", b"hello world", bytes(range(256)), b'{"a": 1}'
+    ):
         (tmp_path / "a.pt").write_bytes(spoiled)
         assert "not one or is cut short" in fails(capsys, "port", tmp_path / "a.pt", tmp_path / "out")
     torch.save(torch.zeros(3), tmp_path / "a.pt")
@@ -172,7 +176,9 @@ def test_pt_files_that_are_not_whole_state_dicts(tmp_path: Path, capsys: pytest.
     state["lora"] = state.pop("experts.2.w3.weight")
     torch.save(state, tmp_path / "a.pt")
     line = fails(capsys, "port", tmp_path / "a.pt", tmp_path / "out")
-    for words in ("missing: experts.2.w3.weight", "unexpected: lora", "experts.1.w1.weight is float64, must be float32"):
+    for words in (
+        "missing: experts.2.w3.weight", "unexpected: lora", "experts.1.w1.weight is float64, must be float32"
+    ):
         assert words in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "whole.pt"]
 

@@ -35,11 +35,12 @@ def test_round_trip(model_type: str, dtype: str, tmp_path: Path) -> None:
     assert (tmp_path / "two" / "config.json").read_bytes() == (tmp_path / "one" / "config.json").read_bytes()
     assert not (tmp_path / "two" / "model.safetensors.index.json").exists()
     index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == one.keys() and index["metadata"]["total_size"] == sum(v.nbytes for v in one.values())
+    assert index["weight_map"].keys() == one.keys()
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in one.values())
 
 
 def test_names_and_orientation() -> None:
-    """Written out, not through the tables: layer 2, expert 3; the second mixture stands in layer 2, the dense layer is 1."""
+    """Checked by hand, not by the tables: layer 2, expert 3. Layer 1 is dense, so layer 2 holds the second mixture."""
     model = decoder("qwen2_moe")
     state = jax_moe.to_torch(model, layout="hf_qwen2_moe")
     experts, attention = model.moe.experts, model.blocks.attention
@@ -107,8 +108,14 @@ def test_arguments_that_are_refused(folder: Path, tmp_path: Path) -> None:
         (lambda: jax_moe.save_pretrained(model, file, overwrite=True), "is not a checkpoint"),
         (lambda: jax_moe.save_pretrained(model, folder), "exists already; overwrite=True replaces it"),
         (lambda: jax_moe.save_pretrained(model, file / "where"), "cannot be written"),
-        (lambda: jax_moe.save_pretrained(decoder("mixtral"), tmp_path / "x"), "model_type=None: must be one of mixtral"),
-        (lambda: jax_moe.save_pretrained(decoder("qwen3_moe"), tmp_path / "x", model_type="mixtral"), "say .*dense_layers"),
+        (
+            lambda: jax_moe.save_pretrained(decoder("mixtral"), tmp_path / "x"),
+            "model_type=None: must be one of mixtral",
+        ),
+        (
+            lambda: jax_moe.save_pretrained(decoder("qwen3_moe"), tmp_path / "x", model_type="mixtral"),
+            "say .*dense_layers",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             refused()

@@ -38,7 +38,9 @@ def state() -> dict[str, np.ndarray]:
 
 def headers(values: dict[str, np.ndarray]) -> dict[str, Header]:
     """What is to be written."""
-    return {name: Header(value.shape, value.dtype, lambda value=value: value) for name, value in values.items()}  # type: ignore[misc]
+    return {  # type: ignore[misc]
+        name: Header(value.shape, value.dtype, lambda value=value: value) for name, value in values.items()
+    }
 
 
 def test_the_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
@@ -97,7 +99,9 @@ LIES: dict[str, tuple[Any, str]] = {
     "absurd shape": ({"a": ENTRY, "b": {**SECOND, "shape": [2**62, 4]}}, "overflow"),
     "negative": ({"a": ENTRY, "b": {**SECOND, "shape": [-2]}}, "invalid JSON in header"),
     "twice": (text({"a": ENTRY, "b": SECOND})[:-1] + b', "a": ' + text(ENTRY) + b"}", "its header says twice: a"),
-    "twice within": (b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', "duplicate field"),
+    "twice within": (
+        b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', "duplicate field"
+    ),
     "no such dtype": ({"a": ENTRY, "b": {**SECOND, "dtype": "Q7"}}, "unknown variant `Q7`"),
     "a list": ([ENTRY], "invalid JSON in header"),
     "no text": (b"\xff\xfe", "invalid UTF-8 in header"),
@@ -199,7 +203,10 @@ def test_a_damaged_config_is_refused_or_loads(
     ("changes", "message"),
     [
         ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000: must fit the weights, which are 22 tensors"),
-        ({"num_local_experts": 10**12}, r"num_layers \* num_experts=1000000000000: must fit the weights, which are \d+ numbers"),
+        (
+            {"num_local_experts": 10**12},
+            r"num_layers \* num_experts=1000000000000: must fit the weights, which are \d+ numbers",
+        ),
         ({"vocab_size": 10**15}, "vocab_size=1000000000000000: must fit"),
         ({"intermediate_size": 10**15}, "expert_dim=1000000000000000: must fit"),
         ({"head_dim": 10**15}, r"num_heads \* head_dim=4000000000000000: must fit"),

@@ -54,7 +54,9 @@ def test_peak_memory(model_type: str, tmp_path: Path) -> None:
     assert max(saving["peak"], loading["peak"]) < 2 * largest, (saving, loading, largest)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much of its files a process holds")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux says how much of its files a process holds"
+)
 def test_comparing_a_shard_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of 24 MiB, which is opened anew for every 4: no more than two such parts are ever held."""
     held: list[int] = []
@@ -82,7 +84,9 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(ValueError, match=r"model: cannot be written \(No space .*: needs 12,832 bytes, 100 are free\)"):
+        with pytest.raises(
+            ValueError, match=r"model: cannot be written \(No space .*: needs 12,832 bytes, 100 are free\)"
+        ):
             jax_moe.save_pretrained(model, tmp_path / "model", model_type="mixtral", overwrite=True)
     renamed = []
 
@@ -136,7 +140,9 @@ def test_nan_can_be_let_through(tmp_path: Path) -> None:
     check_exact(weights(tmp_path / "again"), state, "with NaN")
     with pytest.raises(PortError, match="2 wrong"):
         checkpoint.load(tmp_path / "model")
-    jax_moe.save_pretrained(checkpoint.load(tmp_path / "model", allow_nonfinite=True).module, tmp_path / "third")  # type: ignore[arg-type]
+    jax_moe.save_pretrained(
+        checkpoint.load(tmp_path / "model", allow_nonfinite=True).module, tmp_path / "third"  # type: ignore[arg-type]
+    )
     check_exact(weights(tmp_path / "third"), state, "with NaN")
 
 

@@ -64,7 +64,7 @@ TOLERANCE = 1e-6  # relative; measured 0, each expert being whole on one device;
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "granitemoe"])
 def test_experts_over_four_devices(model_type: str, tmp_path: Path) -> None:
-    """A quarter of the experts on each, the same logits, the same files; replicated where 3 devices do not divide 4 experts."""
+    """A quarter of the experts per device, the same logits and files; 3 devices cannot divide 4, so they replicate."""
     jax_moe.save_pretrained(decoder(model_type), tmp_path / "model", model_type=model_type, max_shard_bytes=4000)
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4"
     done = subprocess.run(
@@ -101,7 +101,9 @@ def test_fetch_takes_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_meshes_that_are_refused() -> None:
     count = len(jax.local_devices())
-    with pytest.raises(ValueError, match=f"num_expert_devices \\* num_data_devices={2 * count}: must be at most {count}"):
+    with pytest.raises(
+        ValueError, match=f"num_expert_devices \\* num_data_devices={2 * count}: must be at most {count}"
+    ):
         sharding.expert_mesh(count, 2)
     with pytest.raises(ValueError, match="num_data_devices=0: must be at least 1"):
         sharding.expert_mesh(1, 0)

@@ -13,11 +13,13 @@ from parity_tests.shared.compare import check_exact
 
 
 def test_rotary_frequencies_are_skipped(tmp_path: Path) -> None:
-    """Of every layer, as older versions of transformers wrote them, and of the model: read as if they were not there."""
+    """Tensors that older versions of transformers wrote, per layer and for the model, are ignored."""
     jax_moe.save_pretrained(decoder("mixtral"), tmp_path / "old", model_type="mixtral")
     file = tmp_path / "old" / "model.safetensors"
     state = read_safetensors(file)
-    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)] + ["model.rotary_emb.inv_freq"]
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)] + [
+        "model.rotary_emb.inv_freq"
+    ]
     write_safetensors(file, state | {name: np.ones(2, np.float32) for name in names})
     jax_moe.save_pretrained(jax_moe.load_pretrained(tmp_path / "old"), tmp_path / "new")
     check_exact(weights(tmp_path / "new"), state, "without the frequencies")
@@ -39,4 +41,6 @@ def test_another_head_beside_a_tied_config(other: str, tmp_path: Path) -> None:
         jax_moe.load_pretrained(tmp_path / "tied")
     if other == "values":
         config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
-        check_exact({"head": np.asarray(jax_moe.load_pretrained(tmp_path / "tied").head[...]).T}, {"head": head}, "untied")
+        check_exact(
+            {"head": np.asarray(jax_moe.load_pretrained(tmp_path / "tied").head[...]).T}, {"head": head}, "untied"
+        )

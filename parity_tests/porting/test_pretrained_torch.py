@@ -1,4 +1,4 @@
-"""Folders of PyTorch `.bin` files: read with weights_only=True, lazily, and refused if they hold anything but tensors."""
+"""Folders of PyTorch `.bin` files: read lazily with weights_only=True, refused if they hold anything but tensors."""
 
 import json
 import pickle
@@ -108,10 +108,13 @@ def test_dtypes_that_numpy_lacks(folder: Path) -> None:
     file = sorted(folder.glob("*.bin"))[0]
     name = next(iter(json.loads((folder / "pytorch_model.bin.index.json").read_text())["weight_map"]))
     torch.save({
-        "a": torch.zeros(2, dtype=torch.float8_e4m3fn), "b": torch.zeros(2).to_sparse(), "c": torch.zeros(2, dtype=torch.int8),
+        "a": torch.zeros(2, dtype=torch.float8_e4m3fn), "b": torch.zeros(2).to_sparse(),
+        "c": torch.zeros(2, dtype=torch.int8),
         name: torch.ones(2),
     }, file)
-    with pytest.raises(ValueError, match="must be one of F64, F32, F16, BF16: a is float8_e4m3fn, b is sparse_coo, c is int8"):
+    with pytest.raises(
+        ValueError, match="must be one of F64, F32, F16, BF16: a is float8_e4m3fn, b is sparse_coo, c is int8"
+    ):
         jax_moe.load_pretrained(folder)
     with pytest.raises(ValueError, match="must hold tensors that numpy has; a is float8_e4m3fn, b is sparse_coo"):
         read_state(file)

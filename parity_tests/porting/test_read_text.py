@@ -45,7 +45,10 @@ def test_text_is_what_python_opens(tmp_path: Path, raw: bytes, wanted: str) -> N
     [
         (b"caf\xe9", "must be UTF-8, byte 3 is not; if it is latin1: iconv -f latin1 -t utf-8 "),
         ("abc".encode("utf-16"), "must be UTF-8, byte 0 is not; if it is utf-16: iconv -f utf-16 -t utf-8 "),
-        ("abc".encode("utf-16-le"), "must be text; character 1 is NUL, which no text holds (tokens go in a .npy of integers"),
+        (
+            "abc".encode("utf-16-le"),
+            "must be text; character 1 is NUL, which no text holds (tokens go in a .npy of integers",
+        ),
         (np.arange(65, dtype=np.uint16).tobytes(), "--data-dtype uint16"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
     ],
@@ -79,7 +82,7 @@ def test_no_reader_waits_for_a_pipe_or_reads_a_device(tmp_path: Path) -> None:
 
 
 def test_a_text_of_windows_has_the_same_characters_everywhere(tmp_path: Path) -> None:
-    """In train.py, in --text and in makeMoE, which opens it as Python does: 15 characters, none of them a carriage return."""
+    """Read by train.py, by --text and by makeMoE (Python's open): 15 characters, no carriage return among them."""
     path = tmp_path / "crlf.txt"
     path.write_bytes(b"the lazy dogs.\r\nTHE\r\n" * 30)
     trained = data.load_text(str(path), 8)
@@ -149,7 +152,9 @@ def test_a_panic_of_the_library_is_one_line(tmp_path: Path, capfd: pytest.Captur
     assert not isinstance(caught.value, Exception), "the library still panics"
     assert "panicked" in capfd.readouterr().err
     for call in (lambda: text.encode(tokenizer, "the fox"), lambda: text.tokens_of(tokenizer, "the fox")):
-        with pytest.raises(ValueError, match=r"^tokenizer\.json: cannot encode this text \(index out of bounds") as told:
+        with pytest.raises(
+            ValueError, match=r"^tokenizer\.json: cannot encode this text \(index out of bounds"
+        ) as told:
             call()
         assert "\n" not in str(told.value)
     (tmp_path / "text.txt").write_text("the fox " * 50)
@@ -194,7 +199,9 @@ def test_nanogpt_s_files_are_tokens_when_said_so(tmp_path: Path, dtype: str) -> 
     task = read_task(a_config(path, data_dtype=dtype))
     np.testing.assert_array_equal(np.concatenate([task.text.train, task.text.val]), array)
     assert task.about["vocab_size"] == 65 and task.text.size == "65 kinds of tokens"
-    assert task.text.encode("3 14") == [3, 14] and task.text.encode("\n") == [58] and "vocabulary" not in task.text.about()
+    assert (
+        task.text.encode("3 14") == [3, 14] and task.text.encode("\n") == [58] and "vocabulary" not in task.text.about()
+    )
     np.save(tmp_path / "train.npy", array)
     again = read_task(a_config(tmp_path / "train.npy"))
     np.testing.assert_array_equal(again.text.train, task.text.train)
@@ -220,7 +227,9 @@ def a_header(size: str) -> str:
 NUMPY_FILES = {
     "an archive": (write_archive, "is an archive (.npz)"),
     "objects": (lambda path: np.save(path, np.array([{}, {}]), allow_pickle=True), "holds Python objects"),
-    "a square by columns": (lambda path: np.save(path, np.ones((3, 3), int, order="F")), "must hold one axis of integers"),
+    "a square by columns": (
+        lambda path: np.save(path, np.ones((3, 3), int, order="F")), "must hold one axis of integers"
+    ),
     "floats": (lambda path: np.save(path, np.ones(9)), "must hold one axis of integers"),
     "flags": (lambda path: np.save(path, np.ones(9, bool)), "must hold one axis of integers"),
     "no header": (lambda path: path.write_bytes(b"\x93NUMPY"), "must be a readable .npy file"),

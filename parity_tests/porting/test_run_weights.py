@@ -1,4 +1,4 @@
-"""A run of train.py in any state: finished, stopped, killed; makeMoE or fine-tuned; read by `load` and every command."""
+"""A run of train.py, finished, stopped or killed, makeMoE or fine-tuned, is read by `load` and every command."""
 
 import os
 import shutil
@@ -31,7 +31,9 @@ from train.run.folder import read_config
 
 pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "abcdefghij" * 60
-FRESH = "--data text.txt --steps 4 --batch-size 2 --block-size 8 --model-dim 8 --num-heads 2 --num-layers 1 --num-experts 2"
+FRESH = (
+    "--data text.txt --steps 4 --batch-size 2 --block-size 8 --model-dim 8 --num-heads 2 --num-layers 1 --num-experts 2"
+)
 SMALL = "--eval-every 4 --eval-batches 1 --checkpoint-every 2 --sample-length 3 --warmup-steps 0 --sample-prompt a"
 TUNED = "--pretrained tiny --data tokens.npy --steps 4 --batch-size 2 --block-size 8 --warmup-steps 1"
 
@@ -136,7 +138,9 @@ def test_a_killed_fine_tune(place: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_a_run_in_pytorch(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="trains in PyTorch")
     monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", ["train/train.py", *f"{FRESH} {SMALL} --framework torch --out {tmp_path / 'a'}".split()])
+    monkeypatch.setattr(
+        sys, "argv", ["train/train.py", *f"{FRESH} {SMALL} --framework torch --out {tmp_path / 'a'}".split()]
+    )
     assert loop.main() == 0
     whole = jax_moe.load(tmp_path / "a")
     last = killed(tmp_path / "a", tmp_path / "last", step=4)
@@ -147,7 +151,7 @@ def test_a_run_in_pytorch(place: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_run_keeps_a_correction_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No optimizer sees it, but a checkpoint holds it; one without, as the version before wrote it, takes the model's."""
+    """No optimizer holds it, but a checkpoint does; if an older checkpoint lacks it, the model's value is taken."""
     monkeypatch.setitem(FAMILIES, "corrected_moe", CORRECTED)
     monkeypatch.chdir(tmp_path)
     model = filled(lambda: jax_moe.Decoder(CONFIG, rngs=nnx.Rngs(0)))

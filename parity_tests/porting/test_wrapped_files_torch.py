@@ -55,7 +55,10 @@ def test_tensors_that_are_no_arrays(name: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     torch.save({"phi": torch.zeros(1_000_000)}, tmp_path / "a.pt")
-    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     assert (tmp_path / "b.pt").stat().st_size < 20_000
@@ -74,15 +77,21 @@ WRAPPED: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
         lambda s: {"state_dict": {f"model.{n}": v for n, v in s.items()}, "epoch": 3, "optimizer_states": []},
         ('from "state_dict" of a dictionary (beside it: epoch, optimizer_states)', "names without model."),
     ),
-    "the tutorial's": (lambda s: {"model_state_dict": s, "epoch": 3, "loss": 0.5}, ('from "model_state_dict"', "epoch, loss")),
-    "compiled": (lambda s: {"model": {f"_orig_mod.{n}": v for n, v in s.items()}}, ('from "model"', "names without _orig_mod.")),
+    "the tutorial's": (
+        lambda s: {"model_state_dict": s, "epoch": 3, "loss": 0.5}, ('from "model_state_dict"', "epoch, loss")
+    ),
+    "compiled": (
+        lambda s: {"model": {f"_orig_mod.{n}": v for n, v in s.items()}}, ('from "model"', "names without _orig_mod.")
+    ),
     "twice": (lambda s: {"model": {"module": s}}, ('from "model.module" of a dictionary',)),
     "the names alone": (lambda s: {f"module.{n}": v for n, v in s.items()}, ("names without module.",)),
 }
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_dictionaries_of_trainers_are_opened_and_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dictionaries_of_trainers_are_opened_and_said(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrap, said = WRAPPED[name]
     torch.save(wrap(state()), tmp_path / "a.pt")
     printed = run(capsys, "inspect", tmp_path / "a.pt")
@@ -106,7 +115,9 @@ def trained(words: tuple[str, str], prefix: str = "", named: bool = False) -> di
     return {words[0]: weights, words[1]: optimizer.state_dict(), "epoch": 2}
 
 
-@pytest.mark.parametrize("words", [("model", "optimizer"), ("model_state_dict", "optimizer_state_dict"), ("state_dict", "optim")])
+@pytest.mark.parametrize(
+    "words", [("model", "optimizer"), ("model_state_dict", "optimizer_state_dict"), ("state_dict", "optim")]
+)
 def test_training_files_under_other_words_and_prefixes(
     words: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +138,9 @@ def test_training_files_under_other_words_and_prefixes(
 def test_generate_reads_a_training_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(trained(("model", "optimizer"), "_orig_mod."), tmp_path / "a.pt")
     (tmp_path / "text").write_text("abcdefghijk")
-    arguments = ["generate", str(tmp_path / "a.pt"), "--text", str(tmp_path / "text"), "--prompt", "a", "--max-new-tokens", "2"]
+    arguments = [
+        "generate", str(tmp_path / "a.pt"), "--text", str(tmp_path / "text"), "--prompt", "a", "--max-new-tokens", "2"
+    ]
     assert main([*arguments, "--capacity-factor", "none"]) == 0
     streams = capsys.readouterr()
     assert len(streams.out.strip()) == 3 and "names without _orig_mod." in streams.err
@@ -141,9 +154,13 @@ STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "betas of text": (lambda s: s["param_groups"][0].update(betas="ab"), "must be what torch.optim's"),
     "names of numbers": (lambda s: s["param_groups"][0].update(param_names=[1]), "must be what torch.optim's"),
     "an entry of text": (lambda s: s["state"].update({0: "x"}), "must be what torch.optim's"),
-    "endless steps": (lambda s: s["state"][0].update(step=torch.tensor(float("inf"))), r"step of parameter 0 is a tensor"),
+    "endless steps": (
+        lambda s: s["state"][0].update(step=torch.tensor(float("inf"))), r"step of parameter 0 is a tensor"
+    ),
     "steps of text": (lambda s: s["state"][0].update(step="3"), "step of parameter 0 is '3'"),
-    "steps of a vector": (lambda s: s["state"][0].update(step=torch.ones(3)), r"step of parameter 0 is a tensor of \[3\]"),
+    "steps of a vector": (
+        lambda s: s["state"][0].update(step=torch.ones(3)), r"step of parameter 0 is a tensor of \[3\]"
+    ),
     "half a step": (lambda s: s["state"][0].update(step=0.5), "step of parameter 0 is 0.5"),
     "moments of text": (lambda s: s["state"][0].update(exp_avg="x"), "exp_avg of parameter 0 is 'x'"),
     "an expanded moment": (
@@ -173,7 +190,7 @@ def test_what_stands_beside_a_model_without_end_is_left_out(tmp_path: Path, caps
 
 
 def test_planted_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its list of wrappers' parts a compiled model is unknown; without the shape of its state an optimizer is taken."""
+    """Without the list of wrapper parts a compiled model is unknown; without the check any optimizer passes."""
     torch.save({f"_orig_mod.{n}": v for n, v in state().items()}, tmp_path / "b.pt")
     monkeypatch.setattr(wrapped, "PARTS", ())
     with pytest.raises(ValueError, match="its names begin with _orig_mod"):

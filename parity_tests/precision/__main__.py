@@ -1,8 +1,8 @@
-"""docs/precision.md: how far outputs and gradients of each framework are from the truth in each precision, and what flips cost.
+"""docs/precision.md: errors of outputs and gradients in each framework and precision, and what flipped choices cost.
 
-`python -m parity_tests.precision` measures and writes the page and its plot. The truth is PyTorch in fp64 on weights and inputs
-that fp32 can hold. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with fp32 master weights.
-Long because it measures, plots and writes one page.
+`python -m parity_tests.precision` measures, then writes the page and its plot. The truth is PyTorch in fp64, its
+weights and inputs representable in fp32. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with fp32
+master weights. Long because it measures, plots and writes one page.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ class Answer(NamedTuple):
     choices: np.ndarray
 
 
-Run = Callable[[str, np.ndarray | None], Answer | None]  # (mode, choices to replay) -> answer; None where it cannot be run
+# (mode, choices to replay) -> answer; None where it cannot be run
+Run = Callable[[str, np.ndarray | None], Answer | None]
 
 
 class Subject(NamedTuple):
@@ -78,7 +79,7 @@ class Cell(NamedTuple):
 
 
 def cast(make: Callable, mode: str, weights: Any = None) -> Any:
-    """A module in the mode's dtypes; under "mixed" the router is fp32 and the contract says so. Weights: `filled`'s, or given."""
+    """A module in the mode's dtypes, weights from `filled` or given; under "mixed" its contract has an fp32 router."""
     state = nnx.state(filled(lambda: make(jnp.float32)) if weights is None else weights)
     graphdef = nnx.split(nnx.eval_shape(lambda: make(DTYPE[mode])))[0]
 
@@ -86,7 +87,9 @@ def cast(make: Callable, mode: str, weights: Any = None) -> Any:
         keep = mode == "mixed" and "router" in path
         return leaf.replace(leaf[...].astype(jnp.float32 if keep else DTYPE[mode]))
 
-    copy = nnx.merge(graphdef, nnx.from_flat_state([(path, convert(path, leaf)) for path, leaf in nnx.to_flat_state(state)]))
+    copy = nnx.merge(
+        graphdef, nnx.from_flat_state([(path, convert(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
+    )
     for _, part in nnx.iter_modules(copy):
         if isinstance(part, jax_moe.MoE):
             part.config = with_router(part.config, mode)
@@ -140,7 +143,9 @@ def ours_differentiated(module: nnx.Module, run: Callable, names: Callable[[Any]
 def theirs_differentiated(module: torch.nn.Module, output: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(output, gradient) after a run."""
     (output * torch.from_numpy(signs(tuple(output.shape))).to(output.dtype)).sum().backward()
-    gradients = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in module.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in module.named_parameters()
+    }
     return wide_numpy(output), one_vector(gradients)
 
 
@@ -160,7 +165,9 @@ def layer() -> Subject:
         made, x_BTD = cast(make, mode), jnp.asarray(x, DTYPE[mode])
         own = np.asarray(made.run(x_BTD).routing.expert_GSK).reshape(1, *x.shape[:2], -1)
         given = jnp.asarray((own if replay is None else replay)[0], jnp.int32)
-        found = ours_differentiated(made, lambda made: made(x_BTD, expert_BTK=given)[0], partial(jax_moe.to_torch, made))
+        found = ours_differentiated(
+            made, lambda made: made(x_BTD, expert_BTK=given)[0], partial(jax_moe.to_torch, made)
+        )
         return Answer(*found, own)
 
     def theirs(mode: str, replay: np.ndarray | None) -> Answer:
@@ -197,7 +204,9 @@ def model() -> Subject:
         load(reference, cast(make, mode))
         silence = torch.zeros(MODEL.num_layers, *tokens.shape, MODEL.num_experts)
         with routed(replay, tokens.shape) as made:
-            logits, _ = reference.logits_and_stats(torch.from_numpy(tokens), randomness=torch_ref.Randomness(noise_BTE=silence))
+            logits, _ = reference.logits_and_stats(
+                torch.from_numpy(tokens), randomness=torch_ref.Randomness(noise_BTE=silence)
+            )
         return Answer(*theirs_differentiated(reference, logits), np.stack(made))
 
     return Subject("makeMoE model, 4 layers, 256 tokens", "torch_ref", ours, theirs)
@@ -269,7 +278,9 @@ def measured(subject: Subject) -> dict[str, dict[str, Cell | None]]:
     cells: dict[str, dict[str, Cell | None]] = {}
     for mode in MODES:
         with jax.enable_x64(mode == "float64"), jax.default_matmul_precision("highest"):
-            cells[mode] = {name: cell(run, mode, truth) for name, run in (("jax", subject.jax), ("torch", subject.torch))}
+            cells[mode] = {
+                name: cell(run, mode, truth) for name, run in (("jax", subject.jax), ("torch", subject.torch))
+            }
     return cells
 
 
@@ -279,7 +290,9 @@ def cell(run: Run, mode: str, truth: Answer) -> Cell | None:
     if own is None or replayed is None:
         return None
     other = (np.sort(own.choices, axis=-1) != np.sort(truth.choices, axis=-1)).any(axis=-1)
-    errors = [error(getattr(one, part), getattr(truth, part)) for part in ("output", "gradient") for one in (own, replayed)]
+    errors = [
+        error(getattr(one, part), getattr(truth, part)) for part in ("output", "gradient") for one in (own, replayed)
+    ]
     return Cell(*errors, float(other.mean()))
 
 
@@ -290,14 +303,16 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) -> str:
     """The page."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "transformers"))
+    versions = (
+        ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "transformers"))
+    )
     lines = [
         "# Precision", "",
-        "How far each framework's output, and the gradient of all its parameters, is from the truth (PyTorch in fp64 on the",
-        "same fp32 weights), by norm, on CPU. What is differentiated is the sum of the output under fixed signs.",
-        "Two errors of each: on its own choices, then with the truth's choices replayed. The difference is what *flips* cost:",
-        "choices that rounding changes at a near tie, as a share of tokens and layers. They say which expert answers: one flip",
-        "outweighs all other rounding of that token. A flip is no fault of either framework; replay takes it out.", "",
+        "How far each framework's output, and the gradient of all its parameters, is from the truth (PyTorch in fp64",
+        "on the same fp32 weights), by norm, on CPU. The sum of the output under fixed signs is differentiated.",
+        "Each has two errors: on its own choices, then with the truth's choices replayed. The difference is the cost",
+        "of *flips*: choices that rounding changes at a near tie, as a share of tokens and layers. A flip changes the",
+        "expert, so it outweighs all other rounding of that token. A flip is no fault of either framework.", "",
         "- fp64: all of it. fp32: all of it. bf16: weights, activations and the router's linear map in bf16;",
         "  scores, weights of choices and sums over them in fp32.",
         "- mixed: bf16, but the router's weights and linear map in fp32, as with fp32 master weights.",
@@ -323,7 +338,9 @@ def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]
 def _cell(one: Cell | None) -> str:
     if one is None:
         return " | ".join("-----")
-    return f"{one.own:.1e} | {one.replayed:.1e} | {one.own_gradient:.1e} | {one.replayed_gradient:.1e} | {one.flipped:.2%}"
+    return (
+        f"{one.own:.1e} | {one.replayed:.1e} | {one.own_gradient:.1e} | {one.replayed_gradient:.1e} | {one.flipped:.2%}"
+    )
 
 
 def plot(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) -> None:
@@ -350,7 +367,9 @@ def plot(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) 
             if row == 0:
                 panel.set_title(name, fontsize=10)
         panels[row][0].set_ylabel(f"{what}: error against fp64")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     figure.savefig(PLOT, dpi=110)
 
 
@@ -361,7 +380,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for subject in (layer(), model(), family(Path(folder))):
             results[subject.name] = subject, measured(subject)
-            print(subject.name, *(f"  {mode}: {sides}" for mode, sides in results[subject.name][1].items()), sep="\n", flush=True)
+            print(
+                subject.name,
+                *(f"  {mode}: {sides}" for mode, sides in results[subject.name][1].items()),
+                sep="\n",
+                flush=True,
+            )
     plot(results)
     PAGE.write_text(render(results))
 

@@ -1,4 +1,4 @@
-"""What stays wide when the input is bf16, in both frameworks: the router's answer, the sums over choices, the losses."""
+"""What stays fp32 with bf16 inputs, in both frameworks: the router's answer, the sums over choices, the losses."""
 
 import jax.numpy as jnp
 import numpy as np

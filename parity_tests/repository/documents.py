@@ -1,7 +1,7 @@
 """The code blocks of README.md and docs/, and how a test runs them: in order, in one folder and one namespace.
 
-Run are fenced Python and lines of shell commands (indented, or after `$ ` in a fence). `<!-- not run: WHY -->` before a block
-leaves it out, its options checked all the same; `<!-- run with: OPTIONS -->` adds options that shorten it.
+Fenced Python and lines of shell commands (indented, or after `$ ` in a fence) are run. `<!-- not run: WHY -->` before a
+block leaves it out, but its options are checked; `<!-- run with: OPTIONS -->` adds options that shorten it.
 """
 
 import re
@@ -64,7 +64,9 @@ def blocks(document: str, text: str) -> list[Block]:
             i = max(begin, i - 1)
         if body:
             kind: Literal["python", "shell"] = "python" if fenced and fenced[1] == "python" else "shell"
-            found.append(Block(document, begin + 1, kind, "\n".join(body), mark.get("not run"), mark.get("run with", "")))
+            found.append(
+                Block(document, begin + 1, kind, "\n".join(body), mark.get("not run"), mark.get("run with", ""))
+            )
             mark = {}
         elif mark and line.strip() and not note:
             raise ValueError(f"{document}, line {begin + 1}: a block must follow {mark}")
@@ -73,7 +75,7 @@ def blocks(document: str, text: str) -> list[Block]:
 
 
 def run(block: Block, names: dict[str, Any], folder: Path) -> None:
-    """Runs it, or checks its options. Raises RuntimeError, naming the line, for an error, and for a file written twice."""
+    """Runs the block or checks its options. Raises RuntimeError with the line for errors and files written twice."""
     before = _files(folder)
     try:
         if block.kind == "python":
@@ -87,7 +89,9 @@ def run(block: Block, names: dict[str, Any], folder: Path) -> None:
     after = _files(folder)
     twice = sorted(name for name, time in before.items() if after.get(name) != time)
     if twice:
-        raise RuntimeError(f"{block.document}, line {block.line}: writes what an earlier block wrote: {', '.join(twice[:5])}")
+        raise RuntimeError(
+            f"{block.document}, line {block.line}: writes what an earlier block wrote: {', '.join(twice[:5])}"
+        )
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -25,7 +25,9 @@ TINY = Shape(32, 16, 24, 4, 2)
 MEASURED = {"float32": 2.3e-7, "bfloat16": 1.1e-2}
 
 
-@pytest.mark.parametrize(("dtype", "left_out"), [("float32", set()), ("bfloat16", {"jax_moe einsum", "transformers eager"})])
+@pytest.mark.parametrize(
+    ("dtype", "left_out"), [("float32", set()), ("bfloat16", {"jax_moe einsum", "transformers eager"})]
+)
 def test_all_contestants_agree(dtype: str, left_out: set[str]) -> None:
     asked = set(layer_contestants.names(None)) - left_out
     chosen, notes = moe_layer.entrants(TINY, dtype, asked)
@@ -74,7 +76,8 @@ def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
     assert "differs from jax_moe einsum by" in notes["ragged_dot"]["failed"]
     assert notes["jax_moe ragged"]["failed"] == "NotImplementedError: no kernel for this device"
     assert notes["tokamax"] == {"left_out": "no_such_package is not installed"}
-    cell = result["both"]["jax_moe einsum"]  # 32 tokens, 2 choices, 3 products of 16 x 24, 2 FLOPs, 3 with the gradients
+    # 32 tokens, 2 choices, 3 products of 16 x 24, 2 FLOPs, 3 with the gradients
+    cell = result["both"]["jax_moe einsum"]
     assert cell["share_of_rate"] * cell["ms"] * 1e6 == pytest.approx(32 * 2 * 3 * 16 * 24 * 2 * 3)
     moe_layer.show(result)
     assert "tokamax                   left out: no_such_package is not installed" in capsys.readouterr().out
@@ -93,7 +96,10 @@ def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
         (moe_layer.main, ["--only", "megablocks"], "only='megablocks': must be one of dense limit"),
         (moe_layer.main, ["--rounds", "0"], "rounds=0: must be an integer of at least 1"),
         (moe_layer.main, ["--dtype", "int8"], "invalid choice 'int8'"),
-        (moe_layer.main, ["--plot", "no/such/folder.png"], "plot='no/such/folder.png': must be in a folder that exists"),
+        (
+            moe_layer.main, ["--plot", "no/such/folder.png"],
+            "plot='no/such/folder.png': must be in a folder that exists",
+        ),
         (scaling.main, ["--only", "heads"], "only='heads': must be one of experts, tokens, layers"),
         (scaling.main, ["--rounds", "many"], "--rounds"),
         (scaling.main, ["more"], "Unrecognized options: more"),

@@ -1,4 +1,4 @@
-"""Every block of README.md and docs/ runs as it stands, in order, in one folder; what is left out is marked and checked."""
+"""Blocks of README.md and docs/ run as written, in order, in one folder; blocks left out are marked and checked."""
 
 import importlib.util
 import shutil
@@ -13,7 +13,10 @@ from train.data import text as data
 pytestmark = pytest.mark.usefixtures("quick")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "tokenizers"))
-SMALL = "--steps 2 --eval-batches 1 --batch-size 2 --model-dim 16 --num-heads 2 --num-layers 1 --sample-length 5 --warmup-steps 0"
+SMALL = (
+    "--steps 2 --eval-batches 1 --batch-size 2 --model-dim 16 --num-heads 2 --num-layers 1 --sample-length 5 "
+    "--warmup-steps 0"
+)
 
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +40,9 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_first_python_block_needs_no_torch() -> None:
-    first = next(block for block in blocks("README.md", DOCUMENTS[0].read_text(encoding="utf-8")) if block.kind == "python")
+    first = next(
+        block for block in blocks("README.md", DOCUMENTS[0].read_text(encoding="utf-8")) if block.kind == "python"
+    )
     assert not first.heavy and first.left_out is None
 
 
@@ -55,7 +60,9 @@ WRITES = "```python\nfrom pathlib import Path; Path('a').write_text('1')\n```\n"
         (WRITES + WRITES, "writes what an earlier block"),
     ],
 )
-def test_a_block_that_is_wrong_is_found(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_is_wrong_is_found(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     with pytest.raises(RuntimeError, match=message):
@@ -64,7 +71,8 @@ def test_a_block_that_is_wrong_is_found(text: str, message: str, tmp_path: Path,
 
 
 def test_marks_and_kinds() -> None:
-    text = "tokens\n\n    tokens -> routing\n\n<!-- not run: why -->\n\n    make test  # all\n    make check\n\n```\nno\n```\n"
+    text = "tokens\n\n    tokens -> routing\n\n<!-- not run: why -->\n\n    make test  # all\n    make check\n\n"
+    text += "```\nno\n```\n"
     (block,) = blocks("d.md", text)
     assert (block.kind, block.left_out, block.line) == ("shell", "why", 7)
     assert block.commands() == [["make", "test"], ["make", "check"]]

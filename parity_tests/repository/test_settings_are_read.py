@@ -1,4 +1,4 @@
-"""Every setting is read: a field of a dataclass, such as a contract or a command line, that no code reads is refused."""
+"""Every setting is read: a field of a dataclass, of a contract or command line, that no code reads is an error."""
 
 import ast
 from collections.abc import Iterable

@@ -17,8 +17,8 @@ CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
 # What each room of jax_moe may use of the rooms before it; a file at the top of the package is a room of its own.
 # Whatever is not named here belongs to SHARED or SENTENCE: files at the top that all rooms above config share.
 SHARED = (
-    "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters", "top_k",
-    "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
+    "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters",
+    "top_k", "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
 )
 SENTENCE = ("routing", "dispatch", "experts", "losses", "moe", "soft_moe")
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -32,8 +32,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 # Inside porting, from the mapping language up; each may use what stands before it.
 PORTING = (
-    "errors", "tensors", "torch_tensors", "table", "families", "state_dict", "formats", "targets", "optimizer", "convert",
-    "pretrained", "mixture", "checkpoint", "loading", "__init__",
+    "errors", "tensors", "torch_tensors", "table", "families", "state_dict", "formats", "targets", "optimizer",
+    "convert", "pretrained", "mixture", "checkpoint", "loading", "__init__",
 )
 # Packages from outside that a room may use beside the core's.
 OUTSIDE = {
@@ -60,7 +60,9 @@ LAZY_IN = ("jax_moe", "moe_parity", "moe_cli")
 def sources(*packages: str) -> dict[str, Path]:
     """Every module of the packages and its file."""
     files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
-    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in sorted(files)}
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in sorted(files)
+    }
 
 
 def imports(tree: ast.AST) -> list[tuple[str, int]]:
@@ -105,7 +107,9 @@ def allowed(module: str, imported: str) -> bool:
     if top in STDLIB or (module, top) == ("jax_moe.__main__", "moe_cli"):
         return True
     if top not in PACKAGES:
-        return {"jax_moe": top in _outside(module), "torch_ref": top in ("torch", "numpy", "jaxtyping")}.get(package, True)
+        return {"jax_moe": top in _outside(module), "torch_ref": top in ("torch", "numpy", "jaxtyping")}.get(
+            package, True
+        )
     if top not in USES[package]:
         return False
     if top == "jax_moe" and package == "torch_ref":
@@ -155,7 +159,8 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_no_circle() -> None:
     graph = {
-        module: {module_of(name) for name, _ in imports(tree) if ours(name)} - {module} for module, tree in TREES.items()
+        module: {module_of(name) for name, _ in imports(tree) if ours(name)} - {module}
+        for module, tree in TREES.items()
     }
     assert circle(graph) == []
     assert circle({"a": {"b"}, "b": {"a"}}) != []
@@ -205,14 +210,17 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import jax_moe", "import jax_moe.config", "import jax_moe.presets", "from jax_moe import MoEConfig, presets"]
+    "statement",
+    ["import jax_moe", "import jax_moe.config", "import jax_moe.presets", "from jax_moe import MoEConfig, presets"],
 )
 def test_contracts_cost_no_framework(statement: str) -> None:
     assert loaded_by(statement) == set()
 
 
 def test_jax_moe_loads_no_torch_and_no_tool() -> None:
-    loaded = loaded_by("import jax_moe; jax_moe.MoE, jax_moe.SoftMoE, jax_moe.MakeMoE, jax_moe.generate, jax_moe.from_torch")
+    loaded = loaded_by(
+        "import jax_moe; jax_moe.MoE, jax_moe.SoftMoE, jax_moe.MakeMoE, jax_moe.generate, jax_moe.from_torch"
+    )
     assert loaded >= {"jax", "flax"}
     assert loaded.isdisjoint({"torch", "safetensors", "tyro", "matplotlib", "tokenizers"})
 

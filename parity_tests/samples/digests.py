@@ -35,7 +35,9 @@ def training(path: Path) -> dict[str, str]:
     """Weights, moments and step."""
     read = load(path, with_optimizer=True)
     assert read.optimizer is not None
-    moments = {f"{word} {name}": a for word, arrays in read.optimizer.moments.arrays.items() for name, a in arrays.items()}
+    moments = {
+        f"{word} {name}": a for word, arrays in read.optimizer.moments.arrays.items() for name, a in arrays.items()
+    }
     return _digests({**read.state(), **moments, "step": np.asarray(read.optimizer.moments.step)})
 
 

@@ -84,7 +84,8 @@ def _training_file(path: Path) -> None:
     import torch_ref
 
     model = torch_ref.MakeMoE(jax_moe.MakeMoEConfig(
-        vocab_size=11, block_size=4, model_dim=8, num_heads=2, num_layers=2, num_experts=4, dropout=0.0, capacity_factor=None,
+        vocab_size=11, block_size=4, model_dim=8, num_heads=2, num_layers=2, num_experts=4, dropout=0.0,
+        capacity_factor=None,
     ))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(3):

@@ -76,7 +76,10 @@ def worst_error(
 ) -> Worst:
     """The largest relative error over all tensors; raises MismatchError for names, shapes or numbers not finite."""
     check_shapes(actual, expected, what)
-    wide = {name: (np.asarray(actual[name], np.float64), np.asarray(expected[name], np.float64)) for name in sorted(expected)}
+    wide = {
+        name: (np.asarray(actual[name], np.float64), np.asarray(expected[name], np.float64))
+        for name in sorted(expected)
+    }
     top = max((largest(b) for _, b in wide.values()), default=0.0)
     worst = Worst(0.0, "nothing", (), 0.0, 0.0)
     for name, (a, b) in wide.items():
@@ -95,7 +98,8 @@ def worst_error(
 
 
 def check_close(
-    actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float, what: str, small: float = SMALL
+    actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], tolerance: float, what: str,
+    small: float = SMALL,
 ) -> float:
     """The measured worst error; raises MismatchError if it is above the tolerance."""
     worst = worst_error(actual, expected, what, small)

@@ -13,8 +13,10 @@ def zipf(vocab_size: int) -> np.ndarray:
     return -np.log(np.arange(1, vocab_size + 1))
 
 
-def shares(logits_V: np.ndarray, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> np.ndarray:
-    """The probabilities that should be drawn from, in fp64: one token after the other, best first, until there are enough."""
+def shares(
+    logits_V: np.ndarray, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> np.ndarray:
+    """The expected probabilities, in fp64: tokens are taken in order of probability until top_k or top_p is reached."""
     logits_V = np.asarray(logits_V, np.float64) / temperature
     order = np.argsort(-logits_V, kind="stable")
     if top_k is not None:

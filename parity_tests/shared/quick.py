@@ -16,5 +16,6 @@ def known(options: dict[str, Any]) -> dict[str, Any] | None:
 
 
 LEVEL = {"xla_backend_optimization_level": 0}
-# Five times faster into slower code; the fp32 columns of the parity table go without: they are compiled as users compile.
-QUICK = known({**LEVEL, "xla_cpu_use_fusion_emitters": False}) or known(LEVEL)  # newer XLA has no such emitters to leave out
+# Compiles five times faster, into slower code; the parity table's fp32 columns are compiled as users compile them.
+# Newer XLA has no fusion emitters to leave out.
+QUICK = known({**LEVEL, "xla_cpu_use_fusion_emitters": False}) or known(LEVEL)

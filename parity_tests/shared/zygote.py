@@ -1,7 +1,7 @@
-"""Commands that are killed: a process that has imported everything forks one child a command, so that a start takes no seconds.
+"""Commands to be killed: a process that has imported everything forks a child per command, so that starts are fast.
 
-JAX has no threads before its first use, and the parent never uses it. A child kills itself, as `kill -9` would, at a given
-one of its moments: everything that Python does to files below its folder, counted by an audit hook.
+JAX has no threads before its first use, and the parent never uses it. A child kills itself, as `kill -9` would, at a
+given one of its moments: everything that Python does to files below its folder, counted by an audit hook.
 """
 
 import json
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate", "shutil.rmtree"}
+EVENTS = {
+    "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate", "shutil.rmtree"
+}
 NEVER = 10**9
 
 
@@ -43,7 +45,9 @@ class Zygote:
         """One command; with `most_bytes` no file can grow beyond that, as on a full disk."""
         return self.together([arguments], kill_at, most_bytes)[0]
 
-    def together(self, commands: Sequence[Sequence[object]], kill_at: int = NEVER, most_bytes: int = -1) -> list["Done"]:
+    def together(
+        self, commands: Sequence[Sequence[object]], kill_at: int = NEVER, most_bytes: int = -1
+    ) -> list["Done"]:
         """Commands started at once, each in a child of its own."""
         assert self.process.stdin is not None and self.process.stdout is not None
         words = [[str(one) for one in arguments] for arguments in commands]

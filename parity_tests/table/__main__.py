@@ -1,4 +1,4 @@
-"""The measured parity table. `python -m parity_tests.table` writes it into README.md; `--update` measures it anew first."""
+"""The measured parity table. `python -m parity_tests.table` writes it into README.md; `--update` measures first."""
 
 import argparse
 import datetime
@@ -34,7 +34,10 @@ def measure_all() -> dict:
             found[part][name] = row
             print(f"{number + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    about = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(), "versions": versions}
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(),
+        "versions": versions,
+    }
     runs = {"runs": measure_runs()} if family_names else {}
     return measured() | about | {part: rows for part, rows in found.items() if rows} | runs
 
@@ -49,7 +52,7 @@ def measure_row(which: tuple[str, str]) -> dict[str, float | str]:
     (family,) = (case for case in FAMILY_CASES if case.name == name)
     with tempfile.TemporaryDirectory() as folder:
         family_runs = FamilyRuns(family, Path(folder))
-        return {column.name: column.measure(family_runs, column.limit) for column in FAMILY_COLUMNS}  # type: ignore[arg-type]
+        return {c.name: c.measure(family_runs, c.limit) for c in FAMILY_COLUMNS}  # type: ignore[arg-type]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +76,10 @@ def grid(columns: list[Column], rows: dict[str, dict[str, float | str]]) -> list
         "|---|" + "---|" * len(columns),
         "| *allowed* | " + " | ".join("exact" if c.limit == 0 else f"{c.tolerance:.0e}" for c in columns) + " |",
         "| *worst measured* | " + " | ".join(cell(c, worst_measured(c.name)) for c in columns) + " |",
-        *(f"| {name} | " + " | ".join(cell(c, row.get(c.name, "?")) for c in columns) + " |" for name, row in rows.items()),
+        *(
+            f"| {name} | " + " | ".join(cell(c, row.get(c.name, "?")) for c in columns) + " |"
+            for name, row in rows.items()
+        ),
     ]
 
 
@@ -83,21 +89,22 @@ def render() -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
     lines = [
-        f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, JAX against PyTorch "
-        "(bf16: both against fp64); the first eight columns and the AdamW steps are in fp64.",
+        f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, "
+        "JAX against PyTorch (bf16: both against fp64); the first eight columns and the AdamW steps are in fp64.",
         "",
         *grid(COLUMNS, {case.name: found["cells"].get(case.name, {}) for case in CASES}),
         "",
         "A dash: " + "; ".join(reasons) + ".",
         "",
-        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are in fp64 "
-        "(the reference with every float32 that it names widened); loss and gradients include the balance loss.",
+        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are "
+        "in fp64 (the reference with every float32 that it names widened); loss and gradients include "
+        "the balance loss.",
         "",
         *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
         "",
-        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout masks, "
-        "AdamW with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes 50 steps in "
-        "PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
+        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout "
+        "masks, AdamW with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes "
+        "50 steps in PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
         "",
         *grid(RUN_COLUMNS, {case.name: found.get("runs", {}).get(case.name, {}) for case in RUN_CASES}),
     ]

@@ -1,4 +1,4 @@
-"""The rows of the parity table: contracts, sizes and what is fed to them. Numbers come from `inputs.py`, seeded by the name."""
+"""The rows of the parity table: contracts, sizes and inputs. `inputs.py` draws numbers, seeded by the row's name."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Case:
     # other than "free", the router's kernel is zero and the logits are given: all equal (ties), bf16-rounded (ties),
     # expert 0 never chosen, everybody's first choice is expert 0, or only two experts ever chosen
     logits: Logits = "free"
-    # at least this between a token's neighbouring scores, and from a unit to its kink: what rounding to bf16 cannot close
+    # the least gap between a token's neighbouring scores, and from a unit to its kink: bf16 rounding cannot close it
     margin: float = 0.02
 
     @property
@@ -86,7 +86,8 @@ ROUTERS = [
     Case("olmoe", sized("olmoe")),
     Case("deepseek_v3", DEEPSEEK),
     Case("deepseek_v2 clusters", dataclasses.replace(
-        DEEPSEEK, router=RouterConfig(num_clusters=3, top_clusters=2, cluster_score="max", cluster_fill="zero", scale=2.0)
+        DEEPSEEK,
+        router=RouterConfig(num_clusters=3, top_clusters=2, cluster_score="max", cluster_fill="zero", scale=2.0),
     )),
     Case("glm4_moe", sized("glm4_moe", shared_dim=10)),
     Case("gpt_oss", sized("gpt_oss")),
@@ -100,7 +101,9 @@ ROUTERS = [
 
 EXTREMES = [
     Case("one expert", sized("mixtral", num_experts=1, top_k=1)),
-    Case("one expert, capacity", sized("makemoe", num_experts=1, top_k=1, noise=False, dropout=0.0).with_capacity("0.5")),
+    Case(
+        "one expert, capacity", sized("makemoe", num_experts=1, top_k=1, noise=False, dropout=0.0).with_capacity("0.5")
+    ),
     Case("K = E", sized("mixtral", top_k=4)),
     Case("K = E, capacity", dataclasses.replace(overflow("choice", clamp=False), top_k=4)),
     Case("unchosen expert", sized("mixtral"), logits="unchosen"),
@@ -112,12 +115,20 @@ EXTREMES = [
     Case("one token", sized("mixtral"), batch_size=1, num_positions=1),
     *(Case(f"overflow, {p} order", overflow(p)) for p in ("token", "choice", "probability", "batch")),
     *(
-        Case(f"overflow, {p} order, renormalised", dataclasses.replace(overflow(p, renormalise_after_drop=True), top_k=3))
+        Case(
+            f"overflow, {p} order, renormalised", dataclasses.replace(overflow(p, renormalise_after_drop=True), top_k=3)
+        )
         for p in ("token", "choice", "probability", "batch")
     ),
     Case("overflow, batch order, einsum", via(overflow("batch"), "einsum")),
-    Case("vmoe, batch order", sized("vmoe", batch_priority=True).with_capacity(0.5, multiple=1), draws=("noise",), batch_size=3),
-    Case("overflow, einsum", via(dataclasses.replace(overflow("probability", renormalise_after_drop=True), top_k=3), "einsum")),
+    Case(
+        "vmoe, batch order", sized("vmoe", batch_priority=True).with_capacity(0.5, multiple=1), draws=("noise",),
+        batch_size=3,
+    ),
+    Case(
+        "overflow, einsum",
+        via(dataclasses.replace(overflow("probability", renormalise_after_drop=True), top_k=3), "einsum"),
+    ),
     Case("fixed groups that do not divide", overflow("token", group="fixed", group_size=5)),
     Case("fixed groups, einsum", via(overflow("choice", group="fixed", group_size=5), "einsum")),
     Case("group larger than the batch", overflow("token", group="fixed", group_size=20)),
@@ -149,7 +160,10 @@ LAYERS = [
     Case("soft moe, residual", SOFT),
     Case("soft moe, output norm", SOFT_NORMED),
     Case("soft moe, deep", SOFT_DEEP),
-    Case("soft moe, no hidden layer", SoftMoEConfig(model_dim=8, num_experts=3, num_slots=2, hidden_dims=(), layer_norm=False)),
+    Case(
+        "soft moe, no hidden layer",
+        SoftMoEConfig(model_dim=8, num_experts=3, num_slots=2, hidden_dims=(), layer_norm=False),
+    ),
     Case("soft moe, padding", SOFT, draws=("mask",)),
     Case("soft moe, normalised", dataclasses.replace(SOFT_NORMED, normalise=True)),
     Case("soft moe, padded row", SOFT_NORMED, draws=("mask",), mask="row"),
@@ -162,7 +176,10 @@ LAYERS = [
     Case("block, mixtral", BlockConfig(attention=FUSED, moe=sized("mixtral")), draws=("noise", "mask")),
     Case("block, soft moe", BlockConfig(attention=BOTH_WAYS, moe=SOFT), draws=("mask",)),
     Case("makemoe model", TINY, draws=("noise", "keep")),
-    Case("makemoe model, dropless", dataclasses.replace(TINY, capacity_factor=None, noise=False, dropout=0.0), draws=("noise",)),
+    Case(
+        "makemoe model, dropless", dataclasses.replace(TINY, capacity_factor=None, noise=False, dropout=0.0),
+        draws=("noise",),
+    ),
     Case("makemoe model, padding", TINY, draws=("noise", "keep", "mask")),
 ]
 

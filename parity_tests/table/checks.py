@@ -225,11 +225,13 @@ def other_dispatchers(config: MoEConfig) -> list[str]:
 
 
 def every_dispatcher(runs: Runs, tolerance: float) -> float:
-    """The same case through each other dispatcher: choices and drops exact; answers, statistics and all gradients close."""
+    """The case through every other dispatcher: choices and drops exact; answers, statistics and all gradients close."""
     config, expected, errors = runs.case.config, runs.float64.torch_outcome, []
     assert isinstance(config, MoEConfig)
     for name in other_dispatchers(config):
-        case = dataclasses.replace(runs.case, config=dataclasses.replace(config, dispatcher=name))  # type: ignore[arg-type]
+        case = dataclasses.replace(
+            runs.case, config=dataclasses.replace(config, dispatcher=name)  # type: ignore[arg-type]
+        )
         found, where = make_pair(case, "float64").jax_outcome, f"{case.name}: dispatcher {name}"
         check_exact(found.choices, expected.choices, where)
         errors.append(check_close(found.forward, expected.forward, tolerance, where))

@@ -62,7 +62,8 @@ def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
     clusters = 1 if after else draw(st.sampled_from(divisors))
     return dataclasses.replace(
         router, num_clusters=clusters, top_clusters=draw(st.integers(1, clusters)),
-        cluster_score=draw(one_of(ClusterScore)) if num_experts > clusters else "max", cluster_fill=draw(one_of(ClusterFill)),
+        cluster_score=draw(one_of(ClusterScore)) if num_experts > clusters else "max",
+        cluster_fill=draw(one_of(ClusterFill)),
     )
 
 
@@ -149,7 +150,9 @@ def moe_cases(draw: st.DrawFn) -> Case:
         given += ["mask"] if mask else []
         by_weight = config.capacity is not None and config.capacity.priority in ("probability", "batch")
         # weights of different tokens that are equal but for rounding have no order that both sides could know
-        logits = draw(st.sampled_from(["free", "unchosen", "one", "two", *([] if by_weight else ["equal", "bfloat16"])]))
+        logits = draw(
+            st.sampled_from(["free", "unchosen", "one", "two", *([] if by_weight else ["equal", "bfloat16"])])
+        )
     return Case(
         f"drawn {draw(st.integers(0, 99))}", config, draw(st.integers(1, MOST_SEQUENCES)),
         draw(st.integers(1, MOST_POSITIONS)), tuple(given), mask or "ragged", logits, margin=0.0,
@@ -162,7 +165,8 @@ def attentions(draw: st.DrawFn) -> AttentionConfig:
     heads = draw(st.integers(1, 3))
     return AttentionConfig(
         model_dim=heads * draw(st.integers(LEAST_NORMED, 4)), num_heads=heads, causal=draw(st.booleans()),
-        projections=draw(st.sampled_from(["per_head", "fused"])), scale=draw(st.sampled_from(["head_dim", "model_dim"])),
+        projections=draw(st.sampled_from(["per_head", "fused"])),
+        scale=draw(st.sampled_from(["head_dim", "model_dim"])),
     )
 
 

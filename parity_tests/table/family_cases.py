@@ -55,7 +55,9 @@ QWEN2 = {
 QWEN3 = {"intermediate_size": 18, "moe_intermediate_size": 14, "num_experts": 7, "num_experts_per_tok": 3}
 OLMOE = {"intermediate_size": 14, "num_experts": 6, "num_experts_per_tok": 3}
 GRANITE = {"intermediate_size": 14, "num_local_experts": 5, "num_experts_per_tok": 2}
-MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7
+}
 CASES = [
     Case("mixtral", "Mixtral", sizes(24, 4, 2, 2, **MIXTRAL)),
     Case("mixtral_window", "Mixtral", sizes(30, 5, 1, 3, **MIXTRAL, head_dim=6), "left", {"sliding_window": 3}),
@@ -71,15 +73,21 @@ CASES = [
     Case("qwen3_moe_window", "Qwen3Moe", sizes(18, 3, 3, 2, **QWEN3, head_dim=6), "left",
          {"use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True}),
     Case("qwen3_moe_dense", "Qwen3Moe", sizes(26, 4, 1, 3, **QWEN3, head_dim=8), "right",
-         {"mlp_only_layers": [1], "attention_bias": True, **rope("yarn", factor=4.0, original_max_position_embeddings=16)}),
+         {"mlp_only_layers": [1], "attention_bias": True,
+          **rope("yarn", factor=4.0, original_max_position_embeddings=16)}),
     Case("olmoe", "Olmoe", sizes(24, 4, 4, 2, **OLMOE)),
     Case("olmoe_clipped", "Olmoe", sizes(28, 7, 1, 3, **OLMOE), "left", {"clip_qkv": 0.8}),
     Case("olmoe_tied", "Olmoe", sizes(24, 4, 2, 2, **OLMOE), "right",
          {"tie_word_embeddings": True, "norm_topk_prob": True, "attention_bias": True, **rope(
              "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)}),
     Case("granitemoe", "GraniteMoe", sizes(24, 4, 2, 2, **GRANITE), settings=MULTIPLIERS),
-    Case("granitemoe_tied", "GraniteMoe", sizes(30, 3, 1, 3, **GRANITE), "left", {**MULTIPLIERS, "tie_word_embeddings": True}),
-    Case("granitemoe_bias", "GraniteMoe", sizes(22, 1, 1, 2, **GRANITE), "right", {**MULTIPLIERS, "attention_bias": True}),
+    Case(
+        "granitemoe_tied", "GraniteMoe", sizes(30, 3, 1, 3, **GRANITE), "left",
+        {**MULTIPLIERS, "tie_word_embeddings": True},
+    ),
+    Case(
+        "granitemoe_bias", "GraniteMoe", sizes(22, 1, 1, 2, **GRANITE), "right", {**MULTIPLIERS, "attention_bias": True}
+    ),
 ]
 
 
@@ -125,7 +133,7 @@ def run_reference(model: Any, batch: dict[str, np.ndarray]) -> Any:
 
 
 def reference_choices(logits: tuple, mask: np.ndarray, top_k: int) -> tuple[np.ndarray, float]:
-    """The experts [L, tokens, K] of every mixture, best first, and the smallest gap at which one could change; text only."""
+    """The experts [L, tokens, K] of every mixture, best first, and the smallest score gap; without padding."""
     stacked = torch.stack([one.detach().reshape(*mask.shape, -1)[torch.from_numpy(mask)] for one in logits])
     values, order = torch.sort(stacked, dim=-1, descending=True, stable=True)
     gap = (values[..., :-1] - values[..., 1:])[..., :top_k].min()

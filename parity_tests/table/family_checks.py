@@ -44,7 +44,7 @@ def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Ar
 
 @functools.cache
 def stepper(graphdef: Any, wide: bool = False) -> Any:
-    """One jitted step: loss, output, gradients, and weights and optimizer after it. `wide` keeps fp64 programs apart."""
+    """One jitted step: loss, output, gradients, new weights and optimizer. `wide` keeps fp64 programs apart."""
 
     @partial(jax.jit, compiler_options=QUICK)
     def step(params: Any, state: Any, batch: dict[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def to_jax(batch: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 class Outcome:
-    """What both sides make of one batch, in one dtype: logits and choices of real tokens, loss, gradients by their names."""
+    """Both sides on one batch, in one dtype: logits and choices of real tokens, loss, gradients by reference name."""
 
     def __init__(self, runs: "FamilyRuns", model: jax_moe.Decoder, reference: Any, dtype: str):
         data, mask = batch(runs.case, seed=2), batch(runs.case, seed=2)["mask"]
@@ -76,10 +76,15 @@ class Outcome:
         spread = all(len(np.unique(layer)) == model.config.moe.num_experts for layer in choices)
         assert spread, f"{runs.case.name}: some expert was never chosen"
         graphdef, params = nnx.split(model)
-        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(params, OPTIMIZER.init(params), to_jax(data))
+        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(
+            params, OPTIMIZER.init(params), to_jax(data)
+        )
         chosen = np.asarray(output.expert_LBTK)[:, mask]
         self.choices = {"experts": chosen}, {"experts": choices.astype(chosen.dtype)}
-        self.logits = {"logits": np.asarray(output.logits_BTV)[mask]}, {"logits": expected.logits.detach().numpy()[mask]}
+        self.logits = (
+            {"logits": np.asarray(output.logits_BTV)[mask]},
+            {"logits": expected.logits.detach().numpy()[mask]},
+        )
         self.loss = {"loss": np.asarray(loss)}, {"loss": expected.loss.detach().numpy()}
         theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
         self.gradients = jax_moe.to_torch(model, gradients, layout=runs.layout), theirs
@@ -150,7 +155,11 @@ def round_trip(runs: FamilyRuns, tolerance: float) -> float:
     files = sorted(ours.glob("*.safetensors"))
     listed = json.loads((ours / "model.safetensors.index.json").read_text())["weight_map"]
     saved = {file.name: read_safetensors(file) for file in files}
-    check_exact({n: t for held in saved.values() for n, t in held.items()}, read_safetensors(theirs / "model.safetensors"), where)
+    check_exact(
+        {n: t for held in saved.values() for n, t in held.items()},
+        read_safetensors(theirs / "model.safetensors"),
+        where,
+    )
     assert listed == {name: file for file, held in saved.items() for name in held}, f"{where}: the index"
     for file in ("config.json", "generation_config.json"):
         assert (ours / file).read_bytes() == (theirs / file).read_bytes(), f"{where}: {file}"
@@ -159,7 +168,9 @@ def round_trip(runs: FamilyRuns, tolerance: float) -> float:
     check_exact(other, mine, f"{where}: from the fused layout")
     again = type(runs.reference).from_pretrained(ours)
     state = {name: value.numpy() for name, value in again.state_dict().items()}
-    check_exact(state, {n: v.numpy() for n, v in runs.reference.state_dict().items()}, f"{where}: loaded by transformers")
+    check_exact(
+        state, {n: v.numpy() for n, v in runs.reference.state_dict().items()}, f"{where}: loaded by transformers"
+    )
     return 0.0
 
 

@@ -104,7 +104,9 @@ def last_come_first_served(right: Callable) -> Callable:
     ) -> Array:
         mask = None if mask_GS is None else mask_GS[:, ::-1]
         sign = -1 if priority in ("probability", "batch") else 1
-        return right(expert_GSK[:, ::-1, ::-1], sign * weight_GSK[:, ::-1, ::-1], num_experts, priority, mask)[:, ::-1, ::-1]
+        return right(expert_GSK[:, ::-1, ::-1], sign * weight_GSK[:, ::-1, ::-1], num_experts, priority, mask)[
+            :, ::-1, ::-1
+        ]
 
     return wrong
 
@@ -117,14 +119,18 @@ def padding_counts(right: Callable) -> Callable:
 def renormalise_dropped(config: MoEConfig) -> MoEConfig:
     """A dropped choice's weight is given to the others."""
     assert config.capacity is not None
-    return config.with_capacity(config.capacity.factor, renormalise_after_drop=not config.capacity.renormalise_after_drop)
+    return config.with_capacity(
+        config.capacity.factor, renormalise_after_drop=not config.capacity.renormalise_after_drop
+    )
 
 
 @contextmanager
 def zero_a_gradient_row(pair: Pair) -> Iterator[None]:
     """One row of the first gradient that has one to lose."""
     gradients = pair.jax_outcome.parameter_gradients
-    name = max(gradients, key=lambda name: float(np.abs(gradients[name][0]).max()) if gradients[name].ndim == 2 else 0.0)
+    name = max(
+        gradients, key=lambda name: float(np.abs(gradients[name][0]).max()) if gradients[name].ndim == 2 else 0.0
+    )
     gradients[name][0] = 0
     yield
 
@@ -145,25 +151,31 @@ OUTPUT = {"forward": r"forward: error .* at y\["}
 
 FAULTS = [
     Fault("experts swapped", weights(swap_experts), ("makemoe", "mixtral", "deepseek_v3", "K = E"), {
-        **OUTPUT, **GRADIENTS, "ten AdamW steps": r"after 10 AdamW steps: error .* at experts\.\d\.", "fp32 forward": r"at y\[",
+        **OUTPUT, **GRADIENTS, "ten AdamW steps": r"after 10 AdamW steps: error .* at experts\.\d\.",
+        "fp32 forward": r"at y\[",
     }),
     Fault("router scaled by 1.01", weights(scale_router), ("plain top-k", "mixtral", "switch", "vmoe", "deepseek_v3"), {
-        **OUTPUT, "statistics": r"statistics: error", "loss gradients": r"loss gradients: error", "fp32 forward": r"at y\[",
+        **OUTPUT, "statistics": r"statistics: error", "loss gradients": r"loss gradients: error",
+        "fp32 forward": r"at y\[",
     }),
     Fault("gate and up exchanged", weights(exchange_gate_and_up), ("mixtral", "qwen2_moe", "gpt_oss", "granite_moe"), {
         **OUTPUT, "parameter gradients": r"at experts\.\d\.(gate|up|down)\.", "input gradient": r"at x\[",
     }),
     Fault("capacity one too long", capacity_off_by(1), (*OVERFLOWS, "padding, fixed groups"), {**SLOTS, **OUTPUT}),
-    Fault("capacity one too short", capacity_off_by(-1), (*OVERFLOWS, "makemoe", "sequence groups"), {**SLOTS, **OUTPUT}),
+    Fault(
+        "capacity one too short", capacity_off_by(-1), (*OVERFLOWS, "makemoe", "sequence groups"), {**SLOTS, **OUTPUT}
+    ),
     Fault("softmax after top-k instead of before", contract(softmax_after), ("qwen2_moe", "olmoe", "vmoe", "switch"), {
         **OUTPUT, **GRADIENTS,
     }),
-    Fault("one row of a gradient zeroed", zero_a_gradient_row, ("makemoe", "mixtral", "soft moe, deep", "makemoe model"), {
+    Fault("one row of a gradient zeroed", zero_a_gradient_row, (
+        "makemoe", "mixtral", "soft moe, deep", "makemoe model",
+    ), {
         "parameter gradients": r"parameter gradients: error .* at \S+\[0, \d+\]: 0\.0,",
     }),
-    Fault("the gradient of one token zeroed", zero_an_input_gradient_row, ("padding", "attention, makemoe", "block, soft moe"), {
-        "input gradient": r"at x\[\d+, \d+, \d+\]: 0\.0,",
-    }),
+    Fault("the gradient of one token zeroed", zero_an_input_gradient_row, (
+        "padding", "attention, makemoe", "block, soft moe",
+    ), {"input gradient": r"at x\[\d+, \d+, \d+\]: 0\.0,"}),
     Fault("a tie to the higher index", patched(jax_moe.routing, "select_experts", higher_index_wins), (
         "equal logits", "equal logits, probability order", "bf16-rounded logits", "bf16-rounded logits, clusters",
     ), {"experts and slots": r"experts and slots: expert\[", "forward": "forward: error"}),
@@ -174,5 +186,8 @@ FAULTS = [
     Fault("dropped weight not renormalised", contract(renormalise_dropped), (
         "overflow, token order, renormalised", "overflow, probability order, renormalised",
     ), OUTPUT),
-    Fault("padding takes slots", patched(jax_moe.dispatch, "queue_positions", padding_counts), ("padding, fixed groups",), SLOTS),
+    Fault(
+        "padding takes slots", patched(jax_moe.dispatch, "queue_positions", padding_counts), ("padding, fixed groups",),
+        SLOTS,
+    ),
 ]

@@ -1,8 +1,8 @@
 """Weights, tokens and draws of a case: plain numpy, seeded by the case's name, the same for every dtype and framework.
 
-Tokens are picked so that no choice is a near tie and no ReLU stands near its kink: rounding to bf16 may move a score,
-but not past its neighbour, and a unit, but not past zero. Where tokens cannot be picked (inside a block or a model, after
-Soft MoE's mixing) the noise spreads the logits, and in the bf16 runs biases hold the units off their kinks.
+Tokens are picked so that no choice is a near tie and no ReLU input is near zero: rounding to bf16 may move a score, but
+not past its neighbour, and a unit, but not past zero. Where tokens cannot be picked (inside a block or a model, after
+Soft MoE's mixing) the noise spreads the logits, and in the bf16 runs biases keep the units away from zero.
 Draws are fp32-representable, so that they mean the same in every dtype.
 """
 
@@ -76,7 +76,9 @@ def make_inputs(case: Case, router: Arrays | None = None, experts: Arrays | None
         clear &= tie_free(case.config, router, pool, case.margin)
     rows = np.flatnonzero(clear)[: B * T]
     if len(rows) < B * T:
-        raise ValueError(f"{case.name}: {len(rows)} of {len(clear)} candidates are clear of ties and kinks, {B * T} are needed")
+        raise ValueError(
+            f"{case.name}: {len(rows)} of {len(clear)} candidates are clear of ties and kinks, {B * T} are needed"
+        )
     given = {name: value[rows] for name, value in pool.items()}
     return {**draws(case), **{name: value.reshape(B, T, -1) for name, value in given.items()}}
 
@@ -120,7 +122,8 @@ def draws(case: Case) -> Arrays:
         if "keep" in case.draws:
             given["keep_BTKD"] = rng.random((*stack, B, T, K, D)) >= moe.expert.dropout
         if "replay" in case.draws:
-            given["expert_BTK"] = rng.permuted(np.broadcast_to(np.arange(E), (B, T, E)), axis=-1)[..., :K].astype(np.int32)
+            order_BTE = rng.permuted(np.broadcast_to(np.arange(E), (B, T, E)), axis=-1)
+            given["expert_BTK"] = order_BTE[..., :K].astype(np.int32)
     if "keep" in case.draws and isinstance(attention, AttentionConfig):
         shape = (*stack, B, attention.num_heads, T, T)
         given["attention_keep_BHTU"] = rng.random(shape) >= attention.dropout
@@ -149,7 +152,9 @@ def given_logits(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -
         return 1 + rng.integers(0, 3, shape) / 128  # three neighbouring bf16 numbers: most rows hold a tie
     logits = to_bfloat16(rng.normal(size=shape))
     logits += np.arange(shape[-1]) / 16  # no accidental ties
-    favourites, lift = {"unchosen": (slice(0, 1), -12.0), "one": (slice(0, 1), 6.0), "two": (slice(0, 2), 6.0)}[case.logits]
+    favourites, lift = {"unchosen": (slice(0, 1), -12.0), "one": (slice(0, 1), 6.0), "two": (slice(0, 2), 6.0)}[
+        case.logits
+    ]
     logits[..., favourites] += lift
     return as_float32(logits)
 

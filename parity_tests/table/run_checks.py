@@ -38,7 +38,7 @@ from train.learners.optimizer import make_optimizer
 CONFIG = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=4)
 SETTINGS = TrainSettings(steps=200, num_tokens=8, learning_rate=3e-3, final_learning_rate=3e-4)
 OPTIONS = tuple((QUICK or {}).items())
-# As makeMoE's loop: cross entropy alone, and so few tokens that experts go without. Two parts: chosen in either is chosen.
+# As in makeMoE's loop: cross entropy alone, so few tokens that some experts get none. Two accumulated parts per step.
 SKIPPING = dataclasses.replace(
     SETTINGS, unchosen="skip", batch_size=1, num_tokens=5, balance_loss_weight=0.0, router_z_loss_weight=0.0
 )
@@ -82,7 +82,9 @@ def original_sides(settings: TrainSettings, dtype: str) -> Sides:
     """makeMoE's own modules in PyTorch, and our model with the optimizer that train.py makes."""
     config = MANY_EXPERTS
     ours, theirs, draw, layout, inside = makemoe_sides(makemoe(config), settings, dtype)
-    sizes = (config.vocab_size, config.block_size, config.model_dim, config.num_heads, config.num_layers, config.num_experts)
+    sizes = (
+        config.vocab_size, config.block_size, config.model_dim, config.num_heads, config.num_layers, config.num_experts
+    )
     module = originals.LanguageModel(*sizes, config.top_k, 1.0, 0.0).to(getattr(torch, dtype)).train()
     module.load_state_dict(theirs.module.state_dict(), strict=True)
     optimizer = make_optimizer(
@@ -103,7 +105,10 @@ def original_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings)
     routers = [layer.smoe.router for layer in module.blocks]
     for router, noise in zip(routers, part["noise_BTE"], strict=True):
         router.draw = lambda like, noise=noise: noise
-    hooks = [router.register_forward_hook(lambda *call: chosen.append(call[-1][1].flatten(0, 1).numpy())) for router in routers]
+    hooks = [
+        router.register_forward_hook(lambda *call: chosen.append(call[-1][1].flatten(0, 1).numpy()))
+        for router in routers
+    ]
     logits = module(tokens[:, :-1])
     for hook in hooks:
         hook.remove()
@@ -124,7 +129,9 @@ def to_pytorch(ours: JaxTrainer, theirs: TorchTrainer, layout: str | None) -> No
     weights = jax_moe.to_torch(ours.model, layout=layout)
     theirs.module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     like = theirs.optimizer.state_dict()
-    theirs.optimizer.load_state_dict(optimizer_to_torch(ours.model, ours.state, like, names=theirs.names, layout=layout))
+    theirs.optimizer.load_state_dict(
+        optimizer_to_torch(ours.model, ours.state, like, names=theirs.names, layout=layout)
+    )
 
 
 class WholeRuns:
@@ -143,7 +150,7 @@ class WholeRuns:
 
     @functools.cached_property
     def crossed(self) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Losses, final weights and step counts of the run that begins in PyTorch, goes on in JAX and ends in PyTorch."""
+        """Losses, final weights and step counts of the run that goes from PyTorch to JAX and back to PyTorch."""
         there, back = CROSSINGS
         with computing_in("float64"):
             ours, theirs, draw, layout, inside = self.make(self.case.settings, "float64")
@@ -184,7 +191,9 @@ def by_torch_name(counts: dict[str, np.ndarray]) -> dict[str, int]:
 def same_experts(runs: WholeRuns, tolerance: float) -> float:
     """Every token's experts, in every layer, of every step."""
     found = runs.both[0]
-    chosen = ({"experts": np.sort(curve.expert_SNLTK.astype(np.int64), axis=-1)} for curve in (found.ours, found.theirs))
+    chosen = (
+        {"experts": np.sort(curve.expert_SNLTK.astype(np.int64), axis=-1)} for curve in (found.ours, found.theirs)
+    )
     return check_exact(*chosen, f"{runs.case.name}: experts chosen")
 
 
@@ -236,7 +245,9 @@ def measure_runs() -> dict[str, dict[str, float]]:
     for case in RUN_CASES:
         with tempfile.TemporaryDirectory() as folder:
             runs = WholeRuns(case, Path(folder))
-            rows[case.name] = {column.name: column.measure(runs, column.limit) for column in RUN_COLUMNS}  # type: ignore[arg-type]
+            rows[case.name] = {
+                column.name: column.measure(runs, column.limit) for column in RUN_COLUMNS  # type: ignore[arg-type]
+            }
     return rows
 
 
@@ -246,7 +257,9 @@ def main() -> None:
 
     case = RUN_CASES[1]
     with tempfile.TemporaryDirectory() as folder:
-        runs = [run_both(functools.partial(case.sides, Path(folder)), SETTINGS, dtype) for dtype in ("float64", "float32")]
+        runs = [
+            run_both(functools.partial(case.sides, Path(folder)), SETTINGS, dtype) for dtype in ("float64", "float32")
+        ]
     write_picture(Path(sys.argv[1]), runs, f"{case.name}: {SETTINGS.steps} steps of AdamW in both frameworks")
 
 

@@ -62,7 +62,9 @@ def precision(dtype: str) -> AbstractContextManager:
 def jax_module(case: Case, dtype: str, rounded: bool = False) -> nnx.Module:
     """The case's layer filled with the case's numbers, first rounded to bf16 if asked."""
     with precision(dtype):
-        make = lambda: JAX_MODULES[type(case.config)](case.config, rngs=nnx.Rngs(0), param_dtype=JAX_DTYPES[dtype])  # noqa: E731
+        make = lambda: JAX_MODULES[type(case.config)](  # noqa: E731
+            case.config, rngs=nnx.Rngs(0), param_dtype=JAX_DTYPES[dtype]
+        )
         graphdef, empty = nnx.split(nnx.eval_shape(make))
 
         def fill(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
@@ -122,7 +124,8 @@ def output_shape(case: Case) -> tuple[int, ...]:
 
 
 def _width(case: Case) -> int:
-    return case.config.attention.model_dim if isinstance(case.config, BlockConfig) else case.config.model_dim  # type: ignore[union-attr]
+    config = case.config.attention if isinstance(case.config, BlockConfig) else case.config
+    return config.model_dim  # type: ignore[union-attr]
 
 
 def arguments(case: Case, given: Mapping[str, Any], randomness: type) -> dict[str, Any]:
@@ -146,7 +149,9 @@ def call(case: Case, module: Any, first: Any, given: dict[str, Any]) -> tuple[An
 def total_loss(case: Case, stats: Any, pool: Callable) -> Any:
     """The losses that train a router, added up."""
     assert case.moe is not None
-    return pool(stats, case.moe) + stats.router_z_loss.mean() + stats.importance_cv2.mean() + stats.router_entropy.mean()
+    return (
+        pool(stats, case.moe) + stats.router_z_loss.mean() + stats.importance_cv2.mean() + stats.router_entropy.mean()
+    )
 
 
 # --- JAX
@@ -157,7 +162,8 @@ def jax_arrays(given: Arrays, dtype: str) -> dict[str, jax.Array]:
     draw = "float64" if dtype == "float64" else "float32"
     as_given = {name: dtype if name == "x_BTD" else draw for name in given}
     return {
-        name: jnp.asarray(value, JAX_DTYPES[as_given[name]] if value.dtype.kind == "f" else None) for name, value in given.items()
+        name: jnp.asarray(value, JAX_DTYPES[as_given[name]] if value.dtype.kind == "f" else None)
+        for name, value in given.items()
     }
 
 
@@ -176,10 +182,12 @@ def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> t
 def jax_function(case: Case, graphdef: nnx.GraphDef) -> Callable:
     """(params, rest, arrays, probe, weight) -> output, statistics, pooled loss, routing, gradients, as one function.
 
-    The gradients are those of sum(probe * output) + weight * losses: two calls tell them apart, one compilation serves both.
+    The gradients are those of sum(probe * output) + weight * losses: two calls separate them with one compilation.
     """
 
-    def run(params: nnx.State, rest: nnx.State, given: dict[str, jax.Array], probe: jax.Array, weight: jax.Array) -> tuple:
+    def run(
+        params: nnx.State, rest: nnx.State, given: dict[str, jax.Array], probe: jax.Array, weight: jax.Array
+    ) -> tuple:
         def forward(params: nnx.State, moved: dict[str, jax.Array]) -> tuple:
             y, stats, pooled, routing = jax_forward(case, nnx.merge(graphdef, params, rest), given | moved)
             loss = jnp.zeros(()) if stats is None else total_loss(case, stats, pool_balance_loss)
@@ -210,7 +218,10 @@ class JaxSide:
     def raw(self, given: Arrays, probe: np.ndarray, weight: float, params: nnx.State | None = None) -> tuple:
         """The function's own answer."""
         with precision(self.dtype):
-            chosen, wide = self.params if params is None else params, jax_arrays({"weight": np.float64(weight)}, self.dtype)
+            chosen, wide = (
+                self.params if params is None else params,
+                jax_arrays({"weight": np.float64(weight)}, self.dtype),
+            )
             probed = jnp.asarray(probe, JAX_DTYPES[self.dtype])
             return self.function(chosen, self.rest, jax_arrays(given, self.dtype), probed, wide["weight"])
 
@@ -270,7 +281,9 @@ def torch_arrays(given: Arrays, dtype: str) -> dict[str, torch.Tensor]:
     out = {}
     for name, value in given.items():
         chosen = TORCH_DTYPES[dtype if name == "x_BTD" else draw]
-        out[name] = torch.from_numpy(value.copy()).to(chosen) if value.dtype.kind == "f" else torch.from_numpy(value.copy())
+        out[name] = (
+            torch.from_numpy(value.copy()).to(chosen) if value.dtype.kind == "f" else torch.from_numpy(value.copy())
+        )
         if value.dtype.kind == "i":
             out[name] = out[name].long()
     return out
@@ -308,7 +321,10 @@ class TorchSide:
         if isinstance(case.config, MoEConfig):
             arrays = torch_arrays(given, self.dtype)
             routed = self.module.run(arrays["x_BTD"], **{key: arrays[key] for key in ROUTING if key in arrays})
-            outcome.choices = {"expert": _tokens(case, routed.routing.expert_GSK), "slot": _tokens(case, routed.slots.slot_GSK)}
+            outcome.choices = {
+                "expert": _tokens(case, routed.routing.expert_GSK),
+                "slot": _tokens(case, routed.slots.slot_GSK),
+            }
         return outcome
 
     def _gradients(self, loss: torch.Tensor, x: torch.Tensor | None) -> Arrays:

@@ -37,8 +37,9 @@ MASKS = st.sampled_from([None, "ragged", "row", "all"])
 
 def check(case: Case) -> None:
     """Raises MismatchError where the two sides differ."""
-    note(f"from fractions import Fraction\nfrom jax_moe.config.moe import *\nfrom parity_tests.table.cases import Case\n"
-         f"from parity_tests.table.test_hypothesis import check\ncheck({as_code(case)})")
+    note("from fractions import Fraction\nfrom jax_moe.config.moe import *\n"
+         "from parity_tests.table.cases import Case\nfrom parity_tests.table.test_hypothesis import check\n"
+         f"check({as_code(case)})")
     runs = Runs(case)
     for name in CHECKED:
         if COLUMN[name].inapplicable(case) is None:

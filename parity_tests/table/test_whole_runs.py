@@ -21,7 +21,17 @@ from moe_parity.training.jax_side import JaxTrainer, make_optimizer, makemoe_los
 from moe_parity.training.runs import changed_tokens, run_both
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.table.checks import check_measured, check_row
-from parity_tests.table.run_checks import OPTIONS, ORIGINAL, RUN_CASES, RUN_COLUMNS, SETTINGS, RunCase, WholeRuns, makemoe, to_jax
+from parity_tests.table.run_checks import (
+    OPTIONS,
+    ORIGINAL,
+    RUN_CASES,
+    RUN_COLUMNS,
+    SETTINGS,
+    RunCase,
+    WholeRuns,
+    makemoe,
+    to_jax,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -86,12 +96,15 @@ def another(optimizer: Callable[[], optax.GradientTransformation]) -> Callable[[
 
 
 def float32_schedule() -> optax.GradientTransformation:
-    return optax.chain(clip_as_torch(SETTINGS.clip_norm), optax.adamw(schedule(SETTINGS), weight_decay=SETTINGS.weight_decay))
+    return optax.chain(
+        clip_as_torch(SETTINGS.clip_norm), optax.adamw(schedule(SETTINGS), weight_decay=SETTINGS.weight_decay)
+    )
 
 
 def optax_clipping() -> optax.GradientTransformation:
     return optax.chain(
-        optax.clip_by_global_norm(SETTINGS.clip_norm), adamw_as_torch(schedule(SETTINGS), weight_decay=SETTINGS.weight_decay)
+        optax.clip_by_global_norm(SETTINGS.clip_norm),
+        adamw_as_torch(schedule(SETTINGS), weight_decay=SETTINGS.weight_decay),
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs that meet each other, a full disk, a folder that goes away, or Ctrl-C at a bad moment: one line, and nothing is lost."""
+"""Two runs in one folder, a full disk, a vanished folder, Ctrl-C at a bad moment: one line, and nothing is lost."""
 
 import io
 import logging
@@ -160,7 +160,9 @@ def test_ctrl_c_again_and_again(runs: Zygote) -> None:
     assert error == "" or (error.startswith("stopped at once") and error.count("\n") == 1), error
 
 
-def test_a_folder_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Removed, or removed and made again by somebody else, at the first, a middle or the last step: never status 0."""
     for step in (0, 3, 9):
         for again in (False, True):

@@ -1,4 +1,4 @@
-"""A disk that is full, or that may only be read, while a run writes: one line, another exit status, and nothing is lost."""
+"""A disk that is full or read-only while a run writes: one line, a non-zero exit status, and nothing is lost."""
 
 import errno
 import os
@@ -79,13 +79,17 @@ def test_plots(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
     run.learner.on_step = lambda step: disk.fill(5000) if step == 9 else None
     error = ends_in_one_line(run)
     assert f"{run.folder / 'loss.png'}: {FULL}" in error
-    assert run.learner.saved == [4, 8, 10] and len(metrics.read(run.folder)) == 5 and names(run.folder) == {metrics.FILE}
+    assert (
+        run.learner.saved == [4, 8, 10] and len(metrics.read(run.folder)) == 5 and names(run.folder) == {metrics.FILE}
+    )
 
 
 def test_the_trained_model(tmp_path: Path, disk: Disk, ends_in_one_line: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "plot_run", lambda folder, rows: disk.fill(20))
     run = a_run(tmp_path / "run")
-    assert f"{run.folder / 'model.safetensors'}: {FULL}" in ends_in_one_line(run) and names(run.folder) == {metrics.FILE}
+    assert f"{run.folder / 'model.safetensors'}: {FULL}" in ends_in_one_line(run) and names(run.folder) == {
+        metrics.FILE
+    }
 
 
 def test_a_run_in_pytorch(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
@@ -94,7 +98,8 @@ def test_a_run_in_pytorch(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) ->
     from train.learners.torch_learner import TorchLearner
 
     model = MakeMoEConfig(
-        vocab_size=30, block_size=4, model_dim=16, num_heads=1, num_layers=1, num_experts=2, top_k=1, capacity_factor=None,
+        vocab_size=30, block_size=4, model_dim=16, num_heads=1, num_layers=1, num_experts=2, top_k=1,
+        capacity_factor=None,
     )
 
     class Learner(TorchLearner):
@@ -169,7 +174,9 @@ def test_a_folder_that_may_only_be_read(
         monkeypatch.setattr(sys, "argv", ["train/train.py", *words.split()])
         assert loop.main() == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"{out}': must be a folder that can be written (Read-only file system)" in error
+        assert (
+            error.count("\n") == 1 and f"{out}': must be a folder that can be written (Read-only file system)" in error
+        )
     assert jax_moe.load("run_finished").config.num_layers >= 1
     assert digest(tmp_path) == before
 

@@ -1,4 +1,4 @@
-"""Killed twenty times (`make kills`: more): a training run ends as the one that nobody stopped, a port leaves one whole target.
+"""Twenty kills (`make kills`: more): a training run ends as if never killed, and a port leaves one complete target.
 
 Each kill is at a moment drawn from a seed, most of them while a checkpoint or the target is being written.
 """
@@ -20,8 +20,8 @@ from train.run import folder as run_folder
 KILLS = int(os.environ.get("KILLS", "20"))
 STEPS = KILLS + 4  # a kill comes before the second checkpoint that is written after a start
 SETTINGS = (
-    f"--data text.txt --steps {STEPS} --eval-every 50 --eval-batches 1 --checkpoint-every 1 --batch-size 4 --num-layers 1 "
-    "--model-dim 8 --num-heads 1 --num-experts 2 --block-size 4 --warmup-steps 2 --sample-length 4"
+    f"--data text.txt --steps {STEPS} --eval-every 50 --eval-batches 1 --checkpoint-every 1 --batch-size 4 "
+    "--num-layers 1 --model-dim 8 --num-heads 1 --num-experts 2 --block-size 4 --warmup-steps 2 --sample-length 4"
 ).split()
 
 

@@ -28,8 +28,12 @@ def test_the_published_preset_is_the_published_run() -> None:
     config = PRESETS["published"]
     assert model_config(config, 65) == MakeMoEConfig()
     assert (config.batch_size, config.steps, config.eval_every, config.final_eval_batches) == (16, 5000, 100, 400)
-    assert config.optimizer == OptimizerSettings(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
-    assert config.optimizer.clip_norm is None and config.optimizer.decay == "none" and config.optimizer.warmup_steps == 0
+    assert config.optimizer == OptimizerSettings(
+        learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01
+    )
+    assert (
+        config.optimizer.clip_norm is None and config.optimizer.decay == "none" and config.optimizer.warmup_steps == 0
+    )
 
 
 def test_model_settings_are_those_of_the_model_but_the_vocabulary() -> None:
@@ -85,7 +89,10 @@ def test_capacity_below_one_slot_names_the_least_factor() -> None:
         ({"clip_norm": 0.0}, "clip_norm=0.0"),
         ({"warmup_steps": 5000}, "warmup_steps=5000: must be at least 0 and below steps=5000"),
         ({"final_learning_rate": 1e-4}, "final_learning_rate=0.0001: must be 0 unless decay='cosine'"),
-        ({"final_learning_rate": 1.0, "decay": "cosine"}, "final_learning_rate=1.0: must be at most learning_rate=0.001"),
+        (
+            {"final_learning_rate": 1.0, "decay": "cosine"},
+            "final_learning_rate=1.0: must be at most learning_rate=0.001",
+        ),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
     ],
 )

@@ -61,7 +61,9 @@ def test_a_run_is_lengthened_and_says_what_becomes_of_its_rate(train, place: Pat
     before = metrics.read(place / "run_finished")
     out = train("--resume --out run_finished --steps 8")
     # the cosine from 0.003 to 0.0003 after one step of warming up: after 3 of 3 steps its end, after 3 of 7 0.00195
-    assert "8 steps in place of 4; the learning rate follows the cosine of 8 steps: 0.00195 at step 4, not 0.0003\n" in out
+    assert (
+        "8 steps in place of 4; the learning rate follows the cosine of 8 steps: 0.00195 at step 4, not 0.0003\n" in out
+    )
     rows = metrics.read(place / "run_finished")
     assert [row["step"] for row in rows] == [0, 2, 4, 6, 8] and rows[:3] == before
     assert json.loads((place / "run_finished" / "config.json").read_text())["settings"]["steps"] == 8
@@ -113,7 +115,9 @@ def as_file(name: str) -> Path:
 @pytest.mark.parametrize("form", ["run", "folder", "file"])
 def test_a_run_begins_with_the_weights_of_another(place: Path, form: str) -> None:
     """Sizes that nobody gave are the model's own; the learner's weights are those of the file, bit for bit."""
-    path = {"run": lambda: Path("run_finished"), "file": lambda: as_file("model.safetensors")}.get(form, lambda: Path("ours"))()
+    path = {"run": lambda: Path("run_finished"), "file": lambda: as_file("model.safetensors")}.get(
+        form, lambda: Path("ours")
+    )()
     if form == "folder":
         from jax_moe.porting.checkpoint import save
 
@@ -138,7 +142,10 @@ def test_a_whole_run_from_other_weights(train, place: Path) -> None:
     as_file("model.safetensors")
     out = train(f"{FEW} --init-from model.safetensors --out new")
     assert "weights from model.safetensors; the optimizer and the learning rate start anew\n" in out
-    assert "note: model.safetensors does not say its characters; they are taken to be the sorted ones of this text\n" in out
+    assert (
+        "note: model.safetensors does not say its characters; they are taken to be the sorted ones of this text\n"
+        in out
+    )
     last, first = metrics.read(place / "run_finished")[-1], metrics.read(place / "new")[0]
     assert abs(first["val_loss"] - last["val_loss"]) < 0.3, "random weights are far from it"  # measured: 0.04
     (place / "model.safetensors").unlink()
@@ -161,10 +168,22 @@ def test_fewer_characters_keep_the_model_s_vocabulary(train, place: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--init-from run_finished --model-dim 16", "must be a model of this run's sizes; model_dim=8 there and 16 here"),
-        ("--init-from run_finished --num-layers 3 --no-noise", "num_layers=2 there and 3 here, noise=True there and False here"),
-        ("--init-from file.safetensors --data other.txt", "vocab_size=23 there and 3 here (the vocabulary here is the text's)"),
-        ("--init-from run_finished --data foreign.txt", "must be of the 23 characters that the model knows; it also has '~'"),
+        (
+            "--init-from run_finished --model-dim 16",
+            "must be a model of this run's sizes; model_dim=8 there and 16 here",
+        ),
+        (
+            "--init-from run_finished --num-layers 3 --no-noise",
+            "num_layers=2 there and 3 here, noise=True there and False here",
+        ),
+        (
+            "--init-from file.safetensors --data other.txt",
+            "vocab_size=23 there and 3 here (the vocabulary here is the text's)",
+        ),
+        (
+            "--init-from run_finished --data foreign.txt",
+            "must be of the 23 characters that the model knows; it also has '~'",
+        ),
         ("--init-from text.txt", "init_from='text.txt': "),
         ("--init-from empty", "init_from='empty': "),
         ("--init-from soft.safetensors", "init_from='soft.safetensors': must be a makeMoE language model"),
@@ -191,7 +210,9 @@ def test_a_line_says_that_compilation_has_started(train, place: Path) -> None:
     assert loop.COMPILING not in train("--resume --out run_stopped"), "nothing is left to compile"
 
 
-def test_one_evaluation_is_a_point(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_evaluation_is_a_point(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = metrics.read(place / "run_finished")
     one, all_of_them = plots.loss_figure({"a": rows[:1]}), plots.loss_figure({"a": rows})
     assert [line.get_marker() for line in one.axes[0].get_lines()] == ["o", "o"]
@@ -205,9 +226,11 @@ def test_one_evaluation_is_a_point(place: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     "damage",
     [
-        "[]", "7", "null", "[" * 100_000, '{"step": 1}', '{"step": "1"}', '{"step": Infinity}', '{"step": -1}', '{"step": true}',
-        ("val_loss", "x"), ("val_loss", None), ("train_loss", []), ("expert_load", [[0.5], [0.5, 0.5]]), ("expert_load", []),
-        ("expert_load", [0.5]), ("expert_load", [["a"] * 4] * 2), ("dropped_fraction", 0.0), ("tokens_per_second", "fast"),
+        "[]", "7", "null", "[" * 100_000, '{"step": 1}', '{"step": "1"}', '{"step": Infinity}', '{"step": -1}',
+        '{"step": true}', ("val_loss", "x"), ("val_loss", None), ("train_loss", []),
+        ("expert_load", [[0.5], [0.5, 0.5]]), ("expert_load", []), ("expert_load", [0.5]),
+        ("expert_load", [["a"] * 4] * 2), ("dropped_fraction", 0.0),
+        ("tokens_per_second", "fast"),
         ("router_entropy", [1.0]),
     ],
 )
@@ -227,7 +250,9 @@ def test_damaged_metrics_are_one_line(place: Path, damage: str | tuple[str, obje
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_layers", "vocab_size", "block_size", "num_heads"])
-def test_a_run_that_claims_a_giant_model_takes_no_memory(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_claims_a_giant_model_takes_no_memory(
+    place: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither to read nor to resume: a list of the names that are missing would take gigabytes."""
     path = place / "run_finished" / "config.json"
     about = json.loads(path.read_text())

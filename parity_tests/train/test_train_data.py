@@ -30,7 +30,9 @@ def test_batches_are_a_pure_function_of_seed_use_and_step() -> None:
     written_down = ["over the ", "og.\nthe q", "lazy dog.", "ick brown"]
     assert [text.decode(row) for row in first] == written_down  # numpy keeps this stream across its versions
     seen = {first.tobytes()}
-    for seed, use, step, number in ((2, "train", 7, 0), (1, "eval_train", 7, 0), (1, "train", 8, 0), (1, "train", 7, 1)):
+    for seed, use, step, number in (
+        (2, "train", 7, 0), (1, "eval_train", 7, 0), (1, "train", 8, 0), (1, "train", 7, 1)
+    ):
         seen.add(data.batch(text, seed, use, step, 4, 8, number).tobytes())  # type: ignore[arg-type]
     assert len(seen) == 5
 
@@ -67,8 +69,11 @@ def test_bad_text(tmp_path: Path, content: bytes | str | None, message: str) -> 
 
 
 def test_markdown_is_removed() -> None:
-    marked = "# Hamlet\n\n### SCENE I. Elsinore.\n\n_Enter Ghost_\n\n**BERNARDO**  \n_\\[Aside]_  \nWho's there\u2014ho? 1\\. no"
-    assert data.plain(marked) == "Hamlet\n\nSCENE I. Elsinore.\n\nEnter Ghost\n\nBERNARDO\n[Aside]\nWho's there--ho? 1. no"
+    marked = "# Hamlet\n\n### SCENE I. Elsinore.\n\n_Enter Ghost_\n\n**BERNARDO**  \n_\\[Aside]_  \n"
+    marked += "Who's there\u2014ho? 1\\. no"
+    assert (
+        data.plain(marked) == "Hamlet\n\nSCENE I. Elsinore.\n\nEnter Ghost\n\nBERNARDO\n[Aside]\nWho's there--ho? 1. no"
+    )
 
 
 class FakePackage:

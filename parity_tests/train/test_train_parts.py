@@ -43,7 +43,7 @@ def test_learning_rate_by_pencil() -> None:
 
 
 def test_first_adamw_step_by_pencil() -> None:
-    # first step of Adam: lr * g / (|g| + eps); decay lr * 0.01 * w, on every parameter; then clipping to norm 5 of (30, 40)
+    # Adam's first step: lr * g / (|g| + eps); decay lr * 0.01 * w on every parameter; then (30, 40) clipped to norm 5
     params = {"w": jnp.array([2.0, -3.0])}
     for clip_norm, gradient in ((None, [3.0, 4.0]), (5.0, [30.0, 40.0])):
         optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=clip_norm), 10, {})

@@ -48,11 +48,13 @@ LOGITS = 4e-6  # measured: 4.4e-7
 def tiny_model(dtype: torch.dtype = torch.float32) -> Any:
     """A Mixtral of two layers whose routers spread their tokens."""
     config = transformers.MixtralConfig(
-        vocab_size=270, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32, router_aux_loss_coef=0.05, dtype=dtype,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        vocab_size=270, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
+        router_aux_loss_coef=0.05, dtype=dtype, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )
-    model = transformers.MixtralForCausalLM._from_config(config, attn_implementation="eager", experts_implementation="eager")
+    model = transformers.MixtralForCausalLM._from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
     draw_weights(model, seed=1)
     return model.to(dtype)
 
@@ -154,9 +156,10 @@ def test_transformers_loads_what_was_trained(whole: Path, place: Path) -> None:
 
 
 def settings(place: Path, **changes: Any) -> TrainConfig:
-    """Five steps as the command would set them, all parts of the optimizer in use, the checkpoint's own balance loss."""
+    """Five steps with the command's settings: every part of the optimizer and the checkpoint's own balance loss."""
     optimizer = OptimizerSettings(
-        learning_rate=3e-3, warmup_steps=2, decay="cosine", final_learning_rate=1e-3, clip_norm=1.0, balance_loss_weight=None
+        learning_rate=3e-3, warmup_steps=2, decay="cosine", final_learning_rate=1e-3, clip_norm=1.0,
+        balance_loss_weight=None,
     )
     return dataclasses.replace(
         PRESETS["finetune"], pretrained=str(place / "tiny"), data=str(place / "text.txt"), steps=5, batch_size=4,
@@ -168,7 +171,9 @@ def plain_loop(model: Any, batches: list[np.ndarray], config: TrainConfig, weigh
     """Cross entropies of AdamW steps on transformers' model, as one would write them in PyTorch."""
     model.train()
     chosen, rate = config.optimizer, learning_rate(config.optimizer, config.steps)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(chosen.beta1, chosen.beta2), weight_decay=chosen.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(chosen.beta1, chosen.beta2), weight_decay=chosen.weight_decay
+    )
     losses = []
     for step, tokens_BT1 in enumerate(batches):
         optimizer.param_groups[0]["lr"] = float(rate(step))
@@ -184,7 +189,7 @@ def plain_loop(model: Any, batches: list[np.ndarray], config: TrainConfig, weigh
 
 
 def test_five_steps_are_those_of_a_plain_pytorch_loop(place: Path) -> None:
-    """The same batches, AdamW, warm-up, clipping and balance loss: the same losses and weights; another loss is seen."""
+    """Equal batches, AdamW, warm-up, clipping and balance loss give equal losses and weights; another loss fails."""
     config = settings(place)
     task = read_task(config)
     learner = make_learner(config, task)
@@ -216,7 +221,9 @@ def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
     pretrained.write(nnx.merge(graphdef, params, rest), tmp_path)
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "pretrained" / name).read_bytes() == (tmp_path / "tiny" / name).read_bytes()
-    there, here = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tiny", "pretrained"))
+    there, here = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tiny", "pretrained")
+    )
     states = [{n: v.float().numpy() for n, v in one.state_dict().items()} for one in (here, there)]
     check_exact(states[0], states[1], "untrained")
     files = [read_safetensors(tmp_path / name / "model.safetensors") for name in ("pretrained", "tiny")]
@@ -270,12 +277,21 @@ def test_a_block_longer_than_the_model_was_made_for_is_noted(place: Path) -> Non
         ("--pretrained mute", "pretrained='mute': must hold tokenizer.json to read text; --data FILE.npy gives tokens"),
         ("--pretrained broken", "broken/tokenizer.json: must be a tokenizer"),
         ("--pretrained tiny --data nowhere.txt", "data='nowhere.txt': must be a readable text file"),
-        ("--pretrained tiny --data nowhere.npy", "data='nowhere.npy': must be a readable .npy file of tokens (No such file"),
+        (
+            "--pretrained tiny --data nowhere.npy",
+            "data='nowhere.npy': must be a readable .npy file of tokens (No such file",
+        ),
         ("--pretrained tiny --data fake.npy", "data='fake.npy': must be a readable .npy file of tokens ("),
-        ("--pretrained tiny --data square.npy", "data='square.npy': must hold one axis of integers, has shape (2, 2) of int64"),
+        (
+            "--pretrained tiny --data square.npy",
+            "data='square.npy': must hold one axis of integers, has shape (2, 2) of int64",
+        ),
         ("--pretrained tiny --data floats.npy", "data='floats.npy': must hold one axis of integers"),
         ("--pretrained tiny --data objects.npy", "data='objects.npy': must be a readable .npy file of tokens ("),
-        ("--pretrained tiny --data high.npy --block-size 9", "data='high.npy': token 270: must be 0 to 269 (vocab_size=270"),
+        (
+            "--pretrained tiny --data high.npy --block-size 9",
+            "data='high.npy': token 270: must be 0 to 269 (vocab_size=270",
+        ),
         ("--pretrained tiny --data low.npy --block-size 9", "data='low.npy': token -1: must be 0 to 269"),
         ("--pretrained tiny --block-size 4000", "data='text.txt': must be longer; its training split has"),
         ("--pretrained tiny --block-size 0", "block_size=0: must be an integer of at least 1"),
@@ -283,7 +299,10 @@ def test_a_block_longer_than_the_model_was_made_for_is_noted(place: Path) -> Non
         ("--pretrained tiny --num-layers 3", "num_layers=3: must be left out with --pretrained"),
         ("--pretrained tiny --balance-loss-weight -1", "balance_loss_weight=-1.0: must be at least 0"),
         ("--pretrained mute --data high.npy --block-size 9 --sample-prompt beer", "data='high.npy'"),
-        ("--pretrained mute --data tokens.npy --block-size 9 --sample-prompt beer", "sample_prompt='beer': must be tokens"),
+        (
+            "--pretrained mute --data tokens.npy --block-size 9 --sample-prompt beer",
+            "sample_prompt='beer': must be tokens",
+        ),
         ("--preset finetune", "preset='finetune': must be used with --pretrained DIR"),
         ("--balance-loss-weight None", "balance_loss_weight=None: must be a number without --pretrained"),
     ],

@@ -53,7 +53,8 @@ class Place:
         """The command, started here with warnings as errors, and compiled in half the time without optimisation."""
         flags = " ".join(f"--{name}={str(value).lower()}" for name, value in (QUICK or {}).items())
         environment = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            **os.environ, "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
@@ -172,7 +173,8 @@ def test_eight_devices_give_the_same_drops_and_curve(place: Place, whole: tuple[
     assert [row["dropped_fraction"] for row in one] == [row["dropped_fraction"] for row in eight]
     assert [row["expert_load"] for row in one] == [row["expert_load"] for row in eight]
     for name in ("train_loss", "val_loss"):
-        np.testing.assert_allclose([row[name] for row in eight], [row[name] for row in one], rtol=1e-6)  # measured: 1.2e-7
+        # measured: 1.2e-7
+        np.testing.assert_allclose([row[name] for row in eight], [row[name] for row in one], rtol=1e-6)
     weights = load_file(place.folder / "eight" / "model.safetensors")
     for key, value in load_file(whole[0] / "model.safetensors").items():
         np.testing.assert_allclose(weights[key], value, rtol=0, atol=1e-6, err_msg=key)  # measured: 1.5e-7
@@ -197,7 +199,9 @@ def test_what_cannot_be_resumed_or_overwritten(place: Place, whole: tuple[Path, 
     assert "framework='torch': must be 'jax'" in refused("--resume", "--out", "broken", "--framework", "torch")
     (place.folder / "other.txt").write_text(TEXT.replace("beer", "milk"))
     settings = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**settings, "settings": {**settings["settings"], "data": "other.txt"}}))
+    (broken / "config.json").write_text(
+        json.dumps({**settings, "settings": {**settings["settings"], "data": "other.txt"}})
+    )
     assert "must be of the 26 characters that the model knows" in refused("--resume", "--out", "broken")
     # settings and checkpoint of different models: the checkpoint knows its own
     (broken / "config.json").write_text(json.dumps({**settings, "settings": {**settings["settings"], "model_dim": 32}}))

@@ -1,4 +1,4 @@
-"""Settings of a run: values that decide numbers are checked, wherever they come from; defaults go with what is asked for."""
+"""Settings of a run: values that affect numbers are checked, whatever their source; defaults adapt to others."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def ask(*words: str) -> Task:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_of_every_kind_is_right_or_one_line(text: Path, name: str) -> None:
-    """As a run's config.json may have it: the same value comes back from a sound task, or a ValueError names the setting."""
+    """A value in a run's config.json comes back unchanged, or a ValueError names the setting."""
     accepted = []
     for value in WRONG:
         values = {**flat(dataclasses.replace(TrainConfig(), data="text.txt")), name: value}
@@ -71,11 +71,17 @@ def test_every_setting_of_every_kind_is_right_or_one_line(text: Path, name: str)
         ("--capacity-factor inf", "capacity_factor=inf: must be"),
         ("--dropout nan", "dropout=nan: must be"),
         ("--batch-size 99999999999999", "batch_size=99999999999999: must be at most 2147483647"),
-        ("--num-layers 1000000000", "training 632,560,000,008,861 parameters on batches of 16 x 32 tokens needs about 10,"),
+        (
+            "--num-layers 1000000000",
+            "training 632,560,000,008,861 parameters on batches of 16 x 32 tokens needs about 10,",
+        ),
         ("--batch-size 2000000000", "bytes of memory: must be at most"),
         ("--model-dim 2000000000 --num-heads 1", "bytes of memory: must be at most"),
         ("--num-experts 2000000000 --capacity-factor none", "bytes of memory: must be at most"),
-        ("--data-dtype uint16 --data tinyshakespeare", "data_dtype='uint16': must be left out with data='tinyshakespeare'"),
+        (
+            "--data-dtype uint16 --data tinyshakespeare",
+            "data_dtype='uint16': must be left out with data='tinyshakespeare'",
+        ),
         ("--init-from nowhere", "init_from='nowhere': must be a run, a folder, or a .pt or .safetensors file"),
         ("--lr 1e-3", "--lr: is --learning-rate here"),
         ("--max_iters=100", "--max-iters: is --steps here"),
@@ -121,7 +127,8 @@ def test_the_largest_seed_is_a_seed(text: Path) -> None:
 )
 def test_a_default_goes_with_what_is_asked_for(text: Path, words: str, adapted: dict[str, Any]) -> None:
     """And nothing else changes."""
-    text.with_name("short.txt").write_text("abcdefghij" * 3 + "abcdefzyxz")  # 40 characters, the last four for validation
+    # 40 characters, the last four for validation
+    text.with_name("short.txt").write_text("abcdefghij" * 3 + "abcdefzyxz")
     config = ask(*words.split()).config
     found = flat(config)
     assert {name: found[name] for name in adapted} == adapted
@@ -129,11 +136,14 @@ def test_a_default_goes_with_what_is_asked_for(text: Path, words: str, adapted: 
     asked = given(["--data", "text.txt", *words.split()]) | {"preset"}
     assert {name for name in NAMES if found[name] != usual[name]} <= set(adapted) | asked
     for name in asked - {"preset", "data"}:
-        assert str(found[name]) == words.split()[words.split().index(f"--{name.replace('_', '-')}") + 1].replace("1e-4", "0.0001")
+        value = words.split()[words.split().index(f"--{name.replace('_', '-')}") + 1]
+        assert str(found[name]) == value.replace("1e-4", "0.0001")
 
 
 def test_the_options_that_a_user_gave() -> None:
-    words = ["--steps", "4", "--no-noise", "--batch_size=3", "--eval-noise", "--sample-prompt", "steps", "--unknown", "-h"]
+    words = [
+        "--steps", "4", "--no-noise", "--batch_size=3", "--eval-noise", "--sample-prompt", "steps", "--unknown", "-h"
+    ]
     assert given(words) == {"steps", "noise", "batch_size", "eval_noise", "sample_prompt"}
     config = dataclasses.replace(TrainConfig(), steps=3)
     assert fit_settings(config, frozenset()) == config

@@ -127,7 +127,9 @@ def test_experts_without_tokens_are_skipped_in_both() -> None:
     (counts_LE,) = expert_counts(ours.state["optimizer"]).values()
     steps = {name: theirs.optimizer.state[p].get("step", 0) for name, p in theirs.model.named_parameters()}
     for (layer, expert), count in np.ndenumerate(counts_LE):
-        assert {int(n) for name, n in steps.items() if name.startswith(f"blocks.{layer}.smoe.experts.{expert}.")} == {count}
+        assert {int(n) for name, n in steps.items() if name.startswith(f"blocks.{layer}.smoe.experts.{expert}.")} == {
+            count
+        }
     assert counts_LE.min() < 5 and counts_LE.max() == config.steps and steps["lm_head.weight"] == config.steps
 
 
@@ -139,7 +141,9 @@ def test_clipping_is_torchs(unchosen: str) -> None:
     parameter.grad = torch.from_numpy(gradient.copy())
     torch.nn.utils.clip_grad_norm_([parameter], 1e-7)
     torch.optim.AdamW([parameter], lr=1e-3, eps=1.0).step()
-    optimizer = make_optimizer(OptimizerSettings(eps=1.0, clip_norm=1e-7, unchosen=unchosen), 10, {})  # type: ignore[arg-type]
+    optimizer = make_optimizer(
+        OptimizerSettings(eps=1.0, clip_norm=1e-7, unchosen=unchosen), 10, {}  # type: ignore[arg-type]
+    )
     params = {"w": jnp.zeros(3)}
     update, _ = optimizer.update({"w": jnp.asarray(gradient)}, optimizer.init(params), params)
     np.testing.assert_allclose(update["w"], parameter.detach().numpy(), rtol=2e-6)  # measured: 2.4e-7

@@ -16,6 +16,7 @@ from jax_moe.config.precision import PRECISIONS
 from jax_moe.losses import MoEStats, chosen_experts, pool_balance_loss
 from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
+from jax_moe.shapes import role_and_dims
 from jax_moe.sharding.mesh import data_mesh, fitting_devices
 from jax_moe.sharding.place import put_batch
 from jax_moe.sharding.rules import replicated
@@ -111,8 +112,8 @@ class JaxLearner:
 
     def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(self.key, EVALUATE), step), _USES[use])
-        L, E = self.model.num_mixtures, self.model.moe.num_experts
-        shapes = {name: (L, E) if name.endswith("_E") else (L,) for name in MoEStats._fields}
+        sizes = {"L": self.model.num_mixtures, "E": self.model.moe.num_experts}
+        shapes = {name: tuple(sizes[dim] for dim in "L" + role_and_dims(name)[1]) for name in MoEStats._fields}
         zeros = {"loss": jnp.zeros(()), "stats": MoEStats(**{name: jnp.zeros(shape) for name, shape in shapes.items()})}
         total = jax.device_put(zeros, replicated(self.mesh))
         number = -1

@@ -12,6 +12,7 @@ from jax_moe.porting.families.family import Family
 from jax_moe.porting.families.granitemoe import GRANITEMOE
 from jax_moe.porting.families.makemoe import MAKEMOE, MAKEMOE_LAYER
 from jax_moe.porting.families.mixtral import MIXTRAL
+from jax_moe.porting.families.mixtures.fused import FUSED_FAMILIES
 from jax_moe.porting.families.mixtures.sigmoid import SIGMOID
 from jax_moe.porting.families.mixtures.softmax import SOFTMAX
 from jax_moe.porting.families.olmoe import OLMOE
@@ -26,7 +27,7 @@ from jax_moe.porting.table.rows import Table
 FAMILIES: dict[str, Family] = {
     one.name: one for one in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
-        *SOFTMAX, *SIGMOID,
+        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES,
     )
 }
 
@@ -69,8 +70,10 @@ def architecture_of(model_type: str) -> str:
 def recognise(names: Iterable[str]) -> Family | None:
     """The family that a state dict's names tell, or None."""
     names = list(names)
-    signed = (one for one in FAMILIES.values() if one.state is not None)
-    return next((one for one in signed if any(re.fullmatch(one.state.sign, name) for name in names)), None)  # type: ignore
+    for family in FAMILIES.values():
+        if family.state is not None and any(re.fullmatch(family.state.sign, name) for name in names):
+            return family
+    return None
 
 
 def families_of(module: nnx.Module) -> list[Family]:
@@ -84,9 +87,7 @@ def tables_of(module: nnx.Module) -> tuple[Table, ...]:
         types = decoder_names() if module.origin is None else [module.origin.model_type]
         decoders = [family_named(one) for one in types]
         return tuple(table for one in decoders for table in (one.on_disk(module.config), one.in_memory(module.config)))
-    if isinstance(module, tuple(PARTS)):
-        return next(tables for kind, tables in PARTS.items() if isinstance(module, kind))
-    found = [one.state.table for one in families_of(module) if one.state is not None]
+    found = [*PARTS.get(type(module), ()), *(one.state.table for one in families_of(module) if one.state is not None)]
     if isinstance(module, MoE):
         found += layer_tables()
     if not found:
@@ -102,7 +103,7 @@ def default_table(module: nnx.Module) -> Table:
 
 
 def layer_tables() -> list[Table]:
-    """A mixture by itself, as the reference's blocks have it in memory and as files do; families share what is the same."""
+    """A mixture by itself, named as in the reference's memory and as in files; equal tables appear once."""
     mixtures = [one.mixture for one in FAMILIES.values() if one.mixture is not None]
     names = [names for one in mixtures for names in (one.in_memory, one.on_disk)]
     own = {one.state.table.name for one in FAMILIES.values() if one.state is not None}

@@ -1,4 +1,4 @@
-"""A state dict without a config.json: how its names are recognised, what its shapes tell and what the user must be asked."""
+"""A state dict without a config.json: how names identify it, what shapes tell, and what the user must be asked."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class StateDict:
-    """How a family's weights are read by themselves: names tell the family, shapes the sizes, `asked` what no weight tells."""
+    """How weights without a config.json are read: names give the family, shapes the sizes, `asked` lists the rest."""
 
     module: type[nnx.Module]
     contract: type[Contract]
@@ -58,7 +58,8 @@ class StateDict:
     def config(self, family: str, shapes: Shapes, choices: Choices) -> Contract:
         """The contract. A size that nothing tells is 1: loading then names what is missing.
 
-        Raises ValueError for a choice that the family does not have, or that the sizes do not allow, and where nothing tells.
+        Raises ValueError for a choice that the family does not have, for one that the sizes do not allow, and for a
+        required choice that is missing.
         """
         chosen = choices.given()
         foreign = [name for name in chosen if name not in self.asked]

@@ -1,4 +1,4 @@
-"""What a family is, one record of all that is asked about it, and what many of Hugging Face's share: rows, common settings.
+"""What a family is: a record of all that is asked about it. Also the rows and settings that many families share.
 
 A family may be known by its mixture alone, whatever stands around it; a whole decoder builds on the same rows.
 """
@@ -21,10 +21,12 @@ from jax_moe.porting.table.rows import Row, Table, stacked, under
 Config = TypeVar("Config")
 
 
-# Of a layer with grouped-query attention: it, and the norms before both halves
-GROUPED = (
+# Of a layer: the norms before both halves, and grouped-query attention
+NORMS = (
     Row("input_layernorm.weight", "D", "attention_norm.scale", "D"),
     Row("post_attention_layernorm.weight", "D", "ffn_norm.scale", "D"),
+)
+GROUPED = (
     Row("self_attn.q_proj.weight", "(H A) D", "attention.query", "D H A"),
     Row("self_attn.q_proj.bias", "(H A)", "attention.query_bias", "H A"),
     Row("self_attn.k_proj.weight", "(J A) D", "attention.key", "D J A"),
@@ -60,7 +62,7 @@ LAYER = "model.layers.{l}."
 
 @dataclass(frozen=True)
 class Names:
-    """What one side calls a mixture's weights: rows of one layer, and the prefix that they stand below in a whole model."""
+    """What files, or the reference in memory, call a mixture's weights: a layer's rows and their prefix in a model."""
 
     rows: tuple[Row, ...]
     layer: str  # layout of a mixture by itself; families with the same rows share it
@@ -75,13 +77,14 @@ class Names:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The mixture of one layer: its contract from config.json and back, its names in files and in the reference's memory."""
+    """A layer's mixture: its contract from config.json and back, its names in files and in the reference's memory."""
 
     read: Callable[[Settings], MoEConfig]
     write: Callable[[MoEConfig], dict[str, Any]]
     on_disk: Names
     in_memory: Names  # files may have these names too
-    # The model types that have it, each with the way to its text model's settings in config.json. None: the family, at the top
+    # The model types that have it, each with the way to its text model's settings in config.json. None: the family,
+    # at the top
     types: Mapping[str, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ("model.",)  # what may stand before `layers.` in a file
     by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
@@ -89,23 +92,28 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Whole:
-    """The decoder around a family's mixtures: its contract from config.json and back, its other rows, its optimizer's order."""
+    """The decoder around the mixtures: its contract from config.json and back, other rows, optimizer order."""
 
     architecture: str
     read: Callable[[Settings, MoEConfig], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
-    # Rows of a layer's attention and norms, by the decoder's attribute that stacks what is of that kind
-    attention: Mapping[str, tuple[Row, ...]] = field(default_factory=lambda: {"blocks": under(GROUPED, LAYER, "")})
-    dense: tuple[Row, ...] = under(gated_ffn("", ""), f"{LAYER}mlp.", "")  # of a layer without a mixture
+    attention: Mapping[str, tuple[Row, ...]] = field(default_factory=lambda: {"grouped": GROUPED})  # rows by kind
+    norms: tuple[Row, ...] = NORMS  # of every layer
+    dense: tuple[Row, ...] = under(gated_ffn("", ""), "mlp.", "")  # of a layer without a mixture
+    layer: str = LAYER  # what stands before the names of these rows
     before: tuple[Row, ...] = BEFORE  # all layers
     after: tuple[Row, ...] = AFTER
-    # How the reference numbers a layer's parameters: by the first of these that a name begins with, then as the rows stand.
+    # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
     order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
+
+    def named(self, ours: str) -> str:
+        """The files' name of what stands outside the layers: of our "embedding", "head" or "final_norm.scale"."""
+        return next(row.theirs for row in (*self.before, *self.after) if row.ours == ours)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One record: a config.json's `model_type` with its mixture and decoder, or a state dict that its names tell, or both."""
+    """A family: a config.json's `model_type` with mixture and decoder, or a state dict known by its names, or both."""
 
     name: str  # of a Hugging Face family its model_type
     mixture: Mixture | None = None
@@ -121,7 +129,9 @@ class Family:
         return self._contract({**values, **own}, self.mixture.read)
 
     def text_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The text model's own settings of a config.json, its model type the family's. Raises ValueError if there are none."""
+        """The text model's own settings of a config.json, its model type the family's. Raises ValueError if there are
+        none.
+        """
         assert self.mixture is not None
         model_type, found = values.get("model_type"), dict[str, Any](values)
         way = self.mixture.types.get(model_type) if isinstance(model_type, str) else None
@@ -130,7 +140,8 @@ class Family:
         for word in filter(None, way.split(".")):
             inner = found.get(word)
             require(isinstance(inner, dict), word, inner, "an object with the text model's settings")
-            found = {**inner, **{name: found[name] for name in ("quantization_config",) if name in found}}  # type: ignore[dict-item]
+            outer = {name: found[name] for name in ("quantization_config",) if name in found}
+            found = {**inner, **outer}  # type: ignore[dict-item]
         return {**found, "model_type": self.name}
 
     def config(self, values: Mapping[str, Any]) -> DecoderConfig:
@@ -138,9 +149,15 @@ class Family:
         mixture, decoder = self._parts()
         return self._contract(values, lambda settings: decoder.read(settings, mixture.read(settings)))
 
+    @property
+    def whole(self) -> Whole:
+        """The decoder, of a family whose whole decoder is known."""
+        assert self.decoder is not None, f"of {self.name} the whole decoder is not known"
+        return self.decoder
+
     def _parts(self) -> tuple[Mixture, Whole]:
-        assert self.mixture is not None and self.decoder is not None, f"of {self.name} the whole decoder is not known"
-        return self.mixture, self.decoder
+        assert self.mixture is not None
+        return self.mixture, self.whole
 
     def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
         settings = Settings(values)
@@ -179,14 +196,15 @@ class Family:
     def _table(self, names: Names, config: DecoderConfig) -> Table:
         """The rows of every stack of layers, each with the numbers that its layers have in the files."""
         decoder, numbers = self._parts()[1], dict[str, tuple[int, ...]]()
-        kinds = {**decoder.attention, "moe": under(names.rows, names.within, ""), "dense": decoder.dense}
+        kinds = {"moe": under(names.rows, names.within, ""), "dense": under(decoder.dense, decoder.layer, "")}
+        kinds |= {kind: under((*decoder.norms, *rows), decoder.layer, "") for kind, rows in decoder.attention.items()}
         attention, ffn = list[Row](), list[Row]()
-        for i, (stack, layers) in enumerate(stacks(config).items()):
-            kind, number = re.sub(r"_\d+$", "", stack), f"l{i}"
-            rows = stacked(kinds.get(kind, ()), "", f"{stack}.", number)
+        for i, (name, stack) in enumerate(config.stacks.items()):
+            number, kind = f"l{i}", stack.contract.kind
+            rows = stacked(kinds.get(kind, ()), "", f"{name}.", number)
             numbered = (replace(row, theirs=row.theirs.replace("{l}", f"{{{number}}}")) for row in rows)
             (attention if kind in decoder.attention else ffn).extend(numbered)
-            numbers[number] = layers
+            numbers[number] = stack.layers
         return Table(names.whole, (*decoder.before, *attention, *decoder.after, *ffn), numbers=numbers)
 
     def parameter_order(self, plan: Plan) -> list[str]:
@@ -195,48 +213,54 @@ class Family:
         before, order = [row.theirs for row in decoder.before], decoder.order
 
         def rank(name: str) -> tuple[int, int, int]:
-            found = re.match(LAYER.replace(".", r"\.").replace("{l}", r"(\d+)"), name)
+            found = re.match(decoder.layer.replace(".", r"\.").replace("{l}", r"(\d+)"), name)
             if found is None:
                 return (0 if name in before else 2), 0, 0
             rest = name[found.end() :]
-            return 1, int(found[1]), next(i for i, start in enumerate(order) if rest.startswith(start))
+            place = next((i for i, start in enumerate(order) if rest.startswith(start)), None)
+            require(place is not None, f"{self.name}: order", order, f"of prefixes that {rest} has one of")
+            return 1, int(found[1]), place  # type: ignore[return-value]
 
         return sorted(plan.their_shapes, key=rank)  # within a module in the order of the rows
 
 
-def stacks(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """{attribute of the decoder: the layers whose parameters are stacked in it}."""
-    return {"blocks": tuple(range(config.num_layers)), "moe": config.moe_layers, "dense": config.dense_layers}
+def read_around(
+    settings: Settings, *, max_positions: int = 2048, norm_eps: float = 1e-6, aux: float = 0.001
+) -> dict[str, Any]:
+    """Fields of `DecoderConfig` that every family's config.json says in the same words: all but its layers.
+
+    The others are what transformers takes where config.json is silent.
+    """
+    return {
+        "vocab_size": settings.size("vocab_size"),
+        "model_dim": settings.size("hidden_size"),
+        "max_positions": settings.integer("max_position_embeddings", max_positions),
+        "norm_eps": settings.number("rms_norm_eps", norm_eps),
+        "tied_embeddings": settings.flag("tie_word_embeddings", False),
+        "balance_loss_weight": settings.number("router_aux_loss_coef", aux),
+    }
 
 
 def read_decoder(
-    settings: Settings, moe: MoEConfig, *, max_positions: int = 2048, kv_heads: int | None = None, null_kv_heads: bool = True,
-    theta: float = 10000.0, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
+    settings: Settings, moe: MoEConfig, *, kv_heads: int | None = None, null_kv_heads: bool = True, theta: float = 10000.0,
+    max_positions: int = 2048, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
 ) -> DecoderConfig:
-    """What every family's config.json says in the same words; `own` are the family's fields. May raise ValueError.
+    """A decoder of grouped-query attention; `own` are the family's fields of `GroupedDecoder`. May raise ValueError.
 
-    The others are what transformers takes where config.json is silent: `kv_heads` None is one for each query head, which null
-    means too where `null_kv_heads`.
+    The other arguments are transformers' defaults for missing fields: `kv_heads` None gives each query head its own,
+    and so does null in config.json if `null_kv_heads`.
     """
-    heads, width = settings.size("num_attention_heads"), settings.size("hidden_size")
-    max_positions = settings.integer("max_position_embeddings", max_positions)
-    null = heads if null_kv_heads else REFUSED
-    head_dim = width // heads
-    expert = dataclasses.replace(moe.expert, activation=settings.activation())
-    return DecoderConfig.grouped(**{
-        "vocab_size": settings.size("vocab_size"),
-        "model_dim": width,
+    around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux)
+    heads = settings.size("num_attention_heads")
+    head_dim = around["model_dim"] // heads
+    return DecoderConfig.grouped(**around | {
         "num_layers": settings.size("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=null),
+        "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=heads if null_kv_heads else REFUSED),
         "head_dim": settings.integer("head_dim", head_dim, null=head_dim),
-        "moe": dataclasses.replace(moe, expert=expert),
-        "max_positions": max_positions,
-        "rope": read_rope(settings, theta, max_positions),
-        "norm_eps": settings.number("rms_norm_eps", norm_eps),
+        "moe": moe,
+        "rope": read_rope(settings, theta, around["max_positions"]),
         "attention_dropout": settings.number("attention_dropout", 0.0),
-        "tied_embeddings": settings.flag("tie_word_embeddings", False),
-        "balance_loss_weight": settings.number("router_aux_loss_coef", aux),
     } | own)
 
 
@@ -256,17 +280,25 @@ def write_moe(moe: MoEConfig, experts: str, width: str) -> dict[str, Any]:
     """The reverse of `read_moe`; `experts` and `width` are the family's names of two sizes."""
     words = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
-        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts, width: moe.expert_dim,
+        "hidden_size": moe.model_dim, "hidden_act": words[moe.expert.activation], experts: moe.num_experts,
+        width: moe.expert_dim,
         "num_experts_per_tok": moe.top_k,
+    }
+
+
+def write_around(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `read_around`, and the number of layers."""
+    return {
+        "vocab_size": config.vocab_size, "num_hidden_layers": config.num_layers,
+        "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings, "router_aux_loss_coef": config.balance_loss_weight,
     }
 
 
 def write_decoder(config: DecoderConfig) -> dict[str, Any]:
     """The reverse of `read_decoder`; what is of the mixture stands in `write_moe`."""
-    return {
-        "vocab_size": config.vocab_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions, "rope_parameters": write_rope(config.rope),
-        "rms_norm_eps": config.norm_eps, "attention_dropout": config.attention_dropout,
-        "tie_word_embeddings": config.tied_embeddings, "router_aux_loss_coef": config.balance_loss_weight,
+    attention = config.attention
+    return write_around(config) | {
+        "num_attention_heads": attention.num_heads, "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim, "rope_parameters": write_rope(attention.rope), "attention_dropout": attention.dropout,
     }

@@ -13,7 +13,8 @@ from jax_moe.porting.families.settings import ACTIVATIONS, REFUSED, Settings
 
 REQUIRED: Any = object()
 PARTS: dict[str, type] = {"router": RouterConfig, "expert": ExpertConfig, "balance": BalanceConfig}
-HUGGING_FACE = {"balance.f_sums_to": "k", "balance.pooled": "over_layers"}  # the balance loss of Mixtral and its descendants
+# The balance loss of Mixtral and its descendants
+HUGGING_FACE = {"balance.f_sums_to": "k", "balance.pooled": "over_layers"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,15 @@ class Field:
             found: Any = settings.size(*names)
         else:
             name = next((one for one in names if one in settings.values), names[0])
-            found = settings.take(name, float if type(self.default) is float else type(self.default), self.default, self.null)
+            found = settings.take(name, type(self.default), self.default, self.null)
             if self.words is not None and found not in self.words:
                 settings.wrong(name, f"one of {', '.join(str(word).lower() for word in self.words)}")
                 found = self.default
         if self.times is not None:
             found *= settings.size(self.times)
-        return float(found) if type(self.default) is float else self.words[found] if self.words is not None else found
+        if self.words is not None:
+            return self.words[found]
+        return float(found) if type(self.default) is float else found
 
     def write(self, ours: Any, written: Mapping[str, Any]) -> Any:
         """Their value; `written` are the settings that stand before this one. None where no value says ours."""
@@ -57,8 +60,12 @@ class Contract:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, Any] = field(default_factory=dict)  # {setting: its only value that is supported}
 
-    def but(self, *fields: Field, without: str = "", refused: Mapping[str, Any] | None = None, **fixed: Any) -> "Contract":
-        """Another family's: these settings in the place of those that say the same; `router__score="sigmoid"` is fixed."""
+    def but(
+        self, *fields: Field, without: str = "", refused: Mapping[str, Any] | None = None, **fixed: Any
+    ) -> "Contract":
+        """Another family's: these settings in the place of those that say the same; `router__score="sigmoid"` is
+        fixed.
+        """
         said = {one.ours for one in fields} | {name.replace("__", ".") for name in fixed} | set(without.split())
         kept = tuple(one for one in self.fields if one.ours not in said)
         other = {name.replace("__", "."): value for name, value in fixed.items()}
@@ -93,7 +100,9 @@ class Contract:
         return message
 
     def write(self, moe: MoEConfig) -> dict[str, Any]:
-        """config.json's settings; whether they say all of the contract is for the caller to see, by reading them back."""
+        """config.json's settings; whether they say all of the contract is for the caller to see, by reading them
+        back.
+        """
         written: dict[str, Any] = {}
         for one in self.fields:
             part, _, leaf = one.ours.rpartition(".")
@@ -109,7 +118,9 @@ def activation(name: str = "hidden_act", default: str = "silu") -> Field:
     return Field(name, "expert.activation", default, ACTIVATIONS)
 
 
-def sizes(experts: str, width: str, top_k: str = "num_experts_per_tok", model: str = "hidden_size") -> tuple[Field, ...]:
+def sizes(
+    experts: str, width: str, top_k: str = "num_experts_per_tok", model: str = "hidden_size"
+) -> tuple[Field, ...]:
     """What every mixture has; the names are the family's."""
     return (
         Field(model, "model_dim"), Field(width, "expert_dim"), Field(experts, "num_experts"), Field(top_k, "top_k"),

@@ -45,8 +45,8 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
     return write_decoder(config) | {
-        "attention_bias": config.qkv_bias, "embedding_multiplier": config.embedding_multiplier,
-        "attention_multiplier": config.score_scale, "residual_multiplier": config.residual_multiplier,
+        "attention_bias": config.attention.qkv_bias, "embedding_multiplier": config.embedding_multiplier,
+        "attention_multiplier": config.attention.score_scale, "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_divisor,
     }
 

@@ -77,7 +77,8 @@ def read_layer(shapes: Shapes, chosen: dict[str, Any]) -> MoEConfig:
 
 
 MAKEMOE = Family("makemoe", state=StateDict(
-    MakeMoE, MakeMoEConfig, LANGUAGE_MODEL, r"(token_embedding_table\.weight|blocks\.\d+\.smoe\..*)", read, ASKED, "characters",
+    MakeMoE, MakeMoEConfig, LANGUAGE_MODEL, r"(token_embedding_table\.weight|blocks\.\d+\.smoe\..*)", read, ASKED,
+    "characters",
 ))
 MAKEMOE_LAYER = Family("makemoe_layer", state=StateDict(
     MoE, MoEConfig, Table("makemoe", SPARSE_MOE_ROWS), r"router\.topkroute_linear\.weight", read_layer, ASKED,

@@ -37,7 +37,8 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
     """The contract."""
     bias = settings.flag("attention_bias", False)
     return read_decoder(
-        settings, moe, max_positions=4096, norm_eps=1e-5, aux=0.01, qkv_bias=bias, output_bias=bias, qk_norm="full_width",
+        settings, moe, max_positions=4096, norm_eps=1e-5, aux=0.01, qkv_bias=bias, output_bias=bias,
+        qk_norm="full_width",
         clip_qkv=settings.number("clip_qkv", None),
     )
 
@@ -45,7 +46,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
     return write_decoder(config) | {
-        "attention_bias": config.qkv_bias, "clip_qkv": config.clip_qkv,
+        "attention_bias": config.attention.qkv_bias, "clip_qkv": config.attention.clip_qkv,
     }
 
 

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Hugging Face `qwen2_moe`): a gated shared expert, biased q, k, v, dense layers by index, a window in every other."""
+"""Qwen2-MoE (Hugging Face `qwen2_moe`): gated shared expert, biased q, k, v, dense and windowed layers."""
 
 from typing import Any
 
@@ -91,7 +91,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     slides = config.sliding_layers
     kinds = ["sliding_attention" if i in slides else "full_attention" for i in range(config.num_layers)]
     return write_decoder(config) | write_dense(config) | {
-        "qkv_bias": config.qkv_bias, "use_sliding_window": bool(slides), "sliding_window": config.sliding_window,
+        "qkv_bias": config.attention.qkv_bias, "use_sliding_window": bool(slides), "sliding_window": config.sliding_window,
         "layer_types": kinds,
     }
 

@@ -47,7 +47,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
 def write(config: DecoderConfig) -> dict[str, Any]:
     """config.json."""
     return write_decoder(config) | write_dense(config) | {
-        "attention_bias": config.qkv_bias, "use_sliding_window": config.sliding_window is not None,
+        "attention_bias": config.attention.qkv_bias, "use_sliding_window": config.sliding_window is not None,
         "sliding_window": config.sliding_window,
     }
 

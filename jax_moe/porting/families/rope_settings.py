@@ -11,8 +11,8 @@ WHOLE = "these families rotate whole heads"
 def read_rope(settings: Settings, theta: float, max_positions: int) -> RopeConfig:
     """The contract of rope_parameters, or of the older rope_scaling; `theta` is the family's default.
 
-    Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta stands
-    at the top level; the trained length of yarn and llama3 is taken from the top level first.
+    Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta
+    stands at the top level; the trained length of yarn and llama3 is taken from the top level first.
     """
     names = ("rope_scaling", "rope_parameters")
     given = [(name, settings.take(name, dict, {}, {})) for name in names]
@@ -45,7 +45,9 @@ def _stretching(settings: Settings, inner: Settings, kind: str, max_positions: i
     required = ["factor"]
     if kind == "yarn":
         found |= {name: inner.number(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim")}
-        found |= {name: inner.number(name, usual, null=usual) for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0))}
+        found |= {
+            name: inner.number(name, usual, null=usual) for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0))
+        }
         found["truncate"] = inner.flag("truncate", True)
         if inner.values.get("factor", 0) is None:
             return found | {"factor": max_positions / found["original_max_positions"]}

@@ -8,11 +8,15 @@ from jax_moe.config.checks import is_number, shorten
 from jax_moe.config.moe import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
-_WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+_WORDS = {
+    int: "an integer", float: "a finite number", bool: "true or false", str: "a string", list: "a list",
+    dict: "an object",
+}
 
 
 REFUSED: Any = object()  # the default answer to null
@@ -21,8 +25,8 @@ REFUSED: Any = object()  # the default answer to null
 class Settings:
     """A dictionary asked by name and type. What is missing or wrong is noted in `errors` and answered with a stand-in.
 
-    null is no value: it counts as missing where a value is required, and is refused where transformers refuses it, unless
-    `null` says what it means.
+    null is no value: it counts as missing where a value is required, and is refused where transformers refuses it,
+    unless `null` says what it means.
     """
 
     def __init__(self, values: Mapping[str, Any], errors: list[str] | None = None, prefix: str = ""):
@@ -40,7 +44,8 @@ class Settings:
         value = self.values[name]
         if value is None and null is not REFUSED:
             return null
-        fits = is_number(value) if kind is float else isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        fits = is_number(value) if kind is float else fits
         if not fits:
             self.wrong(name, _WORDS[kind])
         return value if fits else default

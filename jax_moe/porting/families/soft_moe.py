@@ -15,7 +15,10 @@ _EXPERT = (
     *linear("last_fc", "last_fc.", "I O"),
     *layer_norm("last_ln", "last_ln", "O"),
 )
-ROWS = (Row("phi", "D E C", "phi", "D E C"), Row("scale", "", "scale", ""), *stacked(_EXPERT, "experts.{e}.", "experts.", "e"))
+ROWS = (
+    Row("phi", "D E C", "phi", "D E C"), Row("scale", "", "scale", ""),
+    *stacked(_EXPERT, "experts.{e}.", "experts.", "e"),
+)
 
 
 def read(shapes: Shapes, chosen: dict[str, Any]) -> SoftMoEConfig:
@@ -33,5 +36,6 @@ def read(shapes: Shapes, chosen: dict[str, Any]) -> SoftMoEConfig:
 
 
 SOFT_MOE = Family("soft_moe", state=StateDict(
-    SoftMoE, SoftMoEConfig, Table("soft_moe", ROWS), "phi", read, ("hidden_activation", "output_activation", "residual"),
+    SoftMoE, SoftMoEConfig, Table("soft_moe", ROWS), "phi", read,
+    ("hidden_activation", "output_activation", "residual"),
 ))

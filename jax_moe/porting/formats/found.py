@@ -49,7 +49,7 @@ class Found:
     run: RunWeights | None = None  # of a run, which of its weights are read
     assumed: dict[str, Any] = field(default_factory=dict)  # settings that a file does not say and nobody gave
     unwrapped: str | None = None  # what was taken from a wrapper's names, in words
-    optimizer: Any = None  # an optimizer's state, if there is one: the file beside the weights or, of a file, torch's state dict
+    optimizer: Any = None  # an optimizer's state, if any: the file beside the weights or, of a file, torch's state dict
     # Of a Hugging Face model, in whatever form
     origin: Origin | None = None
     model: Decoder | None = None  # shapes, no numbers
@@ -85,4 +85,4 @@ class Found:
     @property
     def stored(self) -> dict[str, Header]:
         """All tensors, a tied head among them."""
-        return self.tensors if self.head is None else {**self.tensors, "lm_head.weight": self.head}
+        return self.tensors if self.head is None else {**self.tensors, self.family.whole.named("head"): self.head}

@@ -17,6 +17,7 @@ from jax_moe.guarded import read_json, read_text_and_object
 from jax_moe.parameters import declared
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import family_named
+from jax_moe.porting.families.family import Family
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
 from jax_moe.porting.formats.shards import INDEX, SINGLE, files_of, open_weights
@@ -34,7 +35,7 @@ COPIED = (
 
 
 NO_WEIGHTS = "rotary_emb.inv_freq"  # follows from config.json; transformers skips it too, and writes it no longer
-TIED = "must be model.embed_tokens.weight, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
+TIED = "must be {}, as tie_word_embeddings=true says; set it to false in config.json to keep this head"
 
 
 def is_hf(path: Path) -> bool:
@@ -52,7 +53,7 @@ def is_hf_config(values: Mapping[str, Any]) -> bool:
 
 
 def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> Found:
-    """The folder, once its names and shapes are those of its config.json: `read` is its text and values, if it was read.
+    """The folder, its names and shapes checked against its config.json; `read` is that file's text and values, if read.
 
     Raises ValueError (PortError for weights) with everything that is wrong, so far as headers tell.
     """
@@ -62,7 +63,8 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     with _named(path / "config.json"):
         family = family_named(values.get("model_type"))
     found = open_weights(path)
-    own, taken = own_names(found, lambda names: any(name.startswith("model.layers.") for name in names))
+    first = family.whole.layer.partition("{l}")[0]
+    own, taken = own_names(found, lambda names: any(name.startswith(first) for name in names))
     headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
     with _named(path / "config.json"):
         check_weights_name(values)
@@ -73,12 +75,12 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     model = abstract_decoder(config, origin)
     plans = [make_plan(table, declared(model)) for table in (family.on_disk(config), family.in_memory(config))]
     plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
-    headers, head = _tied_head_apart(config, headers, path)
+    headers, head = _tied_head_apart(family, config, headers, path)
     check(plan, headers, f"{path} (layout {plan.table.name})")
     state = path / OPTIMIZER
     return Found(
-        path=path, kind="hf", place=path, family=family, config=config, tensors=headers, ours=False, origin=origin, model=model,
-        plan=plan, head=head, optimizer=state if state.is_file() else None,
+        path=path, kind="hf", place=path, family=family, config=config, tensors=headers, ours=False, origin=origin,
+        model=model, plan=plan, head=head, optimizer=state if state.is_file() else None,
         unwrapped=f"names without {' and '.join(taken)}" if taken else None,
     )
 
@@ -90,9 +92,12 @@ def weight_files(path: Path) -> list[Path]:
 
 def check_head(found: Found) -> None:
     """Raises PortError if a stored tied head is not the embedding, bit for bit: two tensors, read."""
-    if found.head is not None and not same_bits(found.head.read(), found.tensors["model.embed_tokens.weight"].read()):
+    if found.head is None:
+        return
+    head, embedding = map(found.family.whole.named, ("head", "embedding"))
+    if not same_bits(found.head.read(), found.tensors[embedding].read()):
         assert found.plan is not None
-        raise PortError(f"{found.place} (layout {found.plan.table.name})", wrong=[f"lm_head.weight {TIED}"])
+        raise PortError(f"{found.place} (layout {found.plan.table.name})", wrong=[f"{head} {TIED.format(embedding)}"])
 
 
 def check_weights_name(values: Mapping[str, Any]) -> None:
@@ -114,7 +119,7 @@ def check_sizes(config: DecoderConfig, headers: Mapping[str, Header]) -> None:
     moe = config.moe
     sizes = {
         "vocab_size": config.vocab_size, "model_dim": config.model_dim,
-        "num_heads * head_dim": config.num_heads * config.head_dim,
+        **{name: size for layer in dict.fromkeys(config.layers) for name, size in layer.attention.sizes().items()},
         "num_layers * num_experts": len(config.moe_layers) * moe.num_experts, "expert_dim": moe.expert_dim,
         "dense_dim": config.dense_dim, "shared_dim": moe.expert.shared_dim,
     }
@@ -157,11 +162,12 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _tied_head_apart(
-    config: DecoderConfig, headers: dict[str, Header], path: Path
+    family: Family, config: DecoderConfig, headers: dict[str, Header], path: Path
 ) -> tuple[dict[str, Header], Header | None]:
-    head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
+    names = [family.whole.named(ours) for ours in ("head", "embedding")]
+    head, embedding = map(headers.get, names)
     if not config.tied_embeddings or head is None or embedding is None:
         return headers, None
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
-        raise PortError(str(path), wrong=[f"lm_head.weight is {head.dtype}{list(head.shape)}, {TIED}"])
-    return {name: header for name, header in headers.items() if name != "lm_head.weight"}, head
+        raise PortError(str(path), wrong=[f"{names[0]} is {head.dtype}{list(head.shape)}, {TIED.format(names[1])}"])
+    return {name: header for name, header in headers.items() if name != names[0]}, head

@@ -1,4 +1,4 @@
-"""A `.pt` file judged before its tensors are touched: what torch.load gave is a stranger's, whatever it says of itself."""
+"""Checks of a `.pt` file before its tensors are used: nothing that torch.load returns is trusted."""
 
 import math
 import zipfile
@@ -11,9 +11,9 @@ from jax_moe.guarded import NPZ, refuse_pointer, require_memory
 
 
 def check_file(path: Path, mapped: bool) -> bool:
-    """Whether the file is an archive of PyTorch 1.6 or later. Raises ValueError for one that could be larger than it is.
+    """Whether the file is an archive of PyTorch 1.6 or later. Raises ValueError if it can unpack to more than its size.
 
-    torch.save stores its records as they are: one that is compressed, or records that overlap, would be more than the file.
+    torch.save stores records uncompressed: compressed or overlapping records would unpack to more than the file holds.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -36,7 +36,7 @@ def check_file(path: Path, mapped: bool) -> bool:
 
 
 def check_optimizer(state_dict: Any, where: Any) -> None:
-    """Raises ValueError unless it is built as torch.optim's state_dict(): numbers of parameters, entries, groups of numbers."""
+    """Raises ValueError unless it is structured as torch.optim's state_dict(): numbered entries, plain groups."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
     fits = isinstance(state, Mapping) and isinstance(groups, list) and bool(groups) and all(map(_is_group, groups))
@@ -50,7 +50,9 @@ def check_optimizer(state_dict: Any, where: Any) -> None:
         if not (_is_count(value) if key == "step" else value is None or hasattr(value, "untyped_storage"))
     ]
     if odd:
-        raise ValueError(f"{where}: optimizer state: must hold tensors and whole numbers of steps; {', '.join(odd[:5])}")
+        raise ValueError(
+            f"{where}: optimizer state: must hold tensors and whole numbers of steps; {', '.join(odd[:5])}"
+        )
 
 
 def _is_entry(entry: Any) -> bool:
@@ -70,7 +72,9 @@ def _is_count(step: Any) -> bool:
     if step is None:
         return True
     if hasattr(step, "untyped_storage"):
-        if step.device.type != "cpu" or str(step.layout) != "torch.strided" or step.is_nested or math.prod(step.shape) != 1:
+        if step.device.type != "cpu" or str(step.layout) != "torch.strided" or step.is_nested:
+            return False
+        if math.prod(step.shape) != 1:
             return False
         step = step.item()
     return type(step) in (int, float) and 0 <= step < 2**62 and step == int(step)

@@ -19,8 +19,8 @@ from jax_moe.porting.tensors import in_memory
 def open_path(path: Path, choices: Choices | None = None) -> Found:
     """What is there, its config.json read once; `choices` say what a file's weights do not tell.
 
-    Raises ValueError for what is no checkpoint, is of no known family or does not fit its contract as far as headers tell, for
-    a run that has no weights yet, and for choices beside a folder, whose config.json has them.
+    Raises ValueError for what is no checkpoint, is of no known family or does not fit its contract as far as headers
+    tell, for a run that has no weights yet, and for choices beside a folder, whose config.json has them.
     """
     if not path.is_dir():
         return open_file(path, choices or Choices())
@@ -59,7 +59,8 @@ def open_file(path: Path, choices: Choices) -> Found:
         raise ValueError(f"{path}: {error}") from None
     return Found(
         path=path, kind="file", place=path, family=family, config=config, tensors=in_memory(state), ours=False,
-        assumed=family.state.assumed(config, choices), unwrapped=f"names without {' and '.join(taken)}" if taken else None,
+        assumed=family.state.assumed(config, choices),
+        unwrapped=f"names without {' and '.join(taken)}" if taken else None,
         optimizer=_renamed(opened.optimizer, own), dictionary=replace(opened, state=None),
     )
 
@@ -80,7 +81,7 @@ def _renamed(optimizer: object, own: dict[str, str]) -> object:
     if not isinstance(optimizer, dict):
         return optimizer
     groups = [
-        {**group, "param_names": [own.get(name, name) for name in group["param_names"]]} if "param_names" in group else group
+        group | {key: [own.get(name, name) for name in group[key]] for key in ("param_names",) if key in group}
         for group in optimizer["param_groups"]
     ]
     return {**optimizer, "param_groups": groups}

@@ -66,7 +66,9 @@ def checked_about(file: Path, about: Any) -> dict[str, Any]:
     if not _among(about.get("family"), families):
         raise ValueError(f"{file}: family={shorten(repr(about.get('family')))}: must be one of {', '.join(families)}")
     if not _among(about.get("storage", "safetensors"), get_args(Storage)):
-        raise ValueError(f"{file}: storage={shorten(repr(about['storage']))}: must be one of {', '.join(get_args(Storage))}")
+        raise ValueError(
+            f"{file}: storage={shorten(repr(about['storage']))}: must be one of {', '.join(get_args(Storage))}"
+        )
     characters = about.get("characters")
     if characters is not None and not (isinstance(characters, str) and len(set(characters)) == len(characters)):
         raise ValueError(f"{file}: characters must be a string without repeats")
@@ -76,7 +78,8 @@ def checked_about(file: Path, about: Any) -> dict[str, Any]:
 def instead(path: Path) -> str:
     """What a folder without a config.json is, where that can be told."""
     adapter = (path / "adapter_config.json").is_file()
-    return "; it is an adapter (LoRA or like it): merge it into its model first, `model.merge_and_unload()`" if adapter else ""
+    hint = "; it is an adapter (LoRA or like it): merge it into its model first, `model.merge_and_unload()`"
+    return hint if adapter else ""
 
 
 def _among(value: Any, names: Iterable[str]) -> bool:
@@ -84,7 +87,7 @@ def _among(value: Any, names: Iterable[str]) -> bool:
 
 
 def open_own(path: Path, about: dict[str, Any]) -> Found:
-    """The folder that `about` is the config.json of. Raises ValueError with everything in which it does not fit its contract."""
+    """The folder whose config.json is `about`. Raises ValueError naming everything that does not fit the contract."""
     if about["family"] == DECODER:
         return _open_decoder(path, about)
     family = FAMILIES[about["family"]]
@@ -96,7 +99,8 @@ def open_own(path: Path, about: dict[str, Any]) -> Found:
     orbax = about.get("storage") == "orbax"
     tensors = _stored_arrays(path, about) if orbax else in_memory(read_state(path / "weights.safetensors"))
     return Found(
-        path=path, kind="ours", place=path, family=family, config=config, tensors=tensors, ours=True, characters=characters,
+        path=path, kind="ours", place=path, family=family, config=config, tensors=tensors, ours=True,
+        characters=characters,
         optimizer=optimizer_in(path),
     )
 
@@ -112,8 +116,8 @@ def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
     arrays, model = _stored_arrays(path, about), abstract_decoder(config, origin)
     check_arrays(path, arrays, declared(model))
     return Found(
-        path=path, kind="ours", place=path, family=family_named(origin.model_type), config=config, tensors=arrays, ours=True,
-        origin=origin, model=model, optimizer=optimizer_in(path),
+        path=path, kind="ours", place=path, family=family_named(origin.model_type), config=config, tensors=arrays,
+        ours=True, origin=origin, model=model, optimizer=optimizer_in(path),
     )
 
 

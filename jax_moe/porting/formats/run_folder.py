@@ -1,7 +1,7 @@
 """The folder of a run of train/train.py: its newest weights, finished or not.
 
-config.json holds settings, model and text. checkpoints/STEP is an Orbax checkpoint of {"params", "optimizer"}, whole once
-checkpoints/STEP.sha256 has the sums of its files; checkpoints/STEP.pt is PyTorch's. A run that has ended leaves
+config.json holds settings, model and text. checkpoints/STEP is an Orbax checkpoint of {"params", "optimizer"}, whole
+once checkpoints/STEP.sha256 has the sums of its files; checkpoints/STEP.pt is PyTorch's. A run that has ended leaves
 model.safetensors under makeMoE's names or, fine-tuned, the Hugging Face folder pretrained/.
 """
 
@@ -44,10 +44,13 @@ def _open_makemoe(path: Path, about: Mapping[str, Any], run: RunWeights) -> Foun
     text = about.get("text")
     characters = text.get("vocabulary") if isinstance(text, dict) else None
     if characters is not None and not (isinstance(characters, str) and len(set(characters)) == config.vocab_size):
-        raise ValueError(f"{path / 'config.json'}: text.vocabulary: must be vocab_size={config.vocab_size} different characters")
+        raise ValueError(
+            f"{path / 'config.json'}: text.vocabulary: must be vocab_size={config.vocab_size} different characters"
+        )
     ours = run.place.is_dir()
     return Found(
-        path=path, kind="run", place=run.place, family=MAKEMOE, config=config, ours=ours, run=run, characters=characters,
+        path=path, kind="run", place=run.place, family=MAKEMOE, config=config, ours=ours, run=run,
+        characters=characters,
         tensors=checkpoint_arrays(run.place) if ours else in_memory(read_whole(run.place).state),
     )
 
@@ -61,8 +64,8 @@ def _open_finetune(path: Path, about: Mapping[str, Any], run: RunWeights) -> Fou
     check_arrays(run.place, arrays, declared(began.model))
     tensors = {name: _as(one, dtypes[name]) for name, one in arrays.items()}
     return Found(
-        path=path, kind="run", place=run.place, family=began.family, config=began.config, tensors=tensors, ours=True, run=run,
-        origin=began.origin, model=began.model,
+        path=path, kind="run", place=run.place, family=began.family, config=began.config, tensors=tensors, ours=True,
+        run=run, origin=began.origin, model=began.model,
     )
 
 
@@ -72,7 +75,9 @@ def _beginning(path: Path, about: Mapping[str, Any]) -> Path:
     for place in (path / PRETRAINED, began):
         if (place / "config.json").is_file():
             return place
-    raise ValueError(f"{path}: began with the model in {began}, which is not there any more and says what the weights are")
+    raise ValueError(
+        f"{path}: began with the model in {began}, which is not there any more and says what the weights are"
+    )
 
 
 def _as(header: Header, dtype: np.dtype) -> Header:
@@ -100,7 +105,9 @@ def newest_weights(folder: Path, about: Mapping[str, Any]) -> RunWeights:
     newest = _newest_checkpoint(folder / CHECKPOINTS)
     if newest is None:
         if not mark.is_file():
-            raise ValueError(f"{folder}: is a run without weights yet: it has no {last.name}, and no checkpoint that is whole")
+            raise ValueError(
+                f"{folder}: is a run without weights yet: it has no {last.name}, and no checkpoint that is whole"
+            )
         return RunWeights(last, None, steps, True)
     step, place, written = newest
     final = mark.is_file() and mark.stat().st_mtime_ns >= written
@@ -121,7 +128,7 @@ def _newest_checkpoint(folder: Path) -> tuple[int, Path, int] | None:
 
 
 def checkpoint_arrays(place: Path) -> dict[str, Header]:
-    """{our path: header} of the weights in an Orbax checkpoint of a run. Raises ValueError unless its files are as written."""
+    """{our path: header} of the weights in a run's Orbax checkpoint. Raises ValueError if its files have changed."""
     return read_orbax(place, _sums(place), within="params")
 
 
@@ -137,5 +144,6 @@ def _sums(place: Path) -> Sums:
     if wrong or not digests:
         raise damaged(place, f"missing: {', '.join(map(shorten, wrong[:5])) or 'the sums of its files'}")
     return {
-        name.removeprefix(f"{place.name}/"): ((place.parent / name).stat().st_size, digest) for name, digest in digests.items()
+        name.removeprefix(f"{place.name}/"): ((place.parent / name).stat().st_size, digest)
+        for name, digest in digests.items()
     }

@@ -36,7 +36,9 @@ def open_weights(directory: Path) -> dict[str, Header]:
 
 
 def tensor_files(directory: Path) -> dict[str, str]:
-    """{tensor: the file that holds it}, by the index, or by the header of a single file. Raises ValueError as `open_weights`."""
+    """{tensor: the file that holds it}, by the index, or by the header of a single file. Raises ValueError as
+    `open_weights`.
+    """
     files, listed = files_of(directory)
     if listed is not None:
         return listed
@@ -47,7 +49,9 @@ def tensor_files(directory: Path) -> dict[str, str]:
 
 
 def open_tensors(directory: Path, files: Mapping[str, str], names: set[str]) -> dict[str, Header]:
-    """{name: header} of these tensors; of the folder's `files` only those that hold them are opened. Raises ValueError."""
+    """{name: header} of these tensors; of the folder's `files` only those that hold them are opened. Raises
+    ValueError.
+    """
     headers: dict[str, Header] = {}
     errors: list[str] = []
     for file in sorted({files[name] for name in names}):
@@ -57,7 +61,8 @@ def open_tensors(directory: Path, files: Mapping[str, str], names: set[str]) -> 
         except ValueError as error:
             errors.append(str(error))
             continue
-        errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in sorted(wanted - found.keys())]
+        missing = sorted(wanted - found.keys())
+        errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in missing]
         headers |= {name: found[name] for name in found if name in wanted}
     errors += _unsupported(headers)
     if errors:

@@ -14,7 +14,7 @@ SUFFIXES = (".safetensors", *PT_SUFFIXES)
 
 
 def read_state(path: Path) -> dict[str, np.ndarray]:
-    """{name: array} of a `.safetensors`, `.pt`, `.pth` or `.bin` file. Raises ValueError if it is not one or cut short."""
+    """{name: array} of a `.safetensors`, `.pt`, `.pth` or `.bin` file. Raises ValueError if it is damaged."""
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     if not path.is_file():

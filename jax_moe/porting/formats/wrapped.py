@@ -28,20 +28,22 @@ class Opened:
     @property
     def note(self) -> str | None:
         """What was opened and what stays behind, in words."""
-        left = (["the optimizer's state"] if self.optimizer is not None else []) + sorted(str(name)[:40] for name in self.others)
+        left = [] if self.optimizer is None else ["the optimizer's state"]
+        left += sorted(str(name)[:40] for name in self.others)
         beside = f" (beside it: {', '.join(left[:8])}{' ...' if len(left) > 8 else ''})" if left else ""
         return f'from "{self.within}" of a dictionary{beside}' if self.within else None
 
 
 def open_dictionary(whole: Any) -> Opened:
-    """The innermost dictionary under the usual names; what has other content than dictionaries there comes back as it is."""
+    """The innermost dictionary under the usual names; `whole` itself if no usual name holds a dictionary."""
     within: list[str] = []
     optimizer, others = None, dict[Any, Any]()
     while isinstance(whole, Mapping) and len(within) < MOST:
         key = next((name for name in KEYS if isinstance(whole.get(name), Mapping)), None)
         if key is None:
             break
-        word = next((name for name in OPTIMIZERS if isinstance(whole.get(name), Mapping)), None) if optimizer is None else None
+        words = OPTIMIZERS if optimizer is None else ()
+        word = next((name for name in words if isinstance(whole.get(name), Mapping)), None)
         optimizer = whole[word] if word is not None else optimizer
         others |= {name: value for name, value in whole.items() if name not in (key, word)}
         within, whole = [*within, key], whole[key]
@@ -69,7 +71,7 @@ def own_names(names: Iterable[str], known: Callable[[set[str]], bool]) -> tuple[
 
 
 def without_parts(state: Mapping[str, Value]) -> tuple[dict[str, Value], list[str]]:
-    """The state dict without the parts of wrappers in its names, and which they were. Raises ValueError if two names meet."""
+    """The state dict, wrapper parts removed from its names, and those parts. Raises ValueError if names collide."""
     found = sorted({part for name in state for part in PARTS if part in name.split(".")})
     named = {name: ".".join(part for part in name.split(".") if part not in PARTS) for name in state}
     if len(set(named.values())) < len(named):

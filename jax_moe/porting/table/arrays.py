@@ -17,20 +17,24 @@ Fetch = Callable[[Any, tuple], np.ndarray]  # (array, index) to that part in hos
 
 
 def place_all(
-    plan: Plan, headers: Mapping[str, Header], dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool, where: str,
+    plan: Plan, headers: Mapping[str, Header], dtype: np.dtype | None, mesh: Mesh | None, allow_nonfinite: bool,
+    where: str,
     kept: Collection[str] = (),
 ) -> dict[str, jax.Array]:
     """{our path: array on its devices}, each assembled in host memory by itself; `headers` have passed `check`.
 
     `kept` are paths of arrays that keep their dtype whatever `dtype` is.
 
-    Raises PortError naming every tensor with NaN or infinity (or too large for `dtype`), and rather than let jax narrow.
+    Raises PortError naming every tensor with NaN or infinity (or too large for `dtype`), and rather than let jax
+    narrow.
     """
     by_path = {path: list(pieces) for path, pieces in groupby(plan.pieces, key=lambda piece: piece.ours)}
     dtypes = {path: dtype or headers[pieces[0].theirs].dtype for path, pieces in by_path.items()}
     for path in by_path.keys() & kept:  # the widest in which a layer stores it
         dtypes[path] = max((headers[piece.theirs].dtype for piece in by_path[path]), key=lambda one: one.itemsize)
-    narrowed = [f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype]
+    narrowed = [
+        f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype
+    ]
     if narrowed:
         raise PortError("jax would narrow the dtype (jax_enable_x64 is off)", mistyped=narrowed)
     placed: dict[str, jax.Array] = {}
@@ -78,16 +82,18 @@ def _not_finite(pieces: list[Piece], headers: Mapping[str, Header], dtype: np.dt
 
 
 def theirs_from(plan: Plan, arrays: Mapping[str, Any], fetch: Fetch = sharding.fetch) -> dict[str, Header]:
-    """Their tensors, in the order of the rows: what they will be, and how each is read from our arrays when its turn comes.
+    """{foreign name: header}, in the order of the rows; each header reads its tensor from our arrays when asked.
 
-    `fetch` gives a part of one of the arrays, by default of jax's. Raises PortError if two of our arrays that make up one
-    tensor differ in dtype.
+    `fetch` gives a part of one of the arrays, by default of jax's. Raises PortError if two of our arrays that make up
+    one tensor differ in dtype.
     """
     pieces: dict[str, list[Piece]] = {}
     for piece in plan.pieces:
         pieces.setdefault(piece.theirs, []).append(piece)
     dtypes = {name: {np.dtype(arrays[piece.ours].dtype) for piece in parts} for name, parts in pieces.items()}
-    mixed = [f"{name} would hold {' and '.join(sorted(map(str, kinds)))}" for name, kinds in dtypes.items() if len(kinds) > 1]
+    mixed = [
+        f"{name} would hold {' and '.join(sorted(map(str, kinds)))}" for name, kinds in dtypes.items() if len(kinds) > 1
+    ]
     if mixed:
         raise PortError(f"layout {plan.table.name}", mistyped=mixed)
     shapes = plan.their_shapes

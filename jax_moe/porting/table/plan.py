@@ -55,8 +55,9 @@ class Plan:
 
 
 def make_plan(table: Table, ours: Mapping[str, Declared]) -> Plan:
-    """Lays the table over our weights. Raises PortError if some of them have no row, or only in part; ValueError for a row
-    whose dims are not those that the parameter says.
+    """Lays the table over our weights. Raises PortError if rows cover some of them not at all or in part only.
+
+    Raises ValueError for a row whose dims differ from those of the parameter.
     """
     pieces: list[Piece] = []
     their_shapes: dict[str, tuple[int, ...]] = {}
@@ -94,13 +95,16 @@ def their_names(plan: Plan, paths: Collection[str]) -> frozenset[str]:
 
 
 def check(
-    plan: Plan, state: Mapping[str, Any], where: str, dtypes: Mapping[str, np.dtype] | None = None, constants: bool = True
+    plan: Plan, state: Mapping[str, Any], where: str, dtypes: Mapping[str, np.dtype] | None = None,
+    constants: bool = True,
 ) -> None:
     """Raises one PortError with everything in which `state` (arrays, or their shapes and dtypes) differs from the plan.
 
     `dtypes` by our path; None asks only that the tensors which make up one of our arrays agree.
     """
-    expected = plan.their_shapes if not constants else plan.their_shapes | {n: v.shape for n, v in plan.constants.items()}
+    expected = (
+        plan.their_shapes if not constants else plan.their_shapes | {n: v.shape for n, v in plan.constants.items()}
+    )
     wrong = [
         f"{name} must be {_says(plan, name)}"
         for name, value in plan.constants.items()
@@ -122,7 +126,8 @@ def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
 
 def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[slice, ...] | None = None) -> None:
     """Puts the piece of their tensor in its place in ours; with a window, `ours` is that part of our array."""
-    value = theirs.reshape(piece.split)[(*piece.their_index, ...)].transpose(piece.order)  # ...: a view, also of a scalar
+    # ...: a view, also of a scalar
+    value = theirs.reshape(piece.split)[(*piece.their_index, ...)].transpose(piece.order)
     if window is None:
         _copy(ours[(*piece.our_index, ...)], value)
         return
@@ -215,7 +220,8 @@ def _pieces(
     their_index = tuple(slice(None) if part(word) is None else part(word)[0] for word in theirs)  # type: ignore[index]
     for values in itertools.product(*(range(sizes[letter]) for letter in ranged)):
         index = dict(zip(ranged, values, strict=True))
-        our_index = tuple(index.get(word, slice(None)) if part(word) is None else part(word)[0] for word in ours)  # type: ignore[index]
+        parts = ((word, part(word)) for word in ours)
+        our_index = tuple(index.get(word, slice(None)) if of is None else of[0] for word, of in parts)
         printed = {letter: numbers[letter][i] if letter in numbers else i for letter, i in index.items()}
         yield Piece(row.theirs.format(**printed, **in_path), path, split, their_index, our_index, order), shape
 

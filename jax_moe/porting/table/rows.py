@@ -61,7 +61,7 @@ def part(word: str) -> tuple[int, int] | None:
 
 
 def dim(word: str) -> str:
-    """What a word of our dims stands for in the parameter's own: its letter, or the size of a dim that is taken apart."""
+    """What a word of our dims means in the parameter's own dims: its letter, or the size of a part of a split dim."""
     fixed = part(word)
     return str(fixed[1]) if fixed else COUNTED.get(word.rstrip("0123456789"), word)
 
@@ -84,7 +84,8 @@ def stacked(rows: tuple[Row, ...], theirs: str, ours: str, index: str) -> tuple[
 def linear(theirs: str, ours: str, dims: str, kernel: str = "kernel", bias: str = "bias") -> tuple[Row, ...]:
     """torch.nn.Linear [out, in] and flax's kernel [in, out]; `dims` are the kernel's."""
     into, out = dims.split()
-    return Row(f"{theirs}.weight", f"{out} {into}", f"{ours}{kernel}", dims), Row(f"{theirs}.bias", out, f"{ours}{bias}", out)
+    weight = Row(f"{theirs}.weight", f"{out} {into}", f"{ours}{kernel}", dims)
+    return weight, Row(f"{theirs}.bias", out, f"{ours}{bias}", out)
 
 
 def layer_norm(theirs: str, ours: str, dim: str = "D") -> tuple[Row, ...]:

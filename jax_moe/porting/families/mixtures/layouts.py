@@ -1,5 +1,7 @@
 """Rows of one mixture in the words that many families share, and the layouts made of them."""
 
+from dataclasses import replace
+
 from jax_moe.porting.families.family import LAYER, Names, fused_experts, gated_ffn
 from jax_moe.porting.table.rows import Row, under
 
@@ -20,8 +22,12 @@ def each_expert(gate: str = "gate_proj", up: str = "up_proj", down: str = "down_
     )
 
 
-def columns(gate_up: str = "experts.gate_up_proj", down: str = "experts.down_proj", halves: str = "0/2 F") -> tuple[Row, ...]:
-    """All experts in two tensors that stand as they are multiplied: [E, D, 2F] and [E, F, D]; `halves` is "F 0/2" by turns."""
+def columns(
+    gate_up: str = "experts.gate_up_proj", down: str = "experts.down_proj", halves: str = "0/2 F"
+) -> tuple[Row, ...]:
+    """All experts in two tensors that stand as they are multiplied: [E, D, 2F] and [E, F, D]; `halves` is "F 0/2" by
+    turns.
+    """
     return (
         Row(gate_up, f"E D ({halves})", "experts.gate", "E D F"),
         Row(gate_up, f"E D ({halves.replace('0/2', '1/2')})", "experts.up", "E D F"),
@@ -33,6 +39,11 @@ FUSED = fused_experts("experts.gate_up_proj", "experts.down_proj")
 W123 = each_expert("w1", "w3", "w2")
 SHARED = (*gated_ffn("shared_expert.", "shared."), Row("shared_expert_gate.weight", "1 D", "shared_gate", "D 1"))
 SHARED_EXPERTS = gated_ffn("shared_experts.", "shared.")
+
+
+def renamed(rows: tuple[Row, ...], theirs: str, other: str) -> tuple[Row, ...]:
+    """The same rows under names with another word in them."""
+    return tuple(replace(row, theirs=row.theirs.replace(theirs, other)) for row in rows)
 
 
 def both(

@@ -1,4 +1,6 @@
-"""Mixtures of DeepSeek's line: a correction bias, clusters of experts, scaled weights; their scores are mostly sigmoids."""
+"""Mixtures of DeepSeek's line: a correction bias, clusters of experts, scaled weights; their scores are mostly
+sigmoids.
+"""
 
 from typing import Any
 
@@ -15,11 +17,11 @@ from jax_moe.porting.families.mixtures.layouts import (
     W123,
     both,
     each_expert,
+    renamed,
     router,
 )
 from jax_moe.porting.families.mixtures.softmax import ROOTS, family, multimodal, nested
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.table.rows import Row
 
 WIDTH = "moe_intermediate_size"
 NORM = Field("norm_topk_prob", "router.renormalise", True, {True: "eps", False: "none"})
@@ -52,8 +54,8 @@ KIMI = V3.but(
 BAILING = KIMI.defaults(routed_scaling_factor=2.5, num_expert_group=8, topk_group=4)
 NONE_SHARED = V3.but(without="expert.shared_dim")
 HY3 = EXPERTS.but(
-    scale("router_scaling_factor", 2.826), shared("num_shared_experts"), without="router.num_clusters router.top_clusters",
-    router__renormalise="eps",
+    scale("router_scaling_factor", 2.826), shared("num_shared_experts"),
+    without="router.num_clusters router.top_clusters", router__renormalise="eps",
 )
 AFMOE = HY3.but(scale("route_scale", 1.0), shared("num_shared_experts", default=2), router__dtype="input")
 BEAM = EXPERTS.but(without="expert.shared_dim").defaults(n_group=8, topk_group=4)
@@ -98,42 +100,31 @@ def write_v2(moe: MoEConfig) -> dict[str, Any]:
 
 def v2(name: str, around: bool = False) -> Family:
     """A model type with DeepSeek-V2's mixture; `around`: of its text model."""
-    return Family(name, Mixture(read_v2, write_v2, *DEEPSEEK, nested(name) if around else {}, ROOTS if around else ("model.",)))
+    types, roots = (nested(name), ROOTS) if around else ({}, ("model.",))
+    return Family(name, Mixture(read_v2, write_v2, *DEEPSEEK, types, roots))
 
 
-BESIDE = (*router(correction="e_score_correction_bias"), *each_expert(), *SHARED_EXPERTS)  # the bias is the mixture's own
-KIMI_NAMES = both("hf_kimi", (*router(), *W123, *SHARED_EXPERTS), DEEPSEEK[1].rows, SPARSE, MLP)
+MEMORY = DEEPSEEK[1].rows
+SHARED_EXPERT = renamed(SHARED_EXPERTS, "shared_experts", "shared_expert")
+OWN = router(correction="e_score_correction_bias")  # the bias is the mixture's own
+HY3_DISK = (*router("router.gate.weight", "expert_bias"), *each_expert())
+KIMI_NAMES = both("hf_kimi", (*router(), *W123, *SHARED_EXPERTS), MEMORY, SPARSE, MLP)
 BAILING_NAMES = both(
-    "hf_bailing", (*router(correction="gate.expert_bias"), *each_expert(), *SHARED_EXPERTS), DEEPSEEK[1].rows,
+    "hf_bailing", (*router(correction="gate.expert_bias"), *each_expert(), *SHARED_EXPERTS), MEMORY,
 )
-EXAONE_NAMES = both("hf_exaone", BESIDE, DEEPSEEK[1].rows)
+EXAONE_NAMES = both("hf_exaone", (*OWN, *each_expert(), *SHARED_EXPERTS), MEMORY)
 HY3_NAMES = both(
-    "hf_hy_v3",
-    (*router("router.gate.weight", "expert_bias"), *each_expert(), *(
-        Row(row.theirs.replace("shared_experts", "shared_mlp"), row.their_dims, row.ours, row.our_dims) for row in SHARED_EXPERTS
-    )),
-    (*router(correction="e_score_correction_bias"), *FUSED, *SHARED_EXPERTS),
+    "hf_hy_v3", (*HY3_DISK, *renamed(SHARED_EXPERTS, "shared_experts", "shared_mlp")), (*OWN, *FUSED, *SHARED_EXPERTS),
 )
-AFMOE_NAMES = both(
-    "hf_afmoe", (*router("router.gate.weight", "expert_bias"), *each_expert(), *SHARED_EXPERTS),
-    (*router("router.gate.weight", "expert_bias"), *FUSED, *SHARED_EXPERTS),
-)
-MINIMAX_NAMES = both(
-    "hf_minimax_m2", (*router(correction="e_score_correction_bias"), *W123),
-    (*router(correction="e_score_correction_bias"), *FUSED), SPARSE, MLP,
-)
+AFMOE_NAMES = both("hf_afmoe", (*HY3_DISK, *SHARED_EXPERTS), (*HY3_DISK[:2], *FUSED, *SHARED_EXPERTS))
+MINIMAX_NAMES = both("hf_minimax_m2", (*OWN, *W123), (*OWN, *FUSED), SPARSE, MLP)
 LAGUNA_NAMES = both(
-    "hf_laguna",
-    (*router(correction="experts.e_score_correction_bias"), *each_expert(), *(
-        Row(row.theirs.replace("shared_experts", "shared_expert"), row.their_dims, row.ours, row.our_dims)
-        for row in SHARED_EXPERTS
-    )),
-    DEEPSEEK[1].rows,
+    "hf_laguna", (*router(correction="experts.e_score_correction_bias"), *each_expert(), *SHARED_EXPERT), MEMORY,
 )
-FLINT_NAMES = both(
-    "hf_flint", (*router(), *each_expert(), *LAGUNA_NAMES[0].rows[-3:]), (*router(), *FUSED, *LAGUNA_NAMES[0].rows[-3:]),
+FLINT_NAMES = both("hf_flint", (*router(), *each_expert(), *SHARED_EXPERT), (*router(), *FUSED, *SHARED_EXPERT))
+LFM2_NAMES = both(
+    "hf_lfm2", (*router(correction="expert_bias"), *W123), (*router(correction="expert_bias"), *FUSED), FORWARD,
 )
-LFM2_NAMES = both("hf_lfm2", (*router(correction="expert_bias"), *W123), (*router(correction="expert_bias"), *FUSED), FORWARD)
 
 SIGMOID = (
     family("deepseek_v3", EIGHT, DEEPSEEK),

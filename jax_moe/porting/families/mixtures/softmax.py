@@ -12,9 +12,9 @@ from jax_moe.porting.families.mixtures.layouts import (
     both,
     columns,
     each_expert,
+    renamed,
     router,
 )
-from jax_moe.porting.table.rows import Row
 
 IN_INPUTS_DTYPE = {"router.dtype": "input", "router.weight_dtype": "input"}
 WIDTH = "moe_intermediate_size"
@@ -79,11 +79,9 @@ TRANSPOSED = both("hf_qwen_vl", (*router(), *columns()), (*router(), *FUSED))
 JAMBA_NAMES = both(
     "hf_jamba", (*router("router.weight"), *each_expert()), (*router("router.weight"), *FUSED), FORWARD,
 )
-SHARED_MLP = tuple(Row(f"shared_mlp.{row.theirs.split('.', 1)[1]}", row.their_dims, row.ours, row.our_dims)
-                   for row in SHARED_EXPERTS)
-HUNYUAN_NAMES = both(
-    "hf_hunyuan", (*router("gate.wg.weight"), *each_expert(), *SHARED_MLP), (*router("gate.wg.weight"), *FUSED, *SHARED_MLP),
-)
+SHARED_MLP = renamed(SHARED_EXPERTS, "shared_experts", "shared_mlp")
+WG = router("gate.wg.weight")
+HUNYUAN_NAMES = both("hf_hunyuan", (*WG, *each_expert(), *SHARED_MLP), (*WG, *FUSED, *SHARED_MLP))
 ARIA_NAMES = both(
     "hf_aria",
     (*router("router.weight"), *columns("experts.fc1.weight", "experts.fc2.weight"), *SHARED_EXPERTS),
