@@ -26,7 +26,7 @@ from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import decoder_names, mixture_of, mixture_types
 from jax_moe.porting.families.family import Family, Names
 from jax_moe.porting.formats.hf_folder import check_weights_name, is_hf
-from jax_moe.porting.formats.safetensors import write_tensors
+from jax_moe.porting.formats.safetensors import copy_with
 from jax_moe.porting.formats.shards import open_tensors, tensor_files
 from jax_moe.porting.pretrained import float_dtype
 from jax_moe.porting.state_dict import abstract_module
@@ -240,9 +240,8 @@ def _write(found: Mixtures, changed: Mapping[str, Header]) -> None:
     with writing(found.path.resolve(), overwrite=True, replaceable=is_hf) as part:
         _linked(found.path.resolve(), part, touched)
         for file in sorted(touched):
-            own = {name for name, where in found.files.items() if where == file}
-            held = open_tensors(found.path, found.files, own)
-            write_tensors(part / file, {name: changed.get(name, header) for name, header in held.items()})
+            own = {name: header for name, header in changed.items() if found.files[name] == file}
+            copy_with(found.path / file, part / file, own)
 
 
 def _linked(source: Path, target: Path, without: set[str]) -> None:

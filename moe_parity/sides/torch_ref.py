@@ -105,6 +105,7 @@ def watch_mixture(watch: Watch, mixture: Any, i: int | None) -> None:
             shared = mixture.shared(x_GSD)
             if mixture.shared_gate is not None:
                 shared = shared * torch.nn.functional.linear(x_GSD, mixture.shared_gate.weight).sigmoid()
+            shared = shared * mixture.config.expert.shared_scale
             watch.put(Place("shared", i), merge_groups(shared, B, T))
 
     def combined(answer: Any, x_BTD: Any, *_: Any) -> None:

@@ -30,6 +30,7 @@ class Case:
     alone: str = ""  # the type of the text model by itself, of which the whole model is then
     of_whole: bool = False  # whether the module takes the whole configuration, not the part with its sizes
     balance: bool = False  # whether transformers has a balance loss, and it counts the choices that are made
+    seed: int = 10  # of weights that send a token to every expert
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
 
@@ -150,6 +151,21 @@ CASES = {one.model_type: one for one in (
     Case("dbrx", "Dbrx", "FFN", "moe_num_experts ffn_hidden_size moe_top_k", nested="ffn_config", of_whole=True,
          top=tuple({"d_model": sizes[0], **DBRX} for _, sizes in SHAPES),
          others=({"moe_normalize_expert_weights": 1.0}, {"moe_normalize_expert_weights": None}), balance=True),
+    Case("kolibri1", "Kolibri1", sizes=LOCAL, settings=GATED, others=NORM),
+    Case("ernie4_5_moe", "Ernie4_5_Moe", sizes="moe_num_experts moe_intermediate_size moe_k",
+         settings={"moe_num_shared_experts": 2}, others=({}, {"moe_norm_min": 0.9}), seed=30),
+    Case("cohere2_moe", "Cohere2Moe", sizes=PLAIN, others=(
+        {"num_shared_experts": 2, "expert_selection_fn": "sigmoid"},
+        {"num_shared_experts": 1, "shared_expert_combination_strategy": "sum"})),
+    Case("step3p7", "Step3p7", sizes=V3, nested="text_config", model="", reason=AROUND, settings={
+        "share_expert_dim": 4, "moe_router_scaling_factor": 1.7, "pad_token_id": 0}, others=(
+        {"swiglu_limits": [0.0, 0.5], "swiglu_limits_shared": [0.0, 0.3]},
+        {"swiglu_limits": [0.5, 0.0], "swiglu_limits_shared": [0.3, 0.4]})),
+    Case("deepseek_v4", "DeepseekV4", sizes=V3, settings={
+        **SCALED, "swiglu_limit": 0.6, "mlp_layer_types": ["hash_moe", "moe"]}),
+    v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
+    v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
+       reason=AROUND),
     v3("deepseek_v2", "DeepseekV2", "Moe", others=GREEDY),
     v3("deepseek_ocr2", "DeepseekOcr2Text", "Moe", nested="text_config", settings=ONE_HEAD, others=GREEDY, model="",
        reason=AROUND),

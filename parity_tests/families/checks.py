@@ -1,6 +1,7 @@
 """The columns: what is compared of one model type, on both shapes, and what is measured."""
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax import nnx
 import jax_moe
 import torch_ref
 from jax_moe.config import MoEConfig
+from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.porting.families import mixture_of
 from jax_moe.porting.state_dict import abstract_module
 from jax_moe.stored import stored_state
@@ -164,6 +166,8 @@ def there_and_back(runs: Runs) -> float:
     for shape in (0, 1):
         contract, mixture = runs.contract(shape), runs.family.mixture
         assert mixture is not None
+        in_own_folder = json.loads(json.dumps(config_to_json(contract)))
+        assert config_from_json(MoEConfig, in_own_folder, "config") == contract, f"{runs.case.model_type}: as JSON"
         values = {**mixture.write(contract), "model_type": runs.case.model_type}
         for word in reversed(mixture.types.get(runs.case.model_type, "").split(".")):
             if not word:

@@ -11,6 +11,7 @@ import pytest
 
 import jax_moe
 from jax_moe.porting import PortError
+from jax_moe.porting.families import FAMILIES
 from jax_moe.stored import stored_variables
 from parity_tests.porting.decoder_cases import weights
 from parity_tests.porting.mixture_folders import CONTRACT, LAYERS, deepseek, mixture
@@ -84,6 +85,19 @@ def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path, monkeypatc
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
+def test_a_layer_of_another_kind_is_refused_by_name() -> None:
+    """DeepSeek-V4's layers that choose by token ids; the others are read."""
+    family = FAMILIES["deepseek_v4"]
+    assert family.mixture is not None
+    values = {
+        "model_type": "deepseek_v4", "hidden_size": 8, "moe_intermediate_size": 6, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "mlp_layer_types": ["hash_moe", "moe"],
+    }
+    assert family.mixture_config(values, 1).router.score == "sqrt_softplus"
+    with pytest.raises(ValueError, match=r"^mlp_layer_types='hash_moe': must be 'moe' or absent"):
+        family.mixture_config(values, 0)
+
+
 def test_missing_and_foreign_tensors_are_named(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     listed = json.loads(index.read_text())
@@ -136,7 +150,7 @@ def test_what_cannot_be_put_back(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken, pytest.raises(ValueError, match="No space left on device"):
-        broken.setattr("jax_moe.porting.mixture.write_tensors", full)
+        broken.setattr("jax_moe.porting.mixture.copy_with", full)
         jax_moe.save_moe(mixture(3), folder, 1)
     assert before == {file.name: file.read_bytes() for file in folder.glob("*.*")}
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]

@@ -15,6 +15,7 @@ from jax_moe.porting.families.mixtral import MIXTRAL
 from jax_moe.porting.families.mixtures.fused import FUSED_FAMILIES
 from jax_moe.porting.families.mixtures.sigmoid import SIGMOID
 from jax_moe.porting.families.mixtures.softmax import SOFTMAX
+from jax_moe.porting.families.mixtures.special import SPECIAL
 from jax_moe.porting.families.olmoe import OLMOE
 from jax_moe.porting.families.qwen2_moe import QWEN2_MOE
 from jax_moe.porting.families.qwen3_moe import QWEN3_MOE
@@ -27,7 +28,7 @@ from jax_moe.porting.table.rows import Table
 FAMILIES: dict[str, Family] = {
     one.name: one for one in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
-        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES,
+        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL,
     )
 }
 

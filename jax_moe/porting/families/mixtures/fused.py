@@ -36,7 +36,8 @@ PRIVACY = OSS.but(router__dtype="float32", router__weight_dtype="float32")
 LLAMA4 = Contract(
     (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
      Field("intermediate_size", "expert.shared_dim")),
-    {"router.score": "sigmoid", "router.dtype": "input", "router.weight_dtype": "input", "expert.weight_on": "input"},
+    {"router.score": "sigmoid", "router.dtype": "input", "router.weight_dtype": "input", "expert.weight_on": "input",
+     "router.selection": "logit"},
 )
 GLM5 = V3.but(Field("swiglu_limit", "expert.clamp", 10.0), without="expert.activation", refused=SILU)
 M3 = MINIMAX.but(
