@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check table nightly fuzz kills mutations precision clean
+.PHONY: train test check table families nightly fuzz kills mutations precision clean
 
 train: $(VENV)/.train
 	$(BIN)/python train/train.py $(ARGS)
@@ -19,6 +19,10 @@ check: $(VENV)/.test
 # The measured parity table of README.md, from a fresh run.
 table: $(VENV)/.test
 	$(BIN)/python -m parity_tests.table --update
+
+# docs/families.md: every model type's mixture against transformers, measured anew.
+families: $(VENV)/.test
+	$(BIN)/python -m parity_tests.families --update
 
 # More drawn contracts, new on every run.
 nightly: $(VENV)/.test

@@ -68,11 +68,14 @@ from .porting import PortError as PortError
 from .porting import from_torch as from_torch
 from .porting import from_torch_tree as from_torch_tree
 from .porting import load as load
+from .porting import load_moe as load_moe
 from .porting import load_optimizer as load_optimizer
 from .porting import load_pretrained as load_pretrained
+from .porting import moe_layers as moe_layers
 from .porting import optimizer_from_torch as optimizer_from_torch
 from .porting import optimizer_to_torch as optimizer_to_torch
 from .porting import save as save
+from .porting import save_moe as save_moe
 from .porting import save_pretrained as save_pretrained
 from .porting import to_torch as to_torch
 from .precision import cast_to_compute as cast_to_compute

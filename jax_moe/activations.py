@@ -8,9 +8,11 @@ from jax_moe.dims import Array, Float
 
 
 def activate(name: Activation, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` is x * sigmoid(1.702 x)."""
+    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` x * sigmoid(1.702 x), `relu2` relu(x)^2."""
     if name == "relu":
         return jax.nn.relu(x)
+    if name == "relu2":
+        return jnp.square(jax.nn.relu(x))
     if name == "silu":
         return jax.nn.silu(x)
     if name == "gelu":

@@ -20,13 +20,17 @@ DIMS = {"up": "D F", "gate": "D F", "down": "F D"}  # of an expert's matrices; a
 def hidden_units(
     up_ECF: Float[Array, "E C F"], gate_ECF: Float[Array, "E C F"] | None, config: ExpertConfig
 ) -> Float[Array, "E C F"]:
-    """act(up), or act(gate) * (up + offset) with both clamped first if the contract says so."""
+    """act(up), or act(gate) * (up + offset), up and gate (or its activation) clamped where the contract says so."""
     if gate_ECF is None:
         return activate(config.activation, up_ECF)
     if config.clamp is not None:
-        gate_ECF = clamp_above(gate_ECF, config.clamp)
         up_ECF = -clamp_above(-clamp_above(up_ECF, config.clamp), config.clamp)
-    return activate(config.activation, gate_ECF) * (up_ECF + config.up_offset)
+    if config.clamp is not None and config.clamp_on == "gate":
+        gate_ECF = clamp_above(gate_ECF, config.clamp)
+    gate_ECF = activate(config.activation, gate_ECF)
+    if config.clamp is not None and config.clamp_on == "activation":
+        gate_ECF = clamp_above(gate_ECF, config.clamp)
+    return gate_ECF * (up_ECF + config.up_offset)
 
 
 def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "E C D"]:

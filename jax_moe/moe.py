@@ -1,6 +1,5 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.arrays import check_limit, moe_arrays
-from jax_moe.config.moe import ExpertConfig, MoEConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, single_answers, split_groups
 from jax_moe.dropout import fold
@@ -100,7 +99,7 @@ class MoE(nnx.Module):
         self.router = Router(config, **kwargs)
         self.experts = make_experts(config, **kwargs)
         if config.expert.shared_dim:
-            shared = (1, config.model_dim, config.expert.shared_dim, _shared(config.expert))
+            shared = (1, config.model_dim, config.expert.shared_dim, config.expert.shared)
             self.shared = Experts(*shared, role="shared", **kwargs)
             if config.expert.shared_gate:
                 init = rounded(jax.nn.initializers.lecun_normal())
@@ -252,12 +251,10 @@ class MoE(nnx.Module):
 
     def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
         """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""
-        y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), _shared(self.config.expert))
+        y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), self.config.expert.shared)
         y_GSD = y_GSD.reshape(x_GSD.shape)
         if self.config.expert.shared_gate:
             y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
+        if self.config.expert.shared_scale != 1:
+            y_GSD *= self.config.expert.shared_scale
         return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)
-
-
-def _shared(config: ExpertConfig) -> ExpertConfig:
-    return dataclasses.replace(config, shared_dim=0, shared_gate=False, dropout=0.0)

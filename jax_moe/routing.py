@@ -83,10 +83,12 @@ def limit_to_clusters(score_GSE: Float[Array, "G S E"], config: RouterConfig) ->
 
 
 def select_experts(
-    score_GSE: Float[Array, "G S E"], config: MoEConfig, correction_bias_E: Float[Array, " E"] | None = None
+    score_GSE: Float[Array, "G S E"], config: MoEConfig, correction_bias_E: Float[Array, " E"] | None = None,
+    logits_GSE: Float[Array, "G S E"] | None = None,
 ) -> Int[Array, "G S K"]:
-    """The K best experts of each token, best first; on equal scores the lower index wins."""
-    choice_GSE = jax.lax.stop_gradient(score_GSE)
+    """The K best experts of each token, best first, by score or, where given, by logit; of equals the lower index."""
+    compared_GSE = score_GSE if logits_GSE is None else logits_GSE
+    choice_GSE = jax.lax.stop_gradient(compared_GSE)
     if correction_bias_E is not None:
         choice_GSE += jax.lax.stop_gradient(correction_bias_E).astype(choice_GSE.dtype)
     if config.router.num_clusters > 1:
@@ -105,6 +107,8 @@ def choice_weights(
         total_GS1 = weight_GSK.sum(axis=-1, keepdims=True)
         if config.renormalise == "eps":
             total_GS1 += config.renormalise_eps
+        if config.renormalise == "floor":
+            total_GS1 = jnp.where(total_GS1 < config.renormalise_eps, config.renormalise_eps, total_GS1)
         weight_GSK /= safe_denominator(total_GS1)
     return weight_GSK * config.scale
 
@@ -122,6 +126,7 @@ def route(
 ) -> Routing:
     """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
     score_GSE = expert_scores(logits_GSE, config.router)
-    own_GSK = select_experts(score_GSE, config, correction_bias_E)
+    compared_GSE = logits_GSE if config.router.selection == "logit" else None
+    own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK
     return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)

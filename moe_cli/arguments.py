@@ -30,6 +30,8 @@ class Port:
     config.json. torch: one .pt or .safetensors file with the original names. folder: config.json and
     weights.safetensors in JAX layout. auto: orbax for a Hugging Face folder, hf for such an Orbax checkpoint or a
     fine-tuned run; for anything else torch if DST ends in .pt, .pth, .bin or .safetensors, otherwise folder."""
+    layers: str | None = None
+    """The numbers of layers, like 0,5, of a Hugging Face folder: port their mixtures alone, each to DST/layer_N."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     """Convert the weights to this dtype; by default they keep their dtype."""
@@ -56,6 +58,8 @@ class Inspect:
     """For Hugging Face models: print the memory needed on this number of devices; by default on 1, 2, 4 and 8."""
     names: bool = False
     """Also print the name, dtype and shape of every tensor."""
+    layers: str | None = None
+    """The numbers of layers, like 0,5, of a Hugging Face folder: print their mixtures alone."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
 
 
@@ -99,6 +103,8 @@ class Parity:
     """
 
     path: tyro.conf.Positional[Path]
+    layers: str | None = None
+    """The numbers of layers, like 0,5, of a Hugging Face folder: compare their mixtures alone, with torch_ref."""
     tokens: Path | None = None
     """The batch, instead of random tokens: text with a sequence of numbers per line, or a .npy file. For a layer: a
     .npy file of vectors."""

@@ -18,6 +18,7 @@ from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.state_file import read_state
 from moe_cli.arguments import Inspect
 from moe_cli.common import assumed_in_words, summary
+from moe_cli.layers import inspect_layers, mixtures_in
 from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, readable
 
 DEVICES = (1, 2, 4, 8)
@@ -26,6 +27,9 @@ DEVICES = (1, 2, 4, 8)
 def inspect(command: Inspect) -> int:
     """Prints what a checkpoint holds. Of a file of no known family, prints its tensors and raises ValueError."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
+    layers = mixtures_in(command.path, command.layers)
+    if layers is not None:
+        return inspect_layers(command, *layers)
     try:
         found = open_path(command.path, command.choices)
         if found.decoder:

@@ -17,11 +17,15 @@ from jax_moe.porting.formats.state_file import PT_SUFFIXES, SUFFIXES
 from jax_moe.porting.optimizer.torch_file import layout_of, optimizer_of, write_beside
 from moe_cli.arguments import Form, Port
 from moe_cli.common import progress, say, say_assumed, summary, with_characters
+from moe_cli.layers import mixtures_in, port_layers
 
 
 def port(command: Port) -> int:
     """Reads SRC, writes DST, and prints what was written."""
     _check_places(command.src, command.dst)
+    layers = mixtures_in(command.src, command.layers)
+    if layers is not None:
+        return port_layers(command, *layers)
     found = open_path(command.src, None if command.src.is_dir() else command.choices)
     with jax.enable_x64(True):  # so that float64 files keep their dtype; nothing is computed
         if found.decoder:

@@ -8,9 +8,11 @@ from torch_ref.dims import Float, Tensor
 
 
 def activate(name: Activation, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` is x * sigmoid(1.702 x)."""
+    """Activations by name; `gelu` is exact (torch's default), `quick_gelu` x * sigmoid(1.702 x), `relu2` relu(x)^2."""
     if name == "relu":
         return F.relu(x)
+    if name == "relu2":
+        return F.relu(x).square()
     if name == "silu":
         return F.silu(x)
     if name == "gelu":

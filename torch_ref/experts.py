@@ -22,10 +22,13 @@ def expert_ffn(
     if gate is None:
         return linear(activate(config.activation, up_RF), down)
     gate_RF = linear(x_RD, gate)
+    before = config.clamp if config.clamp_on == "gate" else None
+    after = config.clamp if config.clamp_on == "activation" else None
+    gate_RF = activate(config.activation, gate_RF if before is None else gate_RF.clamp(max=before))
+    gate_RF = gate_RF if after is None else gate_RF.clamp(max=after)
     if config.clamp is not None:
-        gate_RF = gate_RF.clamp(max=config.clamp)
         up_RF = up_RF.clamp(min=-config.clamp, max=config.clamp)
-    return linear(activate(config.activation, gate_RF) * (up_RF + config.up_offset), down)
+    return linear(gate_RF * (up_RF + config.up_offset), down)
 
 
 class Expert(nn.Module):

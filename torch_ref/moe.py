@@ -4,7 +4,6 @@ The work is in `moe_routing` and `moe_forward`, which take a layer's weights as 
 `models/` differ only in the names of their weights.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
@@ -148,6 +147,7 @@ def moe_forward(
         shared_GSD = parts.shared(x_GSD)
         if parts.shared_gate is not None:
             shared_GSD = shared_GSD * linear(x_GSD, parts.shared_gate).sigmoid()
+        shared_GSD = shared_GSD * config.expert.shared_scale
         if mask_GS is not None:
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
@@ -206,8 +206,7 @@ class MoE(nn.Module):
         self.experts = make_experts(config)
         self.shared = self.shared_gate = None
         if config.expert.shared_dim:
-            inner = dataclasses.replace(config.expert, shared_dim=0, shared_gate=False)
-            self.shared = Expert(config.model_dim, config.expert.shared_dim, inner)
+            self.shared = Expert(config.model_dim, config.expert.shared_dim, config.expert.shared)
             if config.expert.shared_gate:
                 self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
 

@@ -85,10 +85,12 @@ def limit_to_clusters(score_GSE: Float[Tensor, "G S E"], config: RouterConfig) -
 
 
 def select_experts(
-    score_GSE: Float[Tensor, "G S E"], config: MoEConfig, correction_bias_E: Float[Tensor, " E"] | None = None
+    score_GSE: Float[Tensor, "G S E"], config: MoEConfig, correction_bias_E: Float[Tensor, " E"] | None = None,
+    logits_GSE: Float[Tensor, "G S E"] | None = None,
 ) -> Int[Tensor, "G S K"]:
-    """The K best experts of each token, best first; on equal scores the lower index wins."""
-    choice_GSE = score_GSE.detach()
+    """The K best experts of each token, best first, by score or, where given, by logit; of equals the lower index."""
+    compared_GSE = score_GSE if logits_GSE is None else logits_GSE
+    choice_GSE = compared_GSE.detach()
     if correction_bias_E is not None:
         choice_GSE = choice_GSE + correction_bias_E.detach().to(choice_GSE.dtype)
     if config.router.num_clusters > 1:
@@ -107,6 +109,8 @@ def choice_weights(
         weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True))
     if config.renormalise == "eps":
         weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True) + config.renormalise_eps)
+    if config.renormalise == "floor":
+        weight_GSK = weight_GSK / weight_GSK.sum(dim=-1, keepdim=True).clamp(min=config.renormalise_eps)
     return weight_GSK * config.scale
 
 
@@ -123,6 +127,7 @@ def route(
 ) -> Routing:
     """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
     score_GSE = expert_scores(logits_GSE, config.router)
-    own_GSK = select_experts(score_GSE, config, correction_bias_E)
+    compared_GSE = logits_GSE if config.router.selection == "logit" else None
+    own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK.long()
     return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)

@@ -84,11 +84,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         inner = kind[0] if kind else Any
         return tuple(item if inner is Any else _value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     allowed = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
-    if allowed:
+    plain = tuple(option for option in options if option in (int, float, str, bool))
+    if allowed and (isinstance(value, str) or not plain):  # a word, where a number may stand too
         if value not in allowed:
             raise ValueError(f"{where}={shorten(repr(value))}: must be one of {', '.join(map(repr, allowed))}")
         return value
-    plain = tuple(option for option in options if option in (int, float, str, bool))
     if float in plain and int not in plain and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):

@@ -181,7 +181,7 @@ class GroupedAttentionConfig(LayerAttention):
             "keys and values of their own" if H == J else f"each key and value head serving {H // J}": True,
             f"scores times {self.score_scale:.6g}": True,
             f"a window of {self.window or 0:,} positions": self.window is not None,
-            f"biases on {' and '.join(name for name, on in biases.items() if on)}": any(biases.values()),
+            f"biases on {' and '.join(biases)}": bool(biases),
             norms.get(self.qk_norm, ""): self.qk_norm in norms,
             f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
         }

@@ -38,6 +38,8 @@ def _sparse(config: MoEConfig) -> list[str]:
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))
+    elif router.scale != 1:
+        lines.append(f"weights: times {router.scale:g}")
     if router.correction_bias:
         lines.append("selection: scores plus a correction bias that no gradient trains")
     if router.num_clusters > 1:

@@ -8,7 +8,7 @@ those of `dims.py`. The file is longer than most so that a whole contract can be
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from jax_moe.config.checks import (
     check_above_zero,
@@ -23,12 +23,12 @@ from jax_moe.config.checks import (
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 Order = Literal["score_then_select", "select_then_softmax"]
-Renormalise = Literal["none", "sum", "eps"]
+Renormalise = Literal["none", "sum", "eps", "floor"]
 ClusterScore = Literal["max", "top2_sum"]
 ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
 Priority = Literal["token", "choice", "probability", "batch"]
-Activation = Literal["relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
+Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
 Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "chosen"]
 
 
@@ -38,11 +38,12 @@ class RouterConfig:
 
     score: Score = "softmax"  # how a logit becomes a score (sigmoid: DeepSeek-V3; sqrt_softplus: DeepSeek-V4)
     order: Order = "score_then_select"  # or top-k of the logits, then softmax over the K chosen (makeMoE, gpt-oss)
-    renormalise: Renormalise = "none"  # weights of the choices: unchanged, / sum, or / (sum + eps)
-    renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's)
+    selection: Literal["score", "logit"] = "score"  # what the choice compares: scores, or logits (Kolibri, Llama 4)
+    renormalise: Renormalise = "none"  # the chosen weights: unchanged, / sum, / (sum + eps), or / max(sum, eps)
+    renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's) and "floor" (Ernie: 1e-12)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     bias: bool = False  # a bias in the router's linear map
-    correction_bias: bool = False  # [E], added to scores for selection only (DeepSeek-V3); never trained by gradient
+    correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
     num_clusters: int = 1  # cluster-limited top-k: number of equal clusters of experts (n_group)
     top_clusters: int = 1  # number of clusters, the best, that experts may be chosen from (topk_group)
     cluster_score: ClusterScore = "top2_sum"  # a cluster's score: its best expert (V2), or the sum of its best two (V3)
@@ -65,6 +66,8 @@ class RouterConfig:
         jitters = self.noise == "input_jitter"
         fits = jitters == (self.jitter_eps > 0)
         require(fits, "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
+        if self.selection == "logit":
+            require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when selection='logit'")
         if self.order == "select_then_softmax":
             require(self.score == "softmax", "score", self.score, "'softmax' when order='select_then_softmax'")
             require(not self.correction_bias, "correction_bias", True, "False when order='select_then_softmax'")
@@ -136,19 +139,25 @@ class ExpertConfig:
     activation: Activation = "silu"
     gated: bool = True  # as SwiGLU
     bias: bool = False
-    clamp: float | None = None  # bound of gate (above) and of up (above and below), before the activation (gpt-oss: 7)
+    clamp: float | None = None  # bound of gate (above) and of up (above and below) (gpt-oss: 7)
+    clamp_on: Literal["gate", "activation"] = "gate"  # of gate, or of its activation (Step)
     up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
     weight_on: Literal["output", "input"] = "output"  # what the routing weight multiplies (input: Llama 4)
     dropout: float = 0.0  # on an expert's answer (makeMoE)
     shared_dim: int = 0  # width of the shared expert, which every token goes to; 0: none
     shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
+    shared_clamp: float | Literal["same"] | None = "same"  # its own bound (HY-V4: None)
+    shared_scale: float = 1.0  # multiplies its answer (Cohere: 1/2)
 
     def __post_init__(self) -> None:
         check_literals(self)
         check_rates(dropout=self.dropout)
         check_flags(self, "gated", "bias", "shared_gate")
-        bound = self.clamp is None or (is_number(self.clamp) and self.clamp > 0)
-        require(bound, "clamp", self.clamp, "None or a number above 0")
+        for name, value in (("clamp", self.clamp), ("shared_clamp", self.shared_clamp)):
+            same = name == "shared_clamp" and value == "same"
+            bound = value is None or same or (is_number(value) and value > 0)
+            require(bound, name, value, f"{'' if name == 'clamp' else repr('same') + ', '}None or a number above 0")
+        check_above_zero(shared_scale=self.shared_scale)
         require(is_number(self.up_offset), "up_offset", self.up_offset, "a number")
         require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
         require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
@@ -156,6 +165,17 @@ class ExpertConfig:
         require(is_int(width) and width >= 0, "shared_dim", width, "an integer of at least 0")
         gated = not self.shared_gate or width > 0
         require(gated, "shared_gate", True, "False without a shared expert (shared_dim=0)")
+        plain = width > 0 or (self.shared_clamp == "same" and self.shared_scale == 1)
+        require(plain, "shared_dim", width, "above 0 for a shared expert's own clamp or scale")
+        gated = self.gated or self.shared_clamp in ("same", None)
+        require(gated, "shared_clamp", self.shared_clamp, "'same' or None unless gated")
+
+    @property
+    def shared(self) -> "ExpertConfig":
+        """The contract of the shared expert by itself."""
+        clamp = self.clamp if self.shared_clamp == "same" else self.shared_clamp
+        own: dict[str, Any] = {"shared_dim": 0, "shared_gate": False, "shared_clamp": "same", "shared_scale": 1.0}
+        return dataclasses.replace(self, clamp=clamp, dropout=0.0, **own)
 
 
 @dataclass(frozen=True, kw_only=True)

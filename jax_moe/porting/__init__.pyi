@@ -4,6 +4,7 @@ from . import errors as errors
 from . import families as families
 from . import formats as formats
 from . import loading as loading
+from . import mixture as mixture
 from . import optimizer as optimizer
 from . import pretrained as pretrained
 from . import state_dict as state_dict
@@ -14,6 +15,9 @@ from . import torch_tensors as torch_tensors
 from .errors import PortError as PortError
 from .loading import load as load
 from .loading import save as save
+from .mixture import load_moe as load_moe
+from .mixture import moe_layers as moe_layers
+from .mixture import save_moe as save_moe
 from .optimizer.own_file import load_optimizer as load_optimizer
 from .optimizer.state import optimizer_from_torch as optimizer_from_torch
 from .optimizer.state import optimizer_to_torch as optimizer_to_torch

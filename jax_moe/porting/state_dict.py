@@ -124,10 +124,12 @@ def _choose_plan(layer: nnx.Module, ours: Mapping[str, Declared], names: set[str
             plans.append(make_plan(table, ours))
         except PortError as error:
             errors.append(error)
+            continue
+        if names is None or plans[-1].names == names:
+            return plans[-1]
     if not plans:
         raise errors[0]
-    if names is None:
-        return plans[0]
+    assert names is not None
     return min(plans, key=lambda plan: len(plan.names ^ names))
 
 

@@ -107,6 +107,15 @@ WEIGHTS = [
     weight_story(
         "divided by sum + eps", HALF_THIRD_SIXTH, [18, 12, 0], RouterConfig(renormalise="eps", renormalise_eps=5 / 6)
     ),
+    # the sum 5/6 is less than 5/3: 60 * (3/10, 1/5); and more than 1/2: 60 * (3/5, 2/5)
+    weight_story(
+        "divided by 5/3 at least", HALF_THIRD_SIXTH, [18, 12, 0],
+        RouterConfig(renormalise="floor", renormalise_eps=5 / 3),
+    ),
+    weight_story(
+        "divided by 1/2 at least", HALF_THIRD_SIXTH, [36, 24, 0],
+        RouterConfig(renormalise="floor", renormalise_eps=1 / 2),
+    ),
     # the scale comes after: 2.5 * 60 * (3/5, 2/5)
     weight_story("scaled", HALF_THIRD_SIXTH, [90, 60, 0], RouterConfig(renormalise="sum", scale=2.5)),
     # and without renormalising: 2.5 * 60 * (1/2, 1/3)
@@ -130,6 +139,12 @@ WEIGHTS = [
     weight_story(
         "correction bias chooses only", THREE_ONE, [0, 30, 15], dataclasses.replace(SIGMOID, correction_bias=True),
         weights={"router.correction_bias": [-0.5, 0, 1]},
+    ),
+    # compared are ln 3, 0, -ln 3 + 0.6, not 3/4, 1/2, 1/4 + 0.6: experts 0 and 1, with sigmoids 3/4 and 1/2
+    weight_story(
+        "the choice by logits", THREE_ONE, [45, 30, 0],
+        dataclasses.replace(SIGMOID, correction_bias=True, selection="logit"),
+        weights={"router.correction_bias": [0, 0, 0.6]},
     ),
     # a router bias does count: logits ln 3, 0, 0 + ln 2 -> experts 0 and 2, 3/5 and 2/5
     weight_story(
@@ -299,6 +314,18 @@ CLAMP_TABLE = [
     (1, -5, -1, -1, 0),
     (2, 2, 6, 3, 2),  # both at the bound
 ]
+# relu(gate)^2, bounded by 2, times up within 2: gate, up, answer
+AFTER = dataclasses.replace(
+    CLAMPED, expert=ExpertConfig(activation="relu2", clamp=2.0, clamp_on="activation"),
+)
+AFTER_TABLE = [(1, 1, 1), (1.5, 1, 2), (2, 1, 2), (-3, 1, 0), (1, 5, 2), (1, -5, -2)]
+# beside the same expert unbounded and halved: gate * up within 2, and 1/2 gate * up
+BESIDE = dataclasses.replace(
+    CLAMPED,
+    expert=ExpertConfig(activation="identity", clamp=2.0, shared_dim=1, shared_clamp=None, shared_scale=0.5),
+)
+BESIDE_TABLE = [(1, 1, 1.5), (3, 1, 3.5), (3, 4, 10), (1, -5, -4.5)]
+SHARED_WEIGHTS = {f"shared.{name}": CLAMPED_WEIGHTS[f"experts.{name}"] for name in ("gate", "up", "down")}
 # gpt-oss: gate ln 3 / 1.702 has sigmoid(1.702 gate) = 3/4; (up + 1) * gate * 3/4
 QUICK_GATE = log(3.0) / 1.702
 

@@ -173,7 +173,23 @@ CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
 BAD = [
     (RouterConfig, {"score": "softplus"}, "score='softplus': must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
     (RouterConfig, {"order": "x"}, "order='x': must be one of 'score_then_select', 'select_then_softmax'"),
-    (RouterConfig, {"renormalise": True}, "renormalise=True: must be one of 'none', 'sum', 'eps'"),
+    (RouterConfig, {"renormalise": True}, "renormalise=True: must be one of 'none', 'sum', 'eps', 'floor'"),
+    (RouterConfig, {"selection": "x"}, "selection='x': must be one of 'score', 'logit'"),
+    (
+        RouterConfig, {"selection": "logit", "num_clusters": 2, "top_clusters": 1},
+        "num_clusters=2: must be 1 when selection='logit'",
+    ),
+    (ExpertConfig, {"clamp_on": "up"}, "clamp_on='up': must be one of 'gate', 'activation'"),
+    (
+        ExpertConfig, {"shared_dim": 1, "shared_clamp": 0},
+        "shared_clamp=0: must be 'same', None or a number above 0",
+    ),
+    (ExpertConfig, {"shared_dim": 1, "shared_scale": 0.0}, "shared_scale=0.0: must be a number above 0"),
+    (ExpertConfig, {"shared_clamp": None}, "shared_dim=0: must be above 0 for a shared expert's own clamp or scale"),
+    (
+        ExpertConfig, {"shared_dim": 1, "shared_clamp": 2.0, "gated": False},
+        "shared_clamp=2.0: must be 'same' or None unless gated",
+    ),
     (RouterConfig, {"cluster_score": "mean"}, "cluster_score='mean': must be one of 'max', 'top2_sum'"),
     (RouterConfig, {"cluster_fill": "nan"}, "cluster_fill='nan': must be one of 'neg_inf', 'zero'"),
     (RouterConfig, {"dtype": "bfloat16"}, "dtype='bfloat16': must be one of 'float32', 'input'"),
@@ -229,7 +245,7 @@ BAD = [
     (CapacityConfig, {"below_one": "warn"}, "below_one='warn': must be one of 'error', 'drop_all'"),
     (
         ExpertConfig, {"activation": "swish"},
-        "activation='swish': must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
+        "activation='swish': must be one of 'relu', 'relu2', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
     ),
     (ExpertConfig, {"dropout": 1.0}, "dropout=1.0: must be a number of at least 0 and below 1"),
     (ExpertConfig, {"dropout": -0.1}, "dropout=-0.1: must be a number of at least 0 and below 1"),
@@ -262,11 +278,12 @@ BAD = [
     (SoftMoEConfig, {**SOFT, "hidden_dims": (4, 0)}, "hidden_dims=(4, 0): must be integers of at least 1"),
     (
         SoftMoEConfig, {**SOFT, "hidden_activation": "tanh"},
-        "hidden_activation='tanh': must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
+        "hidden_activation='tanh': must be one of 'relu', 'relu2', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', "
+        "'identity'",
     ),
     (
         SoftMoEConfig, {**SOFT, "output_activation": ""},
-        "output_activation='': must be one of 'relu', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
+        "output_activation='': must be one of 'relu', 'relu2', 'silu', 'gelu', 'gelu_tanh', 'quick_gelu', 'identity'",
     ),
     (AttentionConfig, {"model_dim": 128, "num_heads": 7}, "num_heads=7: must be a divisor of model_dim=128"),
     (AttentionConfig, {**HEADS, "projections": "qkv"}, "projections='qkv': must be one of 'per_head', 'fused'"),

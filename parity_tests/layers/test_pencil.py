@@ -127,6 +127,17 @@ def test_clamped_experts_and_their_gradient_at_the_bound() -> None:
     agree(gradient, table[:, 3:])
 
 
+@pytest.mark.parametrize(
+    ("config", "weights", "table"),
+    [(pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE)],
+    ids=["the clamp after the activation", "a shared expert of its own bound and scale"],
+)
+def test_other_clamps(config: MoEConfig, weights: dict[str, np.ndarray], table: list) -> None:
+    numbers = np.asarray(table, float)
+    moe = build(config, {**pencil.CLAMPED_WEIGHTS, **weights})
+    agree(jax.jit(lambda x: moe(x)[0])(jnp.asarray(numbers[None, :, :2], WIDE))[0, :, 0], numbers[:, 2])
+
+
 def test_gpt_oss_activation() -> None:
     # (1 + 1) * gate * 3/4; and both at the bound of 7: 8 * 7 * sigmoid(11.914)
     expert = gpt_oss(model_dim=2, expert_dim=1, num_experts=1, top_k=1).expert

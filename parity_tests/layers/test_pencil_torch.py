@@ -110,6 +110,17 @@ def test_clamped_experts_and_their_gradient_at_the_bound() -> None:
     agree(x_N2.grad, table[:, 3:])
 
 
+@pytest.mark.parametrize(
+    ("config", "weights", "table"),
+    [(pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE)],
+    ids=["the clamp after the activation", "a shared expert of its own bound and scale"],
+)
+def test_other_clamps(config: MoEConfig, weights: dict[str, np.ndarray], table: list) -> None:
+    numbers = np.asarray(table, float)
+    y = build(config, {**pencil.CLAMPED_WEIGHTS, **weights})(tensor(numbers[None, :, :2]))[0][0, :, 0]
+    agree(y, numbers[:, 2])
+
+
 def test_gpt_oss_activation() -> None:
     expert = gpt_oss(model_dim=2, expert_dim=1, num_experts=1, top_k=1).expert
     config = dataclasses.replace(pencil.CLAMPED, expert=dataclasses.replace(expert, bias=False))

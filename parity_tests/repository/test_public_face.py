@@ -23,6 +23,7 @@ WRITTEN = {
     "jax_moe.presets.mixtral(8, 16, 4, 2)": "jax_moe.config.moe.MoEConfig",
     "jax_moe.MoE": r"def \(config: jax_moe.config.moe.MoEConfig, .*\) -> jax_moe.moe.MoE",
     "jax_moe.DecoderConfig": r"def \(.*vocab_size: int.*\) -> jax_moe.config.decoder.DecoderConfig",
+    "jax_moe.load_moe": r"def \(.*\) -> jax_moe.moe.MoE",
     "jax_moe.load_pretrained": r"def \(.*\) -> jax_moe.models.decoder.Decoder",
     "torch_ref.MoE": r"def \(config: jax_moe.config.moe.MoEConfig\) -> torch_ref.moe.MoE",
     "moe_parity.explain": r"def \(.*\) -> .*moe_parity.explanation.search.Explanation.*",

@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 # Inside porting, from the mapping language up; each may use those before it.
 PORTING = (
     "errors", "tensors", "torch_tensors", "table", "families", "state_dict", "formats", "targets", "optimizer",
-    "convert", "pretrained", "checkpoint", "loading", "__init__",
+    "convert", "pretrained", "mixture", "checkpoint", "loading", "__init__",
 )
 # Packages from outside that a room may use beside the core's.
 OUTSIDE = {

@@ -93,6 +93,16 @@ ROUTERS = [
     Case("gpt_oss", sized("gpt_oss")),
     Case("granite_moe", sized("granite_moe")),
     Case("sqrt-softplus scores", plain(router=RouterConfig(score="sqrt_softplus", renormalise="sum", bias=True))),
+    Case("choice by logits", plain(
+        router=RouterConfig(score="sigmoid", selection="logit", correction_bias=True, renormalise="sum"),
+    )),
+    Case("least sum of weights", plain(router=RouterConfig(
+        renormalise="floor", renormalise_eps=0.7, correction_bias=True, weight_dtype="input",
+    ))),
+    Case("squared ReLU", plain(expert=ExpertConfig(activation="relu2", gated=False, shared_dim=10))),
+    Case("clamped activation", plain(expert=ExpertConfig(
+        clamp=0.7, clamp_on="activation", shared_dim=10, shared_clamp=None, shared_scale=0.5,
+    ))),
     Case("weight on input", ON_INPUT),
     Case("weight on input, gather", ON_INPUT.with_capacity(1.0)),
     Case("weight on input, einsum", via(ON_INPUT.with_capacity(1.0), "einsum")),

@@ -192,6 +192,8 @@ def choice_scores(config: MoEConfig, router: Arrays, pool: Arrays) -> np.ndarray
     logits = logits + noise
     if config.router.order == "select_then_softmax":
         return logits
+    if config.router.selection == "logit":
+        return logits + router.get("correction_bias", 0.0)
     if config.router.score == "softmax":
         exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return exp / exp.sum(axis=-1, keepdims=True)

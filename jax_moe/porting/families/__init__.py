@@ -5,12 +5,17 @@ from collections.abc import Iterable
 
 from flax import nnx
 
+from jax_moe.config.checks import shorten
 from jax_moe.models.decoder import Decoder
 from jax_moe.moe import MoE
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.families.granitemoe import GRANITEMOE
 from jax_moe.porting.families.makemoe import MAKEMOE, MAKEMOE_LAYER
 from jax_moe.porting.families.mixtral import MIXTRAL
+from jax_moe.porting.families.mixtures.fused import FUSED_FAMILIES
+from jax_moe.porting.families.mixtures.sigmoid import SIGMOID
+from jax_moe.porting.families.mixtures.softmax import SOFTMAX
+from jax_moe.porting.families.mixtures.special import SPECIAL
 from jax_moe.porting.families.olmoe import OLMOE
 from jax_moe.porting.families.qwen2_moe import QWEN2_MOE
 from jax_moe.porting.families.qwen3_moe import QWEN3_MOE
@@ -23,6 +28,7 @@ from jax_moe.porting.table.rows import Table
 FAMILIES: dict[str, Family] = {
     one.name: one for one in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
+        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL,
     )
 }
 
@@ -40,6 +46,19 @@ def family_named(model_type: object) -> Family:
         hint = "; of this type the mixture of a layer is known, not the whole decoder" if known else ""
         raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(whole)}{hint}")
     return FAMILIES[model_type]
+
+
+def mixture_types() -> dict[str, tuple[str, ...]]:
+    """{family: the model types that have its mixture}, of every family with one."""
+    return {one.name: (one.name, *one.mixture.types) for one in FAMILIES.values() if one.mixture is not None}
+
+
+def mixture_of(model_type: object) -> Family:
+    """The family whose mixture that model type has. Raises ValueError for one that is not here."""
+    for name, types in mixture_types().items():
+        if model_type in types:
+            return FAMILIES[name]
+    raise ValueError(f"model_type={shorten(repr(model_type))}: must be one of {', '.join(sorted(mixture_types()))}")
 
 
 def recognise(names: Iterable[str]) -> Family | None:

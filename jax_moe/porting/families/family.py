@@ -91,6 +91,11 @@ class Mixture:
     write: Callable[[MoEConfig], dict[str, Any]]
     on_disk: Names
     in_memory: Names  # files may have these names too
+    # The model types that have it, each with the way to its text model's settings in config.json. None: the family,
+    # at the top
+    types: Mapping[str, str] = field(default_factory=dict)
+    roots: tuple[str, ...] = ("model.",)  # what may stand before `layers.` in a file
+    by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,29 @@ class Family:
     decoder: Whole | None = None
     state: StateDict | None = None
 
-    def mixture_config(self, values: Mapping[str, Any]) -> MoEConfig:
+    def mixture_config(self, values: Mapping[str, Any], layer: int = 0) -> MoEConfig:
         """The contract of a layer's mixture. Raises ValueError as `config`."""
         assert self.mixture is not None
-        return self._contract(values, self.mixture.read)
+        values = self.text_settings(values)
+        lists = {name: values[name] for name in self.mixture.by_layer if isinstance(values.get(name), list)}
+        own = {name: value[layer] for name, value in lists.items() if layer < len(value)}
+        return self._contract({**values, **own}, self.mixture.read)
+
+    def text_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The text model's own settings of a config.json, its model type the family's. Raises ValueError if there are
+        none.
+        """
+        assert self.mixture is not None
+        model_type, found = values.get("model_type"), dict[str, Any](values)
+        way = self.mixture.types.get(model_type) if isinstance(model_type, str) else None
+        if way is None:
+            return found
+        for word in filter(None, way.split(".")):
+            inner = found.get(word)
+            require(isinstance(inner, dict), word, inner, "an object with the text model's settings")
+            outer = {name: found[name] for name in ("quantization_config",) if name in found}
+            found = {**inner, **outer}  # type: ignore[dict-item]
+        return {**found, "model_type": self.name}
 
     def config(self, values: Mapping[str, Any]) -> DecoderConfig:
         """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""

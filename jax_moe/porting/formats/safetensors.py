@@ -5,6 +5,7 @@ The library checks every header. A file may be larger than the memory: only a pa
 
 import json
 import mmap
+import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe.config.checks import shorten
+from jax_moe.config.checks import require, shorten
 from jax_moe.disk import READABLE, same_bits
 from jax_moe.guarded import parse_json, refuse_pointer_file
 from jax_moe.porting.tensors import DTYPES, Header
@@ -96,6 +97,30 @@ def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:
                     wrong += [] if reads_as(written, name, value) else [name]
     if wrong:
         raise ValueError(f"{path}: must read back as written; differs in {', '.join(wrong[:20])}")
+
+
+def copy_with(source: Path, target: Path, changed: Mapping[str, Header]) -> None:
+    """Copies a file with some of its tensors changed: same shape and dtype, every other byte as it was.
+
+    Raises ValueError unless the library reads the changed tensors back bit for bit.
+    """
+    from safetensors import safe_open
+
+    shutil.copyfile(source, target)
+    with target.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        listed = parse_json(file.read(size), "its header", _unique)
+        for name, header in changed.items():
+            about, value = listed[name], np.ascontiguousarray(header.read()).reshape(header.shape)
+            held = (CODES[value.dtype], list(value.shape))
+            require(held == (about["dtype"], about["shape"]), name, held, f"{about['dtype']} of {about['shape']}")
+            file.seek(8 + size + about["data_offsets"][0])
+            file.write(value.reshape(-1).view(np.uint8).data)
+    for some in in_batches(changed, changed):
+        with safe_open(target, framework="np") as written:
+            wrong = [name for name in some if not reads_as(written, name, changed[name].read())]
+        if wrong:
+            raise ValueError(f"{target}: must read back as written; differs in {', '.join(wrong[:20])}")
 
 
 def _header(names: list[str], headers: Mapping[str, Header]) -> tuple[bytes, int]:

@@ -28,14 +28,53 @@ def open_weights(directory: Path) -> dict[str, Header]:
         if listed is not None:
             errors += _against_index(file, found, listed)
         headers |= found
-    wrong = [f"{shorten(name)} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
-    if wrong:
-        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        errors.append(f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}")
+    errors += _unsupported(headers)
     if errors:
         more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
     return headers
+
+
+def tensor_files(directory: Path) -> dict[str, str]:
+    """{tensor: the file that holds it}, by the index, or by the header of a single file. Raises ValueError as
+    `open_weights`.
+    """
+    files, listed = files_of(directory)
+    if listed is not None:
+        return listed
+    try:
+        return dict.fromkeys(_open(directory / files[0]), files[0])
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def open_tensors(directory: Path, files: Mapping[str, str], names: set[str]) -> dict[str, Header]:
+    """{name: header} of these tensors; of the folder's `files` only those that hold them are opened. Raises
+    ValueError.
+    """
+    headers: dict[str, Header] = {}
+    errors: list[str] = []
+    for file in sorted({files[name] for name in names}):
+        wanted = {name for name in names if files[name] == file}
+        try:
+            found = _open(directory / file)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        missing = sorted(wanted - found.keys())
+        errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in missing]
+        headers |= {name: found[name] for name in found if name in wanted}
+    errors += _unsupported(headers)
+    if errors:
+        raise ValueError(f"{directory}: {'; '.join(errors[:20])}")
+    return headers
+
+
+def _unsupported(headers: Mapping[str, Header]) -> list[str]:
+    """A message if some tensors have a dtype that is not read."""
+    wrong = [f"{shorten(name)} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
+    more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+    return [f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}"] if wrong else []
 
 
 def _against_index(file: str, found: Mapping[str, Header], listed: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,149 @@
+"""Mixtures with a setting that few others have, of the choice, of the sum of weights or of the shared expert."""
+
+from typing import Any
+
+from jax_moe.config.moe import MoEConfig
+from jax_moe.porting.families.family import Family, Mixture
+from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
+from jax_moe.porting.families.mixtures.layouts import (
+    DEEPSEEK,
+    FUSED,
+    LAYER,
+    MLP,
+    SHARED_EXPERTS,
+    W123,
+    both,
+    each_expert,
+    renamed,
+    router,
+)
+from jax_moe.porting.families.mixtures.sigmoid import SHARED_EXPERT, V3, scale, shared
+from jax_moe.porting.families.mixtures.softmax import IN_INPUTS_DTYPE, QWEN_LIKE, ROOTS, family, multimodal
+from jax_moe.porting.families.settings import Settings
+from jax_moe.porting.table.rows import Row, under
+
+WIDTH = "moe_intermediate_size"
+KOLIBRI = Contract(
+    (*sizes("num_local_experts num_experts", WIDTH), activation(),
+     Field("norm_topk_prob", "router.renormalise", False, {True: "sum", False: "none"}),
+     Field("shared_expert_intermediate_size", "expert.shared_dim")),
+    {"router.score": "sigmoid", "router.correction_bias": True, "router.selection": "logit"},
+)
+KOLIBRI_NAMES = both(
+    "hf_kolibri",
+    (*under((router()[0], *each_expert(), *SHARED_EXPERTS), "mlp.", ""),
+     Row("moe.router.expert_bias", "E", "router.correction_bias", "E")),
+    DEEPSEEK[1].rows, LAYER, MLP,
+)
+ERNIE = Contract(
+    (*sizes("moe_num_experts num_experts", WIDTH, "moe_k num_experts_per_tok"), activation(),
+     Field("moe_norm_min", "router.renormalise_eps", 1e-12), shared("moe_num_shared_experts", default=2)),
+    {**HUGGING_FACE, "router.correction_bias": True, "router.renormalise": "floor", "router.weight_dtype": "input"},
+    {"use_bias": False},
+)
+
+
+def ernie(bias: str) -> tuple[Row, ...]:
+    """Router rows; the correction bias is [1, E]."""
+    return (
+        Row("gate.weight", "E D", "router.kernel", "D E"),
+        Row(bias, "0/1 E", "router.correction_bias", "E"),
+    )
+
+
+COHERE = QWEN_LIKE.but(
+    *sizes("num_experts num_local_experts", "intermediate_size"),
+    shared("num_shared_experts", "intermediate_size", 0), without="router.renormalise",
+)
+COHERE_SIGMOID = COHERE.but(
+    Field("norm_topk_prob", "router.renormalise", True, {True: "sum", False: "none"}), router__score="sigmoid",
+    router__selection="logit",
+)
+COHERE_SOFTMAX = COHERE.but(router__order="select_then_softmax")
+
+
+def read_cohere(settings: Settings) -> MoEConfig:
+    """Cohere's contract: a softmax over the chosen or their sigmoids; the sum with the shared expert, or the mean."""
+    score = settings.choice("expert_selection_fn", "softmax", ("softmax", "sigmoid"))
+    how = settings.choice("shared_expert_combination_strategy", "average", ("average", "sum"))
+    contract = COHERE_SIGMOID if score == "sigmoid" else COHERE_SOFTMAX
+    mean = how == "average" and settings.integer("num_shared_experts", 0) > 0
+    return (contract.but(router__scale=0.5, expert__shared_scale=0.5) if mean else contract).read(settings)
+
+
+def write_cohere(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    sigmoid = moe.router.score == "sigmoid"
+    return (COHERE_SIGMOID if sigmoid else COHERE_SOFTMAX).write(moe) | {
+        "expert_selection_fn": moe.router.score,
+        "shared_expert_combination_strategy": "average" if moe.expert.shared_scale == 0.5 else "sum",
+    }
+
+
+HY4 = V3.but(
+    Field("swiglu_limit", "expert.clamp", 10.0), without="expert.activation", refused={"hidden_act": "silu"},
+    expert__shared_clamp=None,
+).defaults(routed_scaling_factor=2.827)
+HY4_NAMES = both(
+    "hf_hy_v4", (*router(), *FUSED, *renamed(SHARED_EXPERTS, "gate_proj", "linear_gate")), DEEPSEEK[1].rows,
+)
+
+STEP = Contract(
+    (*sizes("n_routed_experts num_local_experts num_experts", WIDTH), activation(),
+     scale("moe_router_scaling_factor", 1.0), Field("share_expert_dim", "expert.shared_dim")),
+    {"router.score": "sigmoid", "router.correction_bias": True, "router.renormalise": "sum", "router.dtype": "input",
+     "expert.clamp_on": "activation"},
+    {"mlp_bias": False},
+)
+LIMITS = ("swiglu_limits", "swiglu_limits_shared")  # a layer's own: none, or 0, bounds nothing
+
+
+def read_step(settings: Settings) -> MoEConfig:
+    """Step's contract: every layer has its own bounds, and others for the shared expert."""
+    routed, beside = (settings.number(name, 0.0, null=0.0) or None for name in LIMITS)
+    return STEP.but(expert__clamp=routed, expert__shared_clamp=beside).read(settings)
+
+
+def write_step(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    return STEP.write(moe) | dict(zip(LIMITS, (moe.expert.clamp, moe.expert.shared.clamp), strict=True))
+
+
+STEP_NAMES = both(
+    "hf_step",
+    (
+        Row("moe.gate.weight", "E D", "router.kernel", "D E"),
+        Row("moe.router_bias", "E", "router.correction_bias", "E"),
+        Row("moe.gate_proj.weight", "E F D", "experts.gate", "E D F"),
+        Row("moe.up_proj.weight", "E F D", "experts.up", "E D F"),
+        Row("moe.down_proj.weight", "E D F", "experts.down", "E F D"),
+        *renamed(SHARED_EXPERT, "shared_expert", "share_expert"),
+    ),
+    DEEPSEEK[1].rows, LAYER, MLP,
+)
+V4 = Contract(
+    (*sizes("n_routed_experts num_local_experts", WIDTH), activation(), scale(default=1.5),
+     Field("scoring_func", "router.score", "sqrtsoftplus", {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}),
+     Field("swiglu_limit", "expert.clamp", 10.0), Field(WIDTH, "expert.shared_dim")),
+    {**IN_INPUTS_DTYPE, "router.correction_bias": True, "router.renormalise": "eps"},
+    {"mlp_bias": False, "mlp_layer_types": "moe"},  # a table of token ids chooses in layers of hash_moe
+)
+W_SHARED = renamed(renamed(renamed(SHARED_EXPERTS, "gate_proj", "w1"), "up_proj", "w3"), "down_proj", "w2")
+V4_NAMES = both(
+    "hf_deepseek_v4", (*router(correction="gate.bias"), *W123, *W_SHARED), DEEPSEEK[1].rows, f"{LAYER}ffn.", MLP,
+)
+
+SPECIAL = (
+    Family("step3p7", Mixture(
+        read_step, write_step, *STEP_NAMES, {"step3p7": "text_config", "step3p5": ""}, ROOTS, LIMITS,
+    )),
+    family("deepseek_v4", V4, V4_NAMES, roots=("model.", ""), by_layer=("mlp_layer_types",)),
+    family("kolibri1", KOLIBRI, KOLIBRI_NAMES),
+    family("ernie4_5_moe", ERNIE, both(
+        "hf_ernie", (*ernie("moe_statics.e_score_correction_bias"), *each_expert(), *SHARED_EXPERTS),
+        (*ernie("gate.moe_statics.e_score_correction_bias"), *FUSED, *SHARED_EXPERTS),
+    )),
+    Family("cohere2_moe", Mixture(read_cohere, write_cohere, *DEEPSEEK)),
+    family("hy_v4", HY4, HY4_NAMES),
+    multimodal("hy_v4_vl", HY4, HY4_NAMES),
+)

@@ -1,0 +1,261 @@
+"""The mixture of one layer, from a Hugging Face folder and back into it: of every model type whose mixture is known.
+
+Only config.json and the files that hold the layer's tensors are opened.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_moe.config.checks import is_int
+from jax_moe.config.moe import MoEConfig
+from jax_moe.disk import check_space, writing
+from jax_moe.guarded import read_object
+from jax_moe.moe import MoE
+from jax_moe.parameters import declared
+from jax_moe.porting.errors import PortError
+from jax_moe.porting.families import decoder_names, mixture_of, mixture_types
+from jax_moe.porting.families.family import Family, Names
+from jax_moe.porting.formats.hf_folder import check_weights_name, is_hf
+from jax_moe.porting.formats.safetensors import copy_with
+from jax_moe.porting.formats.shards import open_tensors, tensor_files
+from jax_moe.porting.pretrained import float_dtype
+from jax_moe.porting.state_dict import abstract_module
+from jax_moe.porting.table.arrays import place_all, theirs_from
+from jax_moe.porting.table.plan import Plan, check, make_plan
+from jax_moe.porting.table.rows import Table, under
+from jax_moe.porting.tensors import Header
+from jax_moe.sharding.mesh import mesh_in_use
+from jax_moe.stored import kept_paths, stored_state, stored_variables
+
+Folder = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """A folder whose layers' mixtures can be read: config.json and the names of its tensors, no weight."""
+
+    path: Path
+    family: Family
+    values: dict[str, Any]  # of config.json
+    text: dict[str, Any]  # the text model's settings among them
+    files: dict[str, str]  # {tensor: file}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have a mixture, those of multi-token prediction left out."""
+        patterns = self._patterns("experts.")
+        found = {int(m[1]) for pattern in patterns for name in self.files if (m := pattern.match(name))}
+        return tuple(sorted(i for i in found if self.count is None or i < self.count))
+
+    @property
+    def count(self) -> int | None:
+        """How many layers the decoder has, where config.json says it."""
+        count = self.text.get("num_hidden_layers")
+        return count if isinstance(count, int) else None
+
+    def config(self, layer: int) -> MoEConfig:
+        """The contract of the layer's mixture. Raises ValueError if it has none, or for an unsupported setting."""
+        if layer not in self.layers:
+            dense = f"; layer {layer} has no mixture" if is_int(layer) and 0 <= layer < (self.count or 0) else ""
+            none = f"a layer with experts: no names here are those of {self.family.name}"
+            listed = ", ".join(map(str, self.layers)) or none
+            raise ValueError(f"{self.path}: layer={layer!r}: must be one of {listed}{dense}")
+        try:
+            return self.family.mixture_config(self.values, layer)
+        except ValueError as error:
+            raise ValueError(f"{self.path / 'config.json'}: {error}") from None
+
+    def plan(self, layer: int, config: MoEConfig, there: Mapping[str, Header]) -> Plan:
+        """How the layer's tensors and ours go together, by the names and shapes nearest to those that are there."""
+        ours = declared(abstract_module(MoE, config, np.dtype(np.float32)))
+        tables = (Table(names.layer, under(names.rows, within, "")) for within, names in self._sides(layer))
+
+        def distance(plan: Plan) -> tuple[int, int]:
+            shapes = (there[name].shape != shape for name, shape in plan.their_shapes.items() if name in there)
+            return len(plan.names ^ there.keys()), sum(shapes)
+
+        return min((make_plan(table, ours) for table in tables), key=distance)
+
+    def names(self, layer: int) -> set[str]:
+        """The tensors of the layer's mixture; where it is a module of its own, all that are in that module."""
+        found: set[str] = set()
+        for within, names in self._sides(layer):
+            own = {re.match(r"[^.]*", row.theirs)[0] for row in names.rows}  # type: ignore[index]
+            whole = not names.within.endswith("layers.{l}.")
+            below = ((name, name.removeprefix(within)) for name in self.files if name.startswith(within))
+            found |= {name for name, rest in below if whole or rest.partition(".")[0] in own}
+        return found
+
+    def headers(self, layer: int) -> dict[str, Header]:
+        """The layer's tensors, to be read: no other file is opened."""
+        return open_tensors(self.path, self.files, self.names(layer))
+
+    def _sides(self, layer: int) -> list[tuple[str, Names]]:
+        mixture = self.family.mixture
+        assert mixture is not None
+        sides = (mixture.on_disk, mixture.in_memory)
+        return [(within.format(l=layer), names) for names in sides for within in self._within(names)]
+
+    def _within(self, names: Names) -> list[str]:
+        """Where such a module may stand, the layer's number left open."""
+        assert self.family.mixture is not None
+        rest = names.within.removeprefix("model.")
+        return [root + rest for root in (self.family.mixture.roots if rest != names.within else ("",))]
+
+    def _patterns(self, ours: str) -> list[re.Pattern[str]]:
+        """Of the tensors that hold our paths which begin so, the layer's number as a group."""
+        assert self.family.mixture is not None
+        found = []
+        for names in (self.family.mixture.on_disk, self.family.mixture.in_memory):
+            for row in names.rows:
+                for within in self._within(names) if row.ours.startswith(ours) else ():
+                    name = re.escape(within + row.theirs).replace(r"\{l\}", r"(\d+)").replace(r"\{e\}", r"\d+")
+                    found.append(re.compile(name + "$"))
+        return found
+
+
+def open_mixtures(directory: Folder) -> Mixtures:
+    """What a folder says of its mixtures. Raises ValueError for a model type that is not known, before any weight is
+    read.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
+    try:
+        values = read_object(path / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
+    try:
+        family = mixture_of(values.get("model_type"))
+        check_weights_name(values)
+        text = family.text_settings(values)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    return Mixtures(path, family, values, text, tensor_files(path))
+
+
+def without_decoder(path: Path) -> bool:
+    """Whether this is a Hugging Face folder of a model type of which the mixture is known, and not the whole
+    decoder.
+    """
+    if not path.is_dir() or not is_hf(path):
+        return False
+    model_type = read_object(path / "config.json").get("model_type")
+    return model_type not in decoder_names() and any(model_type in types for types in mixture_types().values())
+
+
+def moe_layers(directory: Folder) -> tuple[int, ...]:
+    """The numbers of the layers that have a mixture of experts. Raises ValueError for a folder of no known model
+    type.
+    """
+    return open_mixtures(directory).layers
+
+
+def load_moe(
+    directory: Folder, layer: int, *, dtype: Any = None, mesh: Mesh | None = None, allow_nonfinite: bool = False
+) -> MoE:
+    """The mixture of one layer of a Hugging Face folder, with its shared experts; of other layers nothing is read.
+
+    Weights keep the dtype they are stored in, unless `dtype` names another (a correction bias keeps its own all the
+    same). On a `mesh` experts are split over its expert axis. Raises ValueError (PortError for weights) for a layer
+    without a mixture, a setting that is not supported and tensors that are missing, too many, misshapen or not finite.
+    """
+    return read_mixture(open_mixtures(directory), layer, dtype, mesh, allow_nonfinite)
+
+
+def read_mixture(
+    found: Mixtures, layer: int, dtype: Any = None, mesh: Mesh | None = None, allow_nonfinite: bool = False
+) -> MoE:
+    """As `load_moe`, of a folder that was opened."""
+    target = None if dtype is None else float_dtype(dtype)
+    config = found.config(layer)
+    headers = found.headers(layer)
+    plan = found.plan(layer, config, headers)
+    where = f"{found.path}, layer {layer} (layout {plan.table.name})"
+    check(plan, headers, where)
+    moe = abstract_module(MoE, config, np.dtype(np.float32))
+    arrays = place_all(plan, headers, target, mesh or mesh_in_use(), allow_nonfinite, where, kept_paths(moe))
+    filled = [(keys, v.replace(arrays[".".join(map(str, keys))])) for keys, v in nnx.to_flat_state(stored_state(moe))]
+    nnx.update(moe, nnx.from_flat_state(filled))
+    return moe
+
+
+def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> None:
+    """Puts a layer's weights back into the Hugging Face folder that they came from, or a copy of it.
+
+    Whole or not at all. The folder's names, files and dtypes stay: the layer's tensors are replaced, under per-expert
+    names or fused as they are there, all others keep their bits. `cast` converts to the folder's dtypes; without it a
+    differing dtype is an error. Raises ValueError if config.json says another contract, or nothing can be written.
+    """
+    found = open_mixtures(directory)
+    config = found.config(layer)
+    if replace(moe.config, dispatcher=config.dispatcher) != config:
+        unsaid = "; ".join(_differences(moe.config, config))
+        raise ValueError(f"{found.path}, layer {layer}: {unsaid}, as the folder's config.json says")
+    headers = found.headers(layer)
+    plan = found.plan(layer, config, headers)
+    check(plan, headers, f"{found.path}, layer {layer} (layout {plan.table.name})")
+    theirs = theirs_from(plan, {path: v[...] for path, v in stored_variables(moe).items()})
+    if not cast:
+        pairs = {name: (theirs[name].dtype, header.dtype) for name, header in headers.items()}
+        wrong = [f"{name} is {mine}, must be {there}" for name, (mine, there) in pairs.items() if mine != there]
+        if wrong:
+            raise PortError(f"{found.path}, layer {layer}", mistyped=wrong)
+    _write(found, {name: _as(theirs[name], header.dtype) for name, header in headers.items()})
+
+
+def _differences(one: Any, other: Any, part: str = "") -> list[str]:
+    """Each field of a contract that is not as in the other."""
+    found = []
+    for name in (each.name for each in dataclasses.fields(one)):
+        mine, wanted = getattr(one, name), getattr(other, name)
+        if dataclasses.is_dataclass(mine) and dataclasses.is_dataclass(wanted):
+            found += _differences(mine, wanted, f"{part}{name}.")
+        elif mine != wanted and name != "dispatcher":
+            found.append(f"{part}{name}={mine!r}: must be {wanted!r}")
+    return found
+
+
+def _as(header: Header, dtype: np.dtype) -> Header:
+    return Header(header.shape, dtype, lambda: header.read().astype(dtype, copy=False))
+
+
+def _write(found: Mixtures, changed: Mapping[str, Header]) -> None:
+    """The folder again with some tensors changed: files that hold none of them are linked, not copied."""
+    touched = {found.files[name] for name in changed}
+    foreign = [file for file in sorted(touched) if not file.endswith(".safetensors")]
+    if foreign:
+        raise ValueError(f"{found.path}: {foreign[0]} holds the layer: must be a .safetensors file to be written")
+    check_space(found.path, sum((found.path / file).stat().st_size for file in touched))
+    with writing(found.path.resolve(), overwrite=True, replaceable=is_hf) as part:
+        _linked(found.path.resolve(), part, touched)
+        for file in sorted(touched):
+            own = {name: header for name, header in changed.items() if found.files[name] == file}
+            copy_with(found.path / file, part / file, own)
+
+
+def _linked(source: Path, target: Path, without: set[str]) -> None:
+    """A folder of the same files, each a link to the same bytes, but for some at its top."""
+    target.mkdir()
+    for entry in source.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            _linked(entry, target / entry.name, set())
+        elif entry.name not in without:
+            _link(entry, target / entry.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)

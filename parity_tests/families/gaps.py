@@ -1,0 +1,57 @@
+"""The model types of `transformers` with routed experts: found in its sources, and those whose mixture is not here
+yet.
+"""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+# A class of experts, by its name; or a function that mixes them.
+EXPERTS = re.compile(r"Experts$|ExpertGLU$|NaiveMoe$|CDMoE$")
+
+# Each with the reason in words. A type that is neither here nor in the table turns a test red.
+GAPS: dict[str, str] = {
+    "axk1": "a norm after experts and shared expert, inside the mixture",
+    "diffusion_gemma": "a norm and scales around the router, a dense branch in parallel",
+    "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
+    "ernie4_5_vl_moe": "two mixtures in a layer, of text and of sight, the sum of weights has a least value",
+    "gemma4": "a norm and scales around the router, a dense branch in parallel",
+    "inkling": "the shared experts' weights come from the router",
+    "inkling2": "soft caps on gate and up",
+    "inkling2_loop": "soft caps on gate and up",
+    "jetmoe": "a bias on the mixture's answer",
+    "longcat_flash": "experts that return their input",
+    "muse_spark": "projections and norms around the experts",
+    "nemotron_h": "squared ReLU without a gate, projections around the experts",
+    "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
+    "phimoe": "a router of its own (sparse mixer)",
+    "switch_transformers": "slots: `jax_moe.presets.switch`, compared in parity_tests/layers/test_switch.py",
+    "vitpose_backbone": "an expert by the kind of data set: no router",
+    "zaya": "the router is a network with a state from the layer before",
+}
+
+# In the table, and yet not all of it.
+IN_PART: dict[str, str] = {
+    "deepseek_v4": "layers of `hash_moe`, whose choices come from a table of token ids, are refused by name",
+    "qwen3_omni_moe": "the thinker's mixture; the talker's is not read",
+    "dots3_note": "the text model's mixture; the vision model's is not read",
+}
+
+
+def found() -> set[str]:
+    """The model types of the installed transformers whose modelling code defines routed experts."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    return {file.parent.name for file in Path(spec.origin).parent.glob("models/*/modeling_*.py") if _defines(file)}
+
+
+def _defines(file: Path) -> bool:
+    """Whether the file is its folder's own model and defines a class of experts."""
+    if file.stem != f"modeling_{file.parent.name}":
+        return False
+    text = file.read_text(encoding="utf-8")
+    if not re.search(r"^class \w*(Experts|ExpertGLU|NaiveMoe|CDMoE)\b", text, re.M):
+        return False
+    classes = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return any(EXPERTS.search(name) for name in classes)

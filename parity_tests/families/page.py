@@ -1,0 +1,74 @@
+"""docs/families.md: a row a model type, a column a check, the measured error or the reason in words."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax_moe.porting.families import decoder_names
+from parity_tests.families.cases import CASES
+from parity_tests.families.checks import COLUMNS
+from parity_tests.families.gaps import GAPS, IN_PART
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+NUMBER = re.compile(r"0|\d(\.\d)?e-\d\d")
+INTRODUCTION = """# Model types
+
+The mixture of experts of every model type of `transformers`, compared with the module in `transformers` {version}
+itself on tiny random weights, two odd shapes each. `jax_moe.load_moe(directory, layer)` reads it from a checkpoint
+folder, `jax_moe.save_moe` puts it back. A number is the largest relative error, 0 is bit for bit. `make families`
+measures anew.
+
+- choices: the chosen experts of every token, in fp64 and fp32, exact
+- output, gradients: the answer; the gradient of the input and of every parameter by its name on disk
+- torch_ref: the answer of `torch_ref` with the same weights by the same rows
+- balance loss: of one layer, as `transformers` counts it
+- there and back: the contract through config.json, the weights through their names on disk
+- own folder: written by the model's own `save_pretrained`, read by `load_moe`, put back by `save_moe`
+- decoder: whether the whole model ports (README has its measured table)
+
+"""
+
+
+def header() -> list[str]:
+    """The table's head, with the limits."""
+    names = [f"{one.name} (at most {one.limit:.0e})" if one.limit else one.name for one in COLUMNS]
+    words = ["model type", *names, "decoder"]
+    return [f"| {' | '.join(words)} |", f"|{'---|' * len(words)}"]
+
+
+def row(name: str, measured: Mapping[str, float]) -> str:
+    """One model type."""
+    cells = [column.lacks(CASES[name]) or number(measured[column.name]) for column in COLUMNS]
+    return f"| `{name}` | {' | '.join(cells)} | {'yes' if name in decoder_names() else 'the mixture alone'} |"
+
+
+def number(error: float) -> str:
+    """As it stands in a cell."""
+    return "0" if error == 0 else f"{error:.1e}"
+
+
+def page(measured: Mapping[str, Mapping[str, float]], version: str) -> str:
+    """The whole document."""
+    lines = [INTRODUCTION.format(version=version) + "\n".join(header())]
+    lines += [row(name, measured[name]) for name in sorted(CASES)]
+    lines += ["", "Known in part:", "", *(f"- `{name}`: {words}" for name, words in sorted(IN_PART.items()))]
+    lines += ["", "Not compared, and why:", "", "| model type | why |", "|---|---|"]
+    lines += [f"| `{name}` | {reason} |" for name, reason in sorted(GAPS.items())]
+    return "\n".join(lines) + "\n"
+
+
+def stored() -> dict[str, dict[str, float]]:
+    """What the document says of the model types that are not measured anew."""
+    found: dict[str, dict[str, float]] = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else ():
+        name, *cells = (word.strip(" `") for word in line.strip("|").split("|"))
+        if name in CASES and len(cells) == len(COLUMNS) + 1:
+            pairs = zip(COLUMNS, cells, strict=False)
+            found[name] = {column.name: float(cell) for column, cell in pairs if NUMBER.fullmatch(cell)}
+    return found
+
+
+def without_numbers(text: str) -> str:
+    """The document with every number in a cell replaced, and the version: what must be fresh."""
+    text = re.sub(r"(?<=`transformers` )\d+\.\d+\.\d+", "VERSION", text)
+    return re.sub(rf"(?<=\| )({NUMBER.pattern})(?= \|)", "N", text)

@@ -1,0 +1,151 @@
+"""The mixture in `transformers`: made alone from a tiny configuration, its weights drawn by numpy, and run."""
+
+import importlib
+import inspect
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_parity.sides.transformers import widened
+from parity_tests.families.cases import SHAPES, Case
+
+
+def configuration(case: Case, shape: int) -> Any:
+    """transformers' configuration of the whole model type."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[case.model_type](**case.values(shape))
+
+
+def text_of(case: Case, config: Any) -> Any:
+    """The part of it that the mixture is made from."""
+    for word in case.nested.split(".") if case.nested and not case.of_whole else []:
+        config = getattr(config, word)
+    return config
+
+
+def as_file(config: Any) -> dict[str, Any]:
+    """What its config.json says."""
+    return json.loads(config.to_json_string(use_diff=True))
+
+
+class Layer(torch.nn.Module):
+    """The mixture with what stands beside it, as the layer adds them up."""
+
+    def __init__(self, case: Case, config: Any):
+        super().__init__()
+        config._experts_implementation = "eager"
+        modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
+        self.names = [case.at or "own", *case.beside]
+        self.prefixed = bool(case.at)
+        for name, kind in zip(self.names, (f"{case.prefix}{case.module}", *case.beside.values()), strict=True):
+            made = getattr(modeling, kind)
+            takes = inspect.signature(made.__init__).parameters
+            self.add_module(name, made(config, layer_idx=1) if "layer_idx" in takes else made(config))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of their answers."""
+        found = [getattr(self, name)(x) for name in self.names]
+        return sum((one[0] if isinstance(one, tuple) else one).reshape(x.shape) for one in found)  # type: ignore[return-value]
+
+    def named(self, tensors: Any) -> dict[str, Any]:
+        """By the names that the tensors have in the mixture, or in the layer where something stands beside it."""
+        return {name if self.prefixed else name.removeprefix("own."): value for name, value in tensors}
+
+
+@dataclass
+class Answer:
+    """One run: arrays by name."""
+
+    experts: np.ndarray  # [tokens, K], in ascending order
+    y: np.ndarray
+    gradients: dict[str, np.ndarray]  # of the input ("x") and of every parameter by its name in memory
+    logits: np.ndarray | None  # what the router hands on, if that is its logits
+
+
+def draw(layer: torch.nn.Module, seed: int) -> None:
+    """Weights that matter: routers that spread their tokens, biases that change choices."""
+    generator = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, value in sorted([*layer.named_parameters(), *layer.named_buffers()]):
+            drawn = generator.normal(size=tuple(value.shape))
+            drawn *= 0.3 if "moe_statics" in name else 1.0  # a softmax's scores are small
+            routes = any(word in name for word in ("gate.w", "router", "classifier")) and value.ndim > 1
+            if value.ndim > 1:
+                drawn *= (3.0 if routes else 1.0) * value.shape[-1] ** -0.5
+            else:
+                drawn = drawn * 0.2 + (1.0 if "norm" in name or "scale" in name else 0.0)
+            value.copy_(torch.from_numpy(drawn))
+
+
+def make_layer(case: Case, shape: int, dtype: str) -> Layer:
+    """The layer with its weights drawn in fp32, as `dtype`."""
+    with widened() if dtype == "float64" else nullcontext():
+        layer = Layer(case, text_of(case, configuration(case, shape))).to(getattr(torch, dtype)).eval()
+    single = Layer(case, text_of(case, configuration(case, shape)))
+    draw(single, seed=case.seed + shape)
+    layer.load_state_dict(single.state_dict())
+    return layer
+
+
+def inputs(shape: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors, and what the answer is multiplied by before its sum is differentiated."""
+    generator = np.random.default_rng(100 + shape)
+    (B, T), (D, *_) = SHAPES[shape]
+    return tuple(generator.normal(size=(B, T, D)).astype(dtype) for _ in range(2))  # type: ignore[return-value]
+
+
+def run(layer: Layer, shape: int, dtype: str) -> Answer:
+    """The reference's answer."""
+    found: dict[str, Any] = {}
+
+    def routed(module: Any, given: Any, answer: Any) -> None:
+        answers = answer if isinstance(answer, tuple) else (answer,)
+        if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of those that were not chosen
+            K = module.top_k
+            answers = (answer[1], answer[0].topk(K, dim=-1).indices)
+        tensors = [one for one in (*answers, *given) if one is not None]
+        index = [one for one in tensors if not one.is_floating_point()]
+        if index:
+            found.setdefault("experts", index[0].reshape(-1, index[0].shape[-1]).sort(dim=-1).values.numpy())
+        if any(word in type(module).__name__ for word in ("Router", "Gate")):
+            found.setdefault("logits", answers[0].detach().reshape(-1, answers[0].shape[-1]).numpy())
+
+    hooks = [one.register_forward_hook(routed) for one in layer.modules()]
+    x, cotangent = (torch.from_numpy(one.copy()) for one in inputs(shape, dtype))
+    x.requires_grad_()
+    layer.zero_grad()
+    with widened() if dtype == "float64" else nullcontext():
+        y = layer(x)
+        (y * cotangent).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    trained = [(name, value) for name, value in layer.named_parameters() if value.requires_grad]
+    gradients = [(n, torch.zeros_like(p) if p.grad is None else p.grad) for n, p in trained]
+    named = {name: value.numpy() for name, value in layer.named(gradients).items()}
+    return Answer(found["experts"], y.detach().numpy(), {"x": x.grad.numpy(), **named}, found.get("logits"))  # type: ignore
+
+
+def balance_loss(case: Case, logits: np.ndarray, shape: int) -> float:
+    """transformers' own balance loss of one layer."""
+    modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
+    E, K = SHAPES[shape][1][2:]
+    with widened():
+        return float(modeling.load_balancing_loss_func((torch.from_numpy(logits),), E, K))
+
+
+def save_model(case: Case, folder: Path) -> Any:
+    """The tiniest whole model of the type, written by its own save_pretrained; the model."""
+    import transformers
+    config = configuration(case, 0)
+    if case.alone:
+        config = transformers.CONFIG_MAPPING[case.alone](**case.values(0, alone=True))
+    model = getattr(transformers, f"{case.prefix}{case.model}")(config)
+    draw(model, seed=5)
+    model.save_pretrained(folder)
+    return model
