@@ -18,6 +18,13 @@ from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Compiling takes the time in tests, not running: these options compile three times faster into slower code, also in
+# processes that tests start. The fp32 columns of the parity table are compiled as users compile (`quick.AS_USERS`).
+FLAGS = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # newer XLA has no such emitters to leave out
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
 settings.register_profile(
     "derandomised", derandomize=True, deadline=None, max_examples=40, print_blob=False, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

@@ -15,7 +15,9 @@ def known(options: dict[str, Any]) -> dict[str, Any] | None:
     return options
 
 
+# Three times faster into slower code: what the tests' own settings are, also for commands that run without them.
 LEVEL = {"xla_backend_optimization_level": 0}
-# Compiles five times faster, into slower code; the parity table's fp32 columns are compiled as users compile them.
-# Newer XLA has no fusion emitters to leave out.
-QUICK = known({**LEVEL, "xla_cpu_use_fusion_emitters": False}) or known(LEVEL)
+QUICK = known({**LEVEL, "xla_cpu_use_fusion_emitters": False}) or known(LEVEL)  # newer XLA has no such emitters
+# XLA's defaults, for the fp32 columns of the parity table.
+USUAL = {"xla_backend_optimization_level": 3}
+AS_USERS = known({**USUAL, "xla_cpu_use_fusion_emitters": True}) or known(USUAL)
