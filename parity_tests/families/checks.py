@@ -161,7 +161,7 @@ def balance(runs: Runs, tolerance: float) -> float:
     return max(errors)
 
 
-def there_and_back(runs: Runs) -> float:
+def round_trip(runs: Runs) -> float:
     """The contract to config.json and back; the weights to their names on disk and back, bit for bit."""
     for shape in (0, 1):
         contract, mixture = runs.contract(shape), runs.family.mixture
@@ -180,7 +180,7 @@ def there_and_back(runs: Runs) -> float:
         moe = runs.moe(shape, "float32")
         written = jax_moe.to_torch(moe, layout=runs.disk.layer)
         other = jax_moe.from_torch(jax_moe.MoE(moe.config), written, layout=runs.disk.layer)
-        check_exact(jax_moe.to_torch(other, layout=runs.memory.layer), state, f"{runs.case.model_type}: there and back")
+        check_exact(jax_moe.to_torch(other, layout=runs.memory.layer), state, f"{runs.case.model_type}: round trip")
     return 0.0
 
 
@@ -246,6 +246,6 @@ COLUMNS = (
     Column("gradients fp32", 1e-5, functools.partial(gradients, dtype="float32")),
     Column("torch_ref fp64", 1e-12, in_torch),
     Column("balance loss", 1e-12, balance, no_balance),
-    Column("there and back", 0, there_and_back),
+    Column("round trip", 0, round_trip),
     Column("own folder", 0, folder, no_model),
 )

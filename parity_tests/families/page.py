@@ -22,7 +22,7 @@ measures anew.
 - output, gradients: the answer; the gradient of the input and of every parameter by its name on disk
 - torch_ref: the answer of `torch_ref` with the same weights by the same rows
 - balance loss: of one layer, as `transformers` counts it
-- there and back: the contract through config.json, the weights through their names on disk
+- round trip: the contract through config.json, the weights through their names on disk
 - own folder: written by the model's own `save_pretrained`, read by `load_moe`, put back by `save_moe`
 - decoder: whether the whole model ports (README has its measured table)
 

@@ -58,7 +58,7 @@ def one_entry(moe: jax_moe.MoE) -> None:
 FAULTS = {
     "choices": exchange_experts, "output fp64": one_entry, "gradients fp64": one_entry, "output fp32": one_entry,
     "gradients fp32": exchange_gate_and_up, "torch_ref fp64": one_entry, "balance loss": double_logits,
-    "there and back": one_entry,
+    "round trip": one_entry,
 }
 
 
