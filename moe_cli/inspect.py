@@ -14,11 +14,10 @@ from jax_moe.parameters import declared
 from jax_moe.porting.checkpoint import load_found
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import weight_files
-from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.state_file import read_state
 from moe_cli.arguments import Inspect
 from moe_cli.common import assumed_in_words, summary
-from moe_cli.layers import inspect_layers, mixtures_in
+from moe_cli.layers import inspect_layers, opened
 from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, readable
 
 DEVICES = (1, 2, 4, 8)
@@ -27,11 +26,10 @@ DEVICES = (1, 2, 4, 8)
 def inspect(command: Inspect) -> int:
     """Prints what a checkpoint holds. Of a file of no known family, prints its tensors and raises ValueError."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
-    layers = mixtures_in(command.path, command.layers)
-    if layers is not None:
-        return inspect_layers(command, *layers)
     try:
-        found = open_path(command.path, command.choices)
+        found = opened(command.path, command.layers, command.choices)
+        if isinstance(found, tuple):
+            return inspect_layers(command, *found)
         if found.decoder:
             _inspect_decoder(command, found)
             return 0

@@ -14,9 +14,13 @@ from jax_moe.config.describe import describe
 from jax_moe.disk import writing
 from jax_moe.moe import MoE
 from jax_moe.porting.checkpoint import Checkpoint, save
+from jax_moe.porting.errors import MixtureOnlyError
+from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.families.torch_ref import TORCH_REF
+from jax_moe.porting.formats.found import Found
+from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.own_folder import is_folder
-from jax_moe.porting.mixture import Mixtures, open_mixtures, read_mixture, without_decoder
+from jax_moe.porting.mixture import Mixtures, open_mixtures, read_mixture
 from jax_moe.stored import stored_state
 from moe_cli.arguments import Inspect, Parity, Port
 from moe_cli.common import say
@@ -26,11 +30,17 @@ from moe_parity.batch import random_vectors, read_vectors
 POSITIONS = 16  # of a random batch
 
 
-def mixtures_in(path: Path, layers: str | None) -> tuple[Mixtures, tuple[int, ...]] | None:
-    """The folder and the layers that were asked for, all by default; None where the whole model is meant."""
-    if layers is None and not without_decoder(path):
-        return None
-    found = open_mixtures(path)
+Layers = tuple[Mixtures, tuple[int, ...]]
+
+
+def opened(path: Path, layers: str | None, choices: Choices | None = None) -> Found | Layers:
+    """The whole checkpoint; if layers are named, or the decoder is not known, the folder's mixtures and the layers."""
+    try:
+        if layers is None:
+            return open_path(path, choices)
+        found = open_mixtures(path)
+    except MixtureOnlyError as error:
+        found = open_mixtures(path, error.values)
     asked = found.layers if layers is None else _numbers(layers)
     for layer in asked:
         found.config(layer)

@@ -19,7 +19,7 @@ from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.pretrained import MAX_SHARD_BYTES
 from moe_cli.arguments import Parity
 from moe_cli.common import progress, say, say_assumed, say_note
-from moe_cli.layers import compare_layers, mixtures_in
+from moe_cli.layers import compare_layers, opened
 from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
 from moe_parity.memory import Work, check_memory
 from moe_parity.report import Report, print_table
@@ -29,12 +29,11 @@ POSITIONS = 16  # of a random batch, if the model has no block size
 
 def parity(command: Parity) -> int:
     """Prints the report; returns 1 if anything is beyond tolerance."""
-    layers = mixtures_in(command.path, command.layers)
-    if layers is not None:
+    found = opened(command.path, command.layers, command.choices)
+    if isinstance(found, tuple):
         _check(command, 1)
         require(command.html is None, "html", str(command.html), "left out with layers")
-        return compare_layers(command, *layers)
-    found = open_path(command.path, command.choices)
+        return compare_layers(command, *found)
     _check(command, 2 if found.decoder else 1)  # a decoder's loss needs a next token
     report = _against_transformers(command, found) if found.decoder else _against_torch_ref(command, found)
     if found.run is not None:

@@ -11,22 +11,21 @@ from jax_moe.disk import check_target
 from jax_moe.porting.checkpoint import load_found, save, save_file
 from jax_moe.porting.convert import dtype_named, port_decoder
 from jax_moe.porting.formats.found import Found
-from jax_moe.porting.formats.open import open_path, refuse_choices
+from jax_moe.porting.formats.open import refuse_choices
 from jax_moe.porting.formats.own_folder import is_folder
 from jax_moe.porting.formats.state_file import PT_SUFFIXES, SUFFIXES
 from jax_moe.porting.optimizer.torch_file import layout_of, optimizer_of, write_beside
 from moe_cli.arguments import Form, Port
 from moe_cli.common import progress, say, say_assumed, summary, with_characters
-from moe_cli.layers import mixtures_in, port_layers
+from moe_cli.layers import opened, port_layers
 
 
 def port(command: Port) -> int:
     """Reads SRC, writes DST, and prints what was written."""
     _check_places(command.src, command.dst)
-    layers = mixtures_in(command.src, command.layers)
-    if layers is not None:
-        return port_layers(command, *layers)
-    found = open_path(command.src, None if command.src.is_dir() else command.choices)
+    found = opened(command.src, command.layers, None if command.src.is_dir() else command.choices)
+    if isinstance(found, tuple):
+        return port_layers(command, *found)
     with jax.enable_x64(True):  # so that float64 files keep their dtype; nothing is computed
         if found.decoder:
             return _port_decoder(command, found)

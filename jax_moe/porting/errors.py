@@ -30,6 +30,14 @@ class PortError(ValueError):
         return any((self.missing, self.unexpected, self.misshapen, self.mistyped, self.wrong))
 
 
+class MixtureOnlyError(ValueError):
+    """A folder of a model type whose mixture is known, but not its whole decoder; `values` are its config.json."""
+
+    def __init__(self, message: str, values: Mapping[str, Any]):
+        self.values = values
+        super().__init__(message)
+
+
 def check_names(
     where: str, there: Mapping[str, Any], wanted: Mapping[str, Any], *, dtypes: bool = False, spare: bool = False,
     mistyped: Iterable[str] = (), wrong: Iterable[str] = (),

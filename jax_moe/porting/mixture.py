@@ -23,7 +23,7 @@ from jax_moe.guarded import read_object
 from jax_moe.moe import MoE
 from jax_moe.parameters import declared
 from jax_moe.porting.errors import PortError
-from jax_moe.porting.families import decoder_names, mixture_of, mixture_types
+from jax_moe.porting.families import mixture_of
 from jax_moe.porting.families.family import Family, Names
 from jax_moe.porting.formats.hf_folder import check_weights_name, is_hf
 from jax_moe.porting.formats.safetensors import copy_with
@@ -124,15 +124,15 @@ class Mixtures:
         return found
 
 
-def open_mixtures(directory: Folder) -> Mixtures:
-    """What a folder says of its mixtures. Raises ValueError for a model type that is not known, before any weight is
-    read.
+def open_mixtures(directory: Folder, values: Mapping[str, Any] | None = None) -> Mixtures:
+    """The mixtures of a folder; `values` is its config.json, if that was read. Raises ValueError for an unknown model
+    type, before any weight is read.
     """
     path = Path(directory)
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder" if path.exists() else f"{path}: no such folder")
     try:
-        values = read_object(path / "config.json")
+        values = read_object(path / "config.json") if values is None else dict(values)
     except FileNotFoundError:
         raise ValueError(f"{path}: must be a checkpoint folder, has no config.json") from None
     try:
@@ -142,16 +142,6 @@ def open_mixtures(directory: Folder) -> Mixtures:
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
     return Mixtures(path, family, values, text, tensor_files(path))
-
-
-def without_decoder(path: Path) -> bool:
-    """Whether this is a Hugging Face folder of a model type of which the mixture is known, and not the whole
-    decoder.
-    """
-    if not path.is_dir() or not is_hf(path):
-        return False
-    model_type = read_object(path / "config.json").get("model_type")
-    return model_type not in decoder_names() and any(model_type in types for types in mixture_types().values())
 
 
 def moe_layers(directory: Folder) -> tuple[int, ...]:

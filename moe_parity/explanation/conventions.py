@@ -24,7 +24,8 @@ from jax_moe.parameters import of_variable
 from jax_moe.stored import stored_variables
 
 MOE_FIELDS: dict[str, tuple] = {
-    "router.renormalise": get_args(Renormalise),
+    # not "floor": it is "sum" unless a sum is below its eps
+    "router.renormalise": tuple(name for name in get_args(Renormalise) if name != "floor"),
     "router.order": get_args(Order),
     "router.score": get_args(Score),
     "router.scale": (1.0,),

@@ -40,7 +40,7 @@ def test_layers_that_are_not_there(layers: str, said: str, unknown: Path, capsys
     assert not (unknown.parent / "out").exists()
 
 
-def test_port_there_and_back(unknown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_and_save_again(unknown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder a layer, which `load` reads and `save_moe` puts back."""
     out = tmp_path / "out"
     assert main(["port", str(unknown), str(out)]) == 0

@@ -58,7 +58,7 @@ def test_the_model_has_a_call_and_run() -> None:
     model = torch_ref.MakeMoE(contracts()["model"])
     names = {"mask_BT", "randomness", "expert_LBTK", "remat"}
     check_names(model.forward, "tokens_BT", names)
-    check_names(model.run, "tokens_BT", names)
+    check_names(model.run, "tokens_BT", names | {"watch"})
     arrays, draws = model_arrays(3)
     tokens, given = torch.from_numpy(TOKENS), {**tensors(arrays), "randomness": torch_ref.Randomness(**tensors(draws))}
     output = model.run(tokens, **given)

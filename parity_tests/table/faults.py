@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import jax.numpy as jnp
@@ -89,9 +90,10 @@ def softmax_after(config: MoEConfig) -> MoEConfig:
 def higher_index_wins(right: Callable) -> Callable:
     """Ties go to the higher expert index: experts are considered in reverse."""
 
-    def wrong(score_GSE: Array, config: MoEConfig, correction_bias_E: Array | None = None) -> Array:
+    def wrong(score_GSE: Array, config: MoEConfig, correction_bias_E: Array | None = None, *more: Any) -> Array:
         bias = None if correction_bias_E is None else correction_bias_E[::-1]
-        return config.num_experts - 1 - right(score_GSE[..., ::-1], config, bias)
+        reversed_too = (None if value is None else value[..., ::-1] for value in more)
+        return config.num_experts - 1 - right(score_GSE[..., ::-1], config, bias, *reversed_too)
 
     return wrong
 

@@ -42,7 +42,7 @@ def family_named(model_type: object) -> Family:
     """The family of a whole decoder. Raises ValueError for one that is not here, or is known by its mixture alone."""
     whole = decoder_names()
     if not isinstance(model_type, str) or model_type not in whole:
-        known = isinstance(model_type, str) and model_type in FAMILIES and FAMILIES[model_type].mixture is not None
+        known = has_mixture(model_type)
         hint = "; of this type the mixture of a layer is known, not the whole decoder" if known else ""
         raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(whole)}{hint}")
     return FAMILIES[model_type]
@@ -51,6 +51,11 @@ def family_named(model_type: object) -> Family:
 def mixture_types() -> dict[str, tuple[str, ...]]:
     """{family: the model types that have its mixture}, of every family with one."""
     return {one.name: (one.name, *one.mixture.types) for one in FAMILIES.values() if one.mixture is not None}
+
+
+def has_mixture(model_type: object) -> bool:
+    """Whether the mixture of that model type is known."""
+    return any(model_type in types for types in mixture_types().values())
 
 
 def mixture_of(model_type: object) -> Family:

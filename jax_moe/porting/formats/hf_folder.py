@@ -15,8 +15,8 @@ from jax_moe.config.models import DecoderConfig, Origin
 from jax_moe.disk import same_bits
 from jax_moe.guarded import read_json, read_text_and_object
 from jax_moe.parameters import declared
-from jax_moe.porting.errors import PortError
-from jax_moe.porting.families import family_named
+from jax_moe.porting.errors import MixtureOnlyError, PortError
+from jax_moe.porting.families import family_named, has_mixture
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
@@ -60,13 +60,17 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     text, values = _read_config(path) if read is None else read
     if instead(path):
         raise ValueError(f"{path}: must be a model alone{instead(path)}")  # transformers would add it to the model
-    with _named(path / "config.json"):
-        family = family_named(values.get("model_type"))
+    file, model_type = path / "config.json", values.get("model_type")
+    try:
+        family = family_named(model_type)
+    except ValueError as error:
+        message = f"{file}: {error}"
+        raise (MixtureOnlyError(message, values) if has_mixture(model_type) else ValueError(message)) from None
     found = open_weights(path)
     first = family.whole.layer.partition("{l}")[0]
     own, taken = own_names(found, lambda names: any(name.startswith(first) for name in names))
     headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
-    with _named(path / "config.json"):
+    with _named(file):
         check_weights_name(values)
         check_layers(values, headers)
         config = family.config(values)
