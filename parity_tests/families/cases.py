@@ -81,7 +81,7 @@ def v3(model_type: str, prefix: str, module: str = "MoE", **own: Any) -> Case:
 
 
 def text(model_type: str, prefix: str, *where: Any, **own: Any) -> Case:
-    """The text model of a model that sees."""
+    """The text model of a multimodal model."""
     return Case(model_type, prefix, *where, nested="text_config", top=SEES, **own)
 
 
@@ -106,7 +106,7 @@ CASES = {one.model_type: one for one in (
     text("qwen4_exp", "Qwen4Exp", "TextSparseMoeBlock", settings=GATED, model="ForConditionalGeneration", balance=True),
     text("qwen3_vl_moe", "Qwen3VLMoe", "TextSparseMoeBlock", model="ForConditionalGeneration", balance=True),
     Case("qwen3_omni_moe", "Qwen3OmniMoe", "ThinkerTextSparseMoeBlock", others=NORM, balance=True, model="",
-         nested="thinker_config.text_config", reason="tiny models of sight, hearing and speech around it are not made"),
+         nested="thinker_config.text_config", reason="the tiny vision, audio and speech models around it are not made"),
     Case("lara_mini", "LaraMini", settings=GATED, others=NORM, balance=True),
     Case("minimax", "MiniMax", sizes=MIXTRAL, balance=True),
     Case("jamba", "Jamba", sizes=PLAIN, balance=True),

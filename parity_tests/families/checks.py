@@ -1,6 +1,7 @@
 """The columns: what is compared of one model type, on both shapes, and what is measured."""
 
 import functools
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -235,7 +236,13 @@ def no_model(case: Case) -> str:
 
 def no_balance(case: Case) -> str:
     """Why a balance loss is not compared."""
-    return "" if case.balance else "transformers has none, or counts other choices than the router's"
+    if case.balance:
+        return ""
+    named = f"transformers.models.{case.model_type}.modeling_{case.model_type}"
+    spec = importlib.util.find_spec(named)
+    assert spec is not None and spec.origin is not None
+    has = "def load_balancing_loss_func" in Path(spec.origin).read_text(encoding="utf-8")
+    return "not yet: transformers counts the best logits, not the choices" if has else "transformers has none"
 
 
 COLUMNS = (

@@ -15,7 +15,7 @@ GAPS: dict[str, str] = {
     "axk1": "a norm after experts and shared expert, inside the mixture",
     "diffusion_gemma": "a norm and scales around the router, a dense branch in parallel",
     "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
-    "ernie4_5_vl_moe": "two mixtures in a layer, of text and of sight, the sum of weights has a least value",
+    "ernie4_5_vl_moe": "two mixtures in a layer, of text and of vision tokens",
     "gemma4": "a norm and scales around the router, a dense branch in parallel",
     "inkling": "the shared experts' weights come from the router",
     "inkling2": "soft caps on gate and up",
