@@ -16,6 +16,7 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
 from jax_moe.dispatch import Slots
 from jax_moe.routing import Routing, log_scores, safe_denominator
 from jax_moe.shapes import Dim
+from jax_moe.top_k import best_first
 
 SOFTMAX = RouterConfig()
 
@@ -28,9 +29,10 @@ class MoEStats(NamedTuple):
     dropped_fraction: Float[Array, "*L"]  # share of choices that got no slot
     expert_load_E: Float[Array, "*L E"]  # share of choices per expert, before drops; sums to 1
     router_entropy: Float[Array, "*L"]  # mean entropy of each token's scores over their sum, in nats
-    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of the scores over their sum
+    router_prob_E: Float[Array, "*L E"]  # P_e, the mean over tokens of `balance_terms`' probabilities
     importance_cv2: Float[Array, "*L"]  # CV^2 of the weight given to each expert (a loss: it has a gradient)
     load_cv2: Float[Array, "*L"]  # CV^2 of expert_load_E (no gradient; `smooth_load` has one)
+    balance_load_E: Float[Array, "*L E"]  # f_e over its sum: expert_load_E, unless the balance loss is of="logits"
 
 
 def chosen_experts(stats: MoEStats) -> Bool[Array, "*L E"]:
@@ -112,15 +114,23 @@ def load_balance_loss(
     return num_experts * (f_E * prob_E).sum(axis=-1)
 
 
+def balance_terms(routing: Routing, config: MoEConfig) -> tuple[Int[Array, "G S K"], Float[Array, "G S E"]]:
+    """The choices that f counts, and the probabilities whose mean is P."""
+    if config.balance.of == "choices":
+        return routing.expert_GSK, router_probs(routing.logits_GSE, config.router)
+    return best_first(jax.lax.stop_gradient(routing.logits_GSE), config.top_k), router_probs(routing.logits_GSE)
+
+
 def group_balance_loss(
     routing: Routing, config: MoEConfig, mask_GS: Bool[Array, "G S"] | None = None
 ) -> Float[Array, ""]:
     """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count."""
-    share_GSE = jax.nn.one_hot(routing.expert_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
+    counted_GSK, prob_GSE = balance_terms(routing, config)
+    share_GSE = jax.nn.one_hot(counted_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
     mask_GS = jnp.ones(share_GSE.shape[:2], bool) if mask_GS is None else mask_GS
     load_GE, prob_GE = (
         jax.vmap(masked_mean)(x_GSE[:, None], mask_GS[:, None])
-        for x_GSE in (share_GSE, router_probs(routing.logits_GSE, config.router))
+        for x_GSE in (share_GSE, prob_GSE)
     )
     loss_G = load_balance_loss(load_GE, prob_GE, config.top_k, config.balance)
     return masked_mean(loss_G[None], mask_GS.any(axis=1)[None])
@@ -130,7 +140,7 @@ def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Array, ""]:
     """The balance loss of a stack: the mean of its layers' losses, or the loss of f and P averaged over the layers."""
     if config.balance.pooled == "per_layer":
         return stats.load_balance_loss.mean()
-    load_E, prob_E = stats.expert_load_E, stats.router_prob_E
+    load_E, prob_E = stats.balance_load_E, stats.router_prob_E
     num_experts = load_E.shape[-1]
     same = num_experts == config.num_experts
     require(same, "num_experts", config.num_experts, f"{num_experts}, as in the statistics")
@@ -202,8 +212,12 @@ def layer_stats(
     """All of a layer's losses and statistics."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
-    prob_E = masked_mean(router_probs(routing.logits_GSE, config.router), mask_GS)
-    balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
+    counted_GSK, prob_GSE = balance_terms(routing, config)
+    balance_load_E = load_E
+    if config.balance.of == "logits":
+        balance_load_E = expert_load(counted_GSK, config.num_experts, dtype, mask_GS)
+    prob_E = masked_mean(prob_GSE, mask_GS)
+    balance = load_balance_loss(balance_load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
     dropped_GS = (slots.slot_GSK == capacity).astype(dtype).mean(axis=-1)
@@ -216,4 +230,5 @@ def layer_stats(
         router_prob_E=prob_E,
         importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
         load_cv2=squared_cv(load_E),
+        balance_load_E=balance_load_E,
     )

@@ -13,6 +13,7 @@ from torch_ref.arrays import Dim, check_choices, check_kind, check_vocabulary, c
 from torch_ref.dims import Bool, Float, Int, Shaped, Tensor, wide
 from torch_ref.dispatch import Slots
 from torch_ref.routing import Routing, log_scores, safe_denominator
+from torch_ref.top_k import best_first
 
 SOFTMAX = RouterConfig()
 
@@ -25,9 +26,10 @@ class MoEStats(NamedTuple):
     dropped_fraction: Float[Tensor, "*L"]  # share of choices that got no slot
     expert_load_E: Float[Tensor, "*L E"]  # share of choices per expert, before drops; sums to 1
     router_entropy: Float[Tensor, "*L"]  # mean entropy of each token's scores over their sum, in nats
-    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of the scores over their sum
+    router_prob_E: Float[Tensor, "*L E"]  # P_e, the mean over tokens of `balance_terms`' probabilities
     importance_cv2: Float[Tensor, "*L"]  # CV^2 of the weight given to each expert (a loss: it has a gradient)
     load_cv2: Float[Tensor, "*L"]  # CV^2 of expert_load_E (no gradient; `smooth_load` has one)
+    balance_load_E: Float[Tensor, "*L E"]  # f_e over its sum: expert_load_E, unless the balance loss is of="logits"
 
 
 def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:
@@ -107,16 +109,24 @@ def load_balance_loss(
     return num_experts * (f_E * prob_E).sum(dim=-1)
 
 
+def balance_terms(routing: Routing, config: MoEConfig) -> tuple[Int[Tensor, "G S K"], Float[Tensor, "G S E"]]:
+    """The choices that f counts, and the probabilities whose mean is P."""
+    if config.balance.of == "choices":
+        return routing.expert_GSK, router_probs(routing.logits_GSE, config.router)
+    return best_first(routing.logits_GSE.detach(), config.top_k), router_probs(routing.logits_GSE)
+
+
 def group_balance_loss(
     routing: Routing, config: MoEConfig, mask_GS: Bool[Tensor, "G S"] | None = None
 ) -> Float[Tensor, ""]:
     """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count."""
     dtype, losses = routing.logits_GSE.dtype, []
+    counted_GSK, prob_GSE = balance_terms(routing, config)
     for g in range(routing.logits_GSE.shape[0]):
         mask = None if mask_GS is None else mask_GS[g : g + 1]
         if mask is None or mask.any():
-            load_E = expert_load(routing.expert_GSK[g : g + 1], config.num_experts, dtype, mask)
-            prob_E = masked_mean(router_probs(routing.logits_GSE[g : g + 1], config.router), mask)
+            load_E = expert_load(counted_GSK[g : g + 1], config.num_experts, dtype, mask)
+            prob_E = masked_mean(prob_GSE[g : g + 1], mask)
             losses.append(load_balance_loss(load_E, prob_E, config.top_k, config.balance))
     return torch.stack(losses).mean() if losses else routing.logits_GSE.new_zeros(())
 
@@ -127,7 +137,7 @@ def pool_balance_loss(stats: MoEStats, config: MoEConfig) -> Float[Tensor, ""]:
         return stats.load_balance_loss.mean()
     num_experts, found = config.num_experts, stats.expert_load_E.shape[-1]
     require(found == num_experts, "num_experts", num_experts, f"{found}, as in the statistics")
-    load_E = stats.expert_load_E.reshape(-1, num_experts).mean(dim=0)
+    load_E = stats.balance_load_E.reshape(-1, num_experts).mean(dim=0)
     prob_E = stats.router_prob_E.reshape(-1, num_experts).mean(dim=0)
     return load_balance_loss(load_E, prob_E, config.top_k, config.balance)
 
@@ -194,8 +204,12 @@ def layer_stats(
     """All of a layer's losses and statistics."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
-    prob_E = masked_mean(router_probs(routing.logits_GSE, config.router), mask_GS)
-    balance = load_balance_loss(load_E, prob_E, config.top_k, config.balance)
+    counted_GSK, prob_GSE = balance_terms(routing, config)
+    balance_load_E = load_E
+    if config.balance.of == "logits":
+        balance_load_E = expert_load(counted_GSK, config.num_experts, dtype, mask_GS)
+    prob_E = masked_mean(prob_GSE, mask_GS)
+    balance = load_balance_loss(balance_load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
     dropped_GS = (slots.slot_GSK == capacity).to(dtype).mean(dim=-1)
@@ -208,4 +222,5 @@ def layer_stats(
         router_prob_E=prob_E,
         importance_cv2=squared_cv(importance(routing.expert_GSK, routing.weight_GSK, config.num_experts, mask_GS)),
         load_cv2=squared_cv(load_E),
+        balance_load_E=balance_load_E,
     )

@@ -59,6 +59,7 @@ def soft_stats(logits_BTEC: Float[Tensor, "B T E C"], mask_BT: Bool[Tensor, "B T
     return MoEStats(
         load_balance_loss=none, router_z_loss=none, dropped_fraction=none, expert_load_E=load_E,
         router_entropy=router_entropy(logits_BTE, mask_BT), router_prob_E=load_E, importance_cv2=cv2, load_cv2=cv2,
+        balance_load_E=load_E,
     )
 
 

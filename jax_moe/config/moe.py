@@ -190,6 +190,9 @@ class BalanceConfig:
 
     f_sums_to: Literal["one", "k"] = "one"  # f as a share of choices (balanced loss: 1), or of tokens (K; Hugging Face)
     pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of losses, or loss of mean f and P (HF)
+    # f of the choices and P of the scores; or f of the K largest logits and P of softmax(logits), whatever score, bias
+    # or clusters decide the choice (transformers' MiniMax-M2, Ernie 4.5, GLM-4.5V)
+    of: Literal["choices", "logits"] = "choices"
     counted_in: Literal["batch", "group"] = "batch"  # f and P over all tokens, or the mean of the groups' losses
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ def check_form(call: Call, layer: Any, name: str) -> None:
     """Every array at once: an answer like the input, and finite statistics, of which the load sums to 1."""
     y_BTD, stats = call(layer, X, **given(name))
     assert y_BTD.shape == X.shape and y_BTD.dtype == X.dtype and np.isfinite(y_BTD).all()
-    assert len(stats) == (0 if name == "attention" else 8) and all(np.isfinite(value).all() for value in stats)
+    assert len(stats) == (0 if name == "attention" else 9) and all(np.isfinite(value).all() for value in stats)
     assert not stats or abs(stats[3].sum() - 1) < 1e-6  # expert_load_E; measured: 1.2e-7
 
 

@@ -165,6 +165,19 @@ def test_losses_of_the_friends() -> None:
     agree(friends_stats(pencil.HF_BALANCE).load_balance_loss, pencil.BALANCE_K)
 
 
+@pytest.mark.parametrize("counted_in", ["batch", "group"])
+def test_balance_loss_of_the_logits(counted_in: str) -> None:
+    """A bias sends everybody to experts 1 and 2 by their sigmoids: the loss is that of the friends all the same."""
+    router = RouterConfig(score="sigmoid", correction_bias=True)
+    config = layer(router=router, balance=BalanceConfig(of="logits", counted_in=counted_in))
+    weights = pencil.pencil_weights(config) | {"router.correction_bias": np.asarray([0.0, 9.0, 9.0])}
+    stats = build(config, weights)(jnp.asarray(pencil.ONE, WIDE))[1]
+    agree(stats.expert_load_E, [0, 1 / 2, 1 / 2])
+    agree(stats.balance_load_E, pencil.LOAD)
+    agree(stats.router_prob_E, pencil.PROB)
+    agree(stats.load_balance_loss, pencil.BALANCE)
+
+
 def test_losses_do_not_see_padding() -> None:
     x = [pencil.sequence(pencil.STRANGER, *pencil.FRIENDS)]
     masked = friends_stats(x=x, mask_BT=jnp.asarray([[False, True, True, True]]))
@@ -240,6 +253,7 @@ def test_balance_loss_per_layer_or_pooled() -> None:
         stats = losses.MoEStats(
             load_balance_loss=each, router_z_loss=zeros, dropped_fraction=zeros, expert_load_E=load,
             router_entropy=zeros, router_prob_E=prob, importance_cv2=zeros, load_cv2=zeros,
+            balance_load_E=load,
         )
         agree(losses.pool_balance_loss(stats, config), want)
 

@@ -343,6 +343,20 @@ JAX_LOSSES = [
         rows=("makemoe",),
     ),
     Mutation(
+        "jax: the balance loss is of the choices, never of the logits",
+        "jax_moe/losses.py",
+        'if config.balance.of == "choices":',
+        "if config.balance.of:",
+        rows=("balance loss of the logits",),
+    ),
+    Mutation(
+        "torch: the balance loss is of the choices, never of the logits",
+        "torch_ref/losses.py",
+        'if config.balance.of == "choices":',
+        "if config.balance.of:",
+        rows=("balance loss of the logits",),
+    ),
+    Mutation(
         "jax: the balance loss lacks E",
         "jax_moe/losses.py",
         "return num_experts * (f_E * prob_E).sum(axis=-1)",

@@ -7,7 +7,7 @@ from typing import Literal
 from jax_moe import presets
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig
-from jax_moe.config.moe import ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+from jax_moe.config.moe import BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 
 Config = MoEConfig | SoftMoEConfig | AttentionConfig | BlockConfig | MakeMoEConfig
 Draw = Literal["noise", "jitter", "keep", "mask", "replay"]
@@ -103,6 +103,10 @@ ROUTERS = [
     Case("clamped activation", plain(expert=ExpertConfig(
         clamp=0.7, clamp_on="activation", shared_dim=10, shared_clamp=None, shared_scale=0.5,
     ))),
+    Case("balance loss of the logits", plain(
+        router=RouterConfig(score="sigmoid", correction_bias=True, renormalise="sum"),
+        balance=BalanceConfig(of="logits", f_sums_to="k", pooled="over_layers"),
+    )),
     Case("weight on input", ON_INPUT),
     Case("weight on input, gather", ON_INPUT.with_capacity(1.0)),
     Case("weight on input, einsum", via(ON_INPUT.with_capacity(1.0), "einsum")),

@@ -15,6 +15,8 @@ REQUIRED: Any = object()
 PARTS: dict[str, type] = {"router": RouterConfig, "expert": ExpertConfig, "balance": BalanceConfig}
 # The balance loss of Mixtral and its descendants
 HUGGING_FACE = {"balance.f_sums_to": "k", "balance.pooled": "over_layers"}
+# As it is counted for routers with sigmoids or a correction bias, for `Contract.but`
+OF_LOGITS: dict[str, Any] = {"balance__of": "logits", "balance__f_sums_to": "k", "balance__pooled": "over_layers"}
 
 
 @dataclass(frozen=True)

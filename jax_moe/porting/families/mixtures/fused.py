@@ -6,7 +6,7 @@ from typing import Any
 
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import Family, Mixture
-from jax_moe.porting.families.fields import Contract, Field, activation, sizes
+from jax_moe.porting.families.fields import OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     DEEPSEEK,
     FORWARD,
@@ -107,8 +107,8 @@ FUSED_FAMILIES = (
     family("gpt_oss", OSS, both("hf_gpt_oss", biased("F 0/2"), biased("F 0/2"))),
     family("openai_privacy_filter", PRIVACY, both("hf_privacy_filter", biased("0/2 F"), biased("0/2 F"))),
     multimodal("llama4", LLAMA4, LLAMA4_NAMES),
-    multimodal("glm5_next", GLM5, DEEPSEEK),
-    multimodal("minimax_m3_vl", M3, M3_NAMES),
+    multimodal("glm5_next", GLM5.but(**OF_LOGITS), DEEPSEEK),
+    multimodal("minimax_m3_vl", M3.but(**OF_LOGITS), M3_NAMES),
     multimodal("mistral_large4", LARGE4, LARGE4_NAMES),
     Family("dbrx", Mixture(read_dbrx, write_dbrx, *DBRX_NAMES)),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import Family, Mixture
-from jax_moe.porting.families.fields import Contract, Field, activation, sizes
+from jax_moe.porting.families.fields import OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     DEEPSEEK,
     FORWARD,
@@ -131,7 +131,7 @@ SIGMOID = (
     family("deepseek_v32", EIGHT, DEEPSEEK),
     family("glm4_moe", ONE, DEEPSEEK),
     family("glm4_moe_lite", V3.defaults(routed_scaling_factor=1.8), DEEPSEEK),
-    multimodal("glm4v_moe", ONE, DEEPSEEK),
+    multimodal("glm4v_moe", ONE.but(**OF_LOGITS), DEEPSEEK),
     family("glm_moe_dsa", V3, DEEPSEEK),
     family("solar_open", ONE, DEEPSEEK),
     family("dots1", DOTS1, DEEPSEEK),
@@ -144,9 +144,9 @@ SIGMOID = (
     family("hy_v3", HY3, HY3_NAMES),
     family("afmoe", AFMOE, AFMOE_NAMES),
     family("beam", BEAM, DEEPSEEK),
-    family("minimax_m2", MINIMAX, MINIMAX_NAMES),
-    family("laguna", LAGUNA, LAGUNA_NAMES),
-    family("flint", FLINT, FLINT_NAMES),
+    family("minimax_m2", MINIMAX.but(**OF_LOGITS), MINIMAX_NAMES),
+    family("laguna", LAGUNA.but(**OF_LOGITS), LAGUNA_NAMES),
+    family("flint", FLINT.but(**OF_LOGITS), FLINT_NAMES),
     family("lfm2_moe", LFM2, LFM2_NAMES),
     family("mistral4", MISTRAL4, DEEPSEEK),
     v2("deepseek_v2"),

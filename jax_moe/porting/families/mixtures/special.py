@@ -4,7 +4,7 @@ from typing import Any
 
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import Family, Mixture
-from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
+from jax_moe.porting.families.fields import HUGGING_FACE, OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     DEEPSEEK,
     FUSED,
@@ -137,9 +137,9 @@ SPECIAL = (
     Family("step3p7", Mixture(
         read_step, write_step, *STEP_NAMES, {"step3p7": "text_config", "step3p5": ""}, ROOTS, LIMITS,
     )),
-    family("deepseek_v4", V4, V4_NAMES, roots=("model.", ""), by_layer=("mlp_layer_types",)),
+    family("deepseek_v4", V4.but(**OF_LOGITS), V4_NAMES, roots=("model.", ""), by_layer=("mlp_layer_types",)),
     family("kolibri1", KOLIBRI, KOLIBRI_NAMES),
-    family("ernie4_5_moe", ERNIE, both(
+    family("ernie4_5_moe", ERNIE.but(**OF_LOGITS), both(
         "hf_ernie", (*ernie("moe_statics.e_score_correction_bias"), *each_expert(), *SHARED_EXPERTS),
         (*ernie("gate.moe_statics.e_score_correction_bias"), *FUSED, *SHARED_EXPERTS),
     )),
