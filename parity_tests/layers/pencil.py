@@ -314,11 +314,13 @@ CLAMP_TABLE = [
     (1, -5, -1, -1, 0),
     (2, 2, 6, 3, 2),  # both at the bound
 ]
-# relu(gate)^2, bounded by 2, times up within 2: gate, up, answer
+# relu(gate)^2, bounded by 1/2, times up within 1/2: gate, up, answer. 0.36 is within, though 0.6 is not
 AFTER = dataclasses.replace(
-    CLAMPED, expert=ExpertConfig(activation="relu2", clamp=2.0, clamp_on="activation"),
+    CLAMPED, expert=ExpertConfig(activation="relu2", clamp=0.5, clamp_on="activation"),
 )
-AFTER_TABLE = [(1, 1, 1), (1.5, 1, 2), (2, 1, 2), (-3, 1, 0), (1, 5, 2), (1, -5, -2)]
+AFTER_TABLE = [
+    (0.5, 0.25, 0.0625), (0.6, 0.5, 0.18), (0.6, 3, 0.18), (2, 0.5, 0.25), (-3, 0.5, 0), (2, -5, -0.25),
+]
 # beside the same expert unbounded and halved: gate * up within 2, and 1/2 gate * up
 BESIDE = dataclasses.replace(
     CLAMPED,
