@@ -89,13 +89,14 @@ def rotations(
     position_BT: Int[Array, "B T"], config: RopeConfig, head_dim: int, dtype: jnp.dtype,
     length: Int[Array, ""] | None = None, longest: int = 0,
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
-    """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider.
+    """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider; A counts the
+    entries of a head that turn.
 
     "dynamic" frequencies are those of a text of T positions, or of `length`, at most `longest`: in generation that of
     the longest text, as in transformers. A key keeps the turn it was cached with; texts generated together stretch
     together.
     """
-    frequencies = FREQUENCIES[config.kind]
+    frequencies, head_dim = FREQUENCIES[config.kind], config.width(head_dim)
     if config.kind == "dynamic" and length is not None:
         table = np.stack([frequencies(config, head_dim, one) for one in range(longest + 1)])
         frequency = jnp.asarray(table, wide(dtype))[length]
@@ -108,9 +109,14 @@ def rotations(
 
 
 def rotate(
-    x_BTHA: Float[Array, "B T H A"], cos_BTA: Float[Array, "B T A"], sin_BTA: Float[Array, "B T A"]
+    x_BTHA: Float[Array, "B T H A"], cos_BTA: Float[Array, "B T _"], sin_BTA: Float[Array, "B T _"]
 ) -> Float[Array, "B T H A"]:
-    """Pair i, made of entries i and i + A/2, turned by its angle."""
+    """Of the first W entries, as many as there are angles, pair i, made of entries i and i + W/2, turned; others pass.
+    """
+    width = cos_BTA.shape[-1]
+    if width < x_BTHA.shape[-1]:
+        x_BTHW, rest = jnp.split(x_BTHA, [width], axis=-1)
+        return jnp.concatenate([rotate(x_BTHW, cos_BTA, sin_BTA), rest], axis=-1)
     first, second = jnp.split(x_BTHA, 2, axis=-1)
     turned_BTHA = jnp.concatenate([-second, first], axis=-1)
     return x_BTHA * cos_BTA[:, :, None, :] + turned_BTHA * sin_BTA[:, :, None, :]

@@ -12,6 +12,7 @@ from jax_moe.config.checks import (
     check_rates,
     check_within,
     is_int,
+    is_number,
     require,
 )
 
@@ -64,11 +65,14 @@ class RopeConfig:
     truncate: bool = True  # "yarn": whether the two bounds are rounded outwards to whole dims
     low_freq_factor: float = 1.0  # "llama3": wavelengths above original / low are divided by factor ...
     high_freq_factor: float = 4.0  # ... those below original / high are kept, the others interpolated
+    fraction: float = 1.0  # of a head's entries, from the first: these are turned, the others pass (GLM-4.5)
 
     def __post_init__(self) -> None:
         check_literals(self)
         check_positive_ints(max_positions=self.max_positions)
         check_flags(self, "truncate")
+        share = is_number(self.fraction) and 0 < self.fraction <= 1
+        require(share, "fraction", self.fraction, "a number above 0 and at most 1")
         check_within(1.0, factor=self.factor, theta=self.theta)
         require(self.theta > 1, "theta", self.theta, "above 1")
         check_within(LEAST, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
@@ -80,9 +84,14 @@ class RopeConfig:
         above = self.high_freq_factor > self.low_freq_factor
         require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}")
 
+    def width(self, head_dim: int) -> int:
+        """How many entries of a head are turned."""
+        return int(head_dim * self.fraction)
+
     def words(self) -> str:
-        """The base, and the stretching where there is any."""
-        base = f"rotary, base {self.theta:,.0f}"
+        """The base, the share that turns, and the stretching where there is any."""
+        part = "" if self.fraction == 1 else f" of the first {self.fraction:g} of a head"
+        base = f"rotary{part}, base {self.theta:,.0f}"
         trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
         return base if self.kind == "default" else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
 
@@ -136,11 +145,13 @@ class GroupedAttentionConfig(LayerAttention):
         check_positive_ints(
             **{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")}
         )
-        heads, width = self.num_heads, self.head_dim
+        heads, width = self.num_heads, self.rope.width(self.head_dim)
         require(heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={heads}")
-        require(width % 2 == 0, "head_dim", width, "even (rotary embeddings turn pairs)")
+        part = "" if self.rope.fraction == 1 else f" times rope.fraction={self.rope.fraction:g}"
+        even = width % 2 == 0 and width > 0
+        require(even, f"head_dim{part}", width, "even (rotary embeddings turn pairs)")
         stretched = self.rope.kind not in ("dynamic", "yarn") or width > 2
-        require(stretched, "head_dim", width, f"above 2 for rope kind {self.rope.kind!r}")
+        require(stretched, f"head_dim{part}", width, f"above 2 for rope kind {self.rope.kind!r}")
         window = self.window
         require(window is None or (is_int(window) and window >= 1), "sliding_window", window, "None or at least 1")
         check_flags(self, "qkv_bias", "output_bias")

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from jax_moe.config.decoder import LayerConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.guarded import read_object
 from jax_moe.porting.families import family_named
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.torch_tensors import import_torch
 from moe_parity.sides.hooks import Watch, first, watching
+from moe_parity.sides.jax_moe import ranked_scores
 from moe_parity.stages import Place
 
 
@@ -88,13 +90,15 @@ def trace_transformers(
         with torch.set_grad_enabled(grads):
             output = reference(inputs, labels=inputs, use_cache=False)
         watch.put(Place("logits"), output.logits)
-        watch.put(Place("balance_loss"), output.aux_loss)
+        if getattr(output, "aux_loss", None) is not None:
+            watch.put(Place("balance_loss"), output.aux_loss)
         watch.put(Place("loss"), output.loss)
         if grads:
             output.loss.backward()
             for name, value in reference.named_parameters():
                 grad = torch.zeros_like(value) if value.grad is None else value.grad
-                watch.trace[Place("gradient", None, name)] = grad.numpy()
+                if value.requires_grad:
+                    watch.trace[Place("gradient", None, name)] = grad.numpy()
     return watch.trace
 
 
@@ -119,19 +123,31 @@ def _watch_layer(
     for kind, module in modules.items():
         watch.out_of(module, lambda answer, *_, kind=kind: watch.put(Place(kind, i), first(answer)))
     if sparse:
-        _watch_mixture(watch, modules["combined"], {row.ours: row.theirs for row in mixture.rows}, i, shape)
+        assert isinstance(contract.ffn, MoEConfig)
+        names = {row.ours: row.theirs for row in mixture.rows}
+        _watch_mixture(watch, modules["combined"], names, contract.ffn, i, shape)
 
 
-def _watch_mixture(watch: Watch, mixture: Any, names: Mapping[str, str], i: int, shape: tuple[int, ...]) -> None:
+def _watch_mixture(
+    watch: Watch, mixture: Any, names: Mapping[str, str], config: MoEConfig, i: int, shape: tuple[int, ...]
+) -> None:
     """Sets hooks on the router, the experts and, behind their gate, the shared experts; `names` of our parameters."""
-    experts = mixture.get_submodule(_holder(names["experts.down"]))
+    torch, experts = import_torch("parity"), mixture.get_submodule(_holder(names["experts.down"]))
+    order: list[Any] = []  # of the choices, best first: beside a correction bias transformers leaves them in any order
 
     def routed(answer: tuple, *_: Any) -> None:
-        for kind, value in zip(("router_logits", "weights", "experts"), answer, strict=True):
-            watch.put(Place(kind, i), value, (*shape, -1))
+        logits, weights, chosen = answer
+        order[:] = [torch.arange(chosen.shape[1]).expand_as(chosen)]
+        if config.router.correction_bias:
+            bias = mixture.state_dict()[names["router.correction_bias"]].numpy().reshape(-1)
+            scores = torch.from_numpy(ranked_scores(logits.detach().numpy(), config, bias))
+            order[:] = [scores.gather(1, chosen).sort(descending=True, stable=True).indices]
+        for kind, value in (("weights", weights), ("experts", chosen)):
+            watch.put(Place(kind, i), value.gather(1, order[0]), (*shape, -1))
+        watch.put(Place("router_logits", i), logits, (*shape, -1))
 
     def answered(answer: Any, x: Any, index: Any, weights: Any) -> None:
-        torch = import_torch("parity")
+        index = index.gather(1, order[0])
         with torch.no_grad():  # the experts' own code, on each choice alone, with weight 1
             unit = torch.ones_like(weights[:, :1])
             alone = [experts.forward(x, index_R1, unit) for index_R1 in index.split(1, dim=1)]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jax_moe import Decoder, DecoderConfig, presets
-from jax_moe.attention.rope import FREQUENCIES, attention_factor, powers
+from jax_moe.attention.rope import FREQUENCIES, attention_factor, powers, rotate, rotations
 from jax_moe.config.attention import RopeConfig
 from jax_moe.models.stack import repeated_units
 from parity_tests.shared.compare import check_close
@@ -121,7 +121,18 @@ def test_rotary_frequencies_by_their_equations() -> None:
     assert attention_factor(RopeConfig(kind="yarn", **make)) == pytest.approx(0.1 * np.log(4) + 1)
 
 
+def test_a_part_of_each_head_turns() -> None:
+    """Of six entries the first four are two pairs, (1, 3) and (2, 4), at position 1 by the angles 1 and 1/10."""
+    config = RopeConfig(theta=100.0, fraction=0.7)
+    turns = rotations(jnp.asarray([[1]]), config, 6, jnp.dtype("float32"))
+    found = rotate(jnp.asarray([[[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]]), *turns)[0, 0, 0]
+    (c, s), (d, t) = ((np.cos(angle), np.sin(angle)) for angle in (1.0, 0.1))
+    expected = np.asarray([c - 3 * s, 2 * d - 4 * t, 3 * c + s, 4 * d + 2 * t, 5, 6])
+    check_close({"x": np.asarray(found)}, {"x": expected}, 1e-6, "partial rotation")  # measured 1.2e-7
+
+
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"rope": RopeConfig(fraction=0.75)}, r"head_dim times rope.fraction=0.75=3: must be even"),
     ({"num_kv_heads": 3}, r"num_kv_heads=3: must be a divisor of num_heads=4"),
     ({"head_dim": 5}, r"head_dim=5: must be even"),
     ({"dense_layers": (3,), "dense_dim": 4}, r"dense_layers=\(3,\): must be rising layer numbers of 0 to 2"),
@@ -135,6 +146,12 @@ def test_rotary_frequencies_by_their_equations() -> None:
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecoderConfig.grouped(**(SIZES | changes))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, float("nan")])
+def test_the_part_that_turns_is_a_fraction(fraction: Any) -> None:
+    with pytest.raises(ValueError, match=r"fraction=.*: must be a number above 0 and at most 1"):
+        RopeConfig(fraction=fraction)
 
 
 def test_tokens_outside_the_vocabulary() -> None:

@@ -1,6 +1,7 @@
 """Greedy text against `transformers.generate`: left padding and stop tokens, in every Hugging Face family.
 
-The families include a window, dynamic rope and dense layers. `test_decoder_generation.py` tests the cache.
+The families include a window, dynamic rope, dense layers and a part of each head that turns.
+`test_decoder_generation.py` tests the cache.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from parity_tests.table.family_cases import CASES, TEXTS, VOCABULARY, Case, draw
 pytestmark = pytest.mark.usefixtures("quick")
 PROMPT, NEW, PAD = 7, 14, 36
 MASK = np.arange(PROMPT) >= np.asarray([0, 3, 1])[:, None]
-NAMES = ("mixtral", "mixtral_window", "qwen2_moe_tied", "qwen3_moe_dense", "olmoe", "granitemoe")
+NAMES = ("mixtral", "mixtral_window", "qwen2_moe_tied", "qwen3_moe_dense", "olmoe", "granitemoe", "glm4_moe")
 CHOSEN = [case for case in CASES if case.name in NAMES]
 
 

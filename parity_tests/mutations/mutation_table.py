@@ -445,6 +445,14 @@ JAX_DECODER = [
         family="mixtral",
     ),
     Mutation(
+        "jax: rotary frequencies by the head's width, not that of the part which turns",
+        "jax_moe/attention/rope.py",
+        "frequencies, head_dim = FREQUENCIES[config.kind], config.width(head_dim)",
+        "frequencies = FREQUENCIES[config.kind]",
+        family="glm4_moe",
+        tests=("parity_tests/layers/test_decoder.py::test_a_part_of_each_head_turns",),
+    ),
+    Mutation(
         "jax: the window is one longer",
         "jax_moe/attention/masks.py",
         "(back_TU < window)",

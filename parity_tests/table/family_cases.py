@@ -1,11 +1,17 @@
 """Tiny random models of every Hugging Face family, and the reference run of `transformers`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from jax_moe.config.decoder import DecoderConfig
+from jax_moe.porting.families.family import Family
+from moe_parity.sides.hooks import watching
 
 VOCABULARY, TEXTS, LENGTH = 37, 3, 11
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -55,6 +61,11 @@ QWEN2 = {
 QWEN3 = {"intermediate_size": 18, "moe_intermediate_size": 14, "num_experts": 7, "num_experts_per_tok": 3}
 OLMOE = {"intermediate_size": 14, "num_experts": 6, "num_experts_per_tok": 3}
 GRANITE = {"intermediate_size": 14, "num_local_experts": 5, "num_experts_per_tok": 2}
+V3 = {
+    "intermediate_size": 18, "moe_intermediate_size": 14, "n_shared_experts": 2, "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+}
+CLUSTERS = {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7
 }
@@ -88,6 +99,8 @@ CASES = [
     Case(
         "granitemoe_bias", "GraniteMoe", sizes(22, 1, 1, 2, **GRANITE), "right", {**MULTIPLIERS, "attention_bias": True}
     ),
+    Case("glm4_moe", "Glm4Moe", sizes(24, 4, 2, 3, **V3, head_dim=12), "left",
+         {**CLUSTERS, "use_qk_norm": True, "attention_bias": True}),
 ]
 
 
@@ -95,7 +108,8 @@ def draw_weights(model: Any, seed: int) -> None:
     """Draws weights: norms about 1, biases not 0, routers that spread the tokens."""
     generator = np.random.default_rng(seed)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        kept = [(name, value) for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for name, parameter in sorted([*model.named_parameters(), *kept]):
             drawn = generator.normal(size=tuple(parameter.shape))
             if parameter.ndim == 1:
                 drawn = drawn * 0.2 + (0.0 if name.endswith("bias") else 1.0)
@@ -132,12 +146,37 @@ def run_reference(model: Any, batch: dict[str, np.ndarray]) -> Any:
     return model(tokens, attention_mask=mask, labels=labels, use_cache=False)
 
 
-def reference_choices(logits: tuple, mask: np.ndarray, top_k: int) -> tuple[np.ndarray, float]:
-    """The experts [L, tokens, K] of every mixture, best first, and the smallest score gap; without padding."""
-    stacked = torch.stack([layer.detach().reshape(*mask.shape, -1)[torch.from_numpy(mask)] for layer in logits])
-    values, order = torch.sort(stacked, dim=-1, descending=True, stable=True)
-    gap = (values[..., :-1] - values[..., 1:])[..., :top_k].min()
-    return order[..., :top_k].numpy(), float(gap)
+@contextmanager
+def watching_routers(model: Any, config: DecoderConfig, family: Family) -> Iterator[list[tuple[Any, Any]]]:
+    """What the routers say, mixture by mixture: the scores that they rank, and the chosen experts."""
+    found: list[tuple[Any, Any]] = []
+    assert family.mixture is not None
+    names = family.mixture.in_memory
+    router = next(row.theirs for row in names.rows if row.ours == "router.kernel").rpartition(".")[0]
+    with watching() as watch:
+        for i, contract in zip(config.moe_layers, config.mixtures, strict=True):
+            mixture = model.get_submodule(names.within.format(l=i)[:-1])
+            bias = [value for name, value in mixture.state_dict().items() if name.endswith("correction_bias")]
+
+            def routed(answer: Any, *_: Any, score: str = contract.router.score, bias: list = bias) -> None:
+                scores = answer[0].detach()
+                if bias:
+                    scores = (scores.sigmoid() if score == "sigmoid" else scores.softmax(-1)) + bias[0].squeeze()
+                found.append((scores, answer[2].detach()))
+
+            watch.out_of(mixture.get_submodule(router), routed)
+        yield found
+
+
+def reference_choices(routed: list[tuple[Any, Any]], mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """The experts [L, tokens, K] of every mixture, and the smallest score gap; without padding."""
+    real = torch.from_numpy(mask)
+    scores, chosen = (
+        torch.stack([layer.reshape(*mask.shape, -1)[real] for layer in each]) for each in zip(*routed, strict=True)
+    )
+    values = torch.sort(scores, dim=-1, descending=True, stable=True).values
+    gap = (values[..., :-1] - values[..., 1:])[..., : chosen.shape[-1]].min()
+    return chosen.numpy(), float(gap)
 
 
 def save_reference(model: Any, folder: Path, fused: bool = False) -> Path:

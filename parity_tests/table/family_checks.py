@@ -16,13 +16,21 @@ from flax import nnx
 import jax_moe
 from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
-from jax_moe.porting.families import reference_table
+from jax_moe.porting.families import family_named, reference_table
 from jax_moe.porting.formats.safetensors import read_safetensors
 from moe_parity.sides.transformers import widened
 from parity_tests.shared.compare import check_close, check_exact
 from parity_tests.shared.quick import QUICK
 from parity_tests.table.checks import Column, always
-from parity_tests.table.family_cases import Case, batch, draw_weights, reference_choices, run_reference, save_reference
+from parity_tests.table.family_cases import (
+    Case,
+    batch,
+    draw_weights,
+    reference_choices,
+    run_reference,
+    save_reference,
+    watching_routers,
+)
 
 LEARNING_RATE, STEPS = 3e-3, 20
 MARGIN = 1e-4  # least gap between chosen and unchosen router logits: rounding cannot change a choice
@@ -46,9 +54,9 @@ def stepper(graphdef: Any, wide: bool = False) -> Any:
     """One jitted step: loss, output, gradients, new weights and optimizer. `wide` keeps fp64 programs apart."""
 
     @partial(jax.jit, compiler_options=QUICK)
-    def step(params: Any, state: Any, batch: dict[str, Any]) -> Any:
+    def step(params: Any, rest: Any, state: Any, batch: dict[str, Any]) -> Any:
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            return training_loss(nnx.merge(graphdef, params), batch)
+            return training_loss(nnx.merge(graphdef, params, rest), batch)
 
         (value, output), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = OPTIMIZER.update(gradients, state, params)
@@ -68,24 +76,27 @@ class Outcome:
     def __init__(self, runs: "FamilyRuns", model: jax_moe.Decoder, reference: Any, dtype: str):
         data, mask = batch(runs.case, seed=2), batch(runs.case, seed=2)["mask"]
         reference.zero_grad()
-        expected = run_reference(reference, data)
+        with watching_routers(reference, model.config, runs.family) as routed:
+            expected = run_reference(reference, data)
         expected.loss.backward()
-        choices, gap = reference_choices(expected.router_logits, mask, model.config.moe.top_k)
+        choices, gap = reference_choices(routed, mask)
         assert gap > MARGIN, f"{runs.case.name}: a choice hangs on {gap}"
         spread = all(len(np.unique(layer)) == model.config.moe.num_experts for layer in choices)
         assert spread, f"{runs.case.name}: some expert was never chosen"
-        graphdef, params = nnx.split(model)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(
-            params, OPTIMIZER.init(params), to_jax(data)
+            params, rest, OPTIMIZER.init(params), to_jax(data)
         )
         chosen = np.asarray(output.expert_LBTK)[:, mask]
+        if model.config.moe.router.correction_bias:  # transformers hands them out in any order
+            choices, chosen = np.sort(choices), np.sort(chosen)
         self.choices = {"experts": chosen}, {"experts": choices.astype(chosen.dtype)}
         self.logits = (
             {"logits": np.asarray(output.logits_BTV)[mask]},
             {"logits": expected.logits.detach().numpy()[mask]},
         )
         self.loss = {"loss": np.asarray(loss)}, {"loss": expected.loss.detach().numpy()}
-        theirs = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+        theirs = {name: p.grad.numpy() for name, p in reference.named_parameters() if p.requires_grad}
         self.gradients = jax_moe.to_torch(model, gradients, layout=runs.layout), theirs
 
 
@@ -98,7 +109,7 @@ class FamilyRuns:
         draw_weights(self.reference, seed=1)
         self.folder = save_reference(self.reference, folder / "theirs")
         self.model = jax_moe.load_pretrained(self.folder)
-        self.layout = reference_table(self.model).name
+        self.family, self.layout = family_named(self.model.origin.model_type), reference_table(self.model).name
 
     @functools.cached_property
     def float32(self) -> Outcome:
@@ -130,7 +141,7 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
     reference = runs.case.reference(runs.case.config()).train()
     reference.load_state_dict(runs.reference.state_dict())
     theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE)
-    graphdef, params = nnx.split(runs.model)
+    graphdef, params, rest = nnx.split(runs.model, nnx.Param, ...)
     state = OPTIMIZER.init(params)
     curves: tuple[list[float], list[float]] = ([], [])
     for number in range(STEPS):
@@ -139,7 +150,7 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
         loss = run_reference(reference, data).loss
         loss.backward()
         theirs.step()
-        value, _, _, params, state = stepper(graphdef)(params, state, to_jax(data))
+        value, _, _, params, state = stepper(graphdef)(params, rest, state, to_jax(data))
         curves[0].append(float(value))
         curves[1].append(loss.item())
     assert curves[1][-1] < curves[1][3], f"{runs.case.name}: nothing was learned"

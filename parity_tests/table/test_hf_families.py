@@ -56,7 +56,7 @@ def test_planted_fault_is_caught(runs: FamilyRuns, fault: Any) -> None:
     model = jax_moe.load_pretrained(runs.folder)  # a copy, as the fault is made in place
     fault(model)
     data = batch(runs.case, seed=2)
-    graphdef, params = nnx.split(model)
-    output = stepper(graphdef)(params, OPTIMIZER.init(params), to_jax(data))[1]
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    output = stepper(graphdef)(params, rest, OPTIMIZER.init(params), to_jax(data))[1]
     with pytest.raises(MismatchError, match="logits"):
         check_close({"logits": output.logits_BTV[data["mask"]]}, runs.float32.logits[1], 1e3 * limit, fault.__name__)

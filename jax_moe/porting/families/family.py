@@ -74,7 +74,7 @@ class Names:
 
     rows: tuple[Row, ...]
     layer: str  # layout of a mixture by itself; families with the same rows share it
-    whole: str = ""  # layout of a whole decoder
+    whole: str = ""  # layout of a whole decoder, if not by the family's name
     within: str = f"{LAYER}mlp."
 
     @property
@@ -195,13 +195,13 @@ class Family:
 
     def on_disk(self, config: DecoderConfig) -> Table:
         """A decoder's names as they are written."""
-        return self._table(self._parts()[0].on_disk, config)
+        return self._table(self._parts()[0].on_disk, "", config)
 
     def in_memory(self, config: DecoderConfig) -> Table:
         """A decoder's names as the reference has them in memory, and its optimizer."""
-        return self._table(self._parts()[0].in_memory, config)
+        return self._table(self._parts()[0].in_memory, "_fused", config)
 
-    def _table(self, names: Names, config: DecoderConfig) -> Table:
+    def _table(self, names: Names, side: str, config: DecoderConfig) -> Table:
         """The rows of every stack of layers, each with the numbers that its layers have in the files."""
         decoder, numbers = self._parts()[1], dict[str, tuple[int, ...]]()
         kinds = {"moe": under(names.rows, names.within, ""), "dense": under(decoder.dense, decoder.layer, "")}
@@ -213,7 +213,8 @@ class Family:
             numbered = (replace(row, theirs=row.theirs.replace("{l}", f"{{{number}}}")) for row in rows)
             (attention if kind in decoder.attention else ffn).extend(numbered)
             numbers[number] = stack.layers
-        return Table(names.whole, (*decoder.before, *attention, *decoder.after, *ffn), numbers=numbers)
+        layout = names.whole or f"hf_{self.name}{side}"
+        return Table(layout, (*decoder.before, *attention, *decoder.after, *ffn), numbers=numbers)
 
     def parameter_order(self, plan: Plan) -> list[str]:
         """The reference's `named_parameters()`: what stands before the layers, each layer, what stands after them."""
@@ -233,11 +234,11 @@ class Family:
 
 
 def read_around(
-    settings: Settings, *, max_positions: int = 2048, norm_eps: float = 1e-6, aux: float = 0.001
+    settings: Settings, *, max_positions: int = 2048, norm_eps: float = 1e-6, aux: float | None = 0.001
 ) -> dict[str, Any]:
     """Fields of `DecoderConfig` that every family's config.json says in the same words: all but its layers.
 
-    The others are what transformers takes where config.json is silent.
+    The others are what transformers takes where config.json is silent; `aux` None: it has no balance loss.
     """
     return {
         "vocab_size": settings.size("vocab_size"),
@@ -245,18 +246,19 @@ def read_around(
         "max_positions": settings.integer("max_position_embeddings", max_positions),
         "norm_eps": settings.number("rms_norm_eps", norm_eps),
         "tied_embeddings": settings.flag("tie_word_embeddings", False),
-        "balance_loss_weight": settings.number("router_aux_loss_coef", aux),
+        "balance_loss_weight": 0.0 if aux is None else settings.number("router_aux_loss_coef", aux),
     }
 
 
 def read_decoder(
     settings: Settings, moe: MoEConfig, *, kv_heads: int | None = None, null_kv_heads: bool = True, theta: float = 1e4,
-    max_positions: int = 2048, norm_eps: float = 1e-6, aux: float = 0.001, **own: Any,
+    max_positions: int = 2048, norm_eps: float = 1e-6, aux: float | None = 0.001, fraction: float | None = None,
+    **own: Any,
 ) -> DecoderConfig:
     """A decoder of grouped-query attention; `own` are the family's fields of `GroupedDecoder`. May raise ValueError.
 
     The other arguments are transformers' defaults for missing fields: `kv_heads` None gives each query head its own,
-    and so does null in config.json if `null_kv_heads`.
+    and so does null in config.json if `null_kv_heads`; `fraction` as in `read_rope`.
     """
     around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux)
     heads = settings.size("num_attention_heads")
@@ -267,7 +269,7 @@ def read_decoder(
         "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=null),
         "head_dim": settings.integer("head_dim", head_dim, null=head_dim),
         "moe": moe,
-        "rope": read_rope(settings, theta, around["max_positions"]),
+        "rope": read_rope(settings, theta, around["max_positions"], fraction),
         "attention_dropout": settings.number("attention_dropout", 0.0),
     } | own)
 

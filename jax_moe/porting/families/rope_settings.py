@@ -8,8 +8,9 @@ from jax_moe.porting.families.settings import ROPE_KINDS, Settings
 WHOLE = "these families rotate whole heads"
 
 
-def read_rope(settings: Settings, theta: float, max_positions: int) -> RopeConfig:
-    """The contract of rope_parameters, or of the older rope_scaling; `theta` is the family's default.
+def read_rope(settings: Settings, theta: float, max_positions: int, fraction: float | None = None) -> RopeConfig:
+    """The contract of rope_parameters, or of the older rope_scaling; `theta` is the family's default, and so is
+    `fraction`, the share of a head that turns: None in a family that turns whole heads.
 
     Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta
     stands at the top level; the trained length of yarn and llama3 is taken from the top level first.
@@ -19,13 +20,16 @@ def read_rope(settings: Settings, theta: float, max_positions: int) -> RopeConfi
     name, raw = next((one for one in given if one[1]), ("rope_parameters", {}))
     inner = Settings(raw, settings.errors, f"{name}.")
     kind = inner.choice("rope_type" if "rope_type" in raw else "type", "default", ROPE_KINDS)
-    for level in (settings, inner):
+    for level in (settings, inner) if fraction is None else ():
         level.must_be("partial_rotary_factor", 1.0, WHOLE)
     for key, value in raw.items():
         if isinstance(value, dict):
             inner.wrong(key, "absent (one object for all layers is supported)")
     base = inner.number("rope_theta", theta) if "rope_theta" in raw else settings.number("rope_theta", theta)
     config: dict[str, Any] = {"kind": kind, "theta": base, "max_positions": max_positions}
+    if fraction is not None:
+        outer = settings.number("partial_rotary_factor", fraction, null=1.0)
+        config["fraction"] = inner.number("partial_rotary_factor", outer)
     try:
         return RopeConfig(**config, **_stretching(settings, inner, kind, max_positions))
     except ValueError as error:
@@ -64,6 +68,8 @@ def _stretching(settings: Settings, inner: Settings, kind: str, max_positions: i
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """rope_parameters that `read_rope` reads back."""
     written: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.fraction != 1:
+        written["partial_rotary_factor"] = rope.fraction
     if rope.kind != "default":
         written["factor"] = rope.factor
     if rope.original_max_positions is not None:

@@ -5,6 +5,7 @@ sigmoids.
 from typing import Any
 
 from jax_moe.config.moe import MoEConfig
+from jax_moe.porting.families.decoders import GLM4
 from jax_moe.porting.families.family import Family, Mixture
 from jax_moe.porting.families.fields import OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
@@ -129,7 +130,7 @@ LFM2_NAMES = both(
 SIGMOID = (
     family("deepseek_v3", EIGHT, DEEPSEEK),
     family("deepseek_v32", EIGHT, DEEPSEEK),
-    family("glm4_moe", ONE, DEEPSEEK),
+    family("glm4_moe", ONE, DEEPSEEK, decoder=GLM4),
     family("glm4_moe_lite", V3.defaults(routed_scaling_factor=1.8), DEEPSEEK),
     multimodal("glm4v_moe", ONE.but(**OF_LOGITS), DEEPSEEK),
     family("glm_moe_dsa", V3, DEEPSEEK),

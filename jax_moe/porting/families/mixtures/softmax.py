@@ -1,6 +1,6 @@
 """Mixtures whose router takes a softmax: over all experts (Mixtral, Qwen) or over the chosen (Granite, Aria)."""
 
-from jax_moe.porting.families.family import Family, Mixture, Names
+from jax_moe.porting.families.family import Family, Mixture, Names, Whole
 from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     FORWARD,
@@ -56,10 +56,10 @@ ARIA = Contract(
 
 def family(
     name: str, contract: Contract, names: tuple[Names, Names], types: dict[str, str] | None = None,
-    roots: tuple[str, ...] = ("model.",), by_layer: tuple[str, ...] = (),
+    roots: tuple[str, ...] = ("model.",), by_layer: tuple[str, ...] = (), decoder: Whole | None = None,
 ) -> Family:
-    """A model type known by its mixture."""
-    return Family(name, Mixture(contract.read, contract.write, *names, types or {}, roots, by_layer))
+    """A model type known by its mixture, or with its decoder."""
+    return Family(name, Mixture(contract.read, contract.write, *names, types or {}, roots, by_layer), decoder)
 
 
 ROOTS = ("model.language_model.", "model.", "language_model.model.", "")  # of a text model in another model, and alone
