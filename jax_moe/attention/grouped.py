@@ -18,7 +18,7 @@ from jax_moe.initializers import rounded
 from jax_moe.norms import RMSNorm
 from jax_moe.parameters import parameter
 
-Rotations = tuple[Array, Array]
+Rotations = tuple[Array, Array] | None  # None: nothing is turned
 Heads = tuple[Array, Array, Array]
 
 
@@ -56,8 +56,10 @@ class GroupedAttention(nnx.Module):
 
     @staticmethod
     def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Rotations:
-        """cos and sin of the positions."""
+        """cos and sin of the positions, where they turn anything."""
         length = positions.text_length
+        if config.rope is None:
+            return None
         return rotations(
             positions.position_BT, config.rope, config.head_dim, jnp.dtype(dtype), length, positions.num_slots
         )
@@ -98,9 +100,16 @@ class GroupedAttention(nnx.Module):
         return self.attend(q_BTHA, k_BUJA, v_BUJA, positions.visible(self.config.window), key), cache
 
     def project(self, x_BTD: Float[Array, "B T D"], turns: Rotations) -> Heads:
-        """Queries, keys and values of these positions, the first two turned."""
-        q_BTHA, k_BTJA = (rotate(self._project(x_BTD, name), *turns) for name in ("query", "key"))
-        return q_BTHA, k_BTJA, self._project(x_BTD, "value")
+        """Queries, keys and values of these positions, the first two turned and normed."""
+        def pointed(name: str) -> Array:
+            after = self.config.qk_norm_place == "after_rope"
+            y_BTHA = self._project(x_BTD, name, normed=not after)
+            if turns is not None:
+                assert self.config.rope is not None
+                y_BTHA = rotate(y_BTHA, *turns, self.config.rope.pairs)
+            return self._norm(y_BTHA, name) if after else y_BTHA
+
+        return pointed("query"), pointed("key"), self._project(x_BTD, "value")
 
     def attend(
         self,
@@ -122,16 +131,22 @@ class GroupedAttention(nnx.Module):
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
         return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD
 
-    def _project(self, x_BTD: Array, name: str) -> Array:
+    def _norm(self, y_BTHA: Array, name: str) -> Array:
+        """Queries or keys normed, each head or over their full width; values stay."""
+        norm = getattr(self, f"{name}_norm", None)
+        if norm is None:
+            return y_BTHA
+        B, T, H, A = y_BTHA.shape
+        flat = self.config.qk_norm == "full_width"
+        return norm(y_BTHA.reshape(B, T, H * A) if flat else y_BTHA).reshape(y_BTHA.shape)
+
+    def _project(self, x_BTD: Array, name: str, normed: bool = True) -> Array:
         config, dtype = self.config, x_BTD.dtype
         y_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, getattr(self, name)[...].astype(dtype))
         if config.qkv_bias:
             y_BTHA += getattr(self, f"{name}_bias")[...].astype(dtype)
-        norm = getattr(self, f"{name}_norm", None)
-        if norm is not None:
-            B, T, H, A = y_BTHA.shape
-            flat = config.qk_norm == "full_width"
-            y_BTHA = norm(y_BTHA.reshape(B, T, H * A) if flat else y_BTHA).reshape(y_BTHA.shape)
+        if normed:
+            y_BTHA = self._norm(y_BTHA, name)
         if config.clip_qkv is not None:
             y_BTHA = -clamp_above(-clamp_above(y_BTHA, config.clip_qkv), config.clip_qkv)
         return y_BTHA

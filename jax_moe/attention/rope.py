@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe.config.attention import RopeConfig, RopeKind
+from jax_moe.config.attention import Pairs, RopeConfig, RopeKind
 from jax_moe.dims import Array, Float, Int, wide
 
 
@@ -89,7 +89,7 @@ def rotations(
     position_BT: Int[Array, "B T"], config: RopeConfig, head_dim: int, dtype: jnp.dtype,
     length: Int[Array, ""] | None = None, longest: int = 0,
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B T A"]]:
-    """cos and sin of every pair's angle, each pair twice (halves side by side), computed in fp32 or wider; A counts the
+    """cos and sin of every pair's angle, each pair twice (as the pairs stand), computed in fp32 or wider; A counts the
     entries of a head that turn.
 
     "dynamic" frequencies are those of a text of T positions, or of `length`, at most `longest`: in generation that of
@@ -103,20 +103,26 @@ def rotations(
     else:
         frequency = jnp.asarray(frequencies(config, head_dim, position_BT.shape[1]), wide(dtype))
     half_BTA = position_BT[..., None].astype(wide(dtype)) * frequency
-    angle_BTA = jnp.concatenate([half_BTA, half_BTA], axis=-1)
+    beside = config.pairs == "neighbours"
+    angle_BTA = jnp.repeat(half_BTA, 2, axis=-1) if beside else jnp.concatenate([half_BTA, half_BTA], axis=-1)
     factor = attention_factor(config)
     return (jnp.cos(angle_BTA) * factor).astype(dtype), (jnp.sin(angle_BTA) * factor).astype(dtype)
 
 
 def rotate(
-    x_BTHA: Float[Array, "B T H A"], cos_BTA: Float[Array, "B T _"], sin_BTA: Float[Array, "B T _"]
+    x_BTHA: Float[Array, "B T H A"], cos_BTA: Float[Array, "B T _"], sin_BTA: Float[Array, "B T _"],
+    pairs: Pairs = "halves",
 ) -> Float[Array, "B T H A"]:
-    """Of the first W entries, as many as there are angles, pair i, made of entries i and i + W/2, turned; others pass.
+    """Of the first W entries, as many as there are angles, pair i turned; the others pass. Its entries are i and
+    i + W/2, or the neighbours 2i and 2i + 1.
     """
     width = cos_BTA.shape[-1]
     if width < x_BTHA.shape[-1]:
         x_BTHW, rest = jnp.split(x_BTHA, [width], axis=-1)
-        return jnp.concatenate([rotate(x_BTHW, cos_BTA, sin_BTA), rest], axis=-1)
-    first, second = jnp.split(x_BTHA, 2, axis=-1)
-    turned_BTHA = jnp.concatenate([-second, first], axis=-1)
+        return jnp.concatenate([rotate(x_BTHW, cos_BTA, sin_BTA, pairs), rest], axis=-1)
+    if pairs == "neighbours":
+        turned_BTHA = jnp.stack([-x_BTHA[..., 1::2], x_BTHA[..., ::2]], axis=-1).reshape(x_BTHA.shape)
+    else:
+        first, second = jnp.split(x_BTHA, 2, axis=-1)
+        turned_BTHA = jnp.concatenate([-second, first], axis=-1)
     return x_BTHA * cos_BTA[:, :, None, :] + turned_BTHA * sin_BTA[:, :, None, :]

@@ -18,6 +18,8 @@ from jax_moe.config.checks import (
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 Norm = Literal["none", "per_head", "full_width"]
+NormOfHeads = Literal["before_rope", "after_rope"]
+Pairs = Literal["halves", "neighbours"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class RopeConfig:
     truncate: bool = True  # "yarn": whether the two bounds are rounded outwards to whole dims
     low_freq_factor: float = 1.0  # "llama3": wavelengths above original / low are divided by factor ...
     high_freq_factor: float = 4.0  # ... those below original / high are kept, the others interpolated
+    pairs: Pairs = "halves"  # entries i and i + A/2, or 2i and 2i + 1 (Ernie 4.5)
     fraction: float = 1.0  # of a head's entries, from the first: these are turned, the others pass (GLM-4.5)
 
     def __post_init__(self) -> None:
@@ -88,10 +91,20 @@ class RopeConfig:
         """How many entries of a head are turned."""
         return int(head_dim * self.fraction)
 
+    def check_width(self, head_dim: int) -> None:
+        """Raises ValueError for heads that cannot be turned so."""
+        width, name = self.width(head_dim), "head_dim"
+        if self.fraction != 1:
+            name += f" times rope.fraction={self.fraction:g}"
+        require(width % 2 == 0 and width > 0, name, width, "even (rotary embeddings turn pairs)")
+        stretched = self.kind not in ("dynamic", "yarn") or width > 2
+        require(stretched, name, width, f"above 2 for rope kind {self.kind!r}")
+
     def words(self) -> str:
         """The base, the share that turns, and the stretching where there is any."""
         part = "" if self.fraction == 1 else f" of the first {self.fraction:g} of a head"
-        base = f"rotary{part}, base {self.theta:,.0f}"
+        pairs = "" if self.pairs == "halves" else ", neighbours paired"
+        base = f"rotary{part}{pairs}, base {self.theta:,.0f}"
         trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
         return base if self.kind == "default" else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
 
@@ -130,11 +143,12 @@ class GroupedAttentionConfig(LayerAttention):
     num_heads: int
     num_kv_heads: int  # each serves num_heads / num_kv_heads query heads
     head_dim: int  # may differ from model_dim / num_heads
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig | None = field(default_factory=RopeConfig)  # None: positions are known by the mask alone
     window: int | None = None  # a position sees itself and the window - 1 before it
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: Norm = "none"  # RMSNorm of queries and keys: each head (Qwen3), or before the split into heads (OLMoE)
+    qk_norm_place: NormOfHeads = "before_rope"  # after: HunYuan
     norm_eps: float = 1e-6  # of these norms
     clip_qkv: float | None = None  # queries, keys and values to within +- this (OLMoE)
     multiplier: float | None = None  # on q.k (None: head_dim**-0.5)
@@ -145,13 +159,10 @@ class GroupedAttentionConfig(LayerAttention):
         check_positive_ints(
             **{name: getattr(self, name) for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim")}
         )
-        heads, width = self.num_heads, self.rope.width(self.head_dim)
+        heads = self.num_heads
         require(heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={heads}")
-        part = "" if self.rope.fraction == 1 else f" times rope.fraction={self.rope.fraction:g}"
-        even = width % 2 == 0 and width > 0
-        require(even, f"head_dim{part}", width, "even (rotary embeddings turn pairs)")
-        stretched = self.rope.kind not in ("dynamic", "yarn") or width > 2
-        require(stretched, f"head_dim{part}", width, f"above 2 for rope kind {self.rope.kind!r}")
+        if self.rope is not None:
+            self.rope.check_width(self.head_dim)
         window = self.window
         require(window is None or (is_int(window) and window >= 1), "sliding_window", window, "None or at least 1")
         check_flags(self, "qkv_bias", "output_bias")
@@ -171,8 +182,8 @@ class GroupedAttentionConfig(LayerAttention):
 
     def stored(self) -> "GroupedAttentionConfig":
         """The contract with only its heads, biases and norms."""
-        plain: dict = {"rope": RopeConfig(), "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
-        return dataclasses.replace(self, **plain)
+        plain: dict = {"rope": None, "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
+        return dataclasses.replace(self, qk_norm_place="before_rope", **plain)
 
     def sizes(self) -> dict[str, int]:
         """The width of all heads."""
@@ -193,7 +204,9 @@ class GroupedAttentionConfig(LayerAttention):
             f"scores times {self.score_scale:.6g}": True,
             f"a window of {self.window or 0:,} positions": self.window is not None,
             f"biases on {' and '.join(biases)}": bool(biases),
-            norms.get(self.qk_norm, ""): self.qk_norm in norms,
+            norms.get(self.qk_norm, "") + (" after they are turned" * (self.qk_norm_place == "after_rope")):
+                self.qk_norm in norms,
             f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
         }
-        return {"attention": [phrase for phrase, holds in told.items() if holds], "positions": [self.rope.words()]}
+        positions = "none beside the mask" if self.rope is None else self.rope.words()
+        return {"attention": [phrase for phrase, holds in told.items() if holds], "positions": [positions]}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, RopeConfig
+from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, NormOfHeads, RopeConfig
 from jax_moe.config.checks import LEAST, check_flags, check_literals, check_positive_ints, check_within, is_int, require
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 
@@ -189,8 +189,10 @@ class DecoderConfig:
         return self.attention.head_dim
 
     @property
-    def rope(self) -> RopeConfig:
-        return self.attention.rope
+    def rope(self) -> RopeConfig | None:
+        """Of the first layer that turns its queries and keys; None if none does."""
+        ropes = (getattr(layer.attention, "rope", None) for layer in self.layers)
+        return next((rope for rope in ropes if rope is not None), None)
 
     @property
     def sliding_layers(self) -> tuple[int, ...]:
@@ -220,7 +222,8 @@ class DecoderConfig:
 # Fields of `GroupedDecoder` that belong to the attention, and their names in its contract
 ATTENTION_FIELDS = {
     "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope",
-    "qkv_bias": "qkv_bias", "output_bias": "output_bias", "qk_norm": "qk_norm", "clip_qkv": "clip_qkv",
+    "qkv_bias": "qkv_bias", "output_bias": "output_bias", "qk_norm": "qk_norm", "qk_norm_place": "qk_norm_place",
+    "clip_qkv": "clip_qkv",
     "attention_dropout": "dropout",
     "attention_multiplier": "multiplier",
 }
@@ -244,7 +247,7 @@ class GroupedDecoder:
     dense_layers: tuple[int, ...] = ()  # layers with one FFN instead of a mixture
     dense_dim: int = 0  # its width; set exactly when there are dense layers
     max_positions: int = 2048
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()  # layers the window holds in; set exactly when there is one
     norm: NormKind = "rms"
@@ -253,6 +256,7 @@ class GroupedDecoder:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: Norm = "none"
+    qk_norm_place: NormOfHeads = "before_rope"
     clip_qkv: float | None = None
     attention_dropout: float = 0.0
     tied_embeddings: bool = False

@@ -77,6 +77,8 @@ def trace_transformers(
 ) -> dict[Place, np.ndarray]:
     """Runs the model: every stage, the loss (balance loss included) and, with `grads`, every gradient."""
     torch, family = import_torch("parity"), family_named(model_type)
+    assert family.mixture is not None
+    untrained = tuple(row.theirs for row in family.mixture.in_memory.rows if row.ours == "router.correction_bias")
     config = family.config(read_object(path / "config.json"))
     inputs = torch.from_numpy(np.asarray(tokens_BT, np.int64))
     with widened() if dtype == "float64" else nullcontext(), watching() as watch:
@@ -97,7 +99,7 @@ def trace_transformers(
             output.loss.backward()
             for name, value in reference.named_parameters():
                 grad = torch.zeros_like(value) if value.grad is None else value.grad
-                if value.requires_grad:
+                if not name.endswith(untrained):
                     watch.trace[Place("gradient", None, name)] = grad.numpy()
     return watch.trace
 
@@ -120,7 +122,10 @@ def _watch_layer(
     paths = {kind: f"{whole.layer}{path}" for kind, path in paths.items()} | {"residual": whole.layer[:-1]}
     paths["combined"] = mixture.within[:-1] if sparse else f"{whole.layer}{_holder(_holder(whole.dense[0].theirs))}"
     modules = {kind: reference.get_submodule(path.format(l=i)) for kind, path in paths.items()}
-    for kind, module in modules.items():
+    own = dict(modules)
+    if sparse and mixture.within == whole.layer:  # the layer itself adds a shared expert: no module has the sum
+        del own["combined"]
+    for kind, module in own.items():
         watch.out_of(module, lambda answer, *_, kind=kind: watch.put(Place(kind, i), first(answer)))
     if sparse:
         assert isinstance(contract.ffn, MoEConfig)
@@ -133,29 +138,25 @@ def _watch_mixture(
 ) -> None:
     """Sets hooks on the router, the experts and, behind their gate, the shared experts; `names` of our parameters."""
     torch, experts = import_torch("parity"), mixture.get_submodule(_holder(names["experts.down"]))
-    order: list[Any] = []  # of the choices, best first: beside a correction bias transformers leaves them in any order
-
-    def routed(answer: tuple, *_: Any) -> None:
-        logits, weights, chosen = answer
-        order[:] = [torch.arange(chosen.shape[1]).expand_as(chosen)]
-        if config.router.correction_bias:
-            bias = mixture.state_dict()[names["router.correction_bias"]].numpy().reshape(-1)
-            scores = torch.from_numpy(ranked_scores(logits.detach().numpy(), config, bias))
-            order[:] = [scores.gather(1, chosen).sort(descending=True, stable=True).indices]
-        for kind, value in (("weights", weights), ("experts", chosen)):
-            watch.put(Place(kind, i), value.gather(1, order[0]), (*shape, -1))
-        watch.put(Place("router_logits", i), logits, (*shape, -1))
 
     def answered(answer: Any, x: Any, index: Any, weights: Any) -> None:
-        index = index.gather(1, order[0])
+        if config.router.correction_bias:  # beside it transformers leaves the choices in any order
+            bias = mixture.state_dict()[names["router.correction_bias"]].numpy().reshape(-1)
+            logits = watch.trace[Place("router_logits", i)].reshape(len(index), -1)
+            scores = torch.from_numpy(ranked_scores(logits, config, bias)).gather(1, index)
+            best_first = scores.sort(descending=True, stable=True).indices
+            index, weights = index.gather(1, best_first), weights.gather(1, best_first)
+        for kind, value in (("weights", weights), ("experts", index)):
+            watch.put(Place(kind, i), value, (*shape, -1))
         with torch.no_grad():  # the experts' own code, on each choice alone, with weight 1
             unit = torch.ones_like(weights[:, :1])
             alone = [experts.forward(x, index_R1, unit) for index_R1 in index.split(1, dim=1)]
         watch.put(Place("expert_outputs", i), torch.stack(alone, dim=1), (*shape, index.shape[1], -1))
 
-    watch.out_of(mixture.get_submodule(_holder(names["router.kernel"])), routed)
+    router = mixture.get_submodule(_holder(names["router.kernel"]))
+    watch.out_of(router, lambda answer, *_: watch.put(Place("router_logits", i), first(answer), (*shape, -1)))
     watch.out_of(experts, answered)
-    if "shared_gate" in names:
+    if config.expert.shared_gate:
         found: dict[str, Any] = {}
         shared = mixture.get_submodule(_holder(_holder(names["shared.down"])))
         watch.out_of(shared, lambda y, *_: found.update(y=y))

@@ -131,6 +131,16 @@ def test_a_part_of_each_head_turns() -> None:
     check_close({"x": np.asarray(found)}, {"x": expected}, 1e-6, "partial rotation")  # measured 1.2e-7
 
 
+def test_neighbours_turn_together() -> None:
+    """Of four entries the pairs (1, 2) and (3, 4), at position 1 by the angles 1 and 1/10."""
+    config = RopeConfig(theta=100.0, pairs="neighbours")
+    turns = rotations(jnp.asarray([[1]]), config, 4, jnp.dtype("float32"))
+    found = rotate(jnp.asarray([[[[1.0, 2.0, 3.0, 4.0]]]]), *turns, config.pairs)[0, 0, 0]
+    (c, s), (d, t) = ((np.cos(angle), np.sin(angle)) for angle in (1.0, 0.1))
+    expected = np.asarray([c - 2 * s, 2 * c + s, 3 * d - 4 * t, 4 * d + 3 * t])
+    check_close({"x": np.asarray(found)}, {"x": expected}, 1e-6, "neighbours")  # measured 1.2e-7
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rope": RopeConfig(fraction=0.75)}, r"head_dim times rope.fraction=0.75=3: must be even"),
     ({"num_kv_heads": 3}, r"num_kv_heads=3: must be a divisor of num_heads=4"),

@@ -453,6 +453,28 @@ JAX_DECODER = [
         tests=("parity_tests/layers/test_decoder.py::test_a_part_of_each_head_turns",),
     ),
     Mutation(
+        "jax: halves are paired where neighbours are",
+        "jax_moe/attention/rope.py",
+        'if pairs == "neighbours":',
+        "if False:",
+        family="ernie4_5_moe",
+        tests=("parity_tests/layers/test_decoder.py::test_neighbours_turn_together",),
+    ),
+    Mutation(
+        "jax: queries and keys are normed before they are turned",
+        "jax_moe/attention/grouped.py",
+        'after = self.config.qk_norm_place == "after_rope"',
+        "after = False",
+        family="hunyuan_v1_moe",
+    ),
+    Mutation(
+        "jax: every layer turns queries and keys",
+        "jax_moe/porting/families/decoders.py",
+        "replace(attention, rope=None)",
+        "attention",
+        family="exaone_moe",
+    ),
+    Mutation(
         "jax: the window is one longer",
         "jax_moe/attention/masks.py",
         "(back_TU < window)",

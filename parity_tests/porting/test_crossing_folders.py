@@ -96,11 +96,11 @@ def test_order_and_groups_are_those_of_transformers(case: Any) -> None:
     family = family_named(values["model_type"])
     config = family.config(values)
     plan = tree_plan(abstract_decoder(config), layout=family.in_memory(config).name)
-    assert family.parameter_order(plan) == [name for name, _ in reference.named_parameters()]
+    assert family.parameter_order(plan) == [name for name, p in reference.named_parameters() if p.requires_grad]
     # Trainer.get_decay_parameter_names
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     assert "|".join(patterns) == NOT_DECAYED
-    trained = {name for name, _ in reference.named_parameters()}  # a tied head is not
+    trained = {name for name, p in reference.named_parameters() if p.requires_grad}  # a tied head is not
     decayed = trained.intersection(get_parameter_names(reference, [torch.nn.LayerNorm], patterns))
     assert decayed == {name for name in trained if not torch_norm_or_bias(name)}
 

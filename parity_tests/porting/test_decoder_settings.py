@@ -7,21 +7,43 @@ import pytest
 from jax_moe import DecoderConfig, presets
 from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.config.attention import RopeConfig
+from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families import FAMILIES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 11, "model_dim": 8, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
     "balance_loss_weight": 0.0,
 }
+
+
+def mixture(name: str, **settings: Any) -> MoEConfig:
+    """The contract that a config.json of the family has."""
+    return FAMILIES[name].mixture_config({"model_type": name, "hidden_size": 8, **settings})
+
+
 FIRST = {"dense_layers": (0, 1), "dense_dim": 5}
 V3 = presets.glm4_moe(8, 6, 4, 2)
 HALF = RopeConfig(fraction=0.5)
+PER_HEAD, FULL = {"qk_norm": "per_head"}, {"qk_norm": "full_width"}
+BIASES, SLIDING = {"qkv_bias": True, "output_bias": True}, {"sliding_window": 3, "sliding_layers": (0, 2)}
+MINIMAX = mixture("minimax_m2", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2)
+HUNYUAN = mixture("hunyuan_v1_moe", num_experts=4, intermediate_size=6, moe_topk=2)
 # Contracts that each family can say, and one that it cannot with the field that it has no words for.
 SAID: dict[str, tuple[dict[str, Any], ...]] = {
     "glm4_moe": ({"moe": V3, "rope": HALF}, {"moe": V3, "qk_norm": "per_head", "qkv_bias": True, **FIRST}),
+    "dots1": ({"moe": V3, **PER_HEAD, **BIASES, **FIRST}, {"moe": V3, **PER_HEAD, **SLIDING}),
+    "solar_open": ({"moe": V3, "qkv_bias": True}, {"moe": V3}),
+    "minimax_m2": ({"moe": MINIMAX, **FULL, "rope": HALF}, {"moe": MINIMAX, **FULL, "balance_loss_weight": 0.02}),
+    "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL, **BIASES, "norm_place": "after"},),
+    "granitemoeshared": ({"moe": presets.granite_moe(8, 6, 4, 2), "attention_multiplier": 0.3, "logits_divisor": 2.0},),
+    "hunyuan_v1_moe": ({"moe": HUNYUAN, **PER_HEAD, **BIASES, "qk_norm_place": "after_rope"},),
 }
 UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "glm4_moe": ({"moe": V3, "dense_layers": (1,), "dense_dim": 5}, "dense_layers"),
+    "dots1": ({"moe": V3}, "qk_norm"),
+    "solar_open": ({"moe": V3, "output_bias": True}, "output_bias"),
+    "minimax_m2": ({"moe": MINIMAX, **FULL, "qk_norm_place": "after_rope"}, "qk_norm_place"),
+    "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL}, "norm_place"),
 }
 
 
@@ -34,6 +56,60 @@ def test_what_a_family_can_say(name: str) -> None:
         assert config_from_json(DecoderConfig, config_to_json(config), "config") == config
 
 
+EXAONE = {
+    "model_type": "exaone_moe", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 6, "num_experts_per_tok": 2,
+    "intermediate_size": 5, "sliding_window": 3,
+}
+
+
+def test_layers_that_see_all_turn_nothing() -> None:
+    """EXAONE's fourth layer, and none that a list of types names so; read again from what is written."""
+    family = FAMILIES["exaone_moe"]
+    for more, whole, dense in (
+        ({}, (3,), (0,)),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2, "mlp_layer_types": ["sparse", "dense"] * 2},
+         (0, 2), (1, 3)),
+    ):
+        config = family.config(EXAONE | more)
+        bare = tuple(i for i, layer in enumerate(config.layers) if layer.attention.rope is None)  # type: ignore[attr-defined]
+        assert bare == whole and config.dense_layers == dense and config.shorthand is None
+        assert family.config(family.values(config)) == config
+        assert config_from_json(DecoderConfig, config_to_json(config), "config") == config
+
+
+ERNIE = {
+    "model_type": "ernie4_5_moe", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "moe_num_experts": 4, "moe_intermediate_size": 6, "moe_k": 2, "intermediate_size": 5,
+}
+
+
+@pytest.mark.parametrize(("more", "sparse"), [
+    ({}, (1, 2, 3, 4, 5)), ({"moe_layer_start_index": 0, "moe_layer_end_index": 3}, (0, 1, 2, 3)),
+    ({"moe_layer_interval": 2}, (1, 3, 5)), ({"moe_layer_start_index": 4, "moe_layer_interval": 3}, (5,)),
+])
+def test_the_range_of_mixtures(more: dict[str, int], sparse: tuple[int, ...]) -> None:
+    """Ernie's, by hand; neighbours are turned together and the head is tied where nothing else is said."""
+    family = FAMILIES["ernie4_5_moe"]
+    config = family.config(ERNIE | more)
+    assert config.moe_layers == sparse and config.tied_embeddings
+    assert config.rope is not None and config.rope.pairs == "neighbours"
+    assert family.config(family.values(config)) == config
+
+
+def test_alpha_stretches_the_base() -> None:
+    """HunYuan's as published, and a list of one number of choices for each layer."""
+    values = {
+        "model_type": "hunyuan_v1_moe", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "head_dim": 4,
+        "num_attention_heads": 4, "num_experts": 4, "intermediate_size": 6, "moe_topk": [2, 2],
+        "rope_scaling": {"type": "dynamic", "alpha": 9.0, "factor": 1.0}, "rope_theta": 100.0,
+    }
+    config = FAMILIES["hunyuan_v1_moe"].config(values)
+    assert config.rope == RopeConfig(theta=100.0 * 9.0 ** (4 / 2)) and config.moe.top_k == 2
+    with pytest.raises(ValueError, match=r"moe_topk=\[1, 2\]: must be an integer"):
+        FAMILIES["hunyuan_v1_moe"].config(values | {"moe_topk": [1, 2]})
+
+
 @pytest.mark.parametrize("name", UNSAID)
 def test_what_a_family_cannot_say(name: str) -> None:
     own, field = UNSAID[name]
@@ -43,7 +119,8 @@ def test_what_a_family_cannot_say(name: str) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1: must be an integer of at least 0"),
-    ({"rope_parameters": {"partial_rotary_factor": 2.0}}, "rope_parameters: fraction=2.0: must be a number above 0 and at most 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 2.0}},
+     "rope_parameters: fraction=2.0: must be a number above 0 and at most 1"),
     ({"use_qk_norm": "yes"}, "use_qk_norm='yes': must be true or false"),
 ])
 def test_a_wrong_setting_is_named(changes: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.porting.families.family import Family
-from moe_parity.sides.hooks import watching
+from moe_parity.sides.hooks import first, watching
 
 VOCABULARY, TEXTS, LENGTH = 37, 3, 11
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -66,6 +66,14 @@ V3 = {
     "num_experts_per_tok": 3,
 }
 CLUSTERS = {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7}
+EXAONE = {
+    "intermediate_size": 18, "moe_intermediate_size": 14, "num_shared_experts": 2, "num_experts": 6,
+    "num_experts_per_tok": 3,
+}
+ERNIE = {
+    "intermediate_size": 18, "moe_intermediate_size": 14, "moe_num_shared_experts": 2, "moe_num_experts": 6, "moe_k": 3,
+}
+HUNYUAN = {"intermediate_size": 14, "num_experts": 6, "moe_topk": 3}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7
 }
@@ -101,6 +109,18 @@ CASES = [
     ),
     Case("glm4_moe", "Glm4Moe", sizes(24, 4, 2, 3, **V3, head_dim=12), "left",
          {**CLUSTERS, "use_qk_norm": True, "attention_bias": True}),
+    Case("dots1", "Dots1", sizes(24, 4, 2, 2, **V3, head_dim=6), "right",
+         {**CLUSTERS, "attention_bias": True, "first_k_dense_replace": 1, "sliding_window": 3, "max_window_layers": 1}),
+    Case("solar_open", "SolarOpen", sizes(22, 4, 1, 2, **V3, head_dim=6), "left", {**CLUSTERS, "attention_bias": True}),
+    Case("minimax_m2", "MiniMaxM2", sizes(24, 4, 2, 2, **MIXTRAL, head_dim=8), "right", {"rotary_dim": 4, **NO_TOKENS}),
+    Case("flex_olmo", "FlexOlmo", sizes(24, 4, 2, 2, **OLMOE), "left", {"norm_topk_prob": True, **NO_TOKENS}),
+    Case("granitemoeshared", "GraniteMoeShared", sizes(20, 2, 2, 2, **GRANITE), "right",
+         {**MULTIPLIERS, "shared_intermediate_size": 10}),
+    Case("exaone_moe", "ExaoneMoe", sizes(24, 4, 2, 3, **EXAONE, head_dim=6), "left",
+         {**CLUSTERS, "sliding_window": 3, "sliding_window_pattern": 2}),
+    Case("ernie4_5_moe", "Ernie4_5_Moe", sizes(24, 4, 2, 2, **ERNIE, head_dim=6), "right", {"moe_norm_min": 0.3}),
+    Case("hunyuan_v1_moe", "HunYuanMoEV1", sizes(24, 4, 2, 2, **HUNYUAN, head_dim=6), "left",
+         {"attention_bias": True, **rope("dynamic", factor=1.0, alpha=10.0)}),
 ]
 
 
@@ -108,10 +128,10 @@ def draw_weights(model: Any, seed: int) -> None:
     """Draws weights: norms about 1, biases not 0, routers that spread the tokens."""
     generator = np.random.default_rng(seed)
     with torch.no_grad():
-        kept = [(name, value) for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")]
-        for name, parameter in sorted([*model.named_parameters(), *kept]):
+        kept = {name: value for name, value in model.state_dict().items() if name.endswith("correction_bias")}
+        for name, parameter in sorted((dict(model.named_parameters()) | kept).items()):
             drawn = generator.normal(size=tuple(parameter.shape))
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name in kept:
                 drawn = drawn * 0.2 + (0.0 if name.endswith("bias") else 1.0)
             elif "embed_tokens" not in name:
                 drawn *= (3.0 if name.endswith(("gate.weight", "router.weight")) else 1.0) * parameter.shape[-1] ** -0.5
@@ -151,20 +171,24 @@ def watching_routers(model: Any, config: DecoderConfig, family: Family) -> Itera
     """What the routers say, mixture by mixture: the scores that they rank, and the chosen experts."""
     found: list[tuple[Any, Any]] = []
     assert family.mixture is not None
-    names = family.mixture.in_memory
-    router = next(row.theirs for row in names.rows if row.ours == "router.kernel").rpartition(".")[0]
+    names, ranked = family.mixture.in_memory, list[Any]()
+    router, experts = (
+        next(row.theirs for row in names.rows if row.ours == ours).rpartition(".")[0]
+        for ours in ("router.kernel", "experts.down")
+    )
     with watching() as watch:
         for i, contract in zip(config.moe_layers, config.mixtures, strict=True):
             mixture = model.get_submodule(names.within.format(l=i)[:-1])
             bias = [value for name, value in mixture.state_dict().items() if name.endswith("correction_bias")]
 
             def routed(answer: Any, *_: Any, score: str = contract.router.score, bias: list = bias) -> None:
-                scores = answer[0].detach()
+                scores = first(answer).detach()
                 if bias:
                     scores = (scores.sigmoid() if score == "sigmoid" else scores.softmax(-1)) + bias[0].squeeze()
-                found.append((scores, answer[2].detach()))
+                ranked.append(scores)
 
             watch.out_of(mixture.get_submodule(router), routed)
+            watch.out_of(mixture.get_submodule(experts), lambda y, x, index, *_: found.append((ranked[-1], index)))
         yield found
 
 

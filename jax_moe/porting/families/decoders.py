@@ -4,13 +4,19 @@ A family is its parts, what transformers takes where config.json is silent, and 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from jax_moe.config.decoder import DecoderConfig
+from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
+from jax_moe.config.checks import is_number
+from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.family import Whole, read_decoder, write_decoder
-from jax_moe.porting.families.settings import Settings
+from jax_moe.porting.families.family import GROUPED, Whole, read_decoder, write_decoder
+from jax_moe.porting.families.granitemoe import read as read_granite
+from jax_moe.porting.families.granitemoe import write as write_granite
+from jax_moe.porting.families.settings import ROPE_KINDS, Settings
+from jax_moe.porting.table.rows import Row
 
 # Experts are made before the router, and stand so among the reference's parameters.
 EXPERTS_FIRST = ("self_attn.", "mlp.experts.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
@@ -56,18 +62,135 @@ def first_dense(default: int = 1) -> Part:
     return Part(read, write)
 
 
-def grouped(architecture: str, *parts: Part, names: dict[str, Any] | None = None, **silent: Any) -> Whole:
-    """A decoder of these parts; `silent` are arguments of `read_decoder`, `names` further fields of `Whole`."""
+SLIDES, WHOLE = "sliding_attention", "full_attention"
+
+
+def windows(types: Callable[[Settings, int], list[str]]) -> Part:
+    """layer_types, or what `types` says of so many layers; sliding_window holds in some of them."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        layers = settings.size("num_hidden_layers")
+        named = settings.strings("layer_types")
+        named = types(settings, layers) if named is None else named
+        if len(named) != layers or not {SLIDES, WHOLE}.issuperset(named):
+            settings.errors.append(f"layer_types={named!r}: must be {layers} of {WHOLE}, {SLIDES}")
+        slides = tuple(i for i, kind in enumerate(named) if kind == SLIDES)
+        return {
+            "sliding_window": settings.integer("sliding_window", 4096, least=1) if slides else None,
+            "sliding_layers": slides,
+        }
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        kinds = [SLIDES if i in config.sliding_layers else WHOLE for i in range(config.num_layers)]
+        return {"layer_types": kinds, **({"sliding_window": config.sliding_window} if config.sliding_layers else {})}
+
+    return Part(read, write)
+
+
+def late_windows(settings: Settings, layers: int) -> list[str]:
+    """Of the layers from max_window_layers on, if there is a window."""
+    window = settings.integer("sliding_window", 4096, null=None)
+    first = layers if window is None else settings.integer("max_window_layers", 62)
+    return [SLIDES if i >= first else WHOLE for i in range(layers)]
+
+
+def rotary_dim(settings: Settings) -> dict[str, Any]:
+    """The share of a head that turns, as MiniMax-M2 was published: in entries."""
+    entries, width = settings.integer("rotary_dim", None, least=1), settings.integer("head_dim", 128, least=1)
+    return {} if entries is None else {"fraction": entries / width}
+
+
+def by_pattern(settings: Settings, layers: int) -> list[str]:
+    """Every fourth layer sees all, or every sliding_window_pattern-th."""
+    every = settings.integer("sliding_window_pattern", 4, least=1)
+    return [WHOLE if (i + 1) % every == 0 else SLIDES for i in range(layers)]
+
+
+def read_layer_types(settings: Settings) -> dict[str, Any]:
+    """mlp_layer_types, before first_k_dense_replace."""
+    types, layers = settings.strings("mlp_layer_types"), settings.size("num_hidden_layers")
+    if types is None:
+        return first_dense().read(settings)
+    if len(types) != layers or not {"dense", "sparse"}.issuperset(types):
+        settings.errors.append(f"mlp_layer_types={types!r}: must be {layers} of dense, sparse")
+    dense = tuple(i for i, kind in enumerate(types) if kind == "dense")
+    return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
+
+
+def write_layer_types(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `read_layer_types`."""
+    types = ["dense" if i in config.dense_layers else "sparse" for i in range(config.num_layers)]
+    return {"mlp_layer_types": types, "intermediate_size": config.dense_dim or config.moe.expert_dim}
+
+
+def read_moe_range(settings: Settings) -> dict[str, Any]:
+    """Ernie's: every so many layers have a mixture, from the first to the last that may."""
+    layers, every = settings.size("num_hidden_layers"), settings.integer("moe_layer_interval", 1, least=1)
+    first, last = settings.integer("moe_layer_start_index", 1), settings.integer("moe_layer_end_index", -1)
+    last = layers - 1 if last == -1 else last
+    dense = tuple(i for i in range(layers) if (i + 1) % every or not first <= i <= last)
+    return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
+
+
+def write_moe_range(config: DecoderConfig) -> dict[str, Any]:
+    """The reverse of `read_moe_range`."""
+    sparse = config.moe_layers
+    steps = {b - a for a, b in pairwise(sparse)}
+    return {
+        "moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1],
+        "moe_layer_interval": steps.pop() if steps else sparse[0] + 1,
+        "intermediate_size": config.dense_dim or config.moe.expert_dim,
+    }
+
+
+def read_alpha(settings: Settings) -> dict[str, Any]:
+    """HunYuan's fixed stretching: "dynamic" with alpha, which only changes the base."""
+    given = next((found for name in ("rope_scaling", "rope_parameters") if (found := settings.values.get(name))), None)
+    if not isinstance(given, dict) or not is_number(given.get("alpha")) or not given["alpha"]:
+        return {}
+    inner = Settings(given, settings.errors, "rope_scaling.")
+    width = settings.integer("head_dim", 128, null=128, least=4)
+    theta = inner.number("rope_theta", settings.number("rope_theta", 1e4))
+    positions = settings.integer("max_position_embeddings", 2048)
+    if inner.choice("rope_type" if "rope_type" in given else "type", "default", ROPE_KINDS) != "dynamic":
+        return {}
+    base = theta * inner.number("alpha", 1.0) ** (width / (width - 2))
+    return {"rope": RopeConfig(theta=base, max_positions=positions)}
+
+
+def without_rope(layer: LayerConfig) -> LayerConfig:
+    """EXAONE's: a layer that sees all turns nothing."""
+    attention = layer.attention
+    if not isinstance(attention, GroupedAttentionConfig) or attention.window is not None:
+        return layer
+    return replace(layer, attention=replace(attention, rope=None))
+
+
+def neighbours(layer: LayerConfig) -> LayerConfig:
+    """Ernie's: entries 2i and 2i + 1 are turned together."""
+    attention = layer.attention
+    assert isinstance(attention, GroupedAttentionConfig) and attention.rope is not None
+    return replace(layer, attention=replace(attention, rope=replace(attention.rope, pairs="neighbours")))
+
+
+def grouped(
+    architecture: str, *parts: Part, names: dict[str, Any] | None = None,
+    change: Callable[[LayerConfig], LayerConfig] | None = None, **silent: Any,
+) -> Whole:
+    """A decoder of these parts, each layer changed so; `silent` are arguments of `read_decoder`, `names` further fields
+    of `Whole`.
+    """
 
     def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
         own = {name: value for part in parts for name, value in part.read(settings).items()}
-        return read_decoder(settings, moe, **silent, **own)
+        config = read_decoder(settings, moe, **silent | own)
+        return config if change is None else config.with_layers(change)
 
     def write(config: DecoderConfig) -> dict[str, Any]:
         written = write_decoder(config)
         if silent.get("aux", 0) is None:
             del written["router_aux_loss_coef"]
-        if silent.get("fraction") is not None:
+        if silent.get("fraction") is not None and config.rope is not None:
             written["partial_rotary_factor"] = config.rope.fraction
         return written | {name: value for part in parts for name, value in part.write(config).items()}
 
@@ -78,4 +201,47 @@ GLM4 = grouped(
     "Glm4MoeForCausalLM", flag("attention_bias", "qkv_bias"), flag("use_qk_norm", "qk_norm", on="per_head", off="none"),
     first_dense(), kv_heads=8, null_kv_heads=False, max_positions=131072, norm_eps=1e-5, aux=None, fraction=0.5,
     names={"order": EXPERTS_FIRST},
+)
+PER_HEAD = always(qk_norm="per_head")
+BIASES = flag("attention_bias", "qkv_bias", "output_bias")
+DOTS1 = grouped(
+    "Dots1ForCausalLM", BIASES, PER_HEAD, first_dense(0), windows(late_windows), kv_heads=32, aux=None,
+    names={"order": EXPERTS_FIRST},
+)
+SOLAR = grouped(
+    "SolarOpenForCausalLM", flag("attention_bias", "qkv_bias"), kv_heads=8, null_kv_heads=False, head_dim=128,
+    theta=1e6, max_positions=131072, norm_eps=1e-5, aux=None, names={"order": EXPERTS_FIRST},
+)
+MINIMAX = grouped(
+    "MiniMaxM2ForCausalLM", always(qk_norm="full_width"), Part(rotary_dim, lambda config: {}), kv_heads=8,
+    null_kv_heads=False, head_dim=128, theta=5e6, max_positions=196608, fraction=1.0,
+)
+AFTER = (
+    Row("post_attention_layernorm.weight", "D", "attention_out_norm.scale", "D"),
+    Row("post_feedforward_layernorm.weight", "D", "ffn_out_norm.scale", "D"),
+)
+FLEX_OLMO = grouped(
+    "FlexOlmoForCausalLM", BIASES, always(qk_norm="full_width", norm_place="after"), theta=5e5, max_positions=4096,
+    aux=0.01, names={"norms": AFTER, "order": ("self_attn.", "mlp.", *(row.theirs for row in AFTER))},
+)
+GRANITE_SHARED = Whole(
+    "GraniteMoeSharedForCausalLM", read_granite, write_granite,
+    order=("self_attn.", "input_layernorm.", "post_attention_layernorm.", "block_sparse_moe.", "shared_mlp."),
+)
+EXAONE = grouped(
+    "ExaoneMoeForCausalLM", PER_HEAD, Part(read_layer_types, write_layer_types), windows(by_pattern), kv_heads=32,
+    null_kv_heads=False, norm_eps=1e-5, aux=None, change=without_rope, names={"order": EXPERTS_FIRST},
+)
+ERNIE = grouped(
+    "Ernie4_5_MoeForCausalLM", always(attention_dropout=0.0), Part(read_moe_range, write_moe_range), kv_heads=4,
+    theta=5e5, max_positions=131072, norm_eps=1e-5, tied=True, change=neighbours,
+)
+NORM_NAMES = {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}
+HUNYUAN_ROWS = tuple(
+    replace(row, theirs=row.theirs.replace(old, new)) for row in GROUPED
+    for old, new in [next((pair for pair in NORM_NAMES.items() if pair[0] in row.theirs), ("", ""))]
+)
+HUNYUAN = grouped(
+    "HunYuanMoEV1ForCausalLM", BIASES, always(qk_norm="per_head", qk_norm_place="after_rope"),
+    Part(read_alpha, lambda config: {}), norm_eps=1e-5, aux=None, names={"attention": {"grouped": HUNYUAN_ROWS}},
 )

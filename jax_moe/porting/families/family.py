@@ -155,7 +155,11 @@ class Family:
     def config(self, values: Mapping[str, Any]) -> DecoderConfig:
         """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""
         mixture, decoder = self._parts()
-        return self._contract(values, lambda settings: decoder.read(settings, mixture.read(settings)))
+        lists = {name: values[name] for name in mixture.by_layer if isinstance(values.get(name), list)}
+        alike = {name: each[0] for name, each in lists.items() if each and all(one == each[0] for one in each)}
+        return self._contract(
+            {**values, **alike}, lambda settings: decoder.read(settings, mixture.read(settings))
+        )
 
     @property
     def whole(self) -> Whole:
@@ -234,7 +238,8 @@ class Family:
 
 
 def read_around(
-    settings: Settings, *, max_positions: int = 2048, norm_eps: float = 1e-6, aux: float | None = 0.001
+    settings: Settings, *, max_positions: int = 2048, norm_eps: float = 1e-6, aux: float | None = 0.001,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """Fields of `DecoderConfig` that every family's config.json says in the same words: all but its layers.
 
@@ -245,7 +250,7 @@ def read_around(
         "model_dim": settings.size("hidden_size"),
         "max_positions": settings.integer("max_position_embeddings", max_positions),
         "norm_eps": settings.number("rms_norm_eps", norm_eps),
-        "tied_embeddings": settings.flag("tie_word_embeddings", False),
+        "tied_embeddings": settings.flag("tie_word_embeddings", tied),
         "balance_loss_weight": 0.0 if aux is None else settings.number("router_aux_loss_coef", aux),
     }
 
@@ -253,21 +258,21 @@ def read_around(
 def read_decoder(
     settings: Settings, moe: MoEConfig, *, kv_heads: int | None = None, null_kv_heads: bool = True, theta: float = 1e4,
     max_positions: int = 2048, norm_eps: float = 1e-6, aux: float | None = 0.001, fraction: float | None = None,
-    **own: Any,
+    head_dim: int | None = None, tied: bool = False, **own: Any,
 ) -> DecoderConfig:
     """A decoder of grouped-query attention; `own` are the family's fields of `GroupedDecoder`. May raise ValueError.
 
     The other arguments are transformers' defaults for missing fields: `kv_heads` None gives each query head its own,
     and so does null in config.json if `null_kv_heads`; `fraction` as in `read_rope`.
     """
-    around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux)
+    around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux, tied=tied)
     heads = settings.size("num_attention_heads")
-    head_dim, null = around["model_dim"] // heads, heads if null_kv_heads else REFUSED
+    own_dim, null = around["model_dim"] // heads, heads if null_kv_heads else REFUSED
     return DecoderConfig.grouped(**around | {
         "num_layers": settings.size("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=null),
-        "head_dim": settings.integer("head_dim", head_dim, null=head_dim),
+        "head_dim": settings.integer("head_dim", head_dim or own_dim, null=own_dim),
         "moe": moe,
         "rope": read_rope(settings, theta, around["max_positions"], fraction),
         "attention_dropout": settings.number("attention_dropout", 0.0),
@@ -310,6 +315,6 @@ def write_decoder(config: DecoderConfig) -> dict[str, Any]:
     attention = config.attention
     return write_around(config) | {
         "num_attention_heads": attention.num_heads, "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim, "rope_parameters": write_rope(attention.rope),
-        "attention_dropout": attention.dropout,
+        "head_dim": attention.head_dim, "attention_dropout": attention.dropout,
+        **({} if config.rope is None else {"rope_parameters": write_rope(config.rope)}),
     }

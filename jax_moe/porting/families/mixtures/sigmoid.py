@@ -5,7 +5,7 @@ sigmoids.
 from typing import Any
 
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.decoders import GLM4
+from jax_moe.porting.families import decoders
 from jax_moe.porting.families.family import Family, Mixture
 from jax_moe.porting.families.fields import OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
@@ -130,22 +130,22 @@ LFM2_NAMES = both(
 SIGMOID = (
     family("deepseek_v3", EIGHT, DEEPSEEK),
     family("deepseek_v32", EIGHT, DEEPSEEK),
-    family("glm4_moe", ONE, DEEPSEEK, decoder=GLM4),
+    family("glm4_moe", ONE, DEEPSEEK, decoder=decoders.GLM4),
     family("glm4_moe_lite", V3.defaults(routed_scaling_factor=1.8), DEEPSEEK),
     multimodal("glm4v_moe", ONE.but(**OF_LOGITS), DEEPSEEK),
     family("glm_moe_dsa", V3, DEEPSEEK),
-    family("solar_open", ONE, DEEPSEEK),
-    family("dots1", DOTS1, DEEPSEEK),
+    family("solar_open", ONE, DEEPSEEK, decoder=decoders.SOLAR),
+    family("dots1", DOTS1, DEEPSEEK, decoder=decoders.DOTS1),
     multimodal("dots3_note", ONE.but(shared(width="shared_experts_intermediate_size")), DEEPSEEK),
     family("mimo_v2_flash", NONE_SHARED.defaults(routed_scaling_factor=1.0), DEEPSEEK),
     family("axk2", V3.but(router__cluster_fill="zero"), DEEPSEEK),
-    family("exaone_moe", EXPERTS.but(shared("num_shared_experts")), EXAONE_NAMES),
+    family("exaone_moe", EXPERTS.but(shared("num_shared_experts")), EXAONE_NAMES, decoder=decoders.EXAONE),
     family("kimi_linear", KIMI, KIMI_NAMES),
     family("bailing_hybrid", BAILING, BAILING_NAMES),
     family("hy_v3", HY3, HY3_NAMES),
     family("afmoe", AFMOE, AFMOE_NAMES),
     family("beam", BEAM, DEEPSEEK),
-    family("minimax_m2", MINIMAX.but(**OF_LOGITS), MINIMAX_NAMES),
+    family("minimax_m2", MINIMAX.but(**OF_LOGITS), MINIMAX_NAMES, decoder=decoders.MINIMAX),
     family("laguna", LAGUNA.but(**OF_LOGITS), LAGUNA_NAMES),
     family("flint", FLINT.but(**OF_LOGITS), FLINT_NAMES),
     family("lfm2_moe", LFM2, LFM2_NAMES),

@@ -1,5 +1,6 @@
 """Mixtures whose router takes a softmax: over all experts (Mixtral, Qwen) or over the chosen (Granite, Aria)."""
 
+from jax_moe.porting.families import decoders
 from jax_moe.porting.families.family import Family, Mixture, Names, Whole
 from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
@@ -33,9 +34,8 @@ MIXTRAL_LIKE = Contract(
      Field("router_jitter_noise", "router.jitter_eps", 0.0)),
     {**HUGGING_FACE, "router.renormalise": "sum", "router.dtype": "input", "router.jitter_scope": "block"},
 )
-JAMBA = QWEN_LIKE.but(
-    *sizes("num_experts num_local_experts", "intermediate_size"), router__renormalise="none",
-)
+FLEX = QWEN_LIKE.but(*sizes("num_experts num_local_experts", "intermediate_size"))
+JAMBA = FLEX.but(router__renormalise="none")
 HUNYUAN = Contract(
     (*sizes("num_experts num_local_experts", "intermediate_size", "moe_topk num_experts_per_tok"), activation(),
      Field("intermediate_size", "expert.shared_dim")),
@@ -93,7 +93,7 @@ OMNI = {
 }
 
 SOFTMAX = (
-    family("flex_olmo", QWEN_LIKE.but(*sizes("num_experts num_local_experts", "intermediate_size")), QWEN),
+    family("flex_olmo", FLEX, QWEN, decoder=decoders.FLEX_OLMO),
     family("mellum", QWEN_LIKE.but(*sizes("num_local_experts num_experts", WIDTH)).defaults(norm_topk_prob=True), QWEN),
     family("qwen3_next", NEXT, QWEN),
     multimodal("qwen3_5_moe", NEXT.but(router__renormalise="sum"), QWEN),
@@ -103,8 +103,11 @@ SOFTMAX = (
     family("lara_mini", LARA, QWEN),
     family("minimax", MIXTRAL_LIKE, MIXTRAL),
     family("jamba", JAMBA, JAMBA_NAMES),
-    family("hunyuan_v1_moe", HUNYUAN, HUNYUAN_NAMES, by_layer=("moe_topk", "num_experts", "intermediate_size")),
-    family("granitemoeshared", GRANITE_LIKE, GRANITE),
+    family(
+        "hunyuan_v1_moe", HUNYUAN, HUNYUAN_NAMES, by_layer=("moe_topk", "num_experts", "intermediate_size"),
+        decoder=decoders.HUNYUAN,
+    ),
+    family("granitemoeshared", GRANITE_LIKE, GRANITE, decoder=decoders.GRANITE_SHARED),
     family("granitemoehybrid", GRANITE_LIKE.defaults(shared_intermediate_size=1024), GRANITE),
     family("granitemoe_swa", GRANITE_LIKE, GRANITE),
     multimodal("aria", ARIA, ARIA_NAMES),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from jax_moe.config.moe import MoEConfig
+from jax_moe.porting.families import decoders
 from jax_moe.porting.families.family import Family, Mixture
 from jax_moe.porting.families.fields import HUGGING_FACE, OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
@@ -142,7 +143,7 @@ SPECIAL = (
     family("ernie4_5_moe", ERNIE.but(**OF_LOGITS), both(
         "hf_ernie", (*ernie("moe_statics.e_score_correction_bias"), *each_expert(), *SHARED_EXPERTS),
         (*ernie("gate.moe_statics.e_score_correction_bias"), *FUSED, *SHARED_EXPERTS),
-    )),
+    ), decoder=decoders.ERNIE),
     Family("cohere2_moe", Mixture(read_cohere, write_cohere, *DEEPSEEK)),
     family("hy_v4", HY4, HY4_NAMES),
     multimodal("hy_v4_vl", HY4, HY4_NAMES),
