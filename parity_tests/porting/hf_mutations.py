@@ -4,7 +4,21 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from parity_tests.table.family_cases import COMMON, GRANITE, MIXTRAL, MULTIPLIERS, OLMOE, QWEN2, QWEN3, sizes
+from parity_tests.table.family_cases import (
+    CLUSTERS,
+    COMMON,
+    ERNIE,
+    EXAONE,
+    GRANITE,
+    HUNYUAN,
+    MIXTRAL,
+    MULTIPLIERS,
+    OLMOE,
+    QWEN2,
+    QWEN3,
+    V3,
+    sizes,
+)
 
 ABSENT: Any = object()  # the key is removed
 LAYERS, THETA = 2, 50.0
@@ -34,6 +48,34 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {**OUTER, **sizes(24, 4, 4, LAYERS, **GRANITE), **MULTIPLIERS, "attention_bias": False},
 }
+# Families whose decoders are tables: only the settings that no family above has are changed.
+SEES = ["sliding_attention", "full_attention"]
+TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "glm4_moe": (
+        {**sizes(24, 4, 2, LAYERS, **V3), **CLUSTERS, "head_dim": 8, "use_qk_norm": True, "attention_bias": False},
+        ("attention_bias", "use_qk_norm", "first_k_dense_replace", "partial_rotary_factor", "router_aux_loss_coef"),
+    ),
+    "dots1": (
+        {**sizes(24, 4, 2, LAYERS, **V3), **CLUSTERS},
+        ("first_k_dense_replace", "layer_types", "sliding_window", "max_window_layers", "attention_bias"),
+    ),
+    "solar_open": ({**sizes(24, 4, 2, LAYERS, **V3), **CLUSTERS, "head_dim": 6}, ("attention_bias",)),
+    "minimax_m2": (
+        {**sizes(24, 4, 2, LAYERS, **MIXTRAL), "head_dim": 8}, ("rotary_dim", "partial_rotary_factor", "sliding_window")
+    ),
+    "flex_olmo": ({**sizes(24, 4, 2, LAYERS, **OLMOE)}, ("attention_bias", "num_key_value_heads")),
+    "exaone_moe": (
+        {**sizes(24, 4, 2, LAYERS, **EXAONE), **CLUSTERS, "sliding_window": 3},
+        ("sliding_window", "sliding_window_pattern", "layer_types", "mlp_layer_types", "first_k_dense_replace"),
+    ),
+    "ernie4_5_moe": (
+        {**sizes(24, 4, 2, LAYERS, **ERNIE), "tie_word_embeddings": False},
+        ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "tie_word_embeddings", "use_bias",
+         "attention_dropout"),
+    ),
+    "hunyuan_v1_moe": ({**sizes(24, 4, 2, LAYERS, **HUNYUAN), "head_dim": 6}, ("attention_bias", "moe_topk")),
+}
+FEW: tuple[Any, ...] = (0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], SEES, SEES[::-1], ["dense", "sparse"])
 # Values tried for every field.
 ANY: tuple[Any, ...] = (
     ABSENT, None, 0, -1, 1, 2.5, "2", True, False, [], [0], {}, math.nan, math.inf, -math.inf, 10**31,
@@ -106,6 +148,10 @@ TOGETHER: tuple[dict[str, Any], ...] = (
 
 def mutations(family: str) -> Iterator[dict[str, Any]]:
     """Changes to the family's base; ABSENT removes a key."""
+    if family in TABLES:
+        own = TABLES[family][1]
+        yield from ({name: value} for name in own for value in (ABSENT, None, *FEW))
+        return
     base = BASES[family]
     fields = [
         name for name in base if name not in ("architectures", "transformers_version", "dtype", "rope_parameters")
@@ -120,6 +166,11 @@ def mutations(family: str) -> Iterator[dict[str, Any]]:
             for name in (*kind, *extra):
                 yield from ({"rope_parameters": without({**kind, name: value})} for value in ROTARY_VALUES)
     yield from TOGETHER
+
+
+def base_of(family: str) -> dict[str, Any]:
+    """The config.json that is changed."""
+    return BASES[family] if family in BASES else OUTER | TABLES[family][0]
 
 
 def without(values: dict[str, Any]) -> dict[str, Any]:
