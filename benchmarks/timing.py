@@ -83,11 +83,11 @@ def about_run() -> dict[str, Any]:
     }
 
 
-def new_file(about: dict[str, Any], folder: Path) -> Path:
-    """`<date>-<device>.json` in the folder, which is made; with a number if that name is taken."""
+def new_file(about: dict[str, Any], folder: Path, what: str = "") -> Path:
+    """`<date>-<device><what>.json` in the folder, which is made; with a number if that name is taken."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", about["device"]["device"].lower()).strip("-")
-    stem, number = f"{about['date'][:10]}-{name}", 1
+    stem, number = f"{about['date'][:10]}-{name}{what}", 1
     while (path := folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")).exists():
         number += 1
     return path
