@@ -40,12 +40,13 @@ from benchmarks.moe_layer import RESULTS, SHAPES, read_shape
 from benchmarks.timing import about_run, alternate, new_file, product_rate
 from jax_moe.config.checks import check_positive_ints
 from jax_moe.disk import write_whole
+from jax_moe.kernels.devices import BLOCK, hopper_serves
 
 Product = Callable[[Any, Any, Any], Any]
 Products = dict[str, Product]
 PRODUCTS = ("forward", "rows", "weights")
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}  # of the largest number; an answer in bfloat16 is rounded by 4e-3
-SMALL = Shape(512, 256, 512, 8, 2)
+SMALL = Shape(1024, 256, 512, 8, 2)
 
 
 def by_gradient(grouped: Product) -> Products:
@@ -77,8 +78,28 @@ def torch_products() -> Products:
     }
 
 
+def hopper_products() -> Products:
+    """Our kernels for Hopper GPUs; every expert has whole blocks here."""
+    if not hopper_serves("bfloat16", BLOCK, BLOCK):
+        raise UnavailableError("it runs on a single Hopper GPU")
+    from jax_moe.kernels import hopper
+
+    def of_rows(x: jax.Array, weight: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
+        blocks = x.shape[0] // BLOCK
+        expert_I = jnp.repeat(jnp.arange(sizes.shape[0], dtype=jnp.int32), sizes // BLOCK, total_repeat_length=blocks)
+        return hopper.rows_product(x, weight, expert_I, transposed)
+
+    def weights(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+        blocks_E = sizes // BLOCK
+        return hopper.weights_product(x, g, (jnp.cumsum(blocks_E) - blocks_E).astype(jnp.int32), blocks_E)
+
+    forward, rows = (partial(of_rows, transposed=transposed) for transposed in (False, True))
+    return {"forward": forward, "rows": rows, "weights": weights}
+
+
 # name -> () -> (forward(rows, weights, sizes), rows(gradient, weights, sizes), weights(rows, gradient, sizes))
 KERNELS: dict[str, Callable[[], Products]] = {
+    "hopper": hopper_products,
     "xla": lambda: by_gradient(jax.lax.ragged_dot),
     "tokamax triton": lambda: by_gradient(tokamax_product("triton")),
     "tokamax mosaic": lambda: by_gradient(tokamax_product("mosaic")),
@@ -111,7 +132,17 @@ class Options:
 
 
 def group_sizes(rows: int, experts: int, uneven: bool = False) -> np.ndarray:
-    """Rows of each expert: multinomial; uneven: half of them on the first, none on up to three others."""
+    """Rows of each expert, whole blocks where there are enough: multinomial; uneven: half of them on the first, one
+    block or none on up to three others.
+    """
+    blocks = rows // BLOCK - experts
+    if rows % BLOCK == 0 and blocks >= 0:
+        return BLOCK * (1 + spread_out(blocks, experts, uneven))
+    return spread_out(rows, experts, uneven)
+
+
+def spread_out(rows: int, experts: int, uneven: bool) -> np.ndarray:
+    """That many rows over the experts."""
     random = np.random.default_rng(0)
     if not uneven or experts < 3:
         return random.multinomial(rows, [1 / experts] * experts).astype(np.int32)

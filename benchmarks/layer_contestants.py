@@ -20,6 +20,7 @@ from flax import nnx
 
 import jax_moe
 from jax_moe.config.moe import MoEConfig
+from jax_moe.kernels.devices import hopper_serves
 
 # Largest difference divided by the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}
@@ -372,6 +373,11 @@ def masked_dense(shape: Shape) -> Cost:
     return Cost(shape.E, shape.E * shape.T * shape.K * (shape.D + shape.F))
 
 
+def unless_kernel(shape: Shape) -> Cost:
+    """`masked_dense` where the layer has no kernel of its own for the device."""
+    return Cost(1, 0) if hopper_serves("bfloat16", shape.D, shape.F) else masked_dense(shape)
+
+
 class Entry(NamedTuple):
     """A row of the table. `needs` are packages.
 
@@ -392,7 +398,7 @@ _TOKAMAX = ("tokamax",)
 ENTRIES: dict[str, Entry] = {
     DENSE: Entry(dense),
     "jax_moe grouped": Entry(partial(layer, dispatcher="grouped"), accelerator=True),
-    "jax_moe auto": Entry(partial(layer, dispatcher="auto"), cost=masked_dense),
+    "jax_moe auto": Entry(partial(layer, dispatcher="auto"), cost=unless_kernel),
     "jax_moe einsum": Entry(partial(layer, dispatcher="einsum"), cost=every_expert),
     "jax_moe ragged": Entry(partial(layer, dispatcher="ragged"), accelerator=True, cost=masked_dense),
     "jax_moe ragged triton": Entry(triton_layer, accelerator=True),

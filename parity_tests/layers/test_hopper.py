@@ -1,5 +1,6 @@
-"""The kernels for Hopper GPUs, in Pallas' interpreter on a CPU: products, gradients, and a layer that uses them."""
+"""The kernels for Hopper GPUs, elsewhere in Pallas' interpreter: products, gradients, and a layer that uses them."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -18,6 +19,12 @@ pytestmark = pytest.mark.skipif(
 )
 BLOCKS = np.array([1, 2, 1])  # of three experts; a last block belongs to none
 LAYER = dataclasses.replace(presets.mixtral(model_dim=128, expert_dim=128, num_experts=3, top_k=2), dispatcher="blocks")
+
+
+def on_hopper() -> contextlib.AbstractContextManager:
+    """The kernels as they are on a Hopper GPU; else interpreted."""
+    here = devices.hopper_serves("bfloat16", devices.BLOCK, devices.BLOCK)
+    return contextlib.nullcontext() if here else mosaic_gpu.force_gpu_interpret_mode()
 
 
 def normal(seed: int, *shape: int, dtype: str = "bfloat16") -> jax.Array:
@@ -48,7 +55,7 @@ def by_expert(x: jax.Array, weight: jax.Array, expert_I: list[int]) -> jax.Array
 @pytest.mark.parametrize(("D", "F"), [(128, 256), (192, 136)])  # the second in parts of tiles
 def test_products(D: int, F: int) -> None:
     expert_I = [0, 1, 1, 2, 2]
-    with mosaic_gpu.force_gpu_interpret_mode():
+    with on_hopper():
         found = products(D, F, expert_I)
     expected = products(D, F, expert_I, by_expert)
     check_close(found, expected, 2e-2, f"{D} x {F}")  # measured: 3.8e-3, bf16 rounding
@@ -77,8 +84,8 @@ def test_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: np.asarray(a, np.float32) for name, a in (named | {"x": by_x[:, 1:5], "y": y}).items()}
 
     expected = run("grouped")
-    monkeypatch.setattr(devices, "hopper_serves", lambda *_: True)
-    with mosaic_gpu.force_gpu_interpret_mode():
+    with on_hopper():
+        monkeypatch.setattr(devices, "hopper_serves", lambda *_: True)
         found = run("blocks")
     assert all(np.isfinite(a).all() for a in found.values())
     check_close(found, expected, 5e-2, "blocks")  # measured: 1.1e-2, bf16 rounding
