@@ -29,7 +29,7 @@ ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
 Priority = Literal["token", "choice", "probability", "batch"]
 Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
-Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "chosen"]
+Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "blocks", "chosen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ class MoEConfig:
         require(top * width >= K, "top_k", K, f"at most {top * width}, the experts in top_clusters={top}")
         two = clusters == 1 or self.router.cluster_score != "top2_sum" or width >= 2
         require(two, "cluster_score", self.router.cluster_score, "'max' when a cluster holds one expert")
-        when, others = ("with", ["gather"]) if self.capacity else ("without", ["grouped", "ragged", "chosen"])
+        when, others = ("with", ["gather"]) if self.capacity else ("without", ["grouped", "ragged", "blocks", "chosen"])
         allowed = ["auto", "einsum", *others]
         words = f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r} {when} a capacity"
         require(self.dispatcher in allowed, "dispatcher", self.dispatcher, words)

@@ -7,6 +7,8 @@ import jax
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Float
 from jax_moe.dispatch import Moves, Slots, einsum_dispatch
+from jax_moe.kernels import devices
+from jax_moe.kernels.blocks import blocks_dispatch
 from jax_moe.kernels.chosen import are_few, chosen_dispatch
 from jax_moe.kernels.gather import gather_dispatch
 from jax_moe.kernels.grouped import grouped_dispatch
@@ -15,7 +17,7 @@ from jax_moe.routing import Routing
 
 DISPATCHERS: dict[str, Callable] = {
     "einsum": einsum_dispatch, "gather": gather_dispatch, "grouped": grouped_dispatch, "ragged": ragged_dispatch,
-    "chosen": chosen_dispatch,
+    "blocks": blocks_dispatch, "chosen": chosen_dispatch,
 }
 
 
@@ -36,11 +38,13 @@ def capacity_dispatch(
 def dropless_dispatch(
     x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
 ) -> Float[Array, "G S D"]:
-    """`chosen` for few tokens; else `grouped` on CPU, and `ragged` on backends with a grouped product of their own."""
+    """`chosen` for few tokens; else `grouped` on CPU, `blocks` on a Hopper GPU, and `ragged` on other accelerators."""
     if are_few(x_GSD.shape[0] * x_GSD.shape[1], moves.config):
         return chosen_dispatch(x_GSD, routing, slots, moves)
-    grouped = grouped_dispatch if jax.default_backend() == "cpu" else ragged_dispatch
-    return grouped(x_GSD, routing, slots, moves)
+    if jax.default_backend() == "cpu":
+        return grouped_dispatch(x_GSD, routing, slots, moves)
+    kernel = devices.hopper_serves(x_GSD.dtype, moves.config.model_dim, moves.config.expert_dim)
+    return (blocks_dispatch if kernel else ragged_dispatch)(x_GSD, routing, slots, moves)
 
 
 def choose_dispatcher(config: MoEConfig) -> Callable:

@@ -43,7 +43,7 @@ def test_the_caller_is_told(told: dict[str, str], case: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("dispatcher", ["einsum", "grouped", "ragged", "chosen", "gather"])
+@pytest.mark.parametrize("dispatcher", ["einsum", "grouped", "ragged", "blocks", "chosen", "gather"])
 def test_a_traced_expert_that_is_not_there_gives_nan_to_its_token_alone(dispatcher: str) -> None:
     config = presets.mixtral(8, 6, 4, 2).with_capacity(2.0 if dispatcher == "gather" else None)
     layer = MoE(dataclasses.replace(config, dispatcher=dispatcher))

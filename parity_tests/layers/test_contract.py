@@ -273,7 +273,7 @@ BAD = [
     ),
     (
         MoEConfig, {**SIZES, "dispatcher": "fast"},
-        "dispatcher='fast': must be one of 'auto', 'einsum', 'gather', 'grouped', 'ragged', 'chosen'",
+        "dispatcher='fast': must be one of 'auto', 'einsum', 'gather', 'grouped', 'ragged', 'blocks', 'chosen'",
     ),
     (SoftMoEConfig, {**SOFT, "num_slots": 0}, "num_slots=0: must be an integer of at least 1"),
     (SoftMoEConfig, {**SOFT, "hidden_dims": (4, 0)}, "hidden_dims=(4, 0): must be integers of at least 1"),

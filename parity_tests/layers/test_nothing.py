@@ -33,7 +33,7 @@ SPARSE = {
     "shared": presets.qwen2_moe(8, 6, 4, 2, shared_dim=4),
     "refuses small groups": MIXTRAL.with_capacity(0.1, group="sequence"),
     "fixed groups": MIXTRAL.with_capacity(1.0, group="fixed", group_size=3),
-    **{name: dataclasses.replace(MIXTRAL, dispatcher=name) for name in ("einsum", "ragged", "grouped")},
+    **{name: dataclasses.replace(MIXTRAL, dispatcher=name) for name in ("einsum", "ragged", "grouped", "blocks")},
 }
 LAYERS: dict[str, tuple[Any, Any]] = {
     "soft": (SoftMoE, SOFT), "attention": (Attention, ATTENTION),

@@ -51,7 +51,7 @@ def build(config: MoEConfig, weights: dict[str, np.ndarray], dtype: jnp.dtype = 
 
 
 def dispatchers(config: MoEConfig) -> tuple[str, ...]:
-    return ("einsum", "grouped", "ragged", "chosen") if config.capacity is None else ("einsum", "gather")
+    return ("einsum", "grouped", "ragged", "blocks", "chosen") if config.capacity is None else ("einsum", "gather")
 
 
 def told(stories: list[Scenario]) -> list:

@@ -58,7 +58,7 @@ def gradients(layer: MoE, balance: float = 0.0) -> dict[str, np.ndarray]:
     return {".".join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(tree)}
 
 
-@pytest.mark.parametrize("dispatcher", ["einsum", "grouped", "ragged", "chosen", "gather"])
+@pytest.mark.parametrize("dispatcher", ["einsum", "grouped", "ragged", "blocks", "chosen", "gather"])
 @pytest.mark.parametrize("config", [MAKEMOE, OLMOE, MIXTRAL], ids=["makemoe", "olmoe", "mixtral"])
 def test_its_own_gradient_is_exactly_zero(config: MoEConfig, dispatcher: str) -> None:
     if dispatcher == "gather":

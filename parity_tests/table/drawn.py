@@ -29,7 +29,7 @@ from parity_tests.table.cases import Case, Draw
 
 # The layer norm of two numbers is +-1, and a gradient through it is rounding error: it cannot be compared.
 LEAST_NORMED = 3
-DROPLESS, DROPPING = ["auto", "einsum", "grouped", "ragged", "chosen"], ["auto", "einsum", "gather"]
+DROPLESS, DROPPING = ["auto", "einsum", "grouped", "ragged", "blocks", "chosen"], ["auto", "einsum", "gather"]
 MOST_EXPERTS, MOST_WIDTH, MOST_SEQUENCES, MOST_POSITIONS = 8, 5, 3, 6
 
 
