@@ -24,7 +24,7 @@ measures anew.
 - balance loss: of one layer, as `transformers` counts it
 - round trip: the contract through config.json, the weights through their names on disk
 - own folder: written by the model's own `save_pretrained`, read by `load_moe`, put back by `save_moe`
-- decoder: whether the whole model ports (README has its measured table)
+- decoder: whether the whole model ports (docs/parity.md has its measured rows)
 
 """
 
