@@ -1,5 +1,6 @@
 """The benchmarks' command lines: the options of each are a dataclass, which tyro reads."""
 
+import os
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -27,3 +28,16 @@ def read_names(option: str, text: str | None, allowed: Iterable[str]) -> set[str
     for name in sorted(chosen):
         require(name in known, option, name, f"one of {', '.join(known)}")
     return chosen
+
+
+def use_device(name: str | None) -> None:
+    """Makes jax use this device, if it finds it; None: what it finds. To be called before jax looks for devices.
+
+    Raises ValueError if jax finds another device.
+    """
+    import jax
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax and torch share one GPU
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    require(name in (None, jax.default_backend()), "device", name, f"{jax.default_backend()}, which jax finds here")

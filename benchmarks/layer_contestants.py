@@ -1,10 +1,12 @@
 """The contestants of `benchmarks.moe_layer`: our layer under its dispatchers, the dense limit and the peers.
 
 All start from the same numbers in the same dtype. All but the dense limit return their answer and gradients, so that
-they are compared before they are timed. The file is long because every contestant is a function here.
+they are compared before they are timed, on the device where they are. The contestants of jax share the weights' arrays;
+`transformers` has a second copy, laid out as it wants. The file is long because every contestant is a function here.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import jax_moe
 from jax_moe.config.moe import MoEConfig
-from moe_parity.relative import relative_error
 
 # Largest difference divided by the largest number, of the answer and of every gradient; measured 2e-6 and 1e-2.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}
@@ -28,7 +28,8 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-2}
 MARGIN = {"float32": 2**-16, "bfloat16": 2**-5}
 TRITON = "jax_ragged_dot_use_gpu_pallas_triton_lowering"  # a setting of jax 0.10 and 0.11, gone in 0.12
 Numbers = dict[str, jax.Array]
-Values = dict[str, np.ndarray]
+Values = dict[str, jax.Array]
+LONGEST = 2.0  # seconds of a forward with backward at the rate of a large product; more is hopeless on an accelerator
 
 
 class UnavailableError(Exception):
@@ -37,11 +38,16 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """The timed functions. `values` returns answer and gradients; None if the contestant computes something else."""
+    """The timed functions. `values` returns answer and gradients; None if the contestant computes something else.
+
+    `peak` returns the bytes of a forward with backward: weights, input, probe, gradients and everything between; None
+    where nothing counts them.
+    """
 
     forward: Callable[[], object]
     both: Callable[[], object]
     values: Callable[[], Values] | None
+    peak: Callable[[], int | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -74,23 +80,34 @@ class Shape:
         Tokens whose choice could flip by rounding to the dtype are replaced by other tokens, so that all contestants
         do the same work.
         """
-        random = np.random.default_rng(0)
-        shapes = {
-            "x": (self.T, self.D), "probe": (self.T, self.D), "router": (self.D, self.E),
-            "gate": (self.E, self.D, self.F), "up": (self.E, self.D, self.F), "down": (self.E, self.F, self.D),
+        T, D, F, E = self.T, self.D, self.F, self.E
+        sizes = {"x": (T, D), "probe": (T, D), "router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+        keys = jax.random.split(jax.random.key(0, impl="rbg"), len(sizes))  # threefry needs gigabytes of counters
+        numbers = {
+            name: draw(key, size, dtype, 1.0 if name in ("x", "probe") else size[-2] ** -0.5)
+            for key, (name, size) in zip(keys, sizes.items(), strict=True)
         }
-        numbers = {}
-        for name, shape in shapes.items():
-            scale = 1.0 if name in ("x", "probe") else shape[-2] ** -0.5
-            numbers[name] = jnp.asarray(random.standard_normal(shape, np.float32) * np.float32(scale), dtype)
         if MARGIN[dtype] and self.K < self.E:
-            x, router = (np.asarray(numbers[name], np.float32) for name in ("x", "router"))
-            logits = np.sort(x @ router, axis=1)
-            sure = x[logits[:, -self.K] - logits[:, -self.K - 1] > MARGIN[dtype]]
-            if not len(sure):
+            numbers["x"], sure = _without_ties(numbers["x"], numbers["router"], self.K, MARGIN[dtype])
+            if not sure:
                 raise UnavailableError(f"all {self.T} tokens are near ties in {dtype}: take more tokens")
-            numbers["x"] = jnp.asarray(np.resize(sure, x.shape), dtype)
         return numbers
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def draw(key: jax.Array, size: tuple[int, ...], dtype: str, scale: float = 1.0) -> jax.Array:
+    """Normal numbers with this standard deviation, on the device of jax."""
+    return (jax.random.normal(key, size) * scale).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _without_ties(x: jax.Array, router: jax.Array, K: int, margin: float) -> tuple[jax.Array, jax.Array]:
+    """(the tokens whose choice is sure, repeated until there are as many as before; how many they are)."""
+    logits = jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision="highest")
+    largest = jax.lax.top_k(logits, K + 1)[0]
+    near = largest[:, K - 1] - largest[:, K] <= margin
+    sure = (~near).sum()
+    return x[jnp.argsort(near, stable=True)[jnp.arange(x.shape[0]) % jnp.maximum(sure, 1)]], sure
 
 
 def jitted(
@@ -103,12 +120,18 @@ def jitted(
 
     def values() -> Values:
         gradients, g_x = both(weights, x, probe)[1]
-        named = {"answer": forward(weights, x), "x": g_x, **gradients}
-        return {name: np.asarray(a, np.float32) for name, a in named.items()}
+        return {"answer": forward(weights, x), "x": g_x, **gradients}
+
+    def peak() -> int | None:
+        memory = both.memory_analysis()
+        if memory is None:
+            return None
+        arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+        return int(arguments + outputs + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
 
     return Contestant(
         lambda: jax.block_until_ready(forward(weights, x)), lambda: jax.block_until_ready(both(weights, x, probe)),
-        values if named else None,
+        values if named else None, peak,
     )
 
 
@@ -144,7 +167,10 @@ def switched_on(name: str) -> Iterator[None]:
 def triton_layer(shape: Shape, numbers: Numbers) -> Contestant:
     """Our layer with `ragged_dot`, which jax then lowers to its own grouped product in Triton on a GPU."""
     with switched_on(TRITON):
-        return layer(shape, numbers, "ragged")
+        try:
+            return layer(shape, numbers, "ragged")
+        except ModuleNotFoundError as missing:  # the wheel of jax 0.11.2 has the setting without the kernel
+            raise UnavailableError(f"jax {jax.__version__} comes without its kernel: {missing}") from missing
 
 
 def swiglu(weights: dict, x: jax.Array) -> jax.Array:
@@ -174,22 +200,64 @@ def sorted_rows(shape: Shape, numbers: Numbers, grouped_product: Callable[..., j
     return jitted(answer, _weights(numbers), numbers["x"], numbers["probe"])
 
 
-def tokamax(shape: Shape, numbers: Numbers) -> Contestant:
-    """Sorted rows with tokamax's kernels for the device, forward and backward."""
-    import tokamax
-
-    return sorted_rows(shape, numbers, tokamax.ragged_dot)
+def tokamax(shape: Shape, numbers: Numbers, implementation: str | None = None) -> Contestant:
+    """Sorted rows with this kernel of tokamax, forward and backward; None: tokamax's choice for the device."""
+    return sorted_rows(shape, numbers, tokamax_product(implementation))
 
 
-def torch_device() -> str:
-    """The device of the torch contestants: the GPU if jax uses it too."""
+def tokamax_product(implementation: str | None) -> Callable[..., jax.Array]:
+    """`tokamax.ragged_dot` with this kernel. Raises UnavailableError if it does not import or has no such kernel."""
+    try:
+        import tokamax
+        from tokamax._src.ops.ragged_dot.api import IMPLEMENTATIONS
+    except ImportError as missing:
+        raise UnavailableError(f"tokamax does not import: {missing}") from missing
+    if implementation and not any(name.startswith(implementation) for name in IMPLEMENTATIONS):
+        raise UnavailableError(f"tokamax has no {implementation} here; a package that it needs is missing")
+    return partial(tokamax.ragged_dot, implementation=implementation)
+
+
+def to_torch(array: jax.Array) -> Any:
+    """The same memory as a torch tensor, on the same device. Raises UnavailableError if torch does not see the GPU."""
     import torch
 
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+        raise UnavailableError(f"torch {torch.__version__} sees no GPU")
+    return torch.from_dlpack(jax.block_until_ready(array))
+
+
+def from_torch(tensor: Any) -> jax.Array:
+    """The same memory as an array of jax, on the same device; not contiguous tensors are copied."""
+    finish_torch()
+    return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+
+
+def finish_torch() -> None:
+    """Waits for the GPU, if jax uses one."""
+    import torch
+
+    if jax.default_backend() == "gpu":
+        torch.cuda.synchronize()
+
+
+@jax.jit
+def _as_mixtral(numbers: Numbers) -> dict[str, jax.Array]:
+    """The state of a `MixtralSparseMoeBlock`: weights lie transposed, gate and up are stacked."""
+    return {
+        "gate.weight": numbers["router"].T, "experts.down_proj": numbers["down"].mT,
+        "experts.gate_up_proj": jnp.concatenate([numbers["gate"].mT, numbers["up"].mT], axis=1),
+    }
+
+
+@jax.jit
+def _from_mixtral(router: jax.Array, gate_up: jax.Array, down: jax.Array) -> Values:
+    """Our names and layout for arrays of a `MixtralSparseMoeBlock`."""
+    gate, up = jnp.split(gate_up.mT, 2, axis=2)
+    return {"router": router.T, "gate": gate, "up": up, "down": down.mT}
 
 
 def mixtral_block(shape: Shape, numbers: Numbers, implementation: str) -> Any:
-    """transformers' `MixtralSparseMoeBlock` with these weights, on the GPU if jax uses it too."""
+    """transformers' `MixtralSparseMoeBlock` with these weights, on the device of jax."""
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -198,14 +266,10 @@ def mixtral_block(shape: Shape, numbers: Numbers, implementation: str) -> Any:
         hidden_size=shape.D, intermediate_size=shape.F, num_local_experts=shape.E, num_experts_per_tok=shape.K
     )
     config._experts_implementation = implementation
-    with torch.device(torch_device()):
-        block = MixtralSparseMoeBlock(config).to(getattr(torch, numbers["x"].dtype.name))
-    router, gate, up, down = (np.asarray(numbers[name], np.float32) for name in ("router", "gate", "up", "down"))
-    state = {
-        "gate.weight": router.T, "experts.down_proj": down.swapaxes(1, 2),
-        "experts.gate_up_proj": np.concatenate([gate, up], axis=2).swapaxes(1, 2),
-    }
-    block.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in state.items()})
+    state = {name: to_torch(array) for name, array in _as_mixtral(_weights(numbers)).items()}
+    with torch.device("meta"):
+        block = MixtralSparseMoeBlock(config)
+    block.load_state_dict(state, assign=True)
     return block
 
 
@@ -213,36 +277,45 @@ def transformers_block(shape: Shape, numbers: Numbers, implementation: str) -> C
     """`mixtral_block`, forward and backward."""
     import torch
 
-    block, where = mixtral_block(shape, numbers, implementation), torch_device()
-    dtype = getattr(torch, numbers["x"].dtype.name)
-    x, probe = (
-        torch.tensor(np.asarray(numbers[name], np.float32), dtype=dtype, device=where)[None] for name in ("x", "probe")
-    )
+    block = mixtral_block(shape, numbers, implementation)
+    x, probe = (to_torch(numbers[name])[None] for name in ("x", "probe"))
     x.requires_grad_()
-    finish = torch.cuda.synchronize if where == "cuda" else lambda: None
+    inputs = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, x
 
     def forward() -> Any:
         with torch.no_grad():
             answer = block(x)
-        finish()
+        finish_torch()
         return answer
 
-    def both() -> Any:
-        block.zero_grad(set_to_none=True)
-        x.grad = None
+    def forget() -> None:
+        for tensor in inputs:
+            tensor.grad = None
+
+    def both() -> None:
+        forget()
         (block(x) * probe).sum().backward()
-        finish()
+        finish_torch()
 
     def values() -> Values:
         both()
-        weights = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj, x
-        router, gate_up, down, input = (weight.grad for weight in weights)
-        assert router is not None and gate_up is not None and down is not None and input is not None
-        gate, up = gate_up.mT.chunk(2, dim=2)
-        found = {"answer": forward()[0], "x": input[0], "router": router.T, "gate": gate, "up": up, "down": down.mT}
-        return {name: a.float().cpu().numpy() for name, a in found.items()}
+        router, gate_up, down, g_x = (from_torch(tensor.grad) for tensor in inputs)
+        forget()
+        return {"answer": from_torch(forward()[0]), "x": g_x[0], **_from_mixtral(router, gate_up, down)}
 
-    return Contestant(forward, both, values)
+    def peak() -> int | None:  # the weights, the input and the probe lie in memory of jax, which torch does not count
+        if x.device.type != "cuda":
+            return None
+        forget()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        forget()
+        shared = sum(tensor.nbytes for tensor in (*inputs, probe))
+        return int(torch.cuda.max_memory_allocated() - before + shared)
+
+    return Contestant(forward, both, values, peak)
 
 
 def _nano_numbers(numbers: Numbers) -> Numbers:
@@ -280,28 +353,56 @@ def as_nano(shape: Shape, numbers: Numbers) -> Contestant:
     return jitted(answer, _nano_numbers(numbers), numbers["x"], numbers["probe"])
 
 
+class Cost(NamedTuple):
+    """What a contestant needs beside the work of the chosen experts."""
+
+    work: float  # times the active FLOPs
+    numbers: float  # numbers of the compute dtype alive at once, least estimate
+
+
+def every_expert(shape: Shape) -> Cost:
+    """Every expert answers every token: three [E, T, F] and their gradients."""
+    return Cost(shape.E / shape.K, 6 * shape.E * shape.T * shape.F)
+
+
+def masked_dense(shape: Shape) -> Cost:
+    """XLA's `ragged_dot` without a kernel: E dense products over masked copies [E, R, D] and [E, R, F] of the rows."""
+    if jax.default_backend() != "gpu" or "ragged_dot" in os.environ.get("XLA_FLAGS", ""):
+        return Cost(1, 0)
+    return Cost(shape.E, shape.E * shape.T * shape.K * (shape.D + shape.F))
+
+
 class Entry(NamedTuple):
-    """A row of the table. `needs` are packages; `accelerator`: left out on a CPU unless `--only` names it."""
+    """A row of the table. `needs` are packages.
+
+    `accelerator`: left out on a CPU unless `--only` names it; `cpu`: left out elsewhere unless `--only` names it.
+    """
 
     make: Callable[[Shape, Numbers], Contestant]
     needs: tuple[str, ...] = ()
     accelerator: bool = False
     contract: str = "mixtral"
+    cpu: bool = False
+    cost: Callable[[Shape], Cost] = lambda shape: Cost(1, 0)
 
 
 DENSE = "dense limit"
 _HF = ("transformers", "torch")
+_TOKAMAX = ("tokamax",)
 ENTRIES: dict[str, Entry] = {
     DENSE: Entry(dense),
-    "jax_moe auto": Entry(partial(layer, dispatcher="auto")),
-    "jax_moe einsum": Entry(partial(layer, dispatcher="einsum")),
-    "jax_moe ragged": Entry(partial(layer, dispatcher="ragged"), accelerator=True),
+    "jax_moe grouped": Entry(partial(layer, dispatcher="grouped"), accelerator=True),
+    "jax_moe auto": Entry(partial(layer, dispatcher="auto"), cost=masked_dense),
+    "jax_moe einsum": Entry(partial(layer, dispatcher="einsum"), cost=every_expert),
+    "jax_moe ragged": Entry(partial(layer, dispatcher="ragged"), accelerator=True, cost=masked_dense),
     "jax_moe ragged triton": Entry(triton_layer, accelerator=True),
-    "ragged_dot": Entry(partial(sorted_rows, grouped_product=jax.lax.ragged_dot)),
-    "tokamax": Entry(tokamax, ("tokamax",), accelerator=True),
-    "transformers eager": Entry(partial(transformers_block, implementation="eager"), _HF),
+    "ragged_dot": Entry(partial(sorted_rows, grouped_product=jax.lax.ragged_dot), cost=masked_dense),
+    "tokamax": Entry(tokamax, _TOKAMAX, accelerator=True),
+    "tokamax triton": Entry(partial(tokamax, implementation="triton"), _TOKAMAX, accelerator=True),
+    "tokamax mosaic": Entry(partial(tokamax, implementation="mosaic"), _TOKAMAX, accelerator=True),
+    "transformers eager": Entry(partial(transformers_block, implementation="eager"), _HF, cpu=True),
     "transformers grouped_mm": Entry(partial(transformers_block, implementation="grouped_mm"), _HF),
-    "nano-moe-jax": Entry(nano, ("nano_moe",), contract="nano"),
+    "nano-moe-jax": Entry(nano, ("nano_moe",), contract="nano", cost=every_expert),
     "jax_moe as nano": Entry(as_nano, ("nano_moe",), contract="nano"),
 }
 
@@ -311,13 +412,25 @@ def names(only: set[str] | None) -> list[str]:
     if only is not None:
         return [name for name in ENTRIES if name in only or name == DENSE]
     on_cpu = jax.default_backend() == "cpu"
-    return [name for name, entry in ENTRIES.items() if not _missing(entry) and not (on_cpu and entry.accelerator)]
+    elsewhere = {name for name, entry in ENTRIES.items() if (entry.accelerator if on_cpu else entry.cpu)}
+    return [name for name, entry in ENTRIES.items() if not _missing(entry) and name not in elsewhere]
 
 
-def available(name: str) -> None:
-    """Raises UnavailableError if a package that the contestant needs is missing."""
+def available(name: str, shape: Shape, dtype: str, rate: float | None = None) -> None:
+    """Raises UnavailableError if a package is missing, or if on an accelerator the cost is hopeless.
+
+    Hopeless is more memory than the device has, or more than two seconds at `rate` FLOPs a second. On a CPU users wait.
+    """
     if missing := _missing(ENTRIES[name]):
         raise UnavailableError(f"{missing[0]} is not installed")
+    if jax.default_backend() == "cpu":
+        return
+    cost, limit = ENTRIES[name].cost(shape), (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    needed, seconds = cost.numbers * jnp.dtype(dtype).itemsize, cost.work * shape.flops("both") / (rate or float("inf"))
+    if limit and needed > limit:
+        raise UnavailableError(f"needs at least {needed / 2**30:.0f} GiB of {limit / 2**30:.0f}")
+    if seconds > LONGEST:
+        raise UnavailableError(f"a call would take at least {seconds:.1f} s: {cost.work:.0f} times the active FLOPs")
 
 
 def _missing(entry: Entry) -> list[str]:
@@ -325,5 +438,16 @@ def _missing(entry: Entry) -> list[str]:
 
 
 def difference(found: Values, expected: Values) -> tuple[float, str]:
-    """(largest difference divided by the largest expected number, the name of the array where it occurs)."""
-    return max((relative_error(found[name], a), name) for name, a in expected.items())
+    """(largest difference divided by the largest expected number, the name of the array where it occurs).
+
+    Infinite if a value is not finite. Computed on the device, in fp32.
+    """
+    return max((float(_relative_error(found[name], a)), name) for name, a in expected.items())
+
+
+@jax.jit
+def _relative_error(found: jax.Array, expected: jax.Array) -> jax.Array:
+    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
+    finite = jnp.isfinite(found).all() & jnp.isfinite(expected).all()
+    distance, scale = jnp.abs(found - expected).max(), jnp.abs(expected).max()
+    return jnp.where(finite, jnp.where(distance == 0, 0, distance / scale), jnp.inf)

@@ -1,43 +1,48 @@
 """How long does one dropless Mixtral layer take, against the dense limit and against peers?
 
-    python -m benchmarks.moe_layer [--shape T,D,F,E,K | NAME]... [--dtype bfloat16] [--only NAME,NAME] [--rounds 7]
-                                   [--plot OUT.png] [--json] [--save] [--results FOLDER]
+    python -m benchmarks.moe_layer [--shape T,D,F,E,K | NAME]... [--device gpu] [--dtype bfloat16] [--only NAME,NAME]
+                                   [--rounds 7] [--plot OUT.png] [--json] [--save] [--results FOLDER]
 
 The dense limit is one jitted SwiGLU FFN over K * T rows: the same active FLOPs without routing. Peers: the expert
 implementations of `transformers` (eager and grouped_mm), plain `jax.lax.ragged_dot` and, where installed, `tokamax` and
 `nano-moe-jax` (its layer under its own contract: GELU, biases). The command first checks that all contestants give the
 same answers and the same gradients. Then it times forward alone and forward with backward, the contestants in turn, and
 prints medians, ratios to the dense limit, and the share of the rate of one large matrix product of the same dtype,
-measured in the same run. On a GPU the torch contestants run there too; this has not been run on a GPU yet. Exit status
-1 if a contestant failed or disagreed.
+measured in the same run. Peak memory is that of one forward with backward, weights and gradients included: of jax what
+the compiler plans, of torch what its allocator handed out. On a GPU the torch contestants run there too; bfloat16 and
+the shapes `gpu` are the defaults there. XLA_FLAGS are recorded. Every shape is printed, and with --save written, when
+it is measured. Exit status 1 if a contestant failed or disagreed, 2 if jax has no such device.
 """
 
 import contextlib
-import datetime
 import json
-import os
-import re
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from benchmarks import layer_contestants
-from benchmarks.command import read_names, read_options
+from benchmarks.command import read_names, read_options, use_device
 from benchmarks.layer_contestants import DENSE, ENTRIES, TOLERANCE, Contestant, Shape, UnavailableError, Values
-from benchmarks.timing import alternate, device, machine, median_ratio
+from benchmarks.timing import about_run, alternate, median_ratio, new_file, product_rate
 from jax_moe.config.checks import check_positive_ints, require
+from jax_moe.disk import write_whole
 
 SHAPES = {
     "cpu": [Shape(2048, 512, 1792, 8, 2), Shape(2048, 512, 256, 64, 8), Shape(8192, 256, 128, 128, 8)],
     "mixtral-8x7b": [Shape(T, 4096, 14336, 8, 2) for T in (8192, 32768)],
-    "fine-grained": [Shape(T, 2048, 768, 128, 8) for T in (8192, 32768)],
+    "qwen3-30b": [Shape(32768, 2048, 768, 128, 8)],
+    "fine-grained": [Shape(16384, 2560, 1280, 64, 4), Shape(32768, 4096, 1024, 128, 8)],
 }
+SHAPES["gpu"] = sorted(
+    [shape for name in ("mixtral-8x7b", "qwen3-30b", "fine-grained") for shape in SHAPES[name]],
+    key=lambda shape: shape.flops("both"),
+)
 RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
 
@@ -48,9 +53,11 @@ class Options:
 
     shape: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="T,D,F,E,K")] = ()
     """Tokens, model width, expert width, experts, choices per token; or a name: cpu (the default: three shapes),
-    mixtral-8x7b, fine-grained."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and tokens; the router stays float32."""
+    mixtral-8x7b, qwen3-30b, fine-grained, gpu (the default on a GPU: these five)."""
+    device: Literal["cpu", "gpu", "tpu"] | None = None
+    """By default what jax finds."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of weights and tokens; the router stays float32. By default bfloat16 on a GPU, else float32."""
     only: Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME")] = None
     """Time these contestants, and the dense limit, which always runs."""
     rounds: int = 7
@@ -72,8 +79,8 @@ class Options:
 
     @property
     def shapes(self) -> list[Shape]:
-        """The shapes to time."""
-        return [shape for text in self.shape or ("cpu",) for shape in read_shape(text)]
+        """The shapes to time; none for the default."""
+        return [shape for text in self.shape for shape in read_shape(text)]
 
     @property
     def names(self) -> set[str] | None:
@@ -93,15 +100,9 @@ def read_shape(text: str) -> list[Shape]:
     return [shape]
 
 
-def product_rate(dtype: str, side: int) -> float:
-    """FLOPs a second of the product of two square matrices, the fastest of ten."""
-    square = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
-    product = jax.jit(jnp.matmul)
-    seconds = alternate({"product": lambda: jax.block_until_ready(product(square, square))}, rounds=10, warmup=2)
-    return 2 * side**3 / min(seconds["product"])
-
-
-def entrants(shape: Shape, dtype: str, only: set[str] | None) -> tuple[dict[str, Contestant], Result]:
+def entrants(
+    shape: Shape, dtype: str, only: set[str] | None, rate: float | None = None
+) -> tuple[dict[str, Contestant], Result]:
     """(contestants that run here and agree, {name: its difference, or why it does not take part}).
 
     Each is compared with the first contestant of its contract.
@@ -111,9 +112,9 @@ def entrants(shape: Shape, dtype: str, only: set[str] | None) -> tuple[dict[str,
     notes: Result = {}
     first: dict[str, tuple[str, Values]] = {}
     for name in layer_contestants.names(only):
-        contract = ENTRIES[name].contract
+        contract, start = ENTRIES[name].contract, time.perf_counter()
         try:
-            layer_contestants.available(name)
+            layer_contestants.available(name, shape, dtype, rate)
             contestant = ENTRIES[name].make(shape, numbers)
             if contestant.values is None:
                 contestant.both()
@@ -125,6 +126,7 @@ def entrants(shape: Shape, dtype: str, only: set[str] | None) -> tuple[dict[str,
                     notes[name] = {"failed": f"{where} differs from {base} by {error:.1e}, {allowed}"}
                     continue
                 notes[name] = {"difference": error}
+            notes[name] = notes.get(name, {}) | {"peak": contestant.peak(), "ready_s": time.perf_counter() - start}
         except UnavailableError as why:
             notes[name] = {"left_out": str(why)}
             continue
@@ -140,7 +142,7 @@ def measure(shape: Shape, dtype: str, rounds: int, only: set[str] | None, rate: 
     result: Result = {"shape": shape.name, "dtype": dtype}
     # on a GPU jax would otherwise multiply float32 in TF32, which torch does not
     with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
-        chosen, result["notes"] = entrants(shape, dtype, only)
+        chosen, result["notes"] = entrants(shape, dtype, only, rate)
         for kind in ("forward", "both"):
             runs = {name: getattr(contestant, kind) for name, contestant in chosen.items()}
             seconds = alternate(runs, rounds, warmup=2)
@@ -162,15 +164,17 @@ def show(result: Result) -> None:
     """Prints the table."""
     print(f"\nT,D,F,E,K = {result['shape']}, {result['dtype']}")
     beside = f"{'/ dense':>9}{'of rate':>9}"
-    print(f"{'':26}{'forward':>12}{beside}{'with backward':>16}{beside}{'differs by':>12}")
+    print(f"{'':26}{'forward':>12}{beside}{'with backward':>16}{beside}{'differs by':>12}{'peak GiB':>10}")
     for name in result["forward"]:
         row = f"{name:26}"
         for kind, width in (("forward", 9), ("both", 13)):
             cell = result[kind][name]
             ratio = "-" if cell["ratio"] is None else f"{cell['ratio']:.2f}"
             row += f"{cell['ms']:{width}.1f} ms{ratio:>9}{cell['share_of_rate']:9.0%}"
-        error = result["notes"].get(name, {}).get("difference")
-        print(row + (f"{error:12.1e}" if error else ""))
+        note = result["notes"].get(name, {})
+        error = f"{note['difference']:.1e}" if note.get("difference") else ""
+        peak = f"{note['peak'] / 2**30:.2f}" if note.get("peak") else "-"
+        print(f"{row}{error:>12}{peak:>10}")
     for name, note in result["notes"].items():
         for what in ("left_out", "failed"):
             if what in note:
@@ -209,41 +213,35 @@ def draw(dtype: str, rounds: int, only: set[str] | None, rate: float, out: Path)
     return results
 
 
-def keep(about: Result, folder: Path) -> Path:
-    """Writes `<date>-<device>.json`, with a number if that name is taken; the path."""
-    from jax_moe.disk import write_whole
-
-    folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"]["device"].lower()).strip("-")
-    stem, number = f"{about['date'][:10]}-{device}", 1
-    while (path := folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")).exists():
-        number += 1
-    write_whole(path, json.dumps(about, indent=1) + "\n")
-    return path
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     asked = read_options(Options, "benchmarks.moe_layer", __doc__, arguments)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax and torch share one GPU
-    rate = product_rate(asked.dtype, 2048 if jax.default_backend() == "cpu" else 8192)
-    about: Result = {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "device": device(),
-        "machine": machine(), "rounds": asked.rounds, "product_rate": rate, "results": [],
-    }
+    try:
+        use_device(asked.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    backend = jax.default_backend()
+    dtype = asked.dtype or ("bfloat16" if backend == "gpu" else "float32")
+    rate = product_rate(dtype, 2048 if backend == "cpu" else 8192)
+    about = about_run() | {"rounds": asked.rounds, "product_rate": rate, "results": []}
+    path = new_file(about, asked.results) if asked.save else None
+    if not asked.json:
+        print(f"{rate / 1e9:.0f} GFLOP/s in one {dtype} product\n{about['device'] | about['machine']}", flush=True)
     if asked.plot:
-        about["results"] = draw(asked.dtype, asked.rounds, asked.names, rate, asked.plot)
-    for shape in [] if asked.plot else asked.shapes:
-        about["results"].append(measure(shape, asked.dtype, asked.rounds, asked.names, rate))
+        about["results"] = draw(dtype, asked.rounds, asked.names, rate, asked.plot)
+    for shape in [] if asked.plot else asked.shapes or SHAPES["gpu" if backend == "gpu" else "cpu"]:
+        about["results"].append(measure(shape, dtype, asked.rounds, asked.names, rate))
         if not asked.json:
             show(about["results"][-1])
-        sys.stdout.flush()
+            sys.stdout.flush()
+        if path:
+            write_whole(path, json.dumps(about, indent=1) + "\n")
     if asked.json:
         print(json.dumps(about, indent=1))
-    else:
-        print(f"\n{rate / 1e9:.0f} GFLOP/s in one {asked.dtype} product\n{about['device'] | about['machine']}")
-    if asked.save:
-        print(f"written: {keep(about, asked.results)}", file=sys.stderr)
+    if path:
+        write_whole(path, json.dumps(about, indent=1) + "\n")
+        print(f"written: {path}", file=sys.stderr)
     return int(any("failed" in note for result in about["results"] for note in result["notes"].values()))
 
 

@@ -19,6 +19,7 @@ import pytest
 from benchmarks import layer_contestants, moe_layer, scaling
 from benchmarks.command import read_options
 from benchmarks.layer_contestants import ENTRIES, TOLERANCE, Entry, Shape
+from benchmarks.timing import new_file
 
 pytestmark = pytest.mark.usefixtures("quick")
 TINY = Shape(32, 16, 24, 4, 2)
@@ -32,7 +33,7 @@ def test_all_contestants_agree(dtype: str, left_out: set[str]) -> None:
     asked = set(layer_contestants.names(None)) - left_out
     chosen, notes = moe_layer.entrants(TINY, dtype, asked)
     assert {"dense limit", "jax_moe auto", "ragged_dot"} <= set(chosen) == asked
-    errors = [note["difference"] for note in notes.values()]
+    errors = [note["difference"] for note in notes.values() if "difference" in note]
     assert len(errors) == len(chosen) - 1 and max(errors) < min(TOLERANCE[dtype], 10 * MEASURED[dtype])
     assert max(errors) > 0
 
@@ -82,8 +83,8 @@ def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
     moe_layer.show(result)
     assert "tokamax                   left out: no_such_package is not installed" in capsys.readouterr().out
     first = f"{about['date'][:10]}-cpu"
-    assert moe_layer.keep(about, tmp_path).name == f"{first}-2.json"
-    assert {path.name for path in tmp_path.iterdir()} == {f"{first}.json", f"{first}-2.json"}
+    assert new_file(about, tmp_path).name == f"{first}-2.json"
+    assert [path.name for path in tmp_path.iterdir()] == [f"{first}.json"]
     assert json.loads((tmp_path / f"{first}.json").read_text()) == about
 
 
@@ -160,7 +161,17 @@ def test_documented_commands_and_help(name: str, capsys: pytest.CaptureFixture[s
 
 def test_names_of_shapes() -> None:
     assert [shape.T for shape in moe_layer.read_shape("mixtral-8x7b")] == [8192, 32768]
-    assert {shape.name.split(",", 1)[1] for shape in moe_layer.read_shape("fine-grained")} == {"2048,768,128,8"}
+    everything = moe_layer.read_shape("gpu")
+    assert sorted(shape.name for shape in everything) == sorted(
+        shape.name for name in ("mixtral-8x7b", "qwen3-30b", "fine-grained") for shape in moe_layer.read_shape(name)
+    )
+    assert [shape.name for shape in everything][::4] == ["16384,2560,1280,64,4", "32768,4096,14336,8,2"]
+
+
+def test_a_device_that_jax_does_not_find_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moe_layer.main(["--device", "tpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "device='tpu': must be cpu, which jax finds here\n" and printed.out == ""
 
 
 def test_scaling_compares_equal_work_and_programs_of_equal_size() -> None:
