@@ -1,4 +1,4 @@
-"""The measured parity table. `python -m parity_tests.table` writes it into docs/parity.md; `--update` measures first."""
+"""The measured parity table: `python -m parity_tests.table` writes docs/parity.md, `--update` measures first."""
 
 import argparse
 import datetime

@@ -1,4 +1,4 @@
-"""The parity table: every case against every column. `python -m parity_tests.table` prints it."""
+"""The parity table: every case against every column. `python -m parity_tests.table` writes docs/parity.md."""
 
 import pytest
 
