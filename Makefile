@@ -16,7 +16,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The measured parity table of README.md, from a fresh run.
+# docs/parity.md: the measured parity table, from a fresh run.
 table: $(VENV)/.test
 	$(BIN)/python -m parity_tests.table --update
 

@@ -47,8 +47,8 @@ def chosen_experts(stats: MoEStats) -> Bool[Array, "*L E"]:
 def next_token_loss(
     logits_BTV: Float[Array, "B T V"], target_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"] | None = None
 ) -> Float[Array, ""]:
-    """The mean cross-entropy of the targets, each the token after its position, in nats; where the mask is False none
-    counts.
+    """The mean cross-entropy of the targets, each the token after its position, in nats, over positions where the mask
+    is True.
 
     Raises ValueError for a target outside the vocabulary, where it is visible.
     """

@@ -44,8 +44,8 @@ def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:
 def next_token_loss(
     logits_BTV: Float[Tensor, "B T V"], target_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy of the targets, each the token after its position, in nats; where the mask is False none
-    counts.
+    """The mean cross-entropy of the targets, each the token after its position, in nats, over positions where the mask
+    is True.
 
     Raises ValueError for a target outside the vocabulary.
     """

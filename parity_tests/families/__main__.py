@@ -1,4 +1,7 @@
-"""Measures the cells of docs/families.md: `python -m parity_tests.families [--update] [model types, or all]`."""
+"""Measures the cells of docs/families.md: `python -m parity_tests.families [--update] [model types; all if none]`.
+
+`--render` writes the document anew from the numbers in it.
+"""
 
 import sys
 import tempfile
@@ -9,7 +12,7 @@ import transformers
 
 from parity_tests.families.cases import CASES
 from parity_tests.families.checks import COLUMNS, Runs
-from parity_tests.families.page import PAGE, page, stored
+from parity_tests.families.page import PAGE, page, stored, version
 
 
 def measure(name: str, room: Path) -> dict[str, float]:
@@ -19,7 +22,10 @@ def measure(name: str, room: Path) -> dict[str, float]:
 
 
 def main(words: list[str]) -> None:
-    """Prints the cells; with --update writes the document."""
+    """Prints the cells; with --update writes the document; with --render only writes it."""
+    if words == ["--render"]:
+        PAGE.write_text(page(stored(), version()), encoding="utf-8")
+        return
     transformers.utils.logging.disable_progress_bar()
     names, measured = [word for word in words if word != "--update"] or list(CASES), {}
     with tempfile.TemporaryDirectory() as room:

@@ -11,6 +11,7 @@ from parity_tests.families.gaps import GAPS, IN_PART
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 NUMBER = re.compile(r"0|\d(\.\d)?e-\d\d")
+VERSION = re.compile(r"(?<=`transformers` )\d+\.\d+\.\d+")
 INTRODUCTION = """# Model types
 
 The mixture of experts of every model type of `transformers`, compared with the module in `transformers` {version}
@@ -24,7 +25,7 @@ measures anew.
 - balance loss: of one layer, as `transformers` counts it
 - round trip: the contract through config.json, the weights through their names on disk
 - own folder: written by the model's own `save_pretrained`, read by `load_moe`, put back by `save_moe`
-- decoder: whether the whole model ports (README has its measured table)
+- decoder: whether the whole model ports (docs/parity.md has its measured rows)
 
 """
 
@@ -68,7 +69,15 @@ def stored() -> dict[str, dict[str, float]]:
     return found
 
 
+def version() -> str:
+    """The version of transformers that the document names. Raises ValueError if it names none."""
+    found = VERSION.search(PAGE.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{PAGE.name}: must name the version of `transformers`")
+    return found[0]
+
+
 def without_numbers(text: str) -> str:
     """The document with every number in a cell replaced, and the version: what must be fresh."""
-    text = re.sub(r"(?<=`transformers` )\d+\.\d+\.\d+", "VERSION", text)
+    text = VERSION.sub("VERSION", text)
     return re.sub(rf"(?<=\| )({NUMBER.pattern})(?= \|)", "N", text)

@@ -1,4 +1,4 @@
-"""The measured parity table. `python -m parity_tests.table` writes it into README.md; `--update` measures first."""
+"""The measured parity table: `python -m parity_tests.table` writes docs/parity.md, `--update` measures first."""
 
 import argparse
 import datetime
@@ -19,7 +19,7 @@ from parity_tests.table.family_cases import CASES as FAMILY_CASES
 from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns
 from parity_tests.table.run_checks import RUN_CASES, RUN_COLUMNS, measure_runs
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
 PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
 
@@ -112,24 +112,24 @@ def render() -> str:
 
 
 def between_markers(text: str) -> str | None:
-    """README's text between the markers; None without markers."""
+    """The page's text between the markers; None without markers."""
     if BEGIN not in text or END not in text:
         return None
     return text.split(BEGIN, 1)[1].split(END, 1)[0].strip()
 
 
 def main() -> None:
-    """Measures if asked, then rewrites README's block."""
+    """Measures if asked, then rewrites the page's table."""
     parser = argparse.ArgumentParser(prog="python -m parity_tests.table", description=__doc__)
     parser.add_argument("--update", action="store_true", help="measure every cell again (minutes) and store it")
     if parser.parse_args().update:
         write_text(MEASURED, json.dumps(measure_all(), indent=1) + "\n")
         measured.cache_clear()
-    text = README.read_text()
+    text = PAGE.read_text()
     if between_markers(text) is None:
-        sys.exit(f"README.md: must hold the lines {BEGIN} and {END}")
+        sys.exit(f"docs/parity.md: must hold the lines {BEGIN} and {END}")
     head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-    write_text(README, f"{head}{BEGIN}\n{render()}\n{END}{tail}")
+    write_text(PAGE, f"{head}{BEGIN}\n{render()}\n{END}{tail}")
 
 
 if __name__ == "__main__":

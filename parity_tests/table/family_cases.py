@@ -30,7 +30,7 @@ class Case:
 
     def config(self) -> Any:
         """transformers' configuration, with a balance loss large enough to matter."""
-        import transformers  # README's tables are rendered without it
+        import transformers  # docs/parity.md is rendered without it
 
         values = {**COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, **self.sizes, **self.settings}
         return getattr(transformers, f"{self.family}Config")(**values)

@@ -153,6 +153,17 @@ def pooled_loss(case: Case, stats: Any, pool: Callable) -> Any:
     return stats.load_balance_loss if case.moe is None else pool(stats, case.moe)
 
 
+def statistics(case: Case, stats: Any, as_numpy: Callable[[Any], np.ndarray]) -> Arrays:
+    """What is compared of a layer's statistics.
+
+    Soft MoE's loads are nearly equal, so the relative error of their squared CV is large: 1 + CV^2 is compared.
+    """
+    found = {name: as_numpy(value) for name, value in stats._asdict().items()}
+    if case.moe is None:
+        found |= {name: 1 + found[name] for name in ("importance_cv2", "load_cv2")}
+    return found
+
+
 # --- JAX
 
 
@@ -246,7 +257,7 @@ class JaxSide:
         if routing is not None:
             outcome.choices = {"expert": _tokens(self.case, routing[0]), "slot": _tokens(self.case, routing[1])}
         if stats is not None:
-            outcome.statistics = {name: _numpy(value) for name, value in stats._asdict().items()}
+            outcome.statistics = statistics(self.case, stats, _numpy)
             outcome.statistics["pooled_balance_loss"] = _numpy(pooled)
         return outcome
 
@@ -314,7 +325,7 @@ class TorchSide:
         if x is not None:
             outcome.input_gradient = {"x": outcome.parameter_gradients.pop("x")}
         if stats is not None:
-            outcome.statistics = {name: array(value) for name, value in stats._asdict().items()}
+            outcome.statistics = statistics(case, stats, array)
             outcome.statistics["pooled_balance_loss"] = array(pooled_loss(case, stats, torch_ref.pool_balance_loss))
             outcome.loss_gradients = self._gradients(loss, x)
         if isinstance(case.config, MoEConfig):

@@ -1,4 +1,4 @@
-"""The parity table: every case against every column. `python -m parity_tests.table` prints it."""
+"""The parity table: every case against every column. `python -m parity_tests.table` writes docs/parity.md."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_every_family_was_measured() -> None:
     check_measured("families", (case.name for case in FAMILY_CASES), FAMILY_COLUMNS)
 
 
-def test_readme_shows_the_measured_table() -> None:
-    shown = table.between_markers(table.README.read_text())
-    assert shown is not None, f"README.md must hold the lines {table.BEGIN} and {table.END}"
-    assert shown == table.render(), "README.md is behind measured.json: run python -m parity_tests.table"
+def test_the_page_shows_the_measured_table() -> None:
+    shown = table.between_markers(table.PAGE.read_text())
+    assert shown is not None, f"docs/parity.md must hold the lines {table.BEGIN} and {table.END}"
+    assert shown == table.render(), "docs/parity.md is behind measured.json: run python -m parity_tests.table"
