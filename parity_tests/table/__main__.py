@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from parity_tests.table.cases import BY_NAME, CASES
-from parity_tests.table.checks import COLUMNS, MEASURED, Column, Runs, measured, worst_measured
+from parity_tests.table.checks import COLUMN, COLUMNS, MEASURED, Column, Runs, measured, worst_measured
 from parity_tests.table.family_cases import CASES as FAMILY_CASES
 from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns
 from parity_tests.table.run_checks import RUN_CASES, RUN_COLUMNS, measure_runs
@@ -22,6 +22,12 @@ from parity_tests.table.run_checks import RUN_CASES, RUN_COLUMNS, measure_runs
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
 PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
+
+
+SHOWN = (  # of what is measured on an accelerator
+    "experts and slots", "fp32 forward", "fp32 gradients", "bf16 forward", "bf16 gradients", "forward",
+    "parameter gradients", "every dispatcher",
+)
 
 
 def measure_all() -> dict:
@@ -83,6 +89,27 @@ def grid(columns: list[Column], rows: dict[str, dict[str, float | str]]) -> list
     ]
 
 
+def on_device() -> list[str]:
+    """The worst errors on each accelerator that `parity_tests.table.on_device` has measured."""
+    lines = []
+    for path in sorted(MEASURED.parent.glob("measured_*.json")):
+        found = json.loads(path.read_text())
+        titles = [title for title in SHOWN if any(title in row for row in found["rows"].values())]
+        numbers = {title: [row[title] for row in found["rows"].values() if isinstance(row[title], float | int)]
+                   for title in titles}
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        missing = [case.name for case in CASES if case.name not in found["rows"]]
+        cells = (cell(COLUMN[title], max(values)) for title, values in numbers.items())
+        lines += [
+            "", f"On an accelerator (`python -m parity_tests.table.on_device`): {found['device']}, {found['driver']}, "
+            f"{found['date']}, {versions}; JAX there, PyTorch on the CPU.", "",
+            "| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles),
+            f"| worst of {len(found['rows'])} rows | " + " | ".join(cells) + " |",
+            *(["", "Not measured there yet: " + "; ".join(missing) + "."] if missing else []),
+        ]
+    return lines
+
+
 def render() -> str:
     """The table as markdown, from measured.json alone."""
     found = measured()
@@ -107,6 +134,7 @@ def render() -> str:
         "50 steps in PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
         "",
         *grid(RUN_COLUMNS, {case.name: found.get("runs", {}).get(case.name, {}) for case in RUN_CASES}),
+        *on_device(),
     ]
     return "\n".join(lines)
 

@@ -19,14 +19,10 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from parity_tests.table.__main__ import write_text
+from parity_tests.table.__main__ import SHOWN, write_text
 from parity_tests.table.cases import BY_NAME, CASES
 from parity_tests.table.checks import COLUMN, Runs
 
-SHOWN = (
-    "experts and slots", "fp32 forward", "fp32 gradients", "bf16 forward", "bf16 gradients", "forward",
-    "parameter gradients", "every dispatcher",
-)
 FOLDER = Path(__file__).parent
 
 
