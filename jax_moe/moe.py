@@ -124,7 +124,8 @@ class MoE(nnx.Module):
         contract, as in training or (`training=False`) as at evaluation. Arrays take the place of draws:
         `noise_BTE` unit Gaussians (added to the logits as they are where the contract has no learned noise),
         `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives dropout.
-        `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
+        `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in no
+        statistic.
         `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer
         and statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that
         is not there, and for a capacity below one slot.
@@ -210,6 +211,8 @@ class MoE(nnx.Module):
         limit = check_limit(limit, capacity)
         padded = mask_BT is not None or B * T % S != 0 or B * T == 0
         mask_GS = split_groups(jnp.ones((B, T), bool) if mask_BT is None else mask_BT, S) if padded else None
+        if mask_BT is not None:  # 0 * NaN would still be NaN
+            x_BTD = jnp.where(mask_BT[..., None], x_BTD, 0)
         router_input_BTD = x_BTD
         if jitter_BTD is not None:
             router_input_BTD = (x_BTD.astype(wide(x_BTD.dtype)) * jitter_BTD).astype(x_BTD.dtype)

@@ -151,6 +151,8 @@ class SoftMoE(nnx.Module):
         """All that a call computes. Arguments as in a call; `watch` also hands out every stage."""
         x_BTD, sizes = checked_input("x_BTD", x_BTD, self.config.model_dim)
         mask_BT = checked(sizes, mask_BT=mask_BT).get("mask_BT")
+        if mask_BT is not None:  # 0 * NaN would still be NaN
+            x_BTD = jnp.where(mask_BT[..., None], x_BTD, 0)
         scale = self.scale[...] if self.config.normalise else None
         logits_BTEC = soft_logits(x_BTD, self.phi[...], mask_BT, scale)
         dispatch_BTEC, combine_BTEC = soft_weights(logits_BTEC)

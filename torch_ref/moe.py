@@ -105,6 +105,8 @@ def moe_routing(
         noise_BTE = torch.randn(B, T, config.num_experts, **draws)
     if router.noise == "input_jitter" and jitter_BTD is None and noisy:
         jitter_BTD = torch.empty(x_BTD.shape, **draws).uniform_(1 - router.jitter_eps, 1 + router.jitter_eps)
+    if mask_BT is not None:  # 0 * NaN would still be NaN
+        x_BTD = x_BTD.where(mask_BT[..., None], 0)
     router_input_BTD = x_BTD if jitter_BTD is None else (x_BTD * jitter_BTD).to(x_BTD.dtype)
     if router.jitter_scope == "block":
         x_BTD = router_input_BTD
@@ -233,7 +235,8 @@ class MoE(nn.Module):
         Noise and dropout follow `self.training` and the contract (which may keep noise on at evaluation). Arrays
         replace draws: `noise_BTE` unit Gaussians (zeros turn the noise off; without learned noise in the contract they
         are added to the logits unscaled), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives
-        dropout. `mask_BT` is False at padding, which takes no slot, gets a zero answer and counts in no statistic.
+        dropout. `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in
+        no statistic.
         `expert_BTK` replays choices: K different experts for every real token. Without any tokens the answer is empty
         and statistics are 0. Raises ValueError, by name, for an array of another kind or shape or with an expert out of
         range, and for a capacity below one slot.

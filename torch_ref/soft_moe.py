@@ -136,6 +136,8 @@ class SoftMoE(nn.Module):
     ) -> SoftMoEOutput:
         """All that a call computes. Arguments as in a call; `watch` also hands out every stage."""
         checked(checked_input("x_BTD", x_BTD, self.config.model_dim), mask_BT=mask_BT)
+        if mask_BT is not None:  # 0 * NaN would still be NaN
+            x_BTD = x_BTD.where(mask_BT[..., None], 0)
         logits_BTEC = soft_logits(x_BTD, self.phi, mask_BT, self.scale)
         dispatch_BTEC, combine_BTEC = soft_weights(logits_BTEC)
         sum_BTD = torch.zeros_like(x_BTD, dtype=dispatch_BTEC.dtype)
