@@ -3,8 +3,9 @@
     python -m parity_tests.table.on_device [--seconds 150] [--workers 8] [--rows "mixtral;soft moe, deep"]
 
 Measures choices, answers and gradients of every row in fp64, fp32 (full matrix precision) and bf16, and every
-dispatcher, and writes `measured_<platform>.json` after each row. Exit status 1 if a choice differs, an error is above
-the limit of its column, or rows are missing when the seconds are over.
+dispatcher, and writes `measured_<platform>.json` after each row; rows measured before on the same device with the same
+versions are kept. Exit status 1 if a choice differs, an error is above the limit of its column, or rows are missing
+when the seconds are over; 2 for a name that is no row.
 """
 
 import argparse
@@ -71,19 +72,22 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     names = asked.rows.split(";") if asked.rows else [case.name for case in CASES]
+    if unknown := [name for name in names if name not in BY_NAME]:
+        print(f"rows={unknown[0]!r}: must be names of rows of docs/parity.md, separated by semicolons", file=sys.stderr)
+        return 2
     end, rows = time.monotonic() + asked.seconds, {}
     with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn"), prepare) as pool:
         found = pool.submit(about).result() | {"rows": rows}
         path = FOLDER / f"measured_{found['platform']}.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if all(before.get(name) == found[name] for name in ("device", "driver", "versions")):
+            rows |= {name: row for name, row in before["rows"].items() if name not in names}
         waiting = [pool.submit(measure, name) for name in names]
         with contextlib.suppress(TimeoutError):
             for done in as_completed(waiting, timeout=max(end - time.monotonic(), 1)):
                 keep(done, rows, names, end)
                 write_text(path, json.dumps(found, indent=1) + "\n")
-        processes = list((getattr(pool, "_processes", None) or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
+        pool.shutdown(cancel_futures=True)  # rows that have begun end first
     missing = [name for name in names if name not in rows]
     failed = [f"{name}, {title}: {cell}" for name, row in rows.items() for title, cell in row.items()
               if isinstance(cell, str) and cell.startswith("failed")]
