@@ -11,12 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from jax_moe.config.moe import ExpertConfig
-from jax_moe.dims import Array, Float, Int, wide
+from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.experts import Weights, hidden_units
 from jax_moe.kernels import devices
-from jax_moe.kernels.moves import choice_of_place, combine_choices, no_gradient, places_to_choices, rows_at
-from jax_moe.kernels.moves import weight_of_place as weighted_rows
+from jax_moe.kernels.moves import (
+    choice_of_place,
+    combine_choices,
+    places_to_choices,
+    tokens_to_rows,
+    weight_of_place,
+    weighted_sum,
+)
 from jax_moe.kernels.tiles import rank_choices
 from jax_moe.routing import Routing
 
@@ -52,7 +58,7 @@ def blocks_dispatch(
     place_SK = blocks.place_R.reshape(G * S, K)
     x_PD = tokens_to_rows(x_GSD.reshape(G * S, D), blocks.choice_P, place_SK)
     if config.expert.weight_on == "input":
-        x_PD = weighted_rows(x_PD, slots, blocks.choice_P)
+        x_PD = weight_of_place(x_PD, slots, blocks.choice_P)
     product = hopper_product if kernel else xla_product
     y_PD = moves.dropout(blocks_ffn(x_PD, moves.weights, blocks, config.expert, product))
     if moves.keep_GSKD is not None:
@@ -103,46 +109,3 @@ def blocks_ffn(
 
     gate_PF = linear(x_PD, "gate")[None] if config.gated else None
     return linear(hidden_units(linear(x_PD, "up")[None], gate_PF, config)[0], "down")
-
-
-@jax.custom_vjp
-def tokens_to_rows(
-    x_SD: Float[Array, "S D"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
-) -> Float[Array, "P D"]:
-    """The token of each row; zeros in a spare row. Backward, a token's K rows are summed as they are read."""
-    return rows_at(x_SD, choice_P // place_SK.shape[1])
-
-
-def _tokens_forward(x_SD: Array, choice_P: Array, place_SK: Array) -> tuple[Array, tuple]:
-    return tokens_to_rows(x_SD, choice_P, place_SK), (choice_P, place_SK)
-
-
-def _tokens_backward(saved: tuple, g_PD: Array) -> tuple:
-    choice_P, place_SK = saved
-    rows = (rows_at(g_PD, place_S).astype(wide(g_PD.dtype)) for place_S in place_SK.T)
-    return sum(rows).astype(g_PD.dtype), *no_gradient((choice_P, place_SK))  # type: ignore[union-attr]
-
-
-@jax.custom_vjp
-def weighted_sum(
-    y_PD: Float[Array, "P D"], weight_SK: Float[Array, "S K"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
-) -> Float[Array, "S D"]:
-    """Each token's answers times their weights, summed in the weights' dtype as they are read."""
-    pairs = zip(weight_SK.T, place_SK.T, strict=True)
-    return sum(weight_S[:, None] * rows_at(y_PD, place_S) for weight_S, place_S in pairs).astype(y_PD.dtype)  # type: ignore[union-attr]
-
-
-def _sum_forward(y_PD: Array, weight_SK: Array, choice_P: Array, place_SK: Array) -> tuple[Array, tuple]:
-    return weighted_sum(y_PD, weight_SK, choice_P, place_SK), (y_PD, weight_SK, choice_P, place_SK)
-
-
-def _sum_backward(saved: tuple, g_SD: Array) -> tuple:
-    y_PD, weight_SK, choice_P, place_SK = saved
-    g_PD = rows_at(g_SD, choice_P // place_SK.shape[1]).astype(weight_SK.dtype)
-    g_y_PD = rows_at(weight_SK.reshape(-1), choice_P)[:, None] * g_PD
-    g_weight_P = jnp.where(choice_P < weight_SK.size, (y_PD.astype(weight_SK.dtype) * g_PD).sum(axis=1), 0)
-    return g_y_PD.astype(y_PD.dtype), rows_at(g_weight_P, place_SK), *no_gradient((choice_P, place_SK))
-
-
-tokens_to_rows.defvjp(_tokens_forward, _tokens_backward)
-weighted_sum.defvjp(_sum_forward, _sum_backward)
