@@ -701,6 +701,22 @@ DISPATCH = [
         rows=("overflow, probability order",),
     ),
     Mutation(
+        "blocks: an expert's last rows have no block",
+        "jax_moe/kernels/blocks.py",
+        "jnp.maximum(-(-count_E // block), 1)",
+        "jnp.maximum(count_E // block, 1)",
+        rows=("everybody chooses one",),
+        columns=("every dispatcher",),
+    ),
+    Mutation(
+        "blocks: a token's weight reads the next row",
+        "jax_moe/kernels/moves.py",
+        "rows_at(g_weight_P, place_SK), *no_gradient",
+        "rows_at(g_weight_P, place_SK + 1), *no_gradient",
+        rows=("mixtral",),
+        columns=("every dispatcher",),
+    ),
+    Mutation(
         "jax: gather's gradient misses a choice",
         "jax_moe/kernels/moves.py",
         "rows_at(g_PD, place_SK).sum(axis=1)",

@@ -150,7 +150,9 @@ def test_what_one_optimizer_cannot_hold_is_refused() -> None:
 def test_the_layout_nearest_to_the_names() -> None:
     """A Mixtral in transformers' memory, where experts are fused, unlike on disk."""
     model = decoder("mixtral")
-    for table in tables_of(model):
+    layouts = [table for table in tables_of(model) if "mixtral" in table.name]
+    assert len(layouts) > 1
+    for table in layouts:
         shapes = tree_plan(model, layout=table.name).their_shapes
         optimizer = stepped(torch.optim.AdamW([torch.zeros(shape) for shape in shapes.values()]))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

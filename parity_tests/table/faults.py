@@ -189,7 +189,7 @@ FAULTS = [
         "overflow, token order, renormalised", "overflow, probability order, renormalised",
     ), OUTPUT),
     Fault(
-        "padding takes slots", patched(jax_moe.dispatch, "queue_positions", padding_counts), ("padding, fixed groups",),
+        "padding takes slots", patched(jax_moe.dispatch, "queue_positions", padding_counts), ("padding",),
         SLOTS,
     ),
 ]
