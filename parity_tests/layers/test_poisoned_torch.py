@@ -1,9 +1,11 @@
 """As in JAX, padding may hold NaN in the PyTorch layers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from parity_tests.layers.test_poisoned import LAYERS, MASK
+from parity_tests.layers.test_poisoned import DROPLESS, LAYERS, MASK
 from parity_tests.shared.compare import check_exact
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch")
@@ -26,3 +28,14 @@ def test_padding_may_hold_nan(name: str) -> None:
         return {key: a.detach().numpy() for key, a in (gradients | {"y": y, "x": x_BTD.grad}).items()}
 
     check_exact(answers(np.nan), answers(0), name)
+
+
+def test_shared_experts_with_biases_say_nothing_at_padding() -> None:
+    import torch_ref
+
+    expert = dataclasses.replace(DROPLESS.expert, shared_dim=6, bias=True)
+    layer = torch_ref.MoE(dataclasses.replace(DROPLESS, expert=expert))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    y = layer(torch.ones(1, 10, 8), mask_BT=torch.tensor(MASK))[0].detach().numpy()
+    assert (y[~MASK] == 0).all() and (y[MASK] != 0).all()

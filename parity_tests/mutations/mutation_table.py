@@ -602,7 +602,7 @@ TORCH = [
         "torch_ref/moe.py",
         "shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)",
         "pass",
-        rows=("padding, dropless",),
+        tests=("parity_tests/layers/test_poisoned_torch.py::test_shared_experts_with_biases_say_nothing_at_padding",),
     ),
     Mutation(
         "torch: the clamp is symmetric for the gate",
