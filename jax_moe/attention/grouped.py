@@ -101,15 +101,13 @@ class GroupedAttention(nnx.Module):
 
     def project(self, x_BTD: Float[Array, "B T D"], turns: Rotations) -> Heads:
         """Queries, keys and values of these positions, the first two turned and normed."""
-        def pointed(name: str) -> Array:
-            after = self.config.qk_norm_place == "after_rope"
-            y_BTHA = self._project(x_BTD, name, normed=not after)
-            if turns is not None:
-                assert self.config.rope is not None
-                y_BTHA = rotate(y_BTHA, *turns, self.config.rope.pairs)
-            return self._norm(y_BTHA, name) if after else y_BTHA
-
-        return pointed("query"), pointed("key"), self._project(x_BTD, "value")
+        q_BTHA, k_BTJA = (self._project(x_BTD, name) for name in ("query", "key"))
+        if turns is not None:
+            assert self.config.rope is not None
+            q_BTHA, k_BTJA = (rotate(y, *turns, self.config.rope.pairs) for y in (q_BTHA, k_BTJA))
+        if self.config.qk_norm_place == "after_rope":
+            q_BTHA, k_BTJA = self._norm(q_BTHA, "query"), self._norm(k_BTJA, "key")
+        return q_BTHA, k_BTJA, self._project(x_BTD, "value")
 
     def attend(
         self,
@@ -140,12 +138,12 @@ class GroupedAttention(nnx.Module):
         flat = self.config.qk_norm == "full_width"
         return norm(y_BTHA.reshape(B, T, H * A) if flat else y_BTHA).reshape(y_BTHA.shape)
 
-    def _project(self, x_BTD: Array, name: str, normed: bool = True) -> Array:
+    def _project(self, x_BTD: Array, name: str) -> Array:
         config, dtype = self.config, x_BTD.dtype
         y_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, getattr(self, name)[...].astype(dtype))
         if config.qkv_bias:
             y_BTHA += getattr(self, f"{name}_bias")[...].astype(dtype)
-        if normed:
+        if config.qk_norm_place == "before_rope":
             y_BTHA = self._norm(y_BTHA, name)
         if config.clip_qkv is not None:
             y_BTHA = -clamp_above(-clamp_above(y_BTHA, config.clip_qkv), config.clip_qkv)

@@ -19,7 +19,7 @@ from jax_moe.kernels.moves import (
     choice_of_place,
     combine_choices,
     places_to_choices,
-    tokens_to_rows,
+    tokens_to_places,
     weight_of_place,
     weighted_sum,
 )
@@ -56,7 +56,7 @@ def blocks_dispatch(
     kernel = devices.hopper_serves(x_GSD.dtype, config.model_dim, config.expert_dim)
     blocks = lay_blocks(routing, slots, moves.capacity, config.num_experts, devices.BLOCK if kernel else SMALL_BLOCK)
     place_SK = blocks.place_R.reshape(G * S, K)
-    x_PD = tokens_to_rows(x_GSD.reshape(G * S, D), blocks.choice_P, place_SK)
+    x_PD = tokens_to_places(x_GSD.reshape(G * S, D), blocks.choice_P, place_SK)
     if config.expert.weight_on == "input":
         x_PD = weight_of_place(x_PD, slots, blocks.choice_P)
     product = hopper_product if kernel else xla_product

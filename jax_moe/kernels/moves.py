@@ -31,7 +31,10 @@ def rows_at(x: Shaped[Array, "X ..."], index: Int[Array, "..."]) -> Shaped[Array
 def tokens_to_places(
     x_SD: Float[Array, "S D"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
 ) -> Float[Array, "P D"]:
-    """The token of each place; zeros for an empty place."""
+    """The token of each place; zeros for an empty place.
+
+    Backward, a token's K rows are added as they are read: nothing of size [S, K, D] is written.
+    """
     return rows_at(x_SD, choice_P // place_SK.shape[1])
 
 
@@ -41,7 +44,8 @@ def _tokens_forward(x_SD: Array, choice_P: Array, place_SK: Array) -> tuple[Arra
 
 def _tokens_backward(saved: tuple, g_PD: Array) -> tuple:
     choice_P, place_SK = saved
-    return rows_at(g_PD, place_SK).sum(axis=1), *no_gradient((choice_P, place_SK))
+    rows = (rows_at(g_PD, place_S).astype(wide(g_PD.dtype)) for place_S in place_SK.T)
+    return sum(rows).astype(g_PD.dtype), *no_gradient((choice_P, place_SK))  # type: ignore[union-attr]
 
 
 @jax.custom_vjp
@@ -87,34 +91,17 @@ def combine_choices(y_GSKD: Float[Array, "G S K D"], slots: Slots, moves: Moves)
     return jnp.einsum("GSK,GSKD->GSD", factor_GSK, y_GSKD).astype(dtype)
 
 
-# As above, for GPUs: the K rows of a token are summed as they are read, so that nothing of size [S, K, D] is written.
-
-
-@jax.custom_vjp
-def tokens_to_rows(
-    x_SD: Float[Array, "S D"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
-) -> Float[Array, "P D"]:
-    """The token of each row; zeros in a spare row. Backward, a token's K rows are summed as they are read."""
-    return rows_at(x_SD, choice_P // place_SK.shape[1])
-
-
-def _rows_forward(x_SD: Array, choice_P: Array, place_SK: Array) -> tuple[Array, tuple]:
-    return tokens_to_rows(x_SD, choice_P, place_SK), (choice_P, place_SK)
-
-
-def _rows_backward(saved: tuple, g_PD: Array) -> tuple:
-    choice_P, place_SK = saved
-    rows = (rows_at(g_PD, place_S).astype(wide(g_PD.dtype)) for place_S in place_SK.T)
-    return sum(rows).astype(g_PD.dtype), *no_gradient((choice_P, place_SK))  # type: ignore[union-attr]
-
-
 @jax.custom_vjp
 def weighted_sum(
     y_PD: Float[Array, "P D"], weight_SK: Float[Array, "S K"], choice_P: Int[Array, " P"], place_SK: Int[Array, "S K"]
 ) -> Float[Array, "S D"]:
-    """Each token's answers times their weights, summed in the weights' dtype as they are read."""
+    """Each token's answers times their weights, added in the weights' dtype as they are read.
+
+    `places_to_choices` and `combine_choices` without a dropout mask, and without anything of size [S, K, D].
+    """
     pairs = zip(weight_SK.T, place_SK.T, strict=True)
-    return sum(weight_S[:, None] * rows_at(y_PD, place_S) for weight_S, place_S in pairs).astype(y_PD.dtype)  # type: ignore[union-attr]
+    answers = (weight_S[:, None] * rows_at(y_PD, place_S) for weight_S, place_S in pairs)
+    return sum(answers).astype(y_PD.dtype)  # type: ignore[union-attr]
 
 
 def _sum_forward(y_PD: Array, weight_SK: Array, choice_P: Array, place_SK: Array) -> tuple[Array, tuple]:
@@ -129,5 +116,4 @@ def _sum_backward(saved: tuple, g_SD: Array) -> tuple:
     return g_y_PD.astype(y_PD.dtype), rows_at(g_weight_P, place_SK), *no_gradient((choice_P, place_SK))
 
 
-tokens_to_rows.defvjp(_rows_forward, _rows_backward)
 weighted_sum.defvjp(_sum_forward, _sum_backward)

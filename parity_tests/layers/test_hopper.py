@@ -58,7 +58,7 @@ def test_products(D: int, F: int) -> None:
     with on_hopper():
         found = products(D, F, expert_I)
     expected = products(D, F, expert_I, by_expert)
-    check_close(found, expected, 2e-2, f"{D} x {F}")  # measured: 3.8e-3, bf16 rounding
+    check_close(found, expected, 2e-2, f"{D} x {F}")  # measured: 3.1e-3, bf16 rounding
     with pytest.raises(AssertionError):
         check_close(found, products(D, F, [1, 0, 0, 2, 2], by_expert), 2e-2, "experts exchanged")
 

@@ -461,10 +461,10 @@ JAX_DECODER = [
         tests=("parity_tests/layers/test_decoder.py::test_neighbours_turn_together",),
     ),
     Mutation(
-        "jax: queries and keys are normed before they are turned",
+        "jax: queries and keys are normed before and after they are turned",
         "jax_moe/attention/grouped.py",
-        'after = self.config.qk_norm_place == "after_rope"',
-        "after = False",
+        'if config.qk_norm_place == "before_rope":',
+        "if True:",
         family="hunyuan_v1_moe",
     ),
     Mutation(
@@ -719,8 +719,8 @@ DISPATCH = [
     Mutation(
         "jax: gather's gradient misses a choice",
         "jax_moe/kernels/moves.py",
-        "rows_at(g_PD, place_SK).sum(axis=1)",
-        "rows_at(g_PD, place_SK)[:, 0]",
+        "for place_S in place_SK.T)\n    return sum(rows)",
+        "for place_S in place_SK.T[:1])\n    return sum(rows)",
         rows=("makemoe",),
     ),
     Mutation(
