@@ -1,8 +1,9 @@
 """The benchmarks' command lines: the options of each are a dataclass, which tyro reads."""
 
 import os
+import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -41,3 +42,23 @@ def use_device(name: str | None) -> None:
     if name == "cpu":
         jax.config.update("jax_platforms", "cpu")
     require(name in (None, jax.default_backend()), "device", name, f"{jax.default_backend()}, which jax finds here")
+
+
+def begin(device: str | None, dtype: str | None, rounds: int) -> dict[str, Any]:
+    """What a benchmark of kernels saves of itself, the rate of one large product measured first; results are empty.
+
+    Without a dtype bfloat16 on a GPU, else float32. Ends the process with status 2 if jax has no such device.
+    """
+    import jax
+
+    from benchmarks.timing import about_run, product_rate
+
+    try:
+        use_device(device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    backend = jax.default_backend()
+    dtype = dtype or ("bfloat16" if backend == "gpu" else "float32")
+    rate = product_rate(dtype, 2048 if backend == "cpu" else 8192)
+    return about_run() | {"dtype": dtype, "rounds": rounds, "product_rate": rate, "results": []}

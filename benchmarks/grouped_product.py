@@ -25,19 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.command import read_names, read_options, use_device
-from benchmarks.layer_contestants import (
-    Shape,
-    UnavailableError,
-    difference,
-    draw,
-    finish_torch,
-    from_torch,
-    to_torch,
-    tokamax_product,
-)
-from benchmarks.moe_layer import RESULTS, SHAPES, read_shape
-from benchmarks.timing import about_run, alternate, new_file, product_rate
+from benchmarks.command import begin, read_names, read_options
+from benchmarks.contestant import difference
+from benchmarks.layer_contestants import masked_dense, tokamax_product
+from benchmarks.shapes import SHAPES, Shape, UnavailableError, draw, read_shape
+from benchmarks.timing import RESULTS, alternate, new_file
+from benchmarks.torch_contestants import finish_torch, from_torch, to_torch
 from jax_moe.config.checks import check_positive_ints
 from jax_moe.disk import write_whole
 from jax_moe.kernels.devices import BLOCK, hopper_serves
@@ -224,8 +217,6 @@ def measure(kernel: str, product: str, side: str, shape: Shape, dtype: str, roun
 
 def hopeless(kernel: str, shape: Shape, dtype: str) -> str | None:
     """Why a kernel is not tried: XLA's masked copies [E, R, width] do not fit."""
-    from benchmarks.layer_contestants import masked_dense
-
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit") if jax.default_backend() == "gpu" else None
     needed = masked_dense(shape).numbers * jnp.dtype(dtype).itemsize if kernel == "xla" else 0
     return f"needs at least {needed / 2**30:.0f} GiB of {limit / 2**30:.0f}" if limit and needed > limit else None
@@ -244,15 +235,8 @@ def show(row: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     asked = read_options(Options, "benchmarks.grouped_product", __doc__, arguments)
-    try:
-        use_device(asked.device)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    backend = jax.default_backend()
-    dtype = asked.dtype or ("bfloat16" if backend == "gpu" else "float32")
-    rate = product_rate(dtype, 2048 if backend == "cpu" else 8192)
-    about: dict[str, Any] = about_run() | {"dtype": dtype, "rounds": asked.rounds, "product_rate": rate, "results": []}
+    about = begin(asked.device, asked.dtype, asked.rounds)
+    dtype, rate = about["dtype"], about["product_rate"]
     path = new_file(about, asked.results, "-grouped-product") if asked.save else None
     print(f"{rate / 1e12:.2f} TFLOP/s in one {dtype} product\n{about['device'] | about['machine']}", flush=True)
     chosen = read_names("only", asked.only, KERNELS)
@@ -260,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     named = [shape for text in asked.shape for shape in read_shape(text)]
     verdicts: dict[tuple[str, str], dict[str, Any]] = {}
     with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
-        for shape in named or SHAPES["gpu" if backend == "gpu" else "cpu"]:
+        for shape in named or SHAPES["gpu" if jax.default_backend() == "gpu" else "cpu"]:
             for side, product, kernel in ((s, p, k) for s in ("up", "down") for p in PRODUCTS for k in kernels):
                 row = {"shape": shape.name, "side": side, "product": product, "kernel": kernel}
                 if (kernel, product) not in verdicts:

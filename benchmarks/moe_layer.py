@@ -27,23 +27,14 @@ import jax
 import tyro
 
 from benchmarks import layer_contestants
-from benchmarks.command import read_names, read_options, use_device
-from benchmarks.layer_contestants import DENSE, ENTRIES, TOLERANCE, Contestant, Shape, UnavailableError, Values
-from benchmarks.timing import about_run, alternate, median_ratio, new_file, product_rate
+from benchmarks.command import begin, read_names, read_options
+from benchmarks.contestant import TOLERANCE, Contestant, Values, difference
+from benchmarks.layer_contestants import DENSE, ENTRIES
+from benchmarks.shapes import SHAPES, Shape, UnavailableError, read_shape
+from benchmarks.timing import RESULTS, alternate, median_ratio, new_file
 from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.disk import write_whole
 
-SHAPES = {
-    "cpu": [Shape(2048, 512, 1792, 8, 2), Shape(2048, 512, 256, 64, 8), Shape(8192, 256, 128, 128, 8)],
-    "mixtral-8x7b": [Shape(T, 4096, 14336, 8, 2) for T in (8192, 32768)],
-    "qwen3-30b": [Shape(32768, 2048, 768, 128, 8)],
-    "fine-grained": [Shape(16384, 2560, 1280, 64, 4), Shape(32768, 4096, 1024, 128, 8)],
-}
-SHAPES["gpu"] = sorted(
-    [shape for name in ("mixtral-8x7b", "qwen3-30b", "fine-grained") for shape in SHAPES[name]],
-    key=lambda shape: shape.flops("both"),
-)
-RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
 
 
@@ -88,18 +79,6 @@ class Options:
         return read_names("only", self.only, ENTRIES)
 
 
-def read_shape(text: str) -> list[Shape]:
-    """The shapes that `T,D,F,E,K` or a name stands for. Raises ValueError if it is neither."""
-    if text in SHAPES:
-        return SHAPES[text]
-    sizes = text.split(",")
-    whole = len(sizes) == 5 and all(size.isdecimal() and int(size) for size in sizes)
-    require(whole, "shape", text, f"T,D,F,E,K, five integers of at least 1, or one of {', '.join(SHAPES)}")
-    shape = Shape(*map(int, sizes))
-    require(shape.K <= shape.E, "shape", text, f"of K={shape.K} at most E={shape.E}")
-    return [shape]
-
-
 def entrants(
     shape: Shape, dtype: str, only: set[str] | None, rate: float | None = None
 ) -> tuple[dict[str, Contestant], Result]:
@@ -120,7 +99,7 @@ def entrants(
                 contestant.both()
             else:
                 base, expected = first.setdefault(contract, (name, contestant.values()))
-                error, where = layer_contestants.difference(contestant.values() if base != name else expected, expected)
+                error, where = difference(contestant.values() if base != name else expected, expected)
                 if not error <= TOLERANCE[dtype]:
                     allowed = f"{TOLERANCE[dtype]:.0e} allowed"
                     notes[name] = {"failed": f"{where} differs from {base} by {error:.1e}, {allowed}"}
@@ -216,21 +195,14 @@ def draw(dtype: str, rounds: int, only: set[str] | None, rate: float, out: Path)
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     asked = read_options(Options, "benchmarks.moe_layer", __doc__, arguments)
-    try:
-        use_device(asked.device)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    backend = jax.default_backend()
-    dtype = asked.dtype or ("bfloat16" if backend == "gpu" else "float32")
-    rate = product_rate(dtype, 2048 if backend == "cpu" else 8192)
-    about = about_run() | {"rounds": asked.rounds, "product_rate": rate, "results": []}
+    about = begin(asked.device, asked.dtype, asked.rounds)
+    dtype, rate = about["dtype"], about["product_rate"]
     path = new_file(about, asked.results) if asked.save else None
     if not asked.json:
         print(f"{rate / 1e9:.0f} GFLOP/s in one {dtype} product\n{about['device'] | about['machine']}", flush=True)
     if asked.plot:
         about["results"] = draw(dtype, asked.rounds, asked.names, rate, asked.plot)
-    for shape in [] if asked.plot else asked.shapes or SHAPES["gpu" if backend == "gpu" else "cpu"]:
+    for shape in [] if asked.plot else asked.shapes or SHAPES["gpu" if jax.default_backend() == "gpu" else "cpu"]:
         about["results"].append(measure(shape, dtype, asked.rounds, asked.names, rate))
         if not asked.json:
             show(about["results"][-1])

@@ -25,7 +25,8 @@ from flax import nnx
 
 import jax_moe
 from benchmarks.command import read_names, read_options
-from benchmarks.layer_contestants import Shape, layer
+from benchmarks.layer_contestants import layer
+from benchmarks.shapes import Shape
 from benchmarks.timing import alternate, device, machine, median_ratio
 from jax_moe.config.checks import check_positive_ints
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
     """{contestant: seconds of each call}. They take turns, so that a machine that slows down slows all of them."""

@@ -16,9 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import layer_contestants, moe_layer, scaling
+from benchmarks import layer_contestants, moe_layer, scaling, shapes, timing
 from benchmarks.command import read_options
-from benchmarks.layer_contestants import ENTRIES, TOLERANCE, Entry, Shape
+from benchmarks.contestant import TOLERANCE
+from benchmarks.layer_contestants import ENTRIES, Entry
+from benchmarks.shapes import Shape
 from benchmarks.timing import new_file
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -41,7 +43,7 @@ def test_all_contestants_agree(dtype: str, left_out: set[str]) -> None:
 def test_no_choice_hangs_on_rounding() -> None:
     logits = {dtype: np.sort(_logits(dtype), axis=1) for dtype in TOLERANCE}
     gaps = {dtype: (a[:, -2] - a[:, -3]).min() for dtype, a in logits.items()}
-    assert gaps["float32"] < layer_contestants.MARGIN["bfloat16"] < gaps["bfloat16"]
+    assert gaps["float32"] < shapes.MARGIN["bfloat16"] < gaps["bfloat16"]
 
 
 def _logits(dtype: str) -> np.ndarray:
@@ -67,7 +69,7 @@ def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
     }
     for name, entry in planted.items():
         monkeypatch.setitem(ENTRIES, name, entry)
-    monkeypatch.setattr(moe_layer, "product_rate", lambda dtype, side: 1e9)
+    monkeypatch.setattr(timing, "product_rate", lambda dtype, side: 1e9)
     asked = ["--shape", TINY.name, "--only", ",".join(["jax_moe einsum", *planted]), "--rounds", "1", "--save"]
     assert moe_layer.main([*asked, "--results", str(tmp_path), "--json"]) == 1
     about = json.loads(capsys.readouterr().out)
@@ -169,7 +171,9 @@ def test_names_of_shapes() -> None:
 
 
 def test_a_device_that_jax_does_not_find_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert moe_layer.main(["--device", "tpu"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        moe_layer.main(["--device", "tpu"])
+    assert ended.value.code == 2
     printed = capsys.readouterr()
     assert printed.err == "device='tpu': must be cpu, which jax finds here\n" and printed.out == ""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import grouped_product
+from benchmarks import grouped_product, timing
 from benchmarks.grouped_product import KERNELS, PRODUCTS, by_gradient
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -21,7 +21,7 @@ def test_a_wrong_kernel_is_reported_and_not_timed(
 ) -> None:
     wrong = {**KERNELS["xla"](), "weights": by_gradient(_slightly_wrong)["weights"]}
     monkeypatch.setitem(KERNELS, "pallas", lambda: wrong)
-    monkeypatch.setattr(grouped_product, "product_rate", lambda dtype, side: 1e9)
+    monkeypatch.setattr(timing, "product_rate", lambda dtype, side: 1e9)
     asked = ["--shape", "32,16,24,4,2", "--only", "xla,pallas,tokamax triton", "--rounds", "1", "--dtype", "float32"]
     assert grouped_product.main([*asked, "--save", "--results", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
