@@ -1,5 +1,5 @@
-"""Made-up families, each in one file and the list, have every command and every call: README's, run from README itself,
-and one with an attention of its own.
+"""Made-up families, each in one file and the list, have every command and every call: that of docs/huggingface.md, run
+from the page itself, and one with an attention of its own.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from parity_tests.shared.filled import filled
 from parity_tests.shared.mean_family import MEAN_ROWS, MeanConfig, add
 from parity_tests.shared.quick import QUICK
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 BEGIN, END = "<!-- a new family: begin -->\n```python\n", "```\n<!-- a new family: end -->"
 MEAN = MeanConfig(model_dim=8, width=6, scale=0.5)
 GROUPED = GroupedAttentionConfig(model_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
@@ -46,13 +46,13 @@ CONFIG = jax_moe.DecoderConfig.grouped(
 
 
 def code() -> str:
-    """What README shows."""
-    return README.read_text().split(BEGIN, 1)[1].split(END, 1)[0]
+    """What docs/huggingface.md shows."""
+    return PAGE.read_text().split(BEGIN, 1)[1].split(END, 1)[0]
 
 
 @pytest.fixture
 def cool(monkeypatch: pytest.MonkeyPatch) -> Family:
-    """README's family, in the list."""
+    """The page's family, in the list."""
     made: dict[str, Any] = {}
     exec(code(), made)
     monkeypatch.setitem(FAMILIES, "cool_moe", made["COOL"])

@@ -16,6 +16,10 @@ from moe_cli import main as moe_main
 from train import loop, plots
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+# README, then the pages in the order in which it lists them: a page may build on those before it.
+LISTED = re.findall(r"^\| \[(docs/\w+\.md)\]", README.read_text(encoding="utf-8"), re.MULTILINE)
+DOCUMENTS = [README, *(ROOT / page for page in LISTED)]
 STARTS = ("make ", "jax-moe ", "python ", ".venv/bin/")  # of a line that is a command
 HEAVY = r"\b(import .*torch|torch_ref|transformers|moe_parity|jax-moe parity|model\.pt)\b"  # needs optional packages
 

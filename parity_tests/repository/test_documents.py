@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.repository.documents import ROOT, Block, blocks, run
+from parity_tests.repository.documents import DOCUMENTS, ROOT, Block, blocks, run
 from train.data import text as data
 
 pytestmark = pytest.mark.usefixtures("quick")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "tokenizers"))
 SMALL = (
     "--steps 2 --eval-batches 1 --batch-size 2 --model-dim 16 --num-heads 2 --num-layers 1 --sample-length 5 "
@@ -39,6 +38,10 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         capsys.readouterr()
         done += 1
     assert done >= (20 if TORCH else 4)
+
+
+def test_readme_lists_every_page() -> None:
+    assert sorted(DOCUMENTS) == sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def test_the_first_python_block_needs_no_torch() -> None:
