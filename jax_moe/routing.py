@@ -106,9 +106,12 @@ def update_correction_bias(
 
     The comparison is one of integers, so that an expert with exactly the mean load stays. `recentre` subtracts the
     mean of the signs first, which keeps the mean of the bias (torchtitan). The result is in the bias's dtype.
-    Raises ValueError for loads that are no integers (shares are rounded), or of another shape.
+    Raises ValueError for loads that are no integers (shares are rounded) or of another shape, and for a bias in half
+    precision, which would lose small steps.
     """
     bias_E, tokens_E = check_kind("bias_E", bias_E), check_kind("tokens_E", tokens_E)
+    wide_enough = bias_E.dtype == wide(bias_E.dtype)
+    require(wide_enough, "bias_E.dtype", str(bias_E.dtype), "float32 or wider: half precision loses small steps")
     require(tokens_E.shape == bias_E.shape, "tokens_E.shape", tokens_E.shape, f"{bias_E.shape}, the shape of bias_E")
     mean, rest = jnp.divmod(tokens_E.sum(axis=-1, keepdims=True), tokens_E.shape[-1])
     sign_E = jnp.where(tokens_E == mean, rest > 0, jnp.sign(mean - tokens_E)).astype(bias_E.dtype)

@@ -107,10 +107,13 @@ def update_correction_bias(
 
     The comparison is one of integers, so that an expert with exactly the mean load stays. `recentre` subtracts the
     mean of the signs first, which keeps the mean of the bias (torchtitan). The result is in the bias's dtype.
-    Raises ValueError for loads that are no integers (shares are rounded), or of another shape.
+    Raises ValueError for loads that are no integers (shares are rounded) or of another shape, and for a bias in half
+    precision, which would lose small steps.
     """
     bias_E, tokens_E = check_kind("bias_E", bias_E), check_kind("tokens_E", tokens_E).long()
-    shape = tuple(bias_E.shape)
+    shape, dtype = tuple(bias_E.shape), str(bias_E.dtype).removeprefix("torch.")
+    wide_enough = bias_E.dtype == wide(bias_E.dtype)
+    require(wide_enough, "bias_E.dtype", dtype, "float32 or wider: half precision loses small steps")
     require(tokens_E.shape == shape, "tokens_E.shape", tuple(tokens_E.shape), f"{shape}, the shape of bias_E")
     total, num_experts = tokens_E.sum(dim=-1, keepdim=True), tokens_E.shape[-1]
     sign_E = (total - num_experts * tokens_E).sign().to(bias_E.dtype)

@@ -204,6 +204,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "bias", {"bias_E": numbers(E), "tokens_E": numbers(E), "rate": 0.1},
         "tokens_E has dtype float32: must be integer",
     ),
+    "bias: half precision": (
+        "bias", {"bias_E": numbers(E).astype(np.float16), "tokens_E": np.arange(E), "rate": 0.1},
+        "bias_E.dtype='float16': must be float32 or wider",
+    ),
     "bias: loads of one layer": (
         "bias", {"bias_E": numbers(2, E), "tokens_E": np.arange(E), "rate": 0.1},
         "tokens_E.shape=(4,): must be (2, 4), the shape of bias_E",

@@ -393,6 +393,13 @@ JAX_LOSSES = [
         tests=BIAS_MOVES,
     ),
     Mutation(
+        "train.py: the correction bias moves by the load of the first sequence",
+        "train/learners/jax_learner.py",
+        "tokens_per_expert(expert_BTK, num_experts)",
+        "tokens_per_expert(expert_BTK[:1], num_experts)",
+        tests=("parity_tests/train/test_correction_bias_torch.py::test_resumed_split_over_devices_and_worked_by_hand",),
+    ),
+    Mutation(
         "torch: the correction bias is never recentred",
         "torch_ref/routing.py",
         "sign_E = sign_E - sign_E.mean(dim=-1, keepdim=True)",
