@@ -174,7 +174,6 @@ class Family:
     def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
         settings = Settings(values)
         settings.must_be("model_type", self.name, "the family")
-        settings.must_be("quantization_config", {}, "quantised weights are not supported")
         settings.must_be("is_causal", True, "a decoder sees what stands before")
         settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
         config = None
