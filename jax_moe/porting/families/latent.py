@@ -79,6 +79,9 @@ def _rope(silent: Silent, settings: Settings, widths: dict[str, int], max_positi
         inner.pop("partial_rotary_factor", None)
         values[name] = inner
     rope = read_rope(Settings(values, settings.errors), 1e4, max_positions)
+    if rope.kind not in ("default", "yarn") and name is not None:
+        said = Settings(values[name], settings.errors, f"{name}.")
+        said.must_be("mscale_all_dim", 0.0, "scores are scaled by it where rope_type is yarn")
     neighbours = settings.flag("rope_interleave", True) if silent.interleave else True
     rope = replace(rope, pairs="neighbours" if neighbours else "halves")
     if not silent.temperature:
