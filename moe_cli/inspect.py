@@ -82,6 +82,9 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
         "each layer that a token is not sent to; embedding and head count in full"
     )
     print(f"files: {where}; {stored_in_words(tensors.values(), found.quantised)}")
+    carried = () if found.origin is None else found.origin.carried
+    if carried:
+        print(f"carried: {len(carried)} tensors that predict further tokens; not used here, kept on saving")
     print("\n".join(describe(config)))
     stored = {name: math.prod(one.shape) * itemsizes[name] for name, one in arrays.items()}
     experts = sum(size for name, size in stored.items() if arrays[name].role == "expert")

@@ -75,7 +75,8 @@ def test_by_hand() -> None:
         x = jnp.asarray([[[1.0, 2.0], [-3.0, 1.0]]])
         positions = whole_call(2, jnp.arange(2)[None], None)
         y, _ = layer(x, positions, LatentAttention.shared(config, positions, x.dtype))
-    latent = np.sign([2.0, -6.0])  # of one entry the norm leaves the sign
+    compressed = np.asarray([2.0, -6.0])
+    latent = compressed / np.sqrt(compressed**2 + 1e-9)  # of one entry the norm leaves little but the sign
     keys, values = 3 * latent, -4 * latent
     angle = 1.0 / 2  # position 1, divided by factor
     turn = lambda a, b, t: np.asarray([a * np.cos(t) - b * np.sin(t), b * np.cos(t) + a * np.sin(t)])  # noqa: E731

@@ -8,7 +8,7 @@ from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
 from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.decoders import EXPERTS_FIRST, Part, first_dense, write_layer_types
-from jax_moe.porting.families.family import Whole, read_around, write_around
+from jax_moe.porting.families.family import LAYER, Whole, read_around, write_around
 from jax_moe.porting.families.rope_settings import read_rope, write_rope
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row
@@ -128,7 +128,8 @@ def read_types(settings: Settings) -> dict[str, Any]:
 def latent(architecture: str, silent: Silent) -> Whole:
     """A decoder of latent attention in every layer."""
     return Whole(
-        architecture, partial(read, silent), partial(write, silent), attention={"latent": LATENT}, order=EXPERTS_FIRST
+        architecture, partial(read, silent), partial(write, silent), attention={"latent": LATENT}, order=EXPERTS_FIRST,
+        carried=(LAYER,),
     )
 
 
