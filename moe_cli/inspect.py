@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from jax_moe.porting.formats.state_file import read_state
 from moe_cli.arguments import Inspect
 from moe_cli.common import assumed_in_words, summary
 from moe_cli.layers import inspect_layers, opened
-from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, readable
+from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, name_lines, readable, stored_in_words
 
 DEVICES = (1, 2, 4, 8)
 
@@ -56,13 +55,7 @@ def _print_arrays(arrays: Mapping[str, np.ndarray], names: bool) -> None:
     if bad:
         print(f"not finite: {', '.join(bad[:20])}" + (f" and {len(bad) - 20} more" if len(bad) > 20 else ""))
     if names:
-        _print_names(arrays)
-
-
-def _print_names(arrays: Mapping[str, Any]) -> None:
-    width = max(map(len, arrays), default=0)
-    for name, value in arrays.items():
-        print(f"{name:{width}}  {value.dtype}  {list(value.shape)}")
+        print("\n".join(name_lines(arrays)))
 
 
 def _inspect_decoder(command: Inspect, found: Found) -> None:
@@ -83,13 +76,15 @@ def _inspect_decoder(command: Inspect, found: Found) -> None:
 def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Inspect) -> None:
     config, tensors, arrays = found.config, found.stored, declared(found.model)
     counts = count_parameters(arrays, config)
-    held = bytes_by_dtype(tensors.values())
     print(f"{found.family.name}, {counts.total:,} parameters, {counts.active:,} of them active for a token")
     print(
         f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts in "
         "each layer that a token is not sent to; embedding and head count in full"
     )
-    print(f"files: {where}; " + ", ".join(f"{readable(size)} {dtype}" for dtype, size in held.items()))
+    print(f"files: {where}; {stored_in_words(tensors.values(), found.quantised)}")
+    carried = () if found.origin is None else found.origin.carried
+    if carried:
+        print(f"carried: {len(carried)} tensors that predict further tokens; not used here, kept on saving")
     print("\n".join(describe(config)))
     stored = {name: math.prod(one.shape) * itemsizes[name] for name, one in arrays.items()}
     experts = sum(size for name, size in stored.items() if arrays[name].role == "expert")
@@ -98,10 +93,11 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
     print(f"{'memory per device, for N =':30}" + "".join(f"{n:>12,}" for n in devices))
     for what, sizes in rows.items():
         print(f"  {what:28}" + "".join(f"{readable(size):>12}" for size in sizes))
-    print("  weights as stored; training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments);")
+    kept = "computed" if found.quantised else "stored"
+    print(f"  weights as {kept}; training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments);")
     print("  split: each device has its share of every layer's experts, and all else; activations and caches are extra")
     if command.names:
-        _print_names(tensors)
+        print("\n".join(name_lines(tensors)))
 
 
 def _counted(files: list[Path]) -> str:

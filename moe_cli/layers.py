@@ -24,7 +24,7 @@ from jax_moe.porting.mixture import Mixtures, open_mixtures, read_mixture
 from jax_moe.stored import stored_state
 from moe_cli.arguments import Inspect, Parity, Port
 from moe_cli.common import say
-from moe_cli.sizes import bytes_by_dtype, readable
+from moe_cli.sizes import name_lines, stored_in_words
 from moe_parity.batch import random_vectors, read_vectors
 
 POSITIONS = 16  # of a random batch
@@ -73,13 +73,13 @@ def inspect_layers(command: Inspect, found: Mixtures, layers: tuple[int, ...]) -
         together.setdefault(tuple(describe(found.config(layer))), []).append(layer)
     for lines, numbers in together.items():
         headers = [found.headers(layer) for layer in numbers]
-        held = bytes_by_dtype(one for each in headers for one in each.values())
-        sizes = ", ".join(f"{readable(size)} {dtype}" for dtype, size in held.items())
+        scheme = None if found.scheme is None else found.scheme.words
+        sizes = stored_in_words((one for each in headers for one in each.values()), scheme)
         which = f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
         print(f"{which}: {sum(map(len, headers)):,} tensors, {sizes}")
         print("\n".join(f"  {line}" for line in lines))
-        for name, header in sorted(headers[0].items()) if command.names else ():
-            print(f"  {name}  {header.dtype}  {list(header.shape)}")
+        for line in name_lines(dict(sorted(headers[0].items()))) if command.names else ():
+            print(f"  {line}")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.parameters import Declared
+from jax_moe.porting.tensors import Header
 
 ADAMW_BYTES = 16  # fp32: weight, gradient and two moments, 4 bytes each
 GIB = 2**30
@@ -27,6 +28,28 @@ def count_parameters(arrays: Mapping[str, Declared], config: DecoderConfig) -> P
     experts = sum(math.prod(one.shape) for one in arrays.values() if one.role == "expert")
     E, K = config.moe.num_experts, config.moe.top_k
     return Parameters(total, experts, total - experts // E * (E - K))
+
+
+def stored_in_words(tensors: Iterable[Header], scheme: str | None) -> str:
+    """The bytes of tensors by dtype; of a quantised folder as they are stored and as they are computed."""
+    computed = list(tensors)
+    if scheme is None:
+        return _in_words(computed)
+    stored = [part for tensor in computed for part in tensor.parts or (tensor,)]
+    return f"{_in_words(stored)} as stored ({scheme}), {_in_words(computed)} as computed"
+
+
+def name_lines(tensors: Mapping[str, Any]) -> list[str]:
+    """A line a tensor: name, dtype and shape, and of a quantised tensor those of what is stored."""
+    width, lines = max(map(len, tensors), default=0), []
+    for name, value in tensors.items():
+        parts = " and ".join(f"{part.dtype} {list(part.shape)}" for part in getattr(value, "parts", ()))
+        lines.append(f"{name:{width}}  {value.dtype}  {list(value.shape)}" + (f"  from {parts}" if parts else ""))
+    return lines
+
+
+def _in_words(tensors: Iterable[Any]) -> str:
+    return ", ".join(f"{readable(size)} {dtype}" for dtype, size in bytes_by_dtype(tensors).items())
 
 
 def bytes_by_dtype(tensors: Iterable[Any]) -> dict[str, int]:

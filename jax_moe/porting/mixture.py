@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jax_moe.config.checks import is_int
 from jax_moe.config.moe import MoEConfig
-from jax_moe.disk import check_space, writing
+from jax_moe.disk import check_space, same_bits, writing
 from jax_moe.guarded import read_object
 from jax_moe.moe import MoE
 from jax_moe.parameters import declared
@@ -26,6 +26,7 @@ from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import mixture_of
 from jax_moe.porting.families.family import Family, Names
 from jax_moe.porting.formats.hf_folder import check_weights_name, is_hf
+from jax_moe.porting.formats.quantised import Scheme, parts_of, read_scheme
 from jax_moe.porting.formats.safetensors import copy_with
 from jax_moe.porting.formats.shards import open_tensors, tensor_files
 from jax_moe.porting.pretrained import float_dtype
@@ -48,13 +49,15 @@ class Mixtures:
     family: Family
     values: dict[str, Any]  # of config.json
     text: dict[str, Any]  # the text model's settings among them
-    files: dict[str, str]  # {tensor: file}
+    files: dict[str, str]  # {stored tensor: file}
+    scheme: Scheme | None  # how they are quantised
+    tensors: dict[str, dict[str, str]]  # {tensor: {part: stored tensor}}
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the layers that have a mixture, those of multi-token prediction left out."""
         patterns = self._patterns("experts.")
-        found = {int(m[1]) for pattern in patterns for name in self.files if (m := pattern.match(name))}
+        found = {int(m[1]) for pattern in patterns for name in self.tensors if (m := pattern.match(name))}
         return tuple(sorted(i for i in found if self.count is None or i < self.count))
 
     @property
@@ -92,13 +95,14 @@ class Mixtures:
         for within, names in self._sides(layer):
             own = {re.match(r"[^.]*", row.theirs)[0] for row in names.rows}  # type: ignore[index]
             whole = not names.within.endswith("layers.{l}.")
-            below = ((name, name.removeprefix(within)) for name in self.files if name.startswith(within))
+            below = ((name, name.removeprefix(within)) for name in self.tensors if name.startswith(within))
             found |= {name for name, rest in below if whole or rest.partition(".")[0] in own}
         return found
 
     def headers(self, layer: int) -> dict[str, Header]:
         """The layer's tensors, to be read: no other file is opened."""
-        return open_tensors(self.path, self.files, self.names(layer))
+        stored = {part for name in self.names(layer) for part in self.tensors[name].values()}
+        return open_tensors(self.path, self.files, stored, self.scheme)
 
     def _sides(self, layer: int) -> list[tuple[str, Names]]:
         mixture = self.family.mixture
@@ -139,9 +143,11 @@ def open_mixtures(directory: Folder, values: Mapping[str, Any] | None = None) ->
         family = mixture_of(values.get("model_type"))
         check_weights_name(values)
         text = family.text_settings(values)
+        scheme = read_scheme({**values, **text})
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
-    return Mixtures(path, family, values, text, tensor_files(path))
+    files = tensor_files(path)
+    return Mixtures(path, family, values, text, files, scheme, parts_of(scheme, files))
 
 
 def moe_layers(directory: Folder) -> tuple[int, ...]:
@@ -185,7 +191,8 @@ def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> 
 
     Whole or not at all. The folder's names, files and dtypes stay: the layer's tensors are replaced, under per-expert
     names or fused as they are there, all others keep their bits. `cast` converts to the folder's dtypes; without it a
-    differing dtype is an error. Raises ValueError if config.json says another contract, or nothing can be written.
+    differing dtype is an error. A quantised tensor keeps its bits too; that its value changed is an error. Raises
+    ValueError if config.json says another contract, or nothing can be written.
     """
     found = open_mixtures(directory)
     config = found.config(layer)
@@ -201,7 +208,13 @@ def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> 
         wrong = [f"{name} is {mine}, must be {there}" for name, (mine, there) in pairs.items() if mine != there]
         if wrong:
             raise PortError(f"{found.path}, layer {layer}", mistyped=wrong)
-    _write(found, {name: _as(theirs[name], header.dtype) for name, header in headers.items()})
+    written = {name: _as(theirs[name], header.dtype) for name, header in headers.items()}
+    quantised = [name for name, header in headers.items() if header.parts]
+    changed = [name for name in quantised if not same_bits(written[name].read(), headers[name].read())]
+    if changed and found.scheme is not None:
+        wrong = [f"{name} has changed and is stored as {found.scheme.words}: must be plain" for name in changed]
+        raise PortError(f"{found.path}, layer {layer}", wrong=wrong)
+    _write(found, {name: header for name, header in written.items() if name not in quantised})
 
 
 def _differences(one: Any, other: Any, part: str = "") -> list[str]:

@@ -15,6 +15,10 @@ DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+PACKED = {  # in which quantised folders store parts of tensors
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Header:
     shape: tuple[int, ...]
     dtype: Any  # a dtype, or the name of one that is not supported
     read: Callable[[], np.ndarray]
+    parts: tuple["Header", ...] = ()  # of a quantised tensor: the stored tensors that it is computed from
 
     @property
     def nbytes(self) -> int:

@@ -13,10 +13,11 @@ import numpy as np
 
 from jax_moe.config.decoder import LayerConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.guarded import read_object
+from jax_moe.guarded import parse_json, read_object
 from jax_moe.porting.families import family_named
 from jax_moe.porting.families.family import Family
-from jax_moe.porting.torch_tensors import import_torch
+from jax_moe.porting.formats.hf_folder import open_folder
+from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor
 from moe_parity.sides.hooks import Watch, first, watching
 from moe_parity.sides.jax_moe import ranked_scores
 from moe_parity.stages import Place
@@ -62,12 +63,22 @@ def widened() -> Iterator[None]:
 
 
 def load_reference(path: Path, model_type: str, dtype: str) -> Any:
-    """The transformers model of a folder, with eager attention and without dropout."""
+    """The transformers model of a folder, with eager attention and without dropout.
+
+    Of a quantised folder it gets the dequantised weights: transformers' own reading needs further packages.
+    """
     transformers, torch = import_transformers(), import_torch("parity")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return getattr(transformers, family_named(model_type).whole.architecture).from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
+    kind = getattr(transformers, family_named(model_type).whole.architecture)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    found = open_folder(path)
+    if found.quantised is not None and found.origin is not None:
+        state = {name: numpy_to_tensor(header.read()) for name, header in found.stored.items()}
+        values = parse_json(found.origin.config_json, path)
+        source = {"pretrained_model_name_or_path": None, "state_dict": state, "config": kind.config_class(**values)}
+    return kind.from_pretrained(
+        **source, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
         local_files_only=True, output_router_logits=True,
     ).eval()
 

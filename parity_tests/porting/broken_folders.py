@@ -92,7 +92,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no factor": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), r"rope_parameters.factor is missing"
     ),
-    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), r"quantised weights are not supported"),
+    "quantised by nothing known": (
+        lambda f: edit_config(f, quantization_config={"bits": 4}),
+        r"config.json: quantization_config.quant_method=None: must be one of fp8, mxfp4, compressed-tensors",
+    ),
     "window": (lambda f: edit_config(f, use_sliding_window=False), r"use_sliding_window must be true"),
     "too few layers": (lambda f: edit_config(f, num_hidden_layers=2, layer_types=None), r"unexpected: .*layers\.2\."),
     "too many layers": (lambda f: edit_config(f, num_hidden_layers=4, layer_types=None), r"missing: .*layers\.3\."),

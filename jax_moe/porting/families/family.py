@@ -111,6 +111,8 @@ class Whole:
     layer: str = LAYER  # what stands before the names of these rows
     before: tuple[Row, ...] = BEFORE  # all layers
     after: tuple[Row, ...] = AFTER
+    # What begins the names of tensors that the decoder does not use and saving keeps; LAYER: layers after the last
+    carried: tuple[str, ...] = ()
     # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
     order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
@@ -174,7 +176,6 @@ class Family:
     def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
         settings = Settings(values)
         settings.must_be("model_type", self.name, "the family")
-        settings.must_be("quantization_config", {}, "quantised weights are not supported")
         settings.must_be("is_causal", True, "a decoder sees what stands before")
         settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
         config = None

@@ -54,6 +54,7 @@ class Found:
     origin: Origin | None = None
     model: Decoder | None = None  # shapes, no numbers
     plan: Plan | None = None  # from the family's names to our paths; None if the tensors have our paths
+    quantised: str | None = None  # how its folder stores the weights, in words; the tensors are as it computes them
     head: Header | None = None  # a tied head that is stored nevertheless, not among the tensors
     # For other models
     characters: str | None = None  # a character model's

@@ -18,8 +18,10 @@ from jax_moe.parameters import declared
 from jax_moe.porting.errors import MixtureOnlyError, PortError
 from jax_moe.porting.families import family_named, has_mixture
 from jax_moe.porting.families.family import Family
+from jax_moe.porting.formats.carried import apart
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
+from jax_moe.porting.formats.quantised import read_scheme, without_scheme
 from jax_moe.porting.formats.shards import INDEX, SINGLE, files_of, open_weights
 from jax_moe.porting.formats.wrapped import own_names
 from jax_moe.porting.state_dict import abstract_decoder
@@ -66,7 +68,9 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     except ValueError as error:
         message = f"{file}: {error}"
         raise (MixtureOnlyError(message, values) if has_mixture(model_type) else ValueError(message)) from None
-    found = open_weights(path)
+    with _named(file):
+        scheme = read_scheme(values)
+    found = open_weights(path, scheme)
     first = family.whole.layer.partition("{l}")[0]
     own, taken = own_names(found, lambda names: any(name.startswith(first) for name in names))
     headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
@@ -74,8 +78,12 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
         check_weights_name(values)
         check_layers(values, headers)
         config = family.config(values)
+        headers, carried = apart(family.whole, values, config.num_layers, headers)
         check_sizes(config, headers)
-    origin = Origin(model_type=family.name, config_json=text, directory=str(path.absolute()))
+    text = without_scheme(text, values)
+    origin = Origin(
+        model_type=family.name, config_json=text, directory=str(path.absolute()), carried=tuple(sorted(carried))
+    )
     model = abstract_decoder(config, origin)
     plans = [make_plan(table, declared(model)) for table in (family.on_disk(config), family.in_memory(config))]
     plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))
@@ -86,6 +94,7 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
         path=path, kind="hf", place=path, family=family, config=config, tensors=headers, ours=False, origin=origin,
         model=model, plan=plan, head=head, optimizer=state if state.is_file() else None,
         unwrapped=f"names without {' and '.join(taken)}" if taken else None,
+        quantised=None if scheme is None else scheme.words,
     )
 
 

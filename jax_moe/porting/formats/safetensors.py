@@ -16,7 +16,7 @@ import numpy as np
 from jax_moe.config.checks import require, shorten
 from jax_moe.disk import READABLE, same_bits
 from jax_moe.guarded import parse_json, refuse_pointer_file
-from jax_moe.porting.tensors import DTYPES, Header
+from jax_moe.porting.tensors import DTYPES, PACKED, Header
 
 NOT_WHOLE = "must be a whole .safetensors file, it is not one or is cut short"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -63,15 +63,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _mapped(mapped: mmap.mmap, data: int, about: dict[str, Any]) -> Header:
     code, shape, offset = about["dtype"], tuple(about["shape"]), data + about["data_offsets"][0]
-    if code not in DTYPES:
+    dtype = DTYPES.get(code) or PACKED.get(code)
+    if dtype is None:
         return Header(shape, code, lambda: np.empty(0))
 
     def read() -> np.ndarray:
         if hasattr(mmap, "MADV_DONTNEED"):  # frees pages read before; the page cache keeps them
             mapped.madvise(mmap.MADV_DONTNEED)
-        return np.ndarray(shape, DTYPES[code], mapped, offset)
+        return np.ndarray(shape, dtype, mapped, offset)
 
-    return Header(shape, DTYPES[code], read)
+    return Header(shape, dtype, read)
 
 
 def write_tensors(path: Path, headers: Mapping[str, Header]) -> None:

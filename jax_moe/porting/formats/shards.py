@@ -7,15 +7,18 @@ from typing import Any
 
 from jax_moe.config.checks import shorten
 from jax_moe.guarded import read_object
+from jax_moe.porting.formats.quantised import Scheme, plain
 from jax_moe.porting.formats.safetensors import map_tensors, write_tensors
-from jax_moe.porting.tensors import DTYPES, Header
+from jax_moe.porting.tensors import DTYPES, PACKED, Header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def open_weights(directory: Path) -> dict[str, Header]:
-    """{name: header} of the folder's tensors. Raises ValueError naming every missing, broken or contradictory file."""
+def open_weights(directory: Path, scheme: Scheme | None = None) -> dict[str, Header]:
+    """{name: header} of the folder's tensors, dequantised by the scheme when they are read. Raises ValueError naming
+    every missing, broken or contradictory file, and every quantised tensor that cannot be read.
+    """
     files, listed = files_of(directory)
     errors: list[str] = []
     headers: dict[str, Header] = {}
@@ -28,7 +31,8 @@ def open_weights(directory: Path) -> dict[str, Header]:
         if listed is not None:
             errors += _against_index(file, found, listed)
         headers |= found
-    errors += _unsupported(headers)
+    headers, wrong = plain(scheme, headers) if not errors else (headers, [])
+    errors += wrong or _unsupported(headers)
     if errors:
         more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}{more}")
@@ -48,9 +52,11 @@ def tensor_files(directory: Path) -> dict[str, str]:
         raise ValueError(f"{directory}: {error}") from None
 
 
-def open_tensors(directory: Path, files: Mapping[str, str], names: set[str]) -> dict[str, Header]:
-    """{name: header} of these tensors; of the folder's `files` only those that hold them are opened. Raises
-    ValueError.
+def open_tensors(
+    directory: Path, files: Mapping[str, str], names: set[str], scheme: Scheme | None = None
+) -> dict[str, Header]:
+    """{name: header} as `open_weights`, of these stored tensors; of the folder's `files` only those that hold them are
+    opened. Raises ValueError.
     """
     headers: dict[str, Header] = {}
     errors: list[str] = []
@@ -64,7 +70,8 @@ def open_tensors(directory: Path, files: Mapping[str, str], names: set[str]) -> 
         missing = sorted(wanted - found.keys())
         errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in missing]
         headers |= {name: found[name] for name in found if name in wanted}
-    errors += _unsupported(headers)
+    headers, wrong = plain(scheme, headers) if not errors else (headers, [])
+    errors += wrong or _unsupported(headers)
     if errors:
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}")
     return headers
@@ -72,7 +79,9 @@ def open_tensors(directory: Path, files: Mapping[str, str], names: set[str]) -> 
 
 def _unsupported(headers: Mapping[str, Header]) -> list[str]:
     """A message if some tensors have a dtype that is not read."""
-    wrong = [f"{shorten(name)} is {header.dtype}" for name, header in headers.items() if isinstance(header.dtype, str)]
+    codes = {dtype: code for code, dtype in PACKED.items()}
+    odd = ((name, codes.get(one.dtype, one.dtype)) for name, one in headers.items() if one.dtype not in DTYPES.values())
+    wrong = [f"{shorten(name)} is {dtype}" for name, dtype in odd]
     more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
     return [f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}"] if wrong else []
 
