@@ -53,6 +53,7 @@ from .losses import MoEStats as MoEStats
 from .losses import chosen_experts as chosen_experts
 from .losses import next_token_loss as next_token_loss
 from .losses import pool_balance_loss as pool_balance_loss
+from .losses import tokens_per_expert as tokens_per_expert
 from .models import Block as Block
 from .models import Decoder as Decoder
 from .models import MakeMoE as MakeMoE
@@ -80,6 +81,7 @@ from .porting import save_pretrained as save_pretrained
 from .porting import to_torch as to_torch
 from .precision import cast_to_compute as cast_to_compute
 from .routing import Routing as Routing
+from .routing import update_correction_bias as update_correction_bias
 from .soft_moe import SoftMoE as SoftMoE
 from .unchosen import accumulated as accumulated
 

@@ -13,7 +13,7 @@ from jax_moe.arrays import check_choices, check_kind, check_vocabulary, checked,
 from jax_moe.config.checks import require
 from jax_moe.config.moe import BalanceConfig, MoEConfig, RouterConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
-from jax_moe.dispatch import Slots
+from jax_moe.dispatch import Slots, merge_groups
 from jax_moe.routing import Routing, log_scores, safe_denominator
 from jax_moe.shapes import Dim
 from jax_moe.top_k import best_first
@@ -91,6 +91,15 @@ def expert_load(
     return masked_mean(share_GSE, mask_GS).astype(dtype)
 
 
+def tokens_per_expert(
+    expert_GSK: Int[Array, "G S K"], num_experts: int, mask_GS: Bool[Array, "G S"] | None = None
+) -> Int[Array, " E"]:
+    """How many choices went to each expert: what `update_correction_bias` takes, summed over the parts of a step."""
+    expert_GSK, mask_GS = _choices(expert_GSK, num_experts, mask_GS)
+    chosen_GSE = jax.nn.one_hot(expert_GSK, num_experts, dtype=jnp.int32).sum(axis=2)
+    return (chosen_GSE if mask_GS is None else chosen_GSE * mask_GS[..., None]).sum(axis=(0, 1))
+
+
 def _choices(expert_GSK: Array, num_experts: int, mask_GS: Array | None) -> list[Any]:
     check_choices("expert_GSK", check_kind("expert_GSK", expert_GSK), num_experts, mask_GS, different=False)
     return _given("expert_GSK", expert_GSK, mask_GS)
@@ -118,13 +127,18 @@ def balance_terms(routing: Routing, config: MoEConfig) -> tuple[Int[Array, "G S 
     """The choices that f counts, and the probabilities whose mean is P."""
     if config.balance.of == "choices":
         return routing.expert_GSK, router_probs(routing.logits_GSE, config.router)
-    return best_first(jax.lax.stop_gradient(routing.logits_GSE), config.top_k), router_probs(routing.logits_GSE)
+    scored = config.router if config.balance.of == "scores" else SOFTMAX  # scores are in the order of their logits
+    largest_GSK = best_first(jax.lax.stop_gradient(routing.logits_GSE), config.top_k)
+    return largest_GSK, router_probs(routing.logits_GSE, scored)
 
 
 def group_balance_loss(
     routing: Routing, config: MoEConfig, mask_GS: Bool[Array, "G S"] | None = None
 ) -> Float[Array, ""]:
-    """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count."""
+    """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count.
+
+    Groups that are sequences give DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, eq. 17 to 20).
+    """
     counted_GSK, prob_GSE = balance_terms(routing, config)
     share_GSE = jax.nn.one_hot(counted_GSK, config.num_experts, dtype=routing.logits_GSE.dtype).mean(axis=2)
     mask_GS = jnp.ones(share_GSE.shape[:2], bool) if mask_GS is None else mask_GS
@@ -207,19 +221,26 @@ def smooth_load(
 
 
 def layer_stats(
-    routing: Routing, slots: Slots, config: MoEConfig, capacity: int, mask_GS: Bool[Array, "G S"] | None = None
+    routing: Routing, slots: Slots, config: MoEConfig, capacity: int, mask_GS: Bool[Array, "G S"] | None = None,
+    sequences: tuple[int, ...] | None = None,
 ) -> MoEStats:
-    """All of a layer's losses and statistics."""
+    """All of a layer's losses and statistics. `sequences`: B and T, for a balance loss of each sequence."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
     counted_GSK, prob_GSE = balance_terms(routing, config)
     balance_load_E = load_E
-    if config.balance.of == "logits":
+    if config.balance.of != "choices":
         balance_load_E = expert_load(counted_GSK, config.num_experts, dtype, mask_GS)
     prob_E = masked_mean(prob_GSE, mask_GS)
     balance = load_balance_loss(balance_load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
+    if config.balance.counted_in == "sequence":
+        if sequences is None:
+            raise ValueError("sequences=None: must be B and T when counted_in='sequence'")
+        by_sequence = Routing(*(merge_groups(x, *sequences) for x in routing))
+        mask_BT = None if mask_GS is None else merge_groups(mask_GS, *sequences)
+        balance = group_balance_loss(by_sequence, config, mask_BT)
     dropped_GS = (slots.slot_GSK == capacity).astype(dtype).mean(axis=-1)
     return MoEStats(
         load_balance_loss=balance,

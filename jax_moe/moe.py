@@ -169,7 +169,7 @@ class MoE(nnx.Module):
         if self.config.expert.shared_dim:
             shared_GSD = self._shared_answer(x_GSD, mask_GS)
             y_GSD += shared_GSD
-        stats = layer_stats(routing, slots, self.config, capacity, mask_GS)
+        stats = layer_stats(routing, slots, self.config, capacity, mask_GS, x_BTD.shape[:2])
         output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
         if not watch:
             return output

@@ -122,10 +122,12 @@ def olmoe(model_dim: int = 2048, expert_dim: int = 1024, num_experts: int = 64, 
 def deepseek_v3(
     model_dim: int = 7168, expert_dim: int = 2048, num_experts: int = 256, top_k: int = 8,
     shared_dim: int | None = None, num_clusters: int = 8, top_clusters: int = 4, scale: float = 2.5,
+    balance_per_sequence: bool = False,
 ) -> MoEConfig:
     """DeepSeek-V3 (arXiv 2412.19437, eq. 12-16; HF): sigmoid scores, correction bias for selection, 4 of 8 clusters.
 
     Weights are 2.5 * score / (sum of scores + 1e-20), without the bias. One shared expert, as wide as a routed expert.
+    `balance_per_sequence`: the balance loss is the paper's (eq. 17-20), in place of the loss over all tokens.
     """
     router = RouterConfig(
         score="sigmoid", correction_bias=True, num_clusters=num_clusters, top_clusters=top_clusters,
@@ -133,7 +135,8 @@ def deepseek_v3(
     )
     expert = ExpertConfig(shared_dim=expert_dim if shared_dim is None else shared_dim)
     return MoEConfig(
-        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, expert=expert
+        model_dim=model_dim, expert_dim=expert_dim, num_experts=num_experts, top_k=top_k, router=router, expert=expert,
+        balance=BalanceConfig(of="scores", counted_in="sequence") if balance_per_sequence else BalanceConfig(),
     )
 
 

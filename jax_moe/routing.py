@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_moe.arrays import check_kind
+from jax_moe.config.checks import require
 from jax_moe.config.moe import MoEConfig, RouterConfig
 from jax_moe.dims import Array, Float, Int, wide
 from jax_moe.top_k import best_first
@@ -94,6 +96,28 @@ def select_experts(
     if config.router.num_clusters > 1:
         choice_GSE = limit_to_clusters(choice_GSE, config.router)
     return best_first(choice_GSE, config.top_k)
+
+
+def update_correction_bias(
+    bias_E: Float[Array, "*L E"], tokens_E: Int[Array, "*L E"], rate: float, recentre: bool = False
+) -> Float[Array, "*L E"]:
+    """The correction bias after a step: b + rate * sign(mean load - load), loads as `tokens_per_expert` counts them
+    over all tokens of the step, on all devices (arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, 2.1.2).
+
+    The comparison is one of integers, so that an expert with exactly the mean load stays. `recentre` subtracts the
+    mean of the signs first, which keeps the mean of the bias (torchtitan). The result is in the bias's dtype.
+    Raises ValueError for loads that are no integers (shares are rounded) or of another shape, and for a bias in half
+    precision, which would lose small steps.
+    """
+    bias_E, tokens_E = check_kind("bias_E", bias_E), check_kind("tokens_E", tokens_E)
+    wide_enough = bias_E.dtype == wide(bias_E.dtype)
+    require(wide_enough, "bias_E.dtype", str(bias_E.dtype), "float32 or wider: half precision loses small steps")
+    require(tokens_E.shape == bias_E.shape, "tokens_E.shape", tokens_E.shape, f"{bias_E.shape}, the shape of bias_E")
+    mean, rest = jnp.divmod(tokens_E.sum(axis=-1, keepdims=True), tokens_E.shape[-1])
+    sign_E = jnp.where(tokens_E == mean, rest > 0, jnp.sign(mean - tokens_E)).astype(bias_E.dtype)
+    if recentre:
+        sign_E -= sign_E.mean(axis=-1, keepdims=True)
+    return bias_E + jnp.asarray(rate, bias_E.dtype) * sign_E
 
 
 def choice_weights(

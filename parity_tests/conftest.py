@@ -21,7 +21,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Compiling takes the time in tests, not running: these options compile three times faster into slower code, also in
 # processes that tests start. The fp32 columns of the parity table are compiled as users compile (`quick.AS_USERS`).
-FLAGS = ["--xla_backend_optimization_level=0"]
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):  # newer XLA has no such emitters to leave out
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
@@ -60,6 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: (os.environ.pop(PROGRAMS), shutil.rmtree(folder, ignore_errors=True)))
     jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage rarely: looking at the many objects of tracing took a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from jax_moe.config import BalanceConfig, MoEConfig, RouterConfig, require
 from torch_ref.arrays import Dim, check_choices, check_kind, check_vocabulary, checked, checked_input
 from torch_ref.dims import Bool, Float, Int, Shaped, Tensor, wide
-from torch_ref.dispatch import Slots
+from torch_ref.dispatch import Slots, merge_groups
 from torch_ref.routing import Routing, log_scores, safe_denominator
 from torch_ref.top_k import best_first
 
@@ -91,6 +91,14 @@ def expert_load(
     return share_E.to(dtype)
 
 
+def tokens_per_expert(
+    expert_GSK: Int[Tensor, "G S K"], num_experts: int, mask_GS: Bool[Tensor, "G S"] | None = None
+) -> Int[Tensor, " E"]:
+    """How many choices went to each expert: what `update_correction_bias` takes, summed over the parts of a step."""
+    _checked_choices(expert_GSK, num_experts, mask_GS)
+    return torch.bincount(real_tokens(expert_GSK, mask_GS).flatten(), minlength=num_experts)
+
+
 def router_probs(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig = SOFTMAX) -> Float[Tensor, "G S E"]:
     """Each token's scores over their sum: softmax(logits), or s / sum(s) for sigmoid and sqrt_softplus scores."""
     checked_input("logits_GSE", logits_GSE)
@@ -113,13 +121,17 @@ def balance_terms(routing: Routing, config: MoEConfig) -> tuple[Int[Tensor, "G S
     """The choices that f counts, and the probabilities whose mean is P."""
     if config.balance.of == "choices":
         return routing.expert_GSK, router_probs(routing.logits_GSE, config.router)
-    return best_first(routing.logits_GSE.detach(), config.top_k), router_probs(routing.logits_GSE)
+    scored = config.router if config.balance.of == "scores" else SOFTMAX  # scores are in the order of their logits
+    return best_first(routing.logits_GSE.detach(), config.top_k), router_probs(routing.logits_GSE, scored)
 
 
 def group_balance_loss(
     routing: Routing, config: MoEConfig, mask_GS: Bool[Tensor, "G S"] | None = None
 ) -> Float[Tensor, ""]:
-    """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count."""
+    """The mean of the groups' balance losses (Mesh TensorFlow's switch gating); groups of padding do not count.
+
+    Groups that are sequences give DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, eq. 17 to 20).
+    """
     dtype, losses = routing.logits_GSE.dtype, []
     counted_GSK, prob_GSE = balance_terms(routing, config)
     for g in range(routing.logits_GSE.shape[0]):
@@ -199,19 +211,26 @@ def smooth_load(
 
 
 def layer_stats(
-    routing: Routing, slots: Slots, config: MoEConfig, capacity: int, mask_GS: Bool[Tensor, "G S"] | None = None
+    routing: Routing, slots: Slots, config: MoEConfig, capacity: int, mask_GS: Bool[Tensor, "G S"] | None = None,
+    sequences: tuple[int, ...] | None = None,
 ) -> MoEStats:
-    """All of a layer's losses and statistics."""
+    """All of a layer's losses and statistics. `sequences`: B and T, for a balance loss of each sequence."""
     dtype = routing.logits_GSE.dtype
     load_E = expert_load(routing.expert_GSK, config.num_experts, dtype, mask_GS)
     counted_GSK, prob_GSE = balance_terms(routing, config)
     balance_load_E = load_E
-    if config.balance.of == "logits":
+    if config.balance.of != "choices":
         balance_load_E = expert_load(counted_GSK, config.num_experts, dtype, mask_GS)
     prob_E = masked_mean(prob_GSE, mask_GS)
     balance = load_balance_loss(balance_load_E, prob_E, config.top_k, config.balance)
     if config.balance.counted_in == "group":
         balance = group_balance_loss(routing, config, mask_GS)
+    if config.balance.counted_in == "sequence":
+        if sequences is None:
+            raise ValueError("sequences=None: must be B and T when counted_in='sequence'")
+        by_sequence = Routing(*(merge_groups(x, *sequences) for x in routing))
+        mask_BT = None if mask_GS is None else merge_groups(mask_GS, *sequences)
+        balance = group_balance_loss(by_sequence, config, mask_BT)
     dropped_GS = (slots.slot_GSK == capacity).to(dtype).mean(dim=-1)
     return MoEStats(
         load_balance_loss=balance,

@@ -153,7 +153,7 @@ def moe_forward(
         if mask_GS is not None:
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
-    stats = layer_stats(routing, slots, config, capacity, mask_GS)
+    stats = layer_stats(routing, slots, config, capacity, mask_GS, x_BTD.shape[:2])
     output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
     if not watch:
         return output

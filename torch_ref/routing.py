@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from jax_moe.config import MoEConfig, RouterConfig
+from jax_moe.config import MoEConfig, RouterConfig, require
+from torch_ref.arrays import check_kind
 from torch_ref.dims import Float, Int, Tensor, wide
 from torch_ref.top_k import best_first
 
@@ -96,6 +97,29 @@ def select_experts(
     if config.router.num_clusters > 1:
         choice_GSE = limit_to_clusters(choice_GSE, config.router)
     return best_first(choice_GSE, config.top_k)
+
+
+def update_correction_bias(
+    bias_E: Float[Tensor, "*L E"], tokens_E: Int[Tensor, "*L E"], rate: float, recentre: bool = False
+) -> Float[Tensor, "*L E"]:
+    """The correction bias after a step: b + rate * sign(mean load - load), loads as `tokens_per_expert` counts them
+    over all tokens of the step, on all devices (arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, 2.1.2).
+
+    The comparison is one of integers, so that an expert with exactly the mean load stays. `recentre` subtracts the
+    mean of the signs first, which keeps the mean of the bias (torchtitan). The result is in the bias's dtype.
+    Raises ValueError for loads that are no integers (shares are rounded) or of another shape, and for a bias in half
+    precision, which would lose small steps.
+    """
+    bias_E, tokens_E = check_kind("bias_E", bias_E), check_kind("tokens_E", tokens_E).long()
+    shape, dtype = tuple(bias_E.shape), str(bias_E.dtype).removeprefix("torch.")
+    wide_enough = bias_E.dtype == wide(bias_E.dtype)
+    require(wide_enough, "bias_E.dtype", dtype, "float32 or wider: half precision loses small steps")
+    require(tokens_E.shape == shape, "tokens_E.shape", tuple(tokens_E.shape), f"{shape}, the shape of bias_E")
+    total, num_experts = tokens_E.sum(dim=-1, keepdim=True), tokens_E.shape[-1]
+    sign_E = (total - num_experts * tokens_E).sign().to(bias_E.dtype)
+    if recentre:
+        sign_E = sign_E - sign_E.mean(dim=-1, keepdim=True)
+    return bias_E + rate * sign_E
 
 
 def choice_weights(

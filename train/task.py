@@ -45,6 +45,8 @@ def read_task(config: TrainConfig, free: Free = EXPLICIT, known: Known | None = 
     require(config.preset != "finetune", "preset", config.preset, "used with --pretrained DIR")
     weight = config.optimizer.balance_loss_weight
     require(weight is not None, "balance_loss_weight", weight, "a number without --pretrained")
+    rate = config.optimizer.bias_update_rate
+    require(rate == 0, "bias_update_rate", rate, "0 without --pretrained: makeMoE has no correction bias")
     if config.framework == "torch" and find_spec("torch") is None:
         raise ValueError("framework='torch': needs PyTorch; `pip install 'jax-moe[torch]'`")
     return _with_prompt(_fresh(config, free, known), free)
@@ -107,6 +109,8 @@ def _finetune(config: TrainConfig, folder: Path, free: Free, known: Known) -> Ta
         model = Pretrained(folder)
     except ValueError as error:
         raise ValueError(f"pretrained={str(folder)!r}: {' '.join(str(error).split())}") from None
+    rate, biased = config.optimizer.bias_update_rate, any(moe.router.correction_bias for moe in model.config.mixtures)
+    require(rate == 0 or biased, "bias_update_rate", rate, f"0: {model.model_type} has no correction bias")
     positions, note = model.config.max_positions, None
     block = 1 if "block_size" in free else block_size
     text = load_tokens(config.data, folder, model.config.vocab_size, block, config.data_dtype, known.sha256)

@@ -11,15 +11,22 @@ A kind is a module of one layer, made as `Kind(contract, rngs=, kernel_init=, pa
 from typing import Any
 
 from jax_moe.attention.grouped import GroupedAttention
+from jax_moe.attention.latent import LatentAttention
 from jax_moe.attention.masks import visible_positions
 from jax_moe.attention.multihead import Attention
 from jax_moe.attention.positions import Positions
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention
+from jax_moe.config.latent import LatentAttentionConfig
 
-__all__ = ["KINDS", "Attention", "GroupedAttention", "Positions", "kind_of", "rotate", "rotations", "visible_positions"]
+__all__ = [
+    "KINDS", "Attention", "GroupedAttention", "LatentAttention", "Positions", "kind_of", "rotate", "rotations",
+    "visible_positions",
+]
 
-KINDS: dict[type[LayerAttention], Any] = {GroupedAttentionConfig: GroupedAttention}
+KINDS: dict[type[LayerAttention], Any] = {
+    GroupedAttentionConfig: GroupedAttention, LatentAttentionConfig: LatentAttention,
+}
 
 
 def kind_of(contract: LayerAttention) -> Any:

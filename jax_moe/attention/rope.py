@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe.config.attention import Pairs, RopeConfig, RopeKind
+from jax_moe.config.attention import Pairs, RopeConfig, RopeKind, yarn_mscale
 from jax_moe.dims import Array, Float, Int, wide
 
 
@@ -72,12 +72,8 @@ def attention_factor(config: RopeConfig) -> float:
     if config.attention_factor is not None:
         return config.attention_factor
     if config.mscale and config.mscale_all_dim:
-        return _mscale(config.factor, config.mscale) / _mscale(config.factor, config.mscale_all_dim)
-    return _mscale(config.factor, 1.0)
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+        return yarn_mscale(config.factor, config.mscale) / yarn_mscale(config.factor, config.mscale_all_dim)
+    return yarn_mscale(config.factor, 1.0)
 
 
 def _pair_that_turns(turns: float, config: RopeConfig, head_dim: int) -> float:

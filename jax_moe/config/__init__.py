@@ -3,6 +3,7 @@
 from jax_moe.config.attention import AttentionConfig, GroupedAttentionConfig, LayerAttention, RopeConfig
 from jax_moe.config.checks import require
 from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
+from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig, Origin
 from jax_moe.config.moe import (
     Activation,
@@ -27,6 +28,7 @@ __all__ = [
     "DenseConfig",
     "ExpertConfig",
     "GroupedAttentionConfig",
+    "LatentAttentionConfig",
     "LayerAttention",
     "LayerConfig",
     "MakeMoEConfig",

@@ -1,6 +1,7 @@
 """Contracts of attention: heads, rotation, norms."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -91,9 +92,9 @@ class RopeConfig:
         """How many entries of a head are turned."""
         return int(head_dim * self.fraction)
 
-    def check_width(self, head_dim: int) -> None:
+    def check_width(self, head_dim: int, name: str = "head_dim") -> None:
         """Raises ValueError for heads that cannot be turned so."""
-        width, name = self.width(head_dim), "head_dim"
+        width = self.width(head_dim)
         if self.fraction != 1:
             name += f" times rope.fraction={self.fraction:g}"
         require(width % 2 == 0 and width > 0, name, width, "even (rotary embeddings turn pairs)")
@@ -107,6 +108,11 @@ class RopeConfig:
         base = f"rotary{part}{pairs}, base {self.theta:,.0f}"
         trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
         return base if self.kind == "default" else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """0.1 * weight * ln(factor) + 1, or 1 where nothing is stretched (YaRN, arXiv 2309.00071, eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

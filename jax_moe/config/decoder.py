@@ -101,11 +101,10 @@ class DecoderConfig:
         return dataclasses.replace(self, layers=tuple(map(change, self.layers)))
 
     def with_attention(self, **changes: Any) -> "DecoderConfig":
-        """The same decoder with these fields of every layer's grouped attention changed."""
+        """The same decoder with these fields changed in the attention of every layer that has them."""
         def changed(layer: LayerConfig) -> LayerConfig:
-            if not isinstance(layer.attention, GroupedAttentionConfig):
-                return layer
-            return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, **changes))
+            own = {name: value for name, value in changes.items() if hasattr(layer.attention, name)}
+            return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, **own))
 
         return self.with_layers(changed)
 

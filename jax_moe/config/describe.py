@@ -59,8 +59,11 @@ def _sparse(config: MoEConfig) -> list[str]:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
         lines.append(f"shared expert: width {expert.shared_dim}{gate}")
     rule = config.capacity
-    if config.balance.of == "logits":
-        lines.append("balance loss: of the softmax of the logits and the top-k of them, not of the choices")
+    if config.balance.of != "choices":
+        what = "softmax of the logits" if config.balance.of == "logits" else "scores"
+        lines.append(f"balance loss: of the {what} and the top-k of them, not of the choices")
+    if config.balance.counted_in == "sequence":
+        lines.append("balance loss: of each sequence, then their mean")
     if config.balance.counted_in == "group" and rule is not None and rule.group != "batch":
         each = "sequence" if rule.group == "sequence" else f"{rule.group_size} tokens"
         lines.append(f"balance loss: of each {each}, then their mean")

@@ -19,6 +19,7 @@ class Origin:
     model_type: str
     config_json: str  # the text of its config.json
     directory: str
+    carried: tuple[str, ...] = ()  # tensors in it that the decoder does not use, written again when it is saved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,14 +186,16 @@ class BalanceConfig:
     softmax(logits), also if experts are selected by their logits (Hugging Face), and s / sum(s) for sigmoid
     (DeepSeek-V3, arXiv 2412.19437, eq. 19; Megatron-LM) and sqrt_softplus. Scores too small to be distinguished from 0
     count as equal, as for the choice: if all scores are that small, P is 1/E and the loss 1 (or K).
+    DeepSeek-V3's sequence-wise loss (eq. 17 to 20) is of="scores", counted_in="sequence".
     """
 
     f_sums_to: Literal["one", "k"] = "one"  # f as a share of choices (balanced loss: 1), or of tokens (K; Hugging Face)
     pooled: Literal["per_layer", "over_layers"] = "per_layer"  # mean of losses, or loss of mean f and P (HF)
-    # f of the choices and P of the scores; or f of the K largest logits and P of softmax(logits), whatever score, bias
-    # or clusters decide the choice (transformers' MiniMax-M2, Ernie 4.5, GLM-4.5V)
-    of: Literal["choices", "logits"] = "choices"
-    counted_in: Literal["batch", "group"] = "batch"  # f and P over all tokens, or the mean of the groups' losses
+    # f of the choices and P of the scores; or f of the K largest scores, whatever bias or clusters decide the choice
+    # (DeepSeek-V3, eq. 18); or that of the logits, with P of softmax(logits) (MiniMax-M2, Ernie 4.5 in transformers)
+    of: Literal["choices", "scores", "logits"] = "choices"
+    # f and P over all tokens, or the mean of the losses of the groups (`CapacityConfig.group`) or of the sequences
+    counted_in: Literal["batch", "group", "sequence"] = "batch"
 
     def __post_init__(self) -> None:
         check_literals(self)

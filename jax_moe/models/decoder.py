@@ -29,6 +29,7 @@ from jax_moe.moe import MoE
 from jax_moe.norms import RMSNorm, make_norm
 from jax_moe.parameters import of_role, parameter, stacked
 from jax_moe.remat import Remat
+from jax_moe.routing import update_correction_bias
 from jax_moe.shapes import Dim, dims_of
 
 # The norms of a layer, by where they stand
@@ -136,6 +137,16 @@ class Decoder(nnx.Module):
         logits_BTV, stats, expert_LBTK = self.compare(normed_BTD), found.pop("stats"), found.pop("expert_LBTK")
         stages = {"embedding": x_BTD, **found, "final_norm": normed_BTD} if watch else None
         return ModelOutput(logits_BTV, stats, expert_LBTK, stages)
+
+    def update_correction_biases(self, tokens_LE: Int[Array, "L E"], rate: float, recentre: bool = False) -> None:
+        """`update_correction_bias` for every mixture that has a correction bias; `tokens_LE` are the loads of all
+        mixtures, as `tokens_per_expert` counts the rows of a `ModelOutput`'s `expert_LBTK`.
+        """
+        for name, stack in self.config.stacks.items():
+            if isinstance(stack.contract, MoEConfig) and stack.contract.router.correction_bias:
+                bias = getattr(self, name).router.correction_bias
+                rows = [self.config.moe_layers.index(layer) for layer in stack.layers]
+                bias[...] = update_correction_bias(bias[...], tokens_LE[np.asarray(rows)], rate, recentre)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What goes into the first layer."""

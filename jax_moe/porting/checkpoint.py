@@ -15,6 +15,7 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.porting.families import FAMILIES, family_named
 from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.families.family import Family
+from jax_moe.porting.formats.carried import write_carried
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import copy_others
 from jax_moe.porting.formats.open import open_path
@@ -133,6 +134,7 @@ def save(checkpoint: Checkpoint, path: Path, *, overwrite: bool = False, storage
         write_about(part, about)
         if origin is not None:
             copy_others(Path(origin.directory), part)
+            write_carried(origin, part)
         if checkpoint.optimizer is not None:
             assert checkpoint.layout is not None
             write_optimizer(part / FILE, checkpoint.optimizer, checkpoint.module, checkpoint.layout)

@@ -16,6 +16,7 @@ from jax_moe.config.models import Origin
 from jax_moe.disk import check_target, writing
 from jax_moe.guarded import parse_json
 from jax_moe.parameters import declared
+from jax_moe.porting.formats.carried import carried_by, write_carried
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, is_hf
 from jax_moe.porting.formats.orbax import verify_orbax, write_orbax
@@ -88,6 +89,7 @@ def _write_hf(
     also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = _theirs(source.plan, source.tensors) if source.found.ours else source.tensors
+    tensors = {**tensors, **carried_by(source.origin)}
     shards, total = plan_shards(tensors, max_shard_bytes), sum(header.nbytes for header in tensors.values())
     check_target(target, overwrite, replaceable)
     room_for(target, total)
@@ -121,6 +123,7 @@ def _write_orbax(
         about["files"] = write_orbax(part, arrays)
         write_about(part, about)
         copy_others(Path(source.origin.directory), part)
+        write_carried(source.origin, part)
         also(part)
         verify_orbax(part, about["files"], arrays, advance)
     return 0, 0

@@ -197,6 +197,21 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "losses: a target beyond the vocabulary": (
         "next_token_loss", {"logits_BTV": numbers(2, 4, 5), "target_BT": TOKENS - 100}, "token -"
     ),
+    "losses: counts": (
+        "tokens_per_expert", {"expert_GSK": OUTSIDE, "num_experts": E}, "expert_GSK names expert 9: must be 0 to 3"
+    ),
+    "bias: loads as shares": (
+        "bias", {"bias_E": numbers(E), "tokens_E": numbers(E), "rate": 0.1},
+        "tokens_E has dtype float32: must be integer",
+    ),
+    "bias: half precision": (
+        "bias", {"bias_E": numbers(E).astype(np.float16), "tokens_E": np.arange(E), "rate": 0.1},
+        "bias_E.dtype='float16': must be float32 or wider",
+    ),
+    "bias: loads of one layer": (
+        "bias", {"bias_E": numbers(2, E), "tokens_E": np.arange(E), "rate": 0.1},
+        "tokens_E.shape=(4,): must be (2, 4), the shape of bias_E",
+    ),
     "losses: a list": ("squared_cv", {"x_E": [1.0, 2.0]}, "x_E is a list: must be {array} of floatings [E]"),
 }
 # In jax_moe alone
@@ -284,6 +299,7 @@ def callers_of_jax() -> dict[str, Callable[..., Any]]:
         "decoder": lambda x=TOKENS, **values: qwen.run(x, **values),
         "continue": lambda x=TOKENS, **values: jax_moe.generate(qwen, x, **settings | values),
         "traced": lambda **values: jax.jit(lambda x, **given: moe(x, **given)[0])(X, **values),
+        "bias": jax_moe.update_correction_bias,
         "torch": lambda: moe(__import__("torch").ones(B, T, D)),
     } | {name: getattr(losses, name) for name in losses_called()}
 
@@ -319,6 +335,7 @@ def callers_of_torch() -> dict[str, Callable[..., Any]]:
     calls["generate"] = with_tensors(
         lambda x, **values: torch_ref.generate(model, x, **{"max_new_tokens": 2} | values), TOKENS
     )
+    calls["bias"] = with_tensors(torch_ref.update_correction_bias)
     return calls | {name: with_tensors(getattr(losses, name)) for name in losses_called()}
 
 

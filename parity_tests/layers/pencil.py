@@ -348,6 +348,25 @@ SCORED = {
     "sigmoid": (THREE_ONE, [1 / 2, 1 / 3, 1 / 6], 5 / 4),
     "sqrt_softplus": (SQUARES, [4 / 7, 2 / 7, 1 / 7], 9 / 7),
 }
+# DeepSeek-V3's loss of each sequence: THREE_ONE twice, with f = (1/2, 1/2, 0) and P = (1/2, 1/3, 1/6): 5/4; THREE_ONE
+# and its mirror image, with f = (1/4, 1/2, 1/4): 1. Over all four tokens f = (3/8, 1/2, 1/8) and P = (5/12, 1/3, 1/4).
+# A bias sends everybody to experts 1 and 2, f = (0, 1/2, 1/2): 3 * (1/6 + 1/12) = 3/4, and 1 again.
+SEQUENCES = [[[*THREE_ONE, 1.0], [*logits, 1.0]] for logits in (THREE_ONE, THREE_ONE[::-1])]
+SEQUENCES_BIAS = {"router.correction_bias": np.asarray([0.0, 9.0, 9.0])}
+BY_SEQUENCE = [
+    ("scores", "sequence", None, (5 / 4 + 1) / 2),
+    ("scores", "batch", None, 17 / 16),
+    ("choices", "sequence", None, (3 / 4 + 1) / 2),
+    ("scores", "sequence", [[True, True], [True, False]], 5 / 4),
+    ("scores", "sequence", [[False, False], [True, True]], 1),
+]
+# The correction bias: loads, bias before, and what is added at rate 1/4, recentred or not. Means 2 and 2/3; the third
+# has shares of 1/3, whose sums are rounded: the counts say that nothing moves.
+BIASES = [
+    ([4, 1, 1, 2], [0, 0, 0, 1], [-1 / 4, 1 / 4, 1 / 4, 0], [-5 / 16, 3 / 16, 3 / 16, -1 / 16]),
+    ([1, 1, 0], [3, 2, 1], [-1 / 4, -1 / 4, 1 / 4], [-1 / 6, -1 / 6, 1 / 3]),
+    ([333, 333, 333], [1, 1, 1], [0, 0, 0], [0, 0, 0]),
+]
 # E / S * p_j * (f_j - sum_e f_e p_e); the inner sum is 48/120 for Ann, 43/120 for Bob, 47/120 for Cleo
 BALANCE_GRADIENT = [
     [9 / 200, -1 / 30, -7 / 600],

@@ -255,7 +255,7 @@ BAD = [
     (ExpertConfig, {"weight_on": "both"}, "weight_on='both': must be one of 'output', 'input'"),
     (ExpertConfig, {"shared_dim": -1}, "shared_dim=-1: must be an integer of at least 0"),
     (ExpertConfig, {"shared_gate": True}, "shared_gate=True: must be False without a shared expert (shared_dim=0)"),
-    (BalanceConfig, {"of": "tokens"}, "of='tokens': must be one of 'choices', 'logits'"),
+    (BalanceConfig, {"of": "tokens"}, "of='tokens': must be one of 'choices', 'scores', 'logits'"),
     (BalanceConfig, {"f_sums_to": "two"}, "f_sums_to='two': must be one of 'one', 'k'"),
     (BalanceConfig, {"pooled": "both"}, "pooled='both': must be one of 'per_layer', 'over_layers'"),
     (MoEConfig, {**SIZES, "model_dim": 0}, "model_dim=0: must be an integer of at least 1"),

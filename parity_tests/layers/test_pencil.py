@@ -15,6 +15,7 @@ from jax_moe.attention.multihead import Attention
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 from jax_moe.presets import gpt_oss
+from jax_moe.routing import update_correction_bias
 from jax_moe.soft_moe import soft_logits, soft_stats, soft_weights
 from parity_tests.layers import pencil
 from parity_tests.layers.pencil import Scenario, layer
@@ -176,6 +177,34 @@ def test_balance_loss_of_the_logits(counted_in: str) -> None:
     agree(stats.balance_load_E, pencil.LOAD)
     agree(stats.router_prob_E, pencil.PROB)
     agree(stats.load_balance_loss, pencil.BALANCE)
+
+
+@pytest.mark.parametrize(("of", "counted_in", "mask", "want"), pencil.BY_SEQUENCE)
+def test_balance_loss_of_each_sequence(of: str, counted_in: str, mask: list | None, want: float) -> None:
+    """DeepSeek-V3's eq. 17 to 20, also where groups of three cut the sequences of two."""
+    router = RouterConfig(score="sigmoid", correction_bias=True)
+    for capacity in (None, CapacityConfig(factor=9.0, clamp=False, group="fixed", group_size=3)):
+        config = layer(router=router, capacity=capacity, balance=BalanceConfig(of=of, counted_in=counted_in))
+        moe = build(config, pencil.pencil_weights(config) | pencil.SEQUENCES_BIAS)
+        stats = moe(jnp.asarray(pencil.SEQUENCES, WIDE), mask_BT=None if mask is None else jnp.asarray(mask))[1]
+        agree(stats.load_balance_loss, want)
+
+
+@pytest.mark.parametrize(("tokens", "bias", "added", "recentred"), pencil.BIASES)
+def test_the_correction_bias_moves_towards_the_mean_load(
+    tokens: list, bias: list, added: list, recentred: list
+) -> None:
+    before, tokens_E = jnp.asarray(bias, jnp.float32), jnp.asarray(tokens, jnp.int32)
+    for recentre, want in ((False, added), (True, recentred)):
+        after = update_correction_bias(before, tokens_E, 0.25, recentre)
+        agree(after, np.add(bias, want), 2e-7)
+
+
+def test_choices_are_counted_without_padding() -> None:
+    chosen = jnp.asarray([[[0, 1], [1, 2], [0, 1]]])
+    assert losses.tokens_per_expert(chosen, 3).tolist() == [2, 3, 1]
+    mask = jnp.asarray([[True, True, False]])
+    assert losses.tokens_per_expert(chosen, 3, mask).tolist() == [1, 2, 1]
 
 
 def test_losses_do_not_see_padding() -> None:

@@ -158,7 +158,7 @@ def test_planted_fault_is_caught(fault: str) -> None:
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: CapacityConfig(slots=0), "slots=0: must be an integer of at least 1"),
     (lambda: presets.switch(expert_capacity=2.5), "slots=2.5: must be an integer of at least 1"),
-    (lambda: BalanceConfig(counted_in="token"), "counted_in='token': must be one of 'batch', 'group'"),
+    (lambda: BalanceConfig(counted_in="token"), "counted_in='token': must be one of 'batch', 'group', 'sequence'"),
     (
         lambda: BalanceConfig(counted_in="group", pooled="over_layers"),
         "counted_in='group': must be 'batch' when pooled='over_layers'",

@@ -334,6 +334,7 @@ JAX_LAYERS = [
     ),
 ]
 
+BIAS_MOVES = ("parity_tests/layers/test_pencil.py::test_the_correction_bias_moves_towards_the_mean_load",)
 JAX_LOSSES = [
     Mutation(
         "jax: f sums to k where it should to 1",
@@ -355,6 +356,55 @@ JAX_LOSSES = [
         'if config.balance.of == "choices":',
         "if config.balance.of:",
         rows=("balance loss of the logits",),
+    ),
+    Mutation(
+        "jax: the sequence-wise loss counts the biased choices",
+        "jax_moe/losses.py",
+        'if config.balance.of == "choices":\n        return',
+        'if config.balance.of != "logits":\n        return',
+        rows=("deepseek_v3, balance loss of each sequence",),
+    ),
+    Mutation(
+        "jax: the sequence-wise loss is that of the whole batch",
+        "jax_moe/losses.py",
+        "group_balance_loss(by_sequence, config, mask_BT)",
+        "group_balance_loss(routing, config, mask_GS)",
+        tests=("parity_tests/layers/test_pencil.py::test_balance_loss_of_each_sequence",),
+    ),
+    Mutation(
+        "jax: choices at padding count as load",
+        "jax_moe/losses.py",
+        "(chosen_GSE if mask_GS is None else chosen_GSE * mask_GS[..., None])",
+        "chosen_GSE",
+        tests=("parity_tests/layers/test_pencil.py::test_choices_are_counted_without_padding",),
+    ),
+    Mutation(
+        "jax: the correction bias moves towards the loaded",
+        "jax_moe/routing.py",
+        "jnp.sign(mean - tokens_E)",
+        "jnp.sign(tokens_E - mean)",
+        tests=BIAS_MOVES,
+    ),
+    Mutation(
+        "jax: the correction bias compares with the rounded mean",
+        "jax_moe/routing.py",
+        "jnp.where(tokens_E == mean, rest > 0, jnp.sign(mean - tokens_E))",
+        "jnp.sign(mean - tokens_E)",
+        tests=BIAS_MOVES,
+    ),
+    Mutation(
+        "train.py: the correction bias moves by the load of the first sequence",
+        "train/learners/jax_learner.py",
+        "tokens_per_expert(expert_BTK, num_experts)",
+        "tokens_per_expert(expert_BTK[:1], num_experts)",
+        tests=("parity_tests/train/test_correction_bias_torch.py::test_resumed_split_over_devices_and_worked_by_hand",),
+    ),
+    Mutation(
+        "torch: the correction bias is never recentred",
+        "torch_ref/routing.py",
+        "sign_E = sign_E - sign_E.mean(dim=-1, keepdim=True)",
+        "pass",
+        tests=("parity_tests/layers/test_pencil_torch.py::test_the_correction_bias_moves_towards_the_mean_load",),
     ),
     Mutation(
         "jax: the balance loss lacks E",

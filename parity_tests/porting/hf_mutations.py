@@ -11,6 +11,7 @@ from parity_tests.table.family_cases import (
     EXAONE,
     GRANITE,
     HUNYUAN,
+    LATENT,
     MIXTRAL,
     MULTIPLIERS,
     OLMOE,
@@ -74,6 +75,26 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "attention_dropout"),
     ),
     "hunyuan_v1_moe": ({**sizes(24, 4, 2, LAYERS, **HUNYUAN), "head_dim": 6}, ("attention_bias", "moe_topk")),
+    "deepseek_v2": (
+        {**sizes(24, 4, 4, LAYERS, **V3), **LATENT, **CLUSTERS, "q_lora_rank": None},
+        ("topk_method", "q_lora_rank", "num_key_value_heads", "first_k_dense_replace", "mlp_bias", "head_dim",
+         "moe_layer_freq"),
+    ),
+    "deepseek_v3": (
+        {**sizes(24, 4, 4, LAYERS, **V3), **LATENT, **CLUSTERS, "q_lora_rank": 7, "first_k_dense_replace": 1},
+        ("rope_interleave", "attention_bias", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+         "head_dim", "num_key_value_heads"),
+    ),
+    "glm4_moe_lite": (
+        {**sizes(24, 4, 4, LAYERS, **V3), **LATENT, "q_lora_rank": 7},
+        ("mlp_layer_types", "first_k_dense_replace", "rope_interleave", "head_dim"),
+    ),
+    "mistral4": (
+        {**sizes(24, 4, 4, LAYERS, **V3), **LATENT, "q_lora_rank": 7,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "mscale_all_dim": 1.0,
+                             "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.3}},
+        ("rope_interleave", "rope_parameters", "first_k_dense_replace"),
+    ),
 }
 FEW: tuple[Any, ...] = (0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], SEES, SEES[::-1], ["dense", "sparse"])
 # Values tried for every field.

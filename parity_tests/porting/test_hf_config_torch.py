@@ -43,7 +43,8 @@ PREFIX = {
     "granitemoe": "GraniteMoe",
     "glm4_moe": "Glm4Moe", "dots1": "Dots1", "solar_open": "SolarOpen", "minimax_m2": "MiniMaxM2",
     "flex_olmo": "FlexOlmo", "exaone_moe": "ExaoneMoe", "ernie4_5_moe": "Ernie4_5_Moe",
-    "hunyuan_v1_moe": "HunYuanMoEV1",
+    "hunyuan_v1_moe": "HunYuanMoEV1", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
+    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4",
 }
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 # Our loss always includes the balance loss, as transformers' does with the router's logits.
@@ -52,6 +53,11 @@ UNCOMPARED = {"output_router_logits"}
 
 class RefusedError(Exception):
     """transformers has no numbers for this config.json."""
+
+
+def doubled(turns: Any) -> tuple[Any, Any]:
+    """Cosines and sines of complex numbers, each twice."""
+    return torch.cat([turns.real] * 2, dim=-1), torch.cat([turns.imag] * 2, dim=-1)
 
 
 class Reference:
@@ -86,6 +92,7 @@ class Reference:
             with torch.no_grad():
                 output = model(tokens, labels=tokens, use_cache=False)
                 turns = model.model.rotary_emb(output.logits, torch.arange(LENGTH)[None])
+                turns = turns if isinstance(turns, tuple) else doubled(turns)
             if not torch.isfinite(output.logits).all():
                 raise RefusedError("not finite")
         except Exception as error:
@@ -128,7 +135,9 @@ def turned(config: DecoderConfig) -> list[np.ndarray]:
     if config.rope is None:
         return []
     rope = dataclasses.replace(config.rope, pairs="halves")
-    turns = rotations(jnp.arange(LENGTH)[None], rope, config.head_dim, jnp.dtype("float32"))
+    attention: Any = config.layers[0].attention
+    width = getattr(attention, "rope_dim", attention.head_dim)
+    turns = rotations(jnp.arange(LENGTH)[None], rope, width, jnp.dtype("float32"))
     return [np.asarray(values) for values in turns]
 
 

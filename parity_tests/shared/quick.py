@@ -16,7 +16,7 @@ def known(options: dict[str, Any]) -> dict[str, Any] | None:
 
 
 # Three times faster into slower code: what the tests' own settings are, also for commands that run without them.
-LEVEL = {"xla_backend_optimization_level": 0}
+LEVEL = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 QUICK = known({**LEVEL, "xla_cpu_use_fusion_emitters": False}) or known(LEVEL)  # newer XLA has no such emitters
 # XLA's defaults, for the fp32 columns of the parity table.
 USUAL = {"xla_backend_optimization_level": 3}

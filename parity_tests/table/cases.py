@@ -107,6 +107,9 @@ ROUTERS = [
         router=RouterConfig(score="sigmoid", correction_bias=True, renormalise="sum"),
         balance=BalanceConfig(of="logits", f_sums_to="k", pooled="over_layers"),
     )),
+    Case("deepseek_v3, balance loss of each sequence", sized(
+        "deepseek_v3", num_experts=6, num_clusters=3, top_clusters=2, shared_dim=10, balance_per_sequence=True,
+    ), draws=("mask",), batch_size=3),
     Case("weight on input", ON_INPUT),
     Case("weight on input, gather", ON_INPUT.with_capacity(1.0)),
     Case("weight on input, einsum", via(ON_INPUT.with_capacity(1.0), "einsum")),

@@ -108,8 +108,11 @@ def capacities(draw: st.DrawFn) -> CapacityConfig:
 def balances(draw: st.DrawFn) -> BalanceConfig:
     """Any balance loss."""
     pooled = draw(st.sampled_from(["per_layer", "over_layers"]))
-    counted = "batch" if pooled == "over_layers" else draw(st.sampled_from(["batch", "group"]))
-    return BalanceConfig(f_sums_to=draw(st.sampled_from(["one", "k"])), pooled=pooled, counted_in=counted)
+    counted = "batch" if pooled == "over_layers" else draw(st.sampled_from(["batch", "group", "sequence"]))
+    return BalanceConfig(
+        f_sums_to=draw(st.sampled_from(["one", "k"])), pooled=pooled, counted_in=counted,
+        of=draw(st.sampled_from(["choices", "scores", "logits"])),
+    )
 
 
 @st.composite

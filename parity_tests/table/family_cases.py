@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ ERNIE = {
     "intermediate_size": 18, "moe_intermediate_size": 14, "moe_num_shared_experts": 2, "moe_num_experts": 6, "moe_k": 3,
 }
 HUNYUAN = {"intermediate_size": 14, "num_experts": 6, "moe_topk": 3}
+LATENT = {"kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7
 }
@@ -121,6 +122,16 @@ CASES = [
     Case("ernie4_5_moe", "Ernie4_5_Moe", sizes(24, 4, 2, 2, **ERNIE, head_dim=6), "right", {"moe_norm_min": 0.3}),
     Case("hunyuan_v1_moe", "HunYuanMoEV1", sizes(24, 4, 2, 2, **HUNYUAN, head_dim=6), "left",
          {"attention_bias": True, **rope("dynamic", factor=1.0, alpha=10.0)}),
+    Case("deepseek_v2", "DeepseekV2", sizes(24, 4, 4, 2, **V3, **LATENT), "left",
+         {**CLUSTERS, "topk_method": "group_limited_greedy", "q_lora_rank": None, "attention_bias": True}),
+    Case("deepseek_v3", "DeepseekV3", sizes(24, 4, 4, 3, **V3, **LATENT), "right",
+         {**CLUSTERS, "first_k_dense_replace": 1, "q_lora_rank": 7, **rope(
+             "yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3)}),
+    Case("glm4_moe_lite", "Glm4MoeLite", sizes(22, 3, 3, 2, **V3, **LATENT), "left",
+         {"q_lora_rank": 7, "rope_interleave": False, "attention_bias": True}),
+    Case("mistral4", "Mistral4", sizes(24, 4, 4, 2, **V3, **LATENT), "right",
+         {"q_lora_rank": 7, **rope("yarn", factor=4.0, original_max_position_embeddings=4, mscale=1.0,
+                                   mscale_all_dim=1.0, llama_4_scaling_beta=0.3)}),
 ]
 
 
@@ -138,9 +149,10 @@ def draw_weights(model: Any, seed: int) -> None:
             parameter.copy_(torch.from_numpy(drawn))
 
 
-def case_folder(name: str, folder: Path) -> Path:
-    """A folder that transformers wrote of the case of that name, with drawn weights."""
+def case_folder(name: str, folder: Path, **sizes: Any) -> Path:
+    """A folder that transformers wrote of the case of that name, with these sizes and drawn weights."""
     case = next(case for case in CASES if case.name == name)
+    case = replace(case, sizes=case.sizes | sizes)
     reference = case.reference(case.config())
     draw_weights(reference, seed=1)
     return save_reference(reference, folder)

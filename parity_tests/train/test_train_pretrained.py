@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import jax_moe
 from jax_moe.porting.formats.safetensors import read_safetensors
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
-from parity_tests.table.family_cases import case_folder, draw_weights
+from parity_tests.table.family_cases import draw_weights
 from parity_tests.train.test_train_run import numbers
 from train import loop
 from train.configs import PRESETS
@@ -326,16 +326,3 @@ def test_bad_requests_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
     assert {path.name for path in place.iterdir()} == names, "nothing may be written"
-
-
-def test_a_correction_bias_is_not_trained(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All else of a GLM-4.5 is, its dense layer and shared experts too; transformers loads the result."""
-    before = read_safetensors(case_folder("glm4_moe", place / "glm") / "model.safetensors")
-    np.save(place / "few.npy", np.arange(1000, dtype=np.uint16) % 37)
-    words = "--pretrained glm --data few.npy --block-size 12 --batch-size 4 --steps 2 --eval-every 2 --eval-batches 1"
-    assert command(monkeypatch, place, f"{words} --learning-rate 0.01 --out tuned") == 0
-    after = read_safetensors(place / "tuned" / "pretrained" / "model.safetensors")
-    same = {name for name, value in before.items() if (after[name] == value).all()}
-    assert after.keys() == before.keys()
-    assert same == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2)}
-    transformers.AutoModelForCausalLM.from_pretrained(place / "tuned" / "pretrained")

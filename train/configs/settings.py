@@ -80,6 +80,10 @@ class OptimizerSettings:
     """Times the load-balancing loss, added to the cross entropy; none: the weight in a pretrained config.json."""
     router_z_loss_weight: float = 0.0
     """Times the router z-loss, mean over layers, added to the cross entropy."""
+    bias_update_rate: float = 0.0
+    """Added to a pretrained model's correction bias for experts below the mean load, taken off above; 0: constant."""
+    recentre_bias: bool = False
+    """Keep the mean of the correction bias when it is updated."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ FREE_ON_RESUME = {
 
 
 # Settings that runs of the first version did not store, and their values in those runs.
-LATER = {"unchosen": "decay", "data_dtype": None, "init_from": None}
+LATER = {
+    "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
+}
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
@@ -205,9 +211,12 @@ def _check_optimizer(optimizer: OptimizerSettings, steps: int) -> None:
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         require(value >= 0 and in_single(value) < 1, name, value, "at least 0 and below 1, in fp32 too")
-    for name in ("weight_decay", "balance_loss_weight", "router_z_loss_weight", "final_learning_rate"):
+    least_0 = "weight_decay", "balance_loss_weight", "router_z_loss_weight", "final_learning_rate", "bias_update_rate"
+    for name in least_0:
         require((getattr(optimizer, name) or 0) >= 0, name, getattr(optimizer, name), "at least 0")
     require(optimizer.clip_norm is None or optimizer.clip_norm > 0, "clip_norm", optimizer.clip_norm, "None or above 0")
+    moves = optimizer.bias_update_rate > 0 or not optimizer.recentre_bias
+    require(moves, "recentre_bias", True, "used with --bias-update-rate")
     warmup = optimizer.warmup_steps
     require(0 <= warmup < steps, "warmup_steps", warmup, f"at least 0 and below steps={steps}")
     final, peak = optimizer.final_learning_rate, optimizer.learning_rate

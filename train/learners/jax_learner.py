@@ -13,7 +13,8 @@ from jax import Array
 
 import jax_moe
 from jax_moe.config.precision import PRECISIONS
-from jax_moe.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss
+from jax_moe.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss, tokens_per_expert
+from jax_moe.models.stack import ModelOutput
 from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
@@ -64,7 +65,10 @@ class JaxLearner:
         put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # ValueError if it does not divide
         self.key = jax.random.key(config.seed)
         whole = replicated(self.mesh)
-        self.graphdef, params, self.rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        self.graphdef, params, rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        if config.optimizer.bias_update_rate:  # a correction bias that was stored in bf16 would not move
+            rest = jax.tree.map(lambda bias: bias.astype(jnp.float32), rest)
+        self.rest = jax.device_put(rest, whole)  # what no gradient trains
         self.optimizer = make_optimizer(config.optimizer, config.steps, declared(self.module(params)))
         self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=whole)(params)}
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
@@ -72,37 +76,53 @@ class JaxLearner:
         self._step = jax.jit(self._update, donate_argnums=0)
         self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
 
-    def module(self, params: State | None = None) -> Any:
+    def module(self, params: State | None = None, rest: Any = None) -> Any:
         """The model as a module, with the current weights or the given ones."""
-        return nnx.merge(self.graphdef, self.state["params"] if params is None else params, self.rest)
+        params, rest = self.state["params"] if params is None else params, self.rest if rest is None else rest
+        return nnx.merge(self.graphdef, params, rest)
 
-    def _logits(self, params: State, tokens_BT: Array, **kwargs: Any) -> tuple[Array, MoEStats]:
-        """Logits and statistics, computed in the precision of the settings."""
-        module = cast_to_compute(self.module(params), self.precision)
-        output = module.run(tokens_BT, **kwargs)
-        return output.logits_BTV.astype(self.precision.output), output.stats
+    def _run(self, params: State, rest: Any, tokens_BT: Array, **kwargs: Any) -> ModelOutput:
+        """What the model computes, in the precision of the settings."""
+        output = cast_to_compute(self.module(params, rest), self.precision).run(tokens_BT, **kwargs)
+        return output._replace(logits_BTV=output.logits_BTV.astype(self.precision.output))
 
-    def _update(self, state: State, tokens_BT1: Array, step: Array) -> tuple[State, Array]:
+    def _update(self, state: State, rest: Any, tokens_BT1: Array, step: Array) -> tuple[State, Any, Array]:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
 
-        def losses(params: State) -> tuple[Array, tuple[Array, Array]]:
+        def losses(params: State) -> tuple[Array, tuple[Array, ModelOutput]]:
             tokens_BT, remat = tokens_BT1[:, :-1], self.config.remat
-            logits_BTV, stats = self._logits(params, tokens_BT, key=key, training=True, remat=remat)
-            loss = next_token_loss(logits_BTV, tokens_BT1[:, 1:])
-            return objective(loss, stats, self.model, self.config.optimizer), (loss, chosen_experts(stats))
+            output = self._run(params, rest, tokens_BT, key=key, training=True, remat=remat)
+            loss = next_token_loss(output.logits_BTV, tokens_BT1[:, 1:])
+            return objective(loss, output.stats, self.model, self.config.optimizer), (loss, output)
 
-        (_, (loss, chosen_LE)), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
-        update, moments = self.optimizer.update(gradient, state["optimizer"], state["params"], chosen=chosen_LE)
-        return {"params": optax.apply_updates(state["params"], update), "optimizer": moments}, loss
+        (_, (loss, output)), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
+        update, moments = self.optimizer.update(
+            gradient, state["optimizer"], state["params"], chosen=chosen_experts(output.stats)
+        )
+        params = optax.apply_updates(state["params"], update)
+        return {"params": params, "optimizer": moments}, self._rebalanced(params, rest, output.expert_LBTK), loss
 
-    def _add_batch(self, params: State, total: State, tokens_BT1: Array, key: Array, number: Array) -> State:
+    def _rebalanced(self, params: State, rest: Any, expert_LBTK: Array) -> Any:
+        """`rest` with the correction biases moved by the load of the step's tokens, on all devices."""
+        rate, num_experts = self.config.optimizer.bias_update_rate, self.model.moe.num_experts
+        if not rate:
+            return rest
+        module = self.module(params, rest)
+        tokens_LE = jax.vmap(lambda expert_BTK: tokens_per_expert(expert_BTK, num_experts))(expert_LBTK)
+        module.update_correction_biases(tokens_LE, rate, self.config.optimizer.recentre_bias)
+        return jax.lax.with_sharding_constraint(nnx.split(module, nnx.Param, ...)[2], replicated(self.mesh))
+
+    def _add_batch(
+        self, params: State, total: State, rest: Any, tokens_BT1: Array, key: Array, number: Array
+    ) -> State:
         noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
-        logits_BTV, stats = self._logits(params, tokens_BT1[:, :-1], key=noise_key, training=False)
-        loss = next_token_loss(logits_BTV, tokens_BT1[:, 1:])
-        return jax.tree.map(jnp.add, total, {"loss": loss, "stats": stats})
+        output = self._run(params, rest, tokens_BT1[:, :-1], key=noise_key, training=False)
+        loss = next_token_loss(output.logits_BTV, tokens_BT1[:, 1:])
+        return jax.tree.map(jnp.add, total, {"loss": loss, "stats": output.stats})
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
-        self.state, loss = self._step(self.state, put_batch(tokens_BT1, self.mesh), np.uint32(step))
+        tokens = put_batch(tokens_BT1, self.mesh)
+        self.state, self.rest, loss = self._step(self.state, self.rest, tokens, np.uint32(step))
         return loss
 
     def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
@@ -114,7 +134,7 @@ class JaxLearner:
         number = -1
         for number, tokens_BT1 in enumerate(batches):
             tokens = put_batch(tokens_BT1, self.mesh)
-            total = self._evaluate(self.state["params"], total, tokens, key, np.uint32(number))
+            total = self._evaluate(self.state["params"], total, self.rest, tokens, key, np.uint32(number))
         mean = jax.tree.map(lambda x: np.asarray(x / max(number + 1, 1)), total)
         return Evaluation(
             loss=float(mean["loss"]),
@@ -134,8 +154,7 @@ class JaxLearner:
         nnx.replace_by_pure_dict(state, stored["params"])
         nnx.update(module, state)
         _, params, rest = nnx.split(module, nnx.Param, ...)
-        # uncommitted arrays, so that jax moves them to the parameters' devices
-        self.rest = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), rest)
+        self.rest = jax.device_put(rest, replicated(self.mesh))
         self.state = {"params": nnx.to_pure_dict(params), "optimizer": stored["optimizer"]}
         return step, settings
 
@@ -144,9 +163,10 @@ class JaxLearner:
         return {**self.state, "params": nnx.to_pure_dict(stored_state(self.module()))}
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
+        alone = jax.device_put((self.state["params"], self.rest), jax.local_devices()[0])
         tokens_BT = jax_moe.generate(
-            self.module(jax.device_put(self.state["params"], jax.local_devices()[0])), np.asarray([prompt], np.int32),
-            max_new_tokens=length, temperature=temperature, key=jax.random.fold_in(self.key, SAMPLE),
+            self.module(*alone), np.asarray([prompt], np.int32), max_new_tokens=length, temperature=temperature,
+            key=jax.random.fold_in(self.key, SAMPLE),
         )
         return np.asarray(tokens_BT)[0].tolist()
 

@@ -12,7 +12,7 @@ from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
 from jax_moe.config.checks import is_number
 from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.family import GROUPED, Whole, read_decoder, write_decoder
+from jax_moe.porting.families.family import GROUPED, LAYER, Whole, read_decoder, write_decoder
 from jax_moe.porting.families.granitemoe import read as read_granite
 from jax_moe.porting.families.granitemoe import write as write_granite
 from jax_moe.porting.families.settings import ROPE_KINDS, Settings
@@ -200,7 +200,7 @@ def grouped(
 GLM4 = grouped(
     "Glm4MoeForCausalLM", flag("attention_bias", "qkv_bias"), flag("use_qk_norm", "qk_norm", on="per_head", off="none"),
     first_dense(), kv_heads=8, null_kv_heads=False, max_positions=131072, norm_eps=1e-5, aux=None, fraction=0.5,
-    names={"order": EXPERTS_FIRST},
+    names={"order": EXPERTS_FIRST, "carried": (LAYER,)},
 )
 PER_HEAD = always(qk_norm="per_head")
 BIASES = flag("attention_bias", "qkv_bias", "output_bias")
@@ -230,11 +230,12 @@ GRANITE_SHARED = Whole(
 )
 EXAONE = grouped(
     "ExaoneMoeForCausalLM", PER_HEAD, Part(read_layer_types, write_layer_types), windows(by_pattern), kv_heads=32,
-    null_kv_heads=False, norm_eps=1e-5, aux=None, change=without_rope, names={"order": EXPERTS_FIRST},
+    null_kv_heads=False, norm_eps=1e-5, aux=None, change=without_rope,
+    names={"order": EXPERTS_FIRST, "carried": ("mtp.",)},
 )
 ERNIE = grouped(
     "Ernie4_5_MoeForCausalLM", always(attention_dropout=0.0), Part(read_moe_range, write_moe_range), kv_heads=4,
-    theta=5e5, max_positions=131072, norm_eps=1e-5, tied=True, change=neighbours,
+    theta=5e5, max_positions=131072, norm_eps=1e-5, tied=True, change=neighbours, names={"carried": ("model.mtp_",)},
 )
 NORM_NAMES = {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}
 HUNYUAN_ROWS = tuple(

@@ -18,6 +18,7 @@ from jax_moe.parameters import declared
 from jax_moe.porting.errors import MixtureOnlyError, PortError
 from jax_moe.porting.families import family_named, has_mixture
 from jax_moe.porting.families.family import Family
+from jax_moe.porting.formats.carried import apart
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.own_folder import instead
 from jax_moe.porting.formats.quantised import read_scheme, without_scheme
@@ -77,9 +78,12 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
         check_weights_name(values)
         check_layers(values, headers)
         config = family.config(values)
+        headers, carried = apart(family.whole, values, config.num_layers, headers)
         check_sizes(config, headers)
     text = without_scheme(text, values)
-    origin = Origin(model_type=family.name, config_json=text, directory=str(path.absolute()))
+    origin = Origin(
+        model_type=family.name, config_json=text, directory=str(path.absolute()), carried=tuple(sorted(carried))
+    )
     model = abstract_decoder(config, origin)
     plans = [make_plan(table, declared(model)) for table in (family.on_disk(config), family.in_memory(config))]
     plan = min(plans, key=lambda plan: len(plan.names ^ headers.keys()))

@@ -16,6 +16,7 @@ from jax_moe.guarded import read_json
 from jax_moe.parameters import declared
 from jax_moe.porting.errors import check_names
 from jax_moe.porting.families import FAMILIES, family_named
+from jax_moe.porting.formats.carried import carried_names
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.orbax import read_orbax, sums_from_json
 from jax_moe.porting.formats.state_file import read_state
@@ -39,7 +40,8 @@ def about_folder(
     if characters is not None:
         about["characters"] = characters
     if origin is not None:
-        about["origin"] = {"model_type": origin.model_type, "config_json": origin.config_json}
+        carried = {"carried": list(origin.carried)} if origin.carried else {}
+        about["origin"] = {"model_type": origin.model_type, "config_json": origin.config_json, **carried}
     return about
 
 
@@ -112,7 +114,10 @@ def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
     said = about.get("origin")
     if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("model_type", "config_json")):
         raise ValueError(f"{where}: origin={said!r}: must be an object with model_type and config_json")
-    origin = Origin(model_type=said["model_type"], config_json=said["config_json"], directory=str(path.absolute()))
+    origin = Origin(
+        model_type=said["model_type"], config_json=said["config_json"], directory=str(path.absolute()),
+        carried=carried_names(said, str(where)),
+    )
     arrays, model = _stored_arrays(path, about), abstract_decoder(config, origin)
     check_arrays(path, arrays, declared(model))
     return Found(

@@ -24,6 +24,7 @@ from jax_moe.porting.formats.orbax import Sums, damaged, read_orbax
 from jax_moe.porting.formats.own_folder import check_arrays
 from jax_moe.porting.formats.state_file import read_whole
 from jax_moe.porting.tensors import Header, in_memory
+from jax_moe.stored import kept_paths
 
 CHECKPOINTS, MODEL, PRETRAINED = "checkpoints", "model.safetensors", "pretrained"
 
@@ -62,7 +63,8 @@ def _open_finetune(path: Path, about: Mapping[str, Any], run: RunWeights) -> Fou
     dtypes = {piece.ours: np.dtype(began.tensors[piece.theirs].dtype) for piece in began.plan.pieces}
     arrays = checkpoint_arrays(run.place)
     check_arrays(run.place, arrays, declared(began.model))
-    tensors = {name: _as(header, dtypes[name]) for name, header in arrays.items()}
+    kept = kept_paths(began.model)  # a correction bias that was trained is wider than the one it began with
+    tensors = {name: header if name in kept else _as(header, dtypes[name]) for name, header in arrays.items()}
     return Found(
         path=path, kind="run", place=run.place, family=began.family, config=began.config, tensors=tensors, ours=True,
         run=run, origin=began.origin, model=began.model,

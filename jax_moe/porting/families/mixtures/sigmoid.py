@@ -5,8 +5,8 @@ sigmoids.
 from typing import Any
 
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families import decoders
-from jax_moe.porting.families.family import Family, Mixture
+from jax_moe.porting.families import decoders, latent
+from jax_moe.porting.families.family import Family, Mixture, Whole
 from jax_moe.porting.families.fields import OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     DEEPSEEK,
@@ -99,13 +99,14 @@ def write_v2(moe: MoEConfig) -> dict[str, Any]:
     return (V2_GREEDY if greedy else V2).write(moe) | {"topk_method": "greedy" if greedy else "group_limited_greedy"}
 
 
-def v2(name: str, around: bool = False) -> Family:
+def v2(name: str, around: bool = False, decoder: Whole | None = None) -> Family:
     """A model type with DeepSeek-V2's mixture; `around`: of its text model."""
     types, roots = (nested(name), ROOTS) if around else ({}, ("model.",))
-    return Family(name, Mixture(read_v2, write_v2, *DEEPSEEK, types, roots))
+    return Family(name, Mixture(read_v2, write_v2, *DEEPSEEK, types, roots), decoder)
 
 
 MEMORY = DEEPSEEK[1].rows
+MISTRAL4_NAMES = both("hf_mistral4_layer", MEMORY, MEMORY)  # written as it is in memory
 SHARED_EXPERT = renamed(SHARED_EXPERTS, "shared_experts", "shared_expert")
 OWN = router(correction="e_score_correction_bias")  # the bias is the mixture's own
 HY3_DISK = (*router("router.gate.weight", "expert_bias"), *each_expert())
@@ -128,10 +129,10 @@ LFM2_NAMES = both(
 )
 
 SIGMOID = (
-    family("deepseek_v3", EIGHT, DEEPSEEK),
+    family("deepseek_v3", EIGHT, DEEPSEEK, {"kimi_k2": ""}, decoder=latent.DEEPSEEK_V3),
     family("deepseek_v32", EIGHT, DEEPSEEK),
     family("glm4_moe", ONE, DEEPSEEK, decoder=decoders.GLM4),
-    family("glm4_moe_lite", V3.defaults(routed_scaling_factor=1.8), DEEPSEEK),
+    family("glm4_moe_lite", V3.defaults(routed_scaling_factor=1.8), DEEPSEEK, decoder=latent.GLM4_LITE),
     multimodal("glm4v_moe", ONE.but(**OF_LOGITS), DEEPSEEK),
     family("glm_moe_dsa", V3, DEEPSEEK),
     family("solar_open", ONE, DEEPSEEK, decoder=decoders.SOLAR),
@@ -149,8 +150,8 @@ SIGMOID = (
     family("laguna", LAGUNA.but(**OF_LOGITS), LAGUNA_NAMES),
     family("flint", FLINT.but(**OF_LOGITS), FLINT_NAMES),
     family("lfm2_moe", LFM2, LFM2_NAMES),
-    family("mistral4", MISTRAL4, DEEPSEEK),
-    v2("deepseek_v2"),
+    family("mistral4", MISTRAL4, MISTRAL4_NAMES, decoder=latent.MISTRAL4),
+    v2("deepseek_v2", decoder=latent.DEEPSEEK_V2),
     v2("deepseek_ocr2", around=True),
     v2("unlimited_ocr", around=True),
 )
