@@ -50,7 +50,7 @@ class Inspect:
     """Describes a checkpoint: family, parameters, contract in words, and settings assumed as the file has none.
 
     For a Hugging Face model only headers are read, and active parameters, bytes, and the memory needed on N devices are
-    printed too. The exit status is 1 if the checkpoint cannot be loaded.
+    printed too; PATH may be its config.json alone. The exit status is 1 if the checkpoint cannot be loaded.
     """
 
     path: tyro.conf.Positional[Path]

@@ -9,22 +9,31 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.config.describe import describe
+from jax_moe.config.models import Origin
+from jax_moe.guarded import read_text_and_object
 from jax_moe.parameters import declared
 from jax_moe.porting.checkpoint import load_found
+from jax_moe.porting.families import family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import weight_files
+from jax_moe.porting.formats.quantised import read_scheme
 from jax_moe.porting.formats.state_file import read_state
+from jax_moe.porting.state_dict import abstract_decoder
 from moe_cli.arguments import Inspect
 from moe_cli.common import assumed_in_words, summary
 from moe_cli.layers import inspect_layers, opened
 from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, name_lines, readable, stored_in_words
 
 DEVICES = (1, 2, 4, 8)
+STORED = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes
 
 
 def inspect(command: Inspect) -> int:
     """Prints what a checkpoint holds. Of a file of no known family, prints its tensors and raises ValueError."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
+    if command.path.suffix == ".json" and command.path.is_file():
+        _print_config(command)
+        return 0
     try:
         found = opened(command.path, command.layers, command.choices)
         if isinstance(found, tuple):
@@ -73,6 +82,28 @@ def _inspect_decoder(command: Inspect, found: Found) -> None:
     _print(found, dtypes, where, command)
 
 
+def _print_config(command: Inspect) -> None:
+    """Prints the model that a config.json describes, without its weights."""
+    text, values = read_text_and_object(command.path)
+    try:
+        scheme = read_scheme(values)
+        family = family_named(values.get("model_type"))
+        config = family.config(values)
+    except ValueError as error:
+        raise ValueError(f"{command.path}: {error}") from None
+    said = values.get("dtype", values.get("torch_dtype")) or "float32"
+    known = isinstance(said, str) and said in STORED
+    require(known, f"{command.path}: dtype", said, f"one of {', '.join(STORED)}")
+    origin = Origin(model_type=family.name, config_json=text, directory=str(command.path.parent.absolute()))
+    model = abstract_decoder(config, origin)
+    found = Found(
+        path=command.path, kind="hf", place=command.path, family=family, config=config, tensors={}, ours=False,
+        origin=origin, model=model, quantised=None if scheme is None else scheme.words,
+    )
+    sizes = dict.fromkeys(declared(model), STORED[said])
+    _print(found, sizes, f"none, this is the config.json alone; weights counted as {said}", command)
+
+
 def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Inspect) -> None:
     config, tensors, arrays = found.config, found.stored, declared(found.model)
     counts = count_parameters(arrays, config)
@@ -81,7 +112,8 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
         f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts in "
         "each layer that a token is not sent to; embedding and head count in full"
     )
-    print(f"files: {where}; {stored_in_words(tensors.values(), found.quantised)}")
+    held = f"; {stored_in_words(tensors.values(), found.quantised)}" if tensors else ""
+    print(f"files: {where}{held}")
     carried = () if found.origin is None else found.origin.carried
     if carried:
         print(f"carried: {len(carried)} tensors that predict further tokens; not used here, kept on saving")

@@ -12,12 +12,13 @@ import optax
 from flax import nnx
 
 from jax_moe.dims import Array
-from jax_moe.losses import chosen_experts, next_token_loss, pool_balance_loss
+from jax_moe.losses import chosen_experts, next_token_loss, pool_balance_loss, tokens_per_expert
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE, Randomness
 from jax_moe.models.stack import ModelOutput
 from jax_moe.optimizers import adamw_as_torch, warmup_schedule
 from jax_moe.porting.state_dict import to_torch
+from jax_moe.stored import stored_state
 from jax_moe.unchosen import SkippingAdamState, flat_counts
 from moe_parity.training.settings import Numbers, TrainSettings
 
@@ -78,7 +79,7 @@ class JaxTrainer:
         self, model: nnx.Module, settings: TrainSettings, loss: Loss,
         optimizer: optax.GradientTransformation | None = None, compiler_options: tuple[tuple[str, int], ...] = (),
     ):
-        self.model = model
+        self.model, self.settings = model, settings
         self.optimizer = optimizer or make_optimizer(settings)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         self.rest: Any = rest
@@ -86,6 +87,7 @@ class JaxTrainer:
         self.state = jax.jit(self.optimizer.init)(self.params)
         self._gradients = gradients_of(graphdef, loss, settings, compiler_options)
         self._update = jax.jit(partial(_update, self.optimizer), donate_argnums=(0, 1))
+        self._graphdef, self._move_biases = graphdef, jax.jit(partial(_moved_biases, graphdef, settings))
 
     def run(self, draw: Callable[[int], Numbers], steps: Iterable[int]) -> Curve:
         """Trains on the inputs that `draw` gives for these steps."""
@@ -95,13 +97,16 @@ class JaxTrainer:
             given = {name: jnp.asarray(v, dtype if v.dtype.kind == "f" else None) for name, v in draw(step).items()}
             gradients, loss, expert_NLTK, chosen_LE = self._gradients(self.params, self.rest, given)
             self.params, self.state = self._update(self.params, self.state, gradients, chosen_LE)
+            if self.settings.bias_update_rate:
+                self.rest = self._move_biases(self.params, self.rest, expert_NLTK)
             losses.append(float(loss))
             chosen.append(np.asarray(expert_NLTK))
         return Curve(np.asarray(losses), np.stack(chosen))
 
     def weights(self, layout: str | None = None) -> dict[str, np.ndarray]:
-        """The present parameters under PyTorch's names."""
-        return to_torch(self.model, self.params, layout=layout)
+        """The present weights, correction biases too, under PyTorch's names."""
+        model = nnx.merge(self._graphdef, self.params, self.rest)
+        return to_torch(model, stored_state(model), layout=layout)
 
 
 def expert_counts(state: optax.OptState) -> dict[str, np.ndarray]:
@@ -139,3 +144,12 @@ def _update(
     """The new weights and optimizer state, in the buffers of the old."""
     updates, state = optax.with_extra_args_support(optimizer).update(gradients, state, params, chosen=chosen_LE)
     return optax.apply_updates(params, updates), state
+
+
+def _moved_biases(graphdef: Any, settings: TrainSettings, params: Any, rest: Any, expert_NLTK: Array) -> Any:
+    """The other state, with the correction biases moved by the load of a step's parts."""
+    model = nnx.merge(graphdef, params, rest)
+    num_experts = model.config.moe.num_experts
+    tokens_LE = jax.vmap(lambda expert_NTK: tokens_per_expert(expert_NTK, num_experts), in_axes=1)(expert_NLTK)
+    model.update_correction_biases(tokens_LE, settings.bias_update_rate)
+    return nnx.split(model, nnx.Param, ...)[2]

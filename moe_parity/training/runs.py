@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe.config.checks import require
+from jax_moe.models.decoder import Decoder
 from jax_moe.porting.checkpoint import Checkpoint
-from jax_moe.porting.families import reference_table
+from jax_moe.porting.families import family_named, reference_table
 from jax_moe.porting.pretrained import load_pretrained
 from jax_moe.porting.state_dict import abstract_module, from_torch, to_torch
 from moe_parity.compare import settings as computing_in
@@ -27,7 +28,7 @@ from moe_parity.sides.transformers import import_transformers, load_reference, w
 from moe_parity.stages import relative_error
 from moe_parity.training.jax_side import Curve, JaxTrainer, decoder_loss, expert_counts, makemoe_loss
 from moe_parity.training.settings import Numbers, TrainSettings, decoder_numbers, makemoe_numbers
-from moe_parity.training.torch_side import TorchTrainer, transformers_loss
+from moe_parity.training.torch_side import TorchTrainer, TransformersLoss
 from moe_parity.training.torch_side import makemoe_loss as makemoe_loss_torch
 
 LOSS = {"float64": 1e-10, "float32": 1e-5}  # allowed relative difference of the losses
@@ -122,13 +123,13 @@ def run_both(make: Make, settings: TrainSettings, dtype: str) -> Runs:
     steps = range(settings.steps)
     with computing_in(dtype):
         sides = make(settings, dtype)
-        start = jax.tree.map(jnp.copy, (sides.ours.params, sides.ours.state))
+        start, rest = jax.tree.map(jnp.copy, (sides.ours.params, sides.ours.state)), sides.ours.rest
         ours = sides.ours.run(sides.draw, steps)
         with sides.torch_settings():
             theirs = sides.theirs.run(sides.draw, steps)
         error, where = weights_error(sides.ours.weights(sides.layout), sides.theirs.weights())
         counts = expert_counts(sides.ours.state)
-        sides.ours.params, sides.ours.state = _perturbed(start[0]), start[1]
+        sides.ours.params, sides.ours.state, sides.ours.rest = _perturbed(start[0]), start[1], rest
         return Runs(dtype, ours, theirs, sides.ours.run(sides.draw, steps), error, where, counts)
 
 
@@ -169,9 +170,22 @@ def folder_sides(path: Path, settings: TrainSettings, dtype: str) -> Sides:
     inside = widened if dtype == "float64" else nullcontext
     with inside():
         reference = load_reference(path, model.origin.model_type, dtype)
-        theirs = TorchTrainer(reference, settings, transformers_loss)
+        experts, biases = in_reference(model, "experts.down"), in_reference(model, "router.correction_bias")
+        loss = TransformersLoss(tuple(name.rpartition(".")[0] for name in experts))
+        theirs = TorchTrainer(reference, settings, loss, biases=biases)
     ours, layout = JaxTrainer(model, settings, decoder_loss), reference_table(model).name
     return Sides(ours, theirs, partial(decoder_numbers, model.config, settings), layout, inside)
+
+
+def in_reference(model: Decoder, ours: str) -> tuple[str, ...]:
+    """The names in transformers' memory of a parameter of every mixture; none if mixtures lack it."""
+    assert model.origin is not None
+    mixture = family_named(model.origin.model_type).mixture
+    assert mixture is not None
+    names = [row.theirs for row in mixture.in_memory.rows if row.ours == ours]
+    return tuple(
+        mixture.in_memory.within.format(l=layer) + name for layer in model.config.moe_layers for name in names
+    )
 
 
 def train_folder(path: Path, settings: TrainSettings) -> list[Runs]:

@@ -33,6 +33,8 @@ class TrainSettings:
     balance_loss_weight: float = 0.01
     """For makeMoE; the contract of a Hugging Face model has its own weight."""
     router_z_loss_weight: float = 0.001
+    bias_update_rate: float = 0.0
+    """For a Hugging Face model with a correction bias: `update_correction_bias` after every step; 0 keeps it."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("num_tokens", 1)):

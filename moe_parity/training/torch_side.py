@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jax_moe.porting.torch_tensors import import_torch, tensor_to_numpy
+from moe_parity.sides.hooks import watching
 from moe_parity.training.jax_side import Curve
 from moe_parity.training.settings import Numbers, TrainSettings
 
@@ -27,14 +29,22 @@ def makemoe_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) 
     return loss, output.expert_LBTK.flatten(1, 2).numpy()
 
 
-def transformers_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
-    """The training loss of transformers, balance loss included, and the experts [L, tokens, K] by its router logits."""
-    torch = import_torch("parity")
-    tokens = part["tokens"]
-    output = module(tokens, labels=tokens, use_cache=False, output_router_logits=True)
-    logits_LSE = torch.stack([logits.detach() for logits in output.router_logits])
-    order = torch.sort(logits_LSE, dim=-1, descending=True, stable=True)[1]
-    return output.loss, order[..., : module.config.num_experts_per_tok].numpy()
+@dataclass(frozen=True)
+class TransformersLoss:
+    """The training loss of transformers, balance loss included, and the experts [L, tokens, K] that its mixtures call.
+
+    `experts` are the paths of their modules.
+    """
+
+    experts: tuple[str, ...]
+
+    def __call__(self, module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[Any, np.ndarray]:
+        chosen: list[np.ndarray] = []
+        with watching() as watch:
+            for path in self.experts:
+                watch.out_of(module.get_submodule(path), lambda y, x, index, *_: chosen.append(index.numpy()))
+            output = module(part["tokens"], labels=part["tokens"], use_cache=False)
+        return output.loss, np.stack(chosen)
 
 
 @contextmanager
@@ -51,11 +61,16 @@ def _threads_for(module: Any) -> Iterator[None]:
 
 
 class TorchTrainer:
-    """A module, its optimizer (torch.optim.AdamW unless given) and the training loop."""
+    """A module, its optimizer (torch.optim.AdamW unless given) and the training loop.
 
-    def __init__(self, module: Any, settings: TrainSettings, loss: Loss, optimizer: Any = None):
+    `biases` are the names of its mixtures' correction biases, which no optimizer moves.
+    """
+
+    def __init__(
+        self, module: Any, settings: TrainSettings, loss: Loss, optimizer: Any = None, biases: tuple[str, ...] = ()
+    ):
         torch = import_torch("parity")
-        self.module, self.settings, self.loss = module, settings, loss
+        self.module, self.settings, self.loss, self.biases = module, settings, loss, biases
         self.optimizer = optimizer or torch.optim.AdamW(
             module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -82,9 +97,25 @@ class TorchTrainer:
                 losses.append(loss.item())
                 chosen.append(expert_LTK)
             clipped_step(self.optimizer, settings.rate(step), settings.clip_norm)
+            if settings.bias_update_rate:
+                self._move_biases(np.stack(chosen))
             curve.append(float(np.mean(losses, dtype=np.float64)))
             experts.append(np.stack(chosen))
         return Curve(np.asarray(curve), np.stack(experts))
+
+    def _move_biases(self, expert_NLTK: np.ndarray) -> None:
+        """Moves the correction biases by the load of a step's parts: in fp32, even where the module computes in fp64.
+
+        `widened` leaves no fp32 in torch. A sum of two fp32 numbers, taken in fp64 and rounded, is that of fp32.
+        """
+        from torch_ref import tokens_per_expert, update_correction_bias
+
+        torch, held = import_torch("parity"), self.module.state_dict()
+        rate = float(np.float32(self.settings.bias_update_rate))
+        for layer, name in enumerate(self.biases):
+            tokens_E = tokens_per_expert(torch.from_numpy(expert_NLTK[:, layer]), held[name].numel())
+            moved_E = update_correction_bias(held[name].flatten(), tokens_E, rate).numpy().astype(np.float32)
+            held[name].copy_(torch.from_numpy(moved_E).view_as(held[name]))
 
     @property
     def names(self) -> list[str]:
@@ -92,5 +123,7 @@ class TorchTrainer:
         return [name for name, _ in self.module.named_parameters()]
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The present parameters by name."""
-        return {name: tensor_to_numpy(value) for name, value in self.module.named_parameters()}
+        """The present parameters and correction biases by name."""
+        held = dict(self.module.named_parameters())
+        held |= {name: self.module.state_dict()[name] for name in self.biases}
+        return {name: tensor_to_numpy(value) for name, value in held.items()}

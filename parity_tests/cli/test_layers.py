@@ -11,7 +11,7 @@ from parity_tests.cli.commands import fails, run
 from parity_tests.porting.mixture_folders import deepseek, mixture
 from parity_tests.shared.compare import check_exact
 
-ALONE = "of deepseek_v3 the mixture of a layer is known, not the whole decoder"
+ALONE = "of deepseek_v32 the mixture of a layer is known, not the whole decoder"
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def unknown(tmp_path: Path) -> Path:
 def test_inspect(unknown: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Layers of one contract together; of a known decoder where they are named."""
     said = run(capsys, "inspect", unknown)
-    assert said.startswith(f"deepseek_v3: mixtures in layers 1, 3; {ALONE}\nlayers 1, 3: 46 tensors, ")
+    assert said.startswith(f"deepseek_v32: mixtures in layers 1, 3; {ALONE}\nlayers 1, 3: 46 tensors, ")
     assert "  clusters: the best 2 of 3\n" in said and "sigmoid over all" in said
     one = run(capsys, "inspect", unknown, "--layers", "3", "--names")
     assert "\nlayer 3: 23 tensors, " in one and "model.layers.3.mlp.gate.e_score_correction_bias" in one

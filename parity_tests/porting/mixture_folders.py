@@ -28,7 +28,7 @@ def mixture(layer: int) -> jax_moe.MoE:
 def deepseek(folder: Path, fused: bool = False, **settings: Any) -> Path:
     """A DeepSeek-V3 folder, a file a layer; `settings` change its config.json, None leaves one out."""
     folder.mkdir()
-    family = FAMILIES["deepseek_v3"].mixture
+    family = FAMILIES["deepseek_v32"].mixture
     assert family is not None
     side, where = family.in_memory if fused else family.on_disk, dict[str, str]()
     for layer in range(5):
@@ -43,7 +43,7 @@ def deepseek(folder: Path, fused: bool = False, **settings: Any) -> Path:
         where |= dict.fromkeys(state, file)
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    values = {**family.write(CONTRACT), "model_type": "deepseek_v3", "num_hidden_layers": 4, **settings}
+    values = {**family.write(CONTRACT), "model_type": "deepseek_v32", "num_hidden_layers": 4, **settings}
     text = json.dumps({name: value for name, value in values.items() if value is not None})
     (folder / "config.json").write_text(text)
     (folder / "notes").mkdir()

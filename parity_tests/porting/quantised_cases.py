@@ -189,7 +189,9 @@ CASES: dict[str, Case] = {
 
 
 def plain_folder(case: Case, folder: Path) -> Path:
-    """A whole Mixtral in bf16, or one layer of gpt-oss."""
+    """A whole Mixtral in bf16, or one layer of gpt-oss; the folder that is there, if there is one."""
+    if folder.exists():
+        return folder
     if case.family != "gpt_oss":
         jax_moe.save_pretrained(decoder(case.family, BF16), folder, model_type=case.family)
         return folder

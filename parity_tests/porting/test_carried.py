@@ -60,7 +60,7 @@ def test_every_way_keeps_them(folder: Path, tmp_path: Path, capsys: pytest.Captu
     run(capsys, "port", tmp_path / "orbax", tmp_path / "back")
     jax_moe.save(jax_moe.load(tmp_path / "orbax"), tmp_path / "orbax2")
     shutil.rmtree(tmp_path / "orbax")
-    run(capsys, "port", tmp_path / "orbax2", tmp_path / "again")
+    run(capsys, "port", tmp_path / "orbax2", tmp_path / "again", "--to", "hf")
     for name in ("saved", "ported", "back", "again"):
         check_exact(weights(tmp_path / name), before, name)
     run(capsys, "port", folder, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16")

@@ -76,7 +76,7 @@ def turned(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 REAL = fp8_file.unpacked
-SCALES = fp8_file.as_fp32
+SCALES, EXPONENTS = fp8_file.as_fp32, fp8_file.exponents
 A_ROW = compressed_tensors._a_row
 
 
@@ -86,7 +86,7 @@ A_ROW = compressed_tensors._a_row
         ("fp4 experts", fp8_file, "unpacked", turned), (MXFP4, mxfp4, "unpacked", turned),
         ("int4, groups", compressed_tensors, "unpacked", turned),
         ("fp8", fp8_file, "as_fp32", lambda scale: np.roll(SCALES(scale), 1, -1)),
-        (MXFP4, mxfp4, "as_fp32", lambda scale: np.roll(SCALES(scale), 1, 0)),
+        (MXFP4, mxfp4, "exponents", lambda scale: np.roll(EXPONENTS(scale), 1, 0)),
         ("int8", compressed_tensors, "_a_row", lambda each, grid: np.roll(A_ROW(each, grid), 1, 0)),
     ],
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,10 @@ def draw_weights(model: Any, seed: int) -> None:
             parameter.copy_(torch.from_numpy(drawn))
 
 
-def case_folder(name: str, folder: Path) -> Path:
-    """A folder that transformers wrote of the case of that name, with drawn weights."""
+def case_folder(name: str, folder: Path, **sizes: Any) -> Path:
+    """A folder that transformers wrote of the case of that name, with these sizes and drawn weights."""
     case = next(case for case in CASES if case.name == name)
+    case = replace(case, sizes=case.sizes | sizes)
     reference = case.reference(case.config())
     draw_weights(reference, seed=1)
     return save_reference(reference, folder)

@@ -19,11 +19,14 @@ import torch
 from flax import nnx
 
 import jax_moe
+import torch_ref
+from jax_moe.config.moe import BalanceConfig
 from jax_moe.porting.checkpoint import Checkpoint
 from jax_moe.porting.optimizer.state import optimizer_from_torch, optimizer_to_torch
 from moe_parity.compare import settings as computing_in
+from moe_parity.sides.hooks import first, watching
 from moe_parity.training.jax_side import JaxTrainer, decoder_loss, makemoe_loss
-from moe_parity.training.runs import Runs, Sides, folder_sides, makemoe_sides, run_both
+from moe_parity.training.runs import Runs, Sides, folder_sides, in_reference, makemoe_sides, run_both
 from moe_parity.training.settings import TrainSettings
 from moe_parity.training.torch_side import TorchTrainer
 from parity_tests.layers import originals
@@ -32,6 +35,7 @@ from parity_tests.shared.filled import filled
 from parity_tests.shared.quick import QUICK
 from parity_tests.table.checks import Column, always
 from parity_tests.table.family_cases import case_folder
+from torch_ref.losses import group_balance_loss
 from train.configs.settings import OptimizerSettings
 from train.learners.optimizer import make_optimizer
 
@@ -42,6 +46,9 @@ OPTIONS = tuple((QUICK or {}).items())
 SKIPPING = dataclasses.replace(
     SETTINGS, unchosen="skip", batch_size=1, num_tokens=5, balance_loss_weight=0.0, router_z_loss_weight=0.0
 )
+# DeepSeek-V3's: the correction bias moves after every step, and a sequence-wise loss stands beside it.
+UPDATING = dataclasses.replace(SETTINGS, bias_update_rate=0.01)
+SEQUENCE_WISE, SEQUENCE_WEIGHT = BalanceConfig(of="scores", counted_in="sequence"), 0.05
 MANY_EXPERTS = dataclasses.replace(CONFIG, num_experts=8, dropout=0.0)
 CROSSINGS = (50, 100)  # the steps before which the run moves to JAX, and back
 
@@ -53,6 +60,7 @@ class RunCase:
     name: str
     family: str | None = None
     settings: TrainSettings = SETTINGS
+    layers: int | None = None  # None: as many as the family's case has
 
     def sides(self, folder: Path, settings: TrainSettings, dtype: str) -> Sides:
         """Both trainers; the JAX side is compiled with quick options."""
@@ -62,14 +70,19 @@ class RunCase:
             made = makemoe_sides(makemoe(), settings, dtype)
         else:
             if not (folder / "config.json").exists():
-                case_folder(self.family, folder)
+                case_folder(self.family, folder, **({"num_hidden_layers": self.layers} if self.layers else {}))
             made = folder_sides(folder, settings, dtype)
+        if settings.bias_update_rate:
+            made = with_sequence_wise_loss(made)
         loss = makemoe_loss if self.family is None else decoder_loss
         return made._replace(ours=JaxTrainer(made.ours.model, settings, loss, compiler_options=OPTIONS))
 
 
 ORIGINAL = RunCase("makeMoE's own modules, unchosen experts skipped", settings=SKIPPING)
-RUN_CASES = [RunCase("makemoe model, noise and dropout"), RunCase("mixtral, transformers", "mixtral"), ORIGINAL]
+UPDATED = RunCase("solar_open, transformers, correction bias updated", "solar_open", UPDATING, layers=1)
+RUN_CASES = [
+    RunCase("makemoe model, noise and dropout"), RunCase("mixtral, transformers", "mixtral"), ORIGINAL, UPDATED
+]
 
 
 @functools.cache
@@ -99,6 +112,31 @@ def original_sides(settings: TrainSettings, dtype: str) -> Sides:
     return Sides(trainer, TorchTrainer(module, settings, original_loss), draw, layout, inside)
 
 
+def with_sequence_wise_loss(made: Sides) -> Sides:
+    """Both sides with the balance loss of each sequence; PyTorch's is `torch_ref`'s, of the gates' logits."""
+    model, plain = made.ours.model, made.theirs.loss
+    moe = dataclasses.replace(model.config.moe, balance=SEQUENCE_WISE)
+    model.config = dataclasses.replace(model.config.with_moe(moe), balance_loss_weight=SEQUENCE_WEIGHT)
+    model.moe.config = moe
+    gates = [name.rpartition(".")[0] for name in in_reference(model, "router.kernel")]
+
+    def loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[torch.Tensor, np.ndarray]:
+        found: list[torch.Tensor] = []
+        with watching() as watch:
+            for gate in gates:
+                watch.out_of(module.get_submodule(gate), lambda answer, *_: found.append(first(answer)))
+            value, expert_LTK = plain(module, part, settings)
+        shape = (*part["tokens"].shape, -1)
+        for logits, chosen in zip(found, torch.from_numpy(expert_LTK), strict=True):
+            expert_BTK, logits_BTE = chosen.view(shape), logits.view(shape)
+            routing = torch_ref.Routing(expert_BTK, expert_BTK.to(logits.dtype), logits_BTE, expert_BTK)
+            value = value + SEQUENCE_WEIGHT / len(found) * group_balance_loss(routing, moe)
+        return value, expert_LTK
+
+    made.theirs.loss = loss
+    return made
+
+
 def original_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings) -> tuple[torch.Tensor, np.ndarray]:
     """The cross entropy of the next token, as in makeMoE's loop, and the experts [L, tokens, K]."""
     tokens, chosen = part["tokens"], []
@@ -117,15 +155,17 @@ def original_loss(module: Any, part: Mapping[str, Any], settings: TrainSettings)
 
 def to_jax(theirs: TorchTrainer, ours: JaxTrainer) -> None:
     """Moves weights and optimizer state to JAX, as a user would."""
-    jax_moe.from_torch(ours.model, theirs.module.state_dict())
-    ours.params = jax.tree.map(jnp.copy, nnx.state(ours.model, nnx.Param))
+    state = theirs.module.state_dict()
+    jax_moe.from_torch(ours.model, state | {name: state[name].float() for name in theirs.biases})
+    _, params, ours.rest = nnx.split(ours.model, nnx.Param, ...)
+    ours.params = jax.tree.map(jnp.copy, params)
     state = jax.jit(ours.optimizer.init)(ours.params)
     ours.state = optimizer_from_torch(ours.model, theirs.optimizer.state_dict(), state, names=theirs.names)
 
 
 def to_pytorch(ours: JaxTrainer, theirs: TorchTrainer, layout: str | None) -> None:
     """Moves weights and optimizer state to PyTorch."""
-    nnx.update(ours.model, ours.params)
+    nnx.update(ours.model, ours.params, ours.rest)
     weights = jax_moe.to_torch(ours.model, layout=layout)
     theirs.module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     like = theirs.optimizer.state_dict()

@@ -18,7 +18,7 @@ from jax_moe.optimizers import adamw_as_torch, clip_as_torch
 from jax_moe.porting.checkpoint import save
 from moe_cli.main import main
 from moe_parity.training.jax_side import JaxTrainer, make_optimizer, makemoe_loss, schedule
-from moe_parity.training.runs import changed_tokens, run_both
+from moe_parity.training.runs import changed_tokens, run_both, weights_error
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.table.checks import check_measured, check_row
 from parity_tests.table.run_checks import (
@@ -27,6 +27,8 @@ from parity_tests.table.run_checks import (
     RUN_CASES,
     RUN_COLUMNS,
     SETTINGS,
+    UPDATED,
+    UPDATING,
     RunCase,
     WholeRuns,
     makemoe,
@@ -48,8 +50,22 @@ def test_row(case: RunCase, tmp_path: Path) -> None:
     if case is ORIGINAL:
         counts = found.expert_counts["blocks.moe.experts"]
         assert 1 - counts.mean() / SETTINGS.steps > 0.1 and counts.min() == 0  # measured: 0.48, one expert never
+    if case is UPDATED:
+        first, last = (np.bincount(part.ravel()) for part in np.split(found.ours.expert_SNLTK, [20, -20])[::2])
+        assert last.max() / last.min() < 1.3 < 2 < first.max() / first.min()  # measured: 1.14, 2.6
     later = dataclasses.replace(found.ours, expert_SNLTK=np.roll(found.ours.expert_SNLTK, 1, axis=0))
     assert (changed_tokens(found.ours, later) > 0).all()
+
+
+def test_a_correction_bias_that_stays_is_seen(tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        made = UPDATED.sides(tmp_path, UPDATING, "float64")
+        made.theirs.settings = dataclasses.replace(UPDATING, bias_update_rate=0.0)
+        made.ours.run(made.draw, range(2))
+        with made.torch_settings():
+            made.theirs.run(made.draw, range(2))
+        error, where = weights_error(made.ours.weights(made.layout), made.theirs.weights())
+    assert error > 0.01 and where.endswith("e_score_correction_bias")
 
 
 def test_every_run_was_measured() -> None:

@@ -41,9 +41,12 @@ def decoder_names() -> list[str]:
 def family_named(model_type: object) -> Family:
     """The family of a whole decoder. Raises ValueError for one that is not here, or is known by its mixture alone."""
     whole = decoder_names()
+    known = {also: one for one in FAMILIES.values() if one.decoder is not None for also in one.decoder.also}
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
     if not isinstance(model_type, str) or model_type not in whole:
-        known = has_mixture(model_type)
-        hint = "; of this type the mixture of a layer is known, not the whole decoder" if known else ""
+        alone = "; of this type the mixture of a layer is known, not the whole decoder"
+        hint = alone if has_mixture(model_type) else ""
         raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(whole)}{hint}")
     return FAMILIES[model_type]
 

@@ -111,6 +111,7 @@ class Whole:
     layer: str = LAYER  # what stands before the names of these rows
     before: tuple[Row, ...] = BEFORE  # all layers
     after: tuple[Row, ...] = AFTER
+    also: tuple[str, ...] = ()  # further model types that are the same decoder
     # What begins the names of tensors that the decoder does not use and saving keeps; LAYER: layers after the last
     carried: tuple[str, ...] = ()
     # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
@@ -175,7 +176,8 @@ class Family:
 
     def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
         settings = Settings(values)
-        settings.must_be("model_type", self.name, "the family")
+        if values.get("model_type") not in (() if self.decoder is None else self.decoder.also):
+            settings.must_be("model_type", self.name, "the family")
         settings.must_be("is_causal", True, "a decoder sees what stands before")
         settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
         config = None

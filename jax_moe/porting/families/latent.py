@@ -125,11 +125,11 @@ def read_types(settings: Settings) -> dict[str, Any]:
     return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
 
 
-def latent(architecture: str, silent: Silent) -> Whole:
+def latent(architecture: str, silent: Silent, also: tuple[str, ...] = ()) -> Whole:
     """A decoder of latent attention in every layer."""
     return Whole(
         architecture, partial(read, silent), partial(write, silent), attention={"latent": LATENT}, order=EXPERTS_FIRST,
-        carried=(LAYER,),
+        carried=(LAYER,), also=also,
     )
 
 
@@ -145,7 +145,9 @@ MISTRAL4_ROPE = {
 DEEPSEEK_V2 = latent(
     "DeepseekV2ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(0), 2048, interleave=False)
 )
-DEEPSEEK_V3 = latent("DeepseekV3ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(3), 4096))
+DEEPSEEK_V3 = latent(
+    "DeepseekV3ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(3), 4096), also=("kimi_k2",)
+)
 GLM4_LITE = latent(
     "Glm4MoeLiteForCausalLM",
     Silent(widths(512, 64, 192, 256), 768, Part(read_types, write_layer_types), 202752, norm_eps=1e-5),

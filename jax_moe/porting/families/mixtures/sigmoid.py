@@ -129,7 +129,7 @@ LFM2_NAMES = both(
 )
 
 SIGMOID = (
-    family("deepseek_v3", EIGHT, DEEPSEEK, decoder=latent.DEEPSEEK_V3),
+    family("deepseek_v3", EIGHT, DEEPSEEK, {"kimi_k2": ""}, decoder=latent.DEEPSEEK_V3),
     family("deepseek_v32", EIGHT, DEEPSEEK),
     family("glm4_moe", ONE, DEEPSEEK, decoder=decoders.GLM4),
     family("glm4_moe_lite", V3.defaults(routed_scaling_factor=1.8), DEEPSEEK, decoder=latent.GLM4_LITE),

@@ -94,7 +94,10 @@ def dequantise_fp8(parts: Parts, shape: tuple[int, ...], dtype: np.dtype, block:
 
 
 def as_fp32(scale: np.ndarray) -> np.ndarray:
-    """Scales as numbers; bytes are exponents, 127 for 1."""
-    if scale.dtype == np.uint8:
-        return np.ldexp(np.float32(1), scale.astype(np.int32) - 127)
-    return scale.astype(np.float32)
+    """Scales as numbers."""
+    return np.ldexp(np.float32(1), exponents(scale)) if scale.dtype == np.uint8 else scale.astype(np.float32)
+
+
+def exponents(scale: np.ndarray) -> np.ndarray:
+    """Of scales that are stored as bytes: 127 says a scale of 1."""
+    return scale.astype(np.int32) - 127

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.formats.quantised.fp8 import E2M1, as_fp32, not_converted
+from jax_moe.porting.formats.quantised.fp8 import E2M1, exponents, not_converted
 from jax_moe.porting.formats.quantised.scheme import Parts, Scheme, fits, in_strips, made_of, need, unpacked
 from jax_moe.porting.tensors import Header
 
@@ -43,6 +43,6 @@ def dequantise_mxfp4(parts: Parts, shape: tuple[int, ...], dtype: np.dtype) -> n
     blocks, scales, value = parts["blocks"].read(), parts["scales"].read(), np.empty(shape, dtype)
     for i in range(shape[0]):
         for strip in in_strips((shape[2], shape[1])):
-            numbers = E2M1[unpacked(blocks[i, strip], 4)] * as_fp32(scales[i, strip])[..., None]
+            numbers = np.ldexp(E2M1[unpacked(blocks[i, strip], 4)], exponents(scales[i, strip])[..., None])
             value[i, :, strip] = numbers.reshape(len(numbers), -1).T
     return value
