@@ -19,10 +19,16 @@ def layer_norm(
     return declare(norm, "norm", scale=dim, bias=dim)
 
 
-def rms_norm(x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*any D"]:
-    """x / rms(x) in fp32 or wider, rounded to the input's dtype, then times the scale (arXiv 1910.07467, eq. 4)."""
+def rms_norm(
+    x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float, wide_scale: bool = False
+) -> Float[Array, "*any D"]:
+    """x / rms(x) in fp32 or wider, times the scale (arXiv 1910.07467, eq. 4); rounded to the input's dtype before the
+    scale or, `wide_scale`, after it.
+    """
     wide_x = x.astype(wide(x.dtype))
     normed = wide_x * jax.lax.rsqrt((wide_x**2).mean(axis=-1, keepdims=True) + eps)
+    if wide_scale:
+        return (normed * scale_D.astype(normed.dtype)).astype(x.dtype)
     return normed.astype(x.dtype) * scale_D.astype(x.dtype)
 
 
@@ -30,16 +36,20 @@ def make_norm(
     kind: NormKind, width: int, eps: float, param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> "RMSNorm | nnx.LayerNorm":
     """The norm of that kind over D; a layer norm has a bias."""
-    return RMSNorm(width, eps, param_dtype) if kind == "rms" else layer_norm(width, rngs, param_dtype, eps)
+    if kind == "layer":
+        return layer_norm(width, rngs, param_dtype, eps)
+    return RMSNorm(width, eps, param_dtype, wide_scale=kind == "rms_wide")
 
 
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned scale."""
 
-    def __init__(self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32, dim: str = "D"):
-        self.eps = eps
+    def __init__(
+        self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32, dim: str = "D", wide_scale: bool = False
+    ):
+        self.eps, self.wide_scale = eps, wide_scale
         self.scale = parameter(jnp.ones((width,), param_dtype), dim, "norm")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         """The normed input, in its dtype."""
-        return rms_norm(x, self.scale[...], self.eps)
+        return rms_norm(x, self.scale[...], self.eps, self.wide_scale)

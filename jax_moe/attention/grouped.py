@@ -32,8 +32,8 @@ class KeysAndValues(NamedTuple):
 class GroupedAttention(nnx.Module):
     """Self-attention of H query heads over J key/value heads.
 
-    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `query_norm`,
-    `key_norm`.
+    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `sinks` [H],
+    `query_norm`, `key_norm`.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class GroupedAttention(nnx.Module):
         self.out = parameter(kernel_init(rngs.params(), (H, A, D), param_dtype), "H A D", "attention")
         if config.output_bias:
             self.out_bias = parameter(jnp.zeros((D,), param_dtype), "D", "attention")
+        if config.sinks:
+            self.sinks = parameter(jnp.zeros((H,), param_dtype), "H", "attention")
         if config.qk_norm != "none":
             widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
             self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype, "W") for width in widths)
@@ -124,10 +126,19 @@ class GroupedAttention(nnx.Module):
         scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
         # the most negative finite number, not -inf: a row that sees nothing must not become NaN
         scores_BJGTU = jnp.where(visible_BTU[:, None, None], scores_BJGTU, jnp.finfo(scores_BJGTU.dtype).min)
-        weights_BJGTU = dropout(jax.nn.softmax(scores_BJGTU, axis=-1).astype(dtype), config.dropout, key)
+        weights_BJGTU = dropout(self._softmax(scores_BJGTU).astype(dtype), config.dropout, key)
         heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
         return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD
+
+    def _softmax(self, scores_BJGTU: Array) -> Array:
+        """Over the keys and, where the contract has sinks, one more logit whose share is dropped."""
+        if not self.config.sinks:
+            return jax.nn.softmax(scores_BJGTU, axis=-1)
+        B, J, G, T, U = scores_BJGTU.shape
+        sink_JG11 = self.sinks[...].astype(scores_BJGTU.dtype).reshape(J, G, 1, 1)
+        beside = jnp.broadcast_to(sink_JG11, (B, J, G, T, 1))
+        return jax.nn.softmax(jnp.concatenate([scores_BJGTU, beside], axis=-1), axis=-1)[..., :U]
 
     def _norm(self, y_BTHA: Array, name: str) -> Array:
         """Queries or keys normed, each head or over their full width; values stay."""

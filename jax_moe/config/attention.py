@@ -158,6 +158,7 @@ class GroupedAttentionConfig(LayerAttention):
     norm_eps: float = 1e-6  # of these norms
     clip_qkv: float | None = None  # queries, keys and values to within +- this (OLMoE)
     multiplier: float | None = None  # on q.k (None: head_dim**-0.5)
+    sinks: bool = False  # a learned logit per head takes a share of every softmax and gives nothing (gpt-oss)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -171,7 +172,7 @@ class GroupedAttentionConfig(LayerAttention):
             self.rope.check_width(self.head_dim)
         window = self.window
         require(window is None or (is_int(window) and window >= 1), "sliding_window", window, "None or at least 1")
-        check_flags(self, "qkv_bias", "output_bias")
+        check_flags(self, "qkv_bias", "output_bias", "sinks")
         check_rates(attention_dropout=self.dropout)
         check_within(LEAST, norm_eps=self.norm_eps)
         check_within(LEAST, optional=True, clip_qkv=self.clip_qkv, attention_multiplier=self.multiplier)
@@ -187,7 +188,7 @@ class GroupedAttentionConfig(LayerAttention):
         return self.head_dim**-0.5 if self.multiplier is None else self.multiplier
 
     def stored(self) -> "GroupedAttentionConfig":
-        """The contract with only its heads, biases and norms."""
+        """The contract with only its heads, biases, sinks and norms."""
         plain: dict = {"rope": None, "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
         return dataclasses.replace(self, qk_norm_place="before_rope", **plain)
 
@@ -196,7 +197,7 @@ class GroupedAttentionConfig(LayerAttention):
         return {"num_heads * head_dim": self.num_heads * self.head_dim}
 
     def words(self) -> dict[str, list[str]]:
-        """Heads, scale, window, biases, norms, clipping; and the rotation."""
+        """Heads, scale, window, sinks, biases, norms, clipping; and the rotation."""
         H, J = self.num_heads, self.num_kv_heads
         biased = {"queries, keys and values": self.qkv_bias, "the output": self.output_bias}
         biases = [name for name, on in biased.items() if on]
@@ -209,6 +210,7 @@ class GroupedAttentionConfig(LayerAttention):
             "keys and values of their own" if H == J else f"each key and value head serving {H // J}": True,
             f"scores times {self.score_scale:.6g}": True,
             f"a window of {self.window or 0:,} positions": self.window is not None,
+            "a learned logit per head in the softmax's denominator": self.sinks,
             f"biases on {' and '.join(biases)}": bool(biases),
             norms.get(self.qk_norm, "") + (" after they are turned" * (self.qk_norm_place == "after_rope")):
                 self.qk_norm in norms,

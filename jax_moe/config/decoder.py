@@ -13,7 +13,7 @@ from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Nor
 from jax_moe.config.checks import LEAST, check_flags, check_literals, check_positive_ints, check_within, is_int, require
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "rms_wide", "layer"]
 NormPlace = Literal["before", "after", "around"]
 
 
@@ -61,7 +61,7 @@ class DecoderConfig:
     model_dim: int
     layers: tuple[LayerConfig, ...]
     max_positions: int = 2048  # the trained length; longer texts are not refused
-    norm: NormKind = "rms"
+    norm: NormKind = "rms"  # "rms_wide": the scale is applied before the answer is rounded (gpt-oss)
     norm_place: NormPlace = "before"  # each half of a layer: x + f(norm(x)), x + norm(f(x)), or both
     norm_eps: float = 1e-6
     tied_embeddings: bool = False  # the head is the transposed embedding
@@ -222,7 +222,7 @@ class DecoderConfig:
 ATTENTION_FIELDS = {
     "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "head_dim": "head_dim", "rope": "rope",
     "qkv_bias": "qkv_bias", "output_bias": "output_bias", "qk_norm": "qk_norm", "qk_norm_place": "qk_norm_place",
-    "clip_qkv": "clip_qkv",
+    "clip_qkv": "clip_qkv", "sinks": "sinks",
     "attention_dropout": "dropout",
     "attention_multiplier": "multiplier",
 }
@@ -257,6 +257,7 @@ class GroupedDecoder:
     qk_norm: Norm = "none"
     qk_norm_place: NormOfHeads = "before_rope"
     clip_qkv: float | None = None
+    sinks: bool = False
     attention_dropout: float = 0.0
     tied_embeddings: bool = False
     embedding_multiplier: float = 1.0

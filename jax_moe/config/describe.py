@@ -107,7 +107,8 @@ def _decoder(config: DecoderConfig) -> list[str]:
     ]
     if (config.norm, config.norm_place) != ("rms", "before"):
         places = {"around": "before and after"}.get(config.norm_place, config.norm_place)
-        lines.append(f"norms: {config.norm} norms {places} each half of a layer")
+        kind = {"rms_wide": "rms (rounded after the scale)"}.get(config.norm, config.norm)
+        lines.append(f"norms: {kind} norms {places} each half of a layer")
     multipliers = {
         "embeddings times": config.embedding_multiplier, "residual branches times": config.residual_multiplier,
         "logits divided by": config.logits_divisor,

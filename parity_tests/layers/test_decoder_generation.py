@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"dense_layers": (0, 2), "dense_dim": 5, "moe": presets.olmoe(12, 6, 8, 2)},
     "switched": {
         "num_layers": 2, "qkv_bias": True, "output_bias": True, "qk_norm": "full_width", "clip_qkv": 0.8,
+        "sinks": True, "norm": "rms_wide",
         "tied_embeddings": True, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_divisor": 1.5,
         "rope": RopeConfig(kind="yarn", factor=4.0, original_max_positions=8), "moe": presets.granite_moe(12, 6, 4, 3),
     },

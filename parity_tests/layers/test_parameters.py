@@ -24,7 +24,7 @@ MAKEMOE = jax_moe.MakeMoEConfig(
 )
 DECODER: dict[str, Any] = {
     "vocab_size": 11, "model_dim": 6, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12,
-    "dense_layers": (0,), "dense_dim": 9, "qkv_bias": True, "output_bias": True,
+    "dense_layers": (0,), "dense_dim": 9, "qkv_bias": True, "output_bias": True, "sinks": True,
     "moe": presets.qwen2_moe(model_dim=6, expert_dim=8, num_experts=7, top_k=2, shared_dim=10),
 }
 MODULES: dict[str, Callable[[], nnx.Module]] = {

@@ -539,6 +539,21 @@ JAX_DECODER = [
         family="mixtral",
     ),
     Mutation(
+        "jax: attention sinks take no share",
+        "jax_moe/attention/grouped.py",
+        "if not self.config.sinks:",
+        "if True:",
+        family="gpt_oss",
+        tests=("parity_tests/layers/test_sinks.py::test_a_sink_takes_its_share",),
+    ),
+    Mutation(
+        "jax: gpt-oss's norm is rounded before its scale",
+        "jax_moe/norms.py",
+        "if wide_scale:",
+        "if False:",
+        tests=("parity_tests/layers/test_sinks.py::test_the_norm_is_rounded_after_its_scale",),
+    ),
+    Mutation(
         "jax: Granite's residual multiplier is left out",
         "jax_moe/models/decoder.py",
         "x_BTD + (y_BTD if multiplier == 1 else y_BTD * multiplier)",

@@ -95,6 +95,11 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
                              "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.3}},
         ("rope_interleave", "rope_parameters", "first_k_dense_replace"),
     ),
+    "gpt_oss": (
+        {**sizes(24, 4, 2, LAYERS, **MIXTRAL), "head_dim": 6, "sliding_window": 3},
+        ("sliding_window", "layer_types", "attention_bias", "rope_parameters", "rope_scaling", "num_key_value_heads",
+         "head_dim", "swiglu_limit", "rms_norm_eps", "max_position_embeddings"),
+    ),
 }
 FEW: tuple[Any, ...] = (0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], SEES, SEES[::-1], ["dense", "sparse"])
 # Values tried for every field.

@@ -28,6 +28,8 @@ PER_HEAD, FULL = {"qk_norm": "per_head"}, {"qk_norm": "full_width"}
 BIASES, SLIDING = {"qkv_bias": True, "output_bias": True}, {"sliding_window": 3, "sliding_layers": (0, 2)}
 MINIMAX = mixture("minimax_m2", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2)
 HUNYUAN = mixture("hunyuan_v1_moe", num_experts=4, intermediate_size=6, moe_topk=2)
+OSS = mixture("gpt_oss", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2)
+SINKS = {"sinks": True, "norm": "rms_wide"}
 # Contracts that each family can say, and one that it cannot with the field that it has no words for.
 SAID: dict[str, tuple[dict[str, Any], ...]] = {
     "glm4_moe": ({"moe": V3, "rope": HALF}, {"moe": V3, "qk_norm": "per_head", "qkv_bias": True, **FIRST}),
@@ -37,6 +39,7 @@ SAID: dict[str, tuple[dict[str, Any], ...]] = {
     "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL, **BIASES, "norm_place": "after"},),
     "granitemoeshared": ({"moe": presets.granite_moe(8, 6, 4, 2), "attention_multiplier": 0.3, "logits_divisor": 2.0},),
     "hunyuan_v1_moe": ({"moe": HUNYUAN, **PER_HEAD, **BIASES, "qk_norm_place": "after_rope"},),
+    "gpt_oss": ({"moe": OSS, **SINKS, **BIASES}, {"moe": OSS, **SINKS, "num_kv_heads": 4, "norm_eps": 1e-3, **SLIDING}),
 }
 UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "glm4_moe": ({"moe": V3, "dense_layers": (1,), "dense_dim": 5}, "dense_layers"),
@@ -44,6 +47,7 @@ UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "solar_open": ({"moe": V3, "output_bias": True}, "output_bias"),
     "minimax_m2": ({"moe": MINIMAX, **FULL, "qk_norm_place": "after_rope"}, "qk_norm_place"),
     "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL}, "norm_place"),
+    "gpt_oss": ({"moe": OSS, "norm": "rms_wide"}, "sinks"),
 }
 
 

@@ -44,7 +44,7 @@ PREFIX = {
     "glm4_moe": "Glm4Moe", "dots1": "Dots1", "solar_open": "SolarOpen", "minimax_m2": "MiniMaxM2",
     "flex_olmo": "FlexOlmo", "exaone_moe": "ExaoneMoe", "ernie4_5_moe": "Ernie4_5_Moe",
     "hunyuan_v1_moe": "HunYuanMoEV1", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
-    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4",
+    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss",
 }
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 # Our loss always includes the balance loss, as transformers' does with the router's logits.
@@ -55,9 +55,10 @@ class RefusedError(Exception):
     """transformers has no numbers for this config.json."""
 
 
-def doubled(turns: Any) -> tuple[Any, Any]:
-    """Cosines and sines of complex numbers, each twice."""
-    return torch.cat([turns.real] * 2, dim=-1), torch.cat([turns.imag] * 2, dim=-1)
+def doubled(turns: Any) -> list[Any]:
+    """Cosines and sines, or complex numbers, of every pair; each twice."""
+    parts = turns if isinstance(turns, tuple) else (turns.real, turns.imag)
+    return [torch.cat([part] * 2, dim=-1) for part in parts]
 
 
 class Reference:
@@ -92,7 +93,8 @@ class Reference:
             with torch.no_grad():
                 output = model(tokens, labels=tokens, use_cache=False)
                 turns = model.model.rotary_emb(output.logits, torch.arange(LENGTH)[None])
-                turns = turns if isinstance(turns, tuple) else doubled(turns)
+                once = self.family == "gpt_oss" or not isinstance(turns, tuple)
+                turns = doubled(turns) if once else turns
             if not torch.isfinite(output.logits).all():
                 raise RefusedError("not finite")
         except Exception as error:

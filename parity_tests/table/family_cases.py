@@ -132,6 +132,9 @@ CASES = [
     Case("mistral4", "Mistral4", sizes(24, 4, 4, 2, **V3, **LATENT), "right",
          {"q_lora_rank": 7, **rope("yarn", factor=4.0, original_max_position_embeddings=4, mscale=1.0,
                                    mscale_all_dim=1.0, llama_4_scaling_beta=0.3)}),
+    Case("gpt_oss", "GptOss", sizes(24, 4, 2, 2, **MIXTRAL, head_dim=10), "left", {
+        "swiglu_limit": 0.6, "sliding_window": 3,
+        **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)}),
 ]
 
 

@@ -15,6 +15,7 @@ from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import GROUPED, LAYER, Whole, read_decoder, write_decoder
 from jax_moe.porting.families.granitemoe import read as read_granite
 from jax_moe.porting.families.granitemoe import write as write_granite
+from jax_moe.porting.families.rope_settings import read_rope
 from jax_moe.porting.families.settings import ROPE_KINDS, Settings
 from jax_moe.porting.table.rows import Row
 
@@ -65,7 +66,7 @@ def first_dense(default: int = 1) -> Part:
 SLIDES, WHOLE = "sliding_attention", "full_attention"
 
 
-def windows(types: Callable[[Settings, int], list[str]]) -> Part:
+def windows(types: Callable[[Settings, int], list[str]], window: int = 4096) -> Part:
     """layer_types, or what `types` says of so many layers; sliding_window holds in some of them."""
 
     def read(settings: Settings) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def windows(types: Callable[[Settings, int], list[str]]) -> Part:
             settings.errors.append(f"layer_types={named!r}: must be {layers} of {WHOLE}, {SLIDES}")
         slides = tuple(i for i, kind in enumerate(named) if kind == SLIDES)
         return {
-            "sliding_window": settings.integer("sliding_window", 4096, least=1) if slides else None,
+            "sliding_window": settings.integer("sliding_window", window, least=1) if slides else None,
             "sliding_layers": slides,
         }
 
@@ -104,6 +105,26 @@ def by_pattern(settings: Settings, layers: int) -> list[str]:
     """Every fourth layer sees all, or every sliding_window_pattern-th."""
     every = settings.integer("sliding_window_pattern", 4, least=1)
     return [WHOLE if (i + 1) % every == 0 else SLIDES for i in range(layers)]
+
+
+def by_turns(settings: Settings, layers: int) -> list[str]:
+    """Every second layer sees all."""
+    return [WHOLE if i % 2 else SLIDES for i in range(layers)]
+
+
+# gpt-oss as published; transformers' where rope_parameters is absent or null
+OSS_ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def read_oss_rope(settings: Settings) -> dict[str, Any]:
+    """YaRN with bounds that are not rounded, where nothing else is said."""
+    said = settings.values.get("rope_parameters")
+    values = {**settings.values, "rope_parameters": OSS_ROPE if said is None else said}
+    positions = settings.integer("max_position_embeddings", 131072)
+    return {"rope": read_rope(Settings(values, settings.errors), 150000.0, positions)}
 
 
 def read_layer_types(settings: Settings) -> dict[str, Any]:
@@ -245,4 +266,10 @@ HUNYUAN_ROWS = tuple(
 HUNYUAN = grouped(
     "HunYuanMoEV1ForCausalLM", BIASES, always(qk_norm="per_head", qk_norm_place="after_rope"),
     Part(read_alpha, lambda config: {}), norm_eps=1e-5, aux=None, names={"attention": {"grouped": HUNYUAN_ROWS}},
+)
+GPT_OSS = grouped(
+    "GptOssForCausalLM", flag("attention_bias", "qkv_bias", "output_bias", default=True),
+    always(sinks=True, norm="rms_wide"), windows(by_turns, 128), Part(read_oss_rope, lambda config: {}), kv_heads=8,
+    head_dim=64, max_positions=131072, norm_eps=1e-5,
+    names={"attention": {"grouped": (Row("self_attn.sinks", "H", "attention.sinks", "H"), *GROUPED)}},
 )
