@@ -41,6 +41,7 @@ from .config import DecoderConfig as DecoderConfig
 from .config import DenseConfig as DenseConfig
 from .config import ExpertConfig as ExpertConfig
 from .config import GroupedAttentionConfig as GroupedAttentionConfig
+from .config import LatentAttentionConfig as LatentAttentionConfig
 from .config import LayerConfig as LayerConfig
 from .config import MakeMoEConfig as MakeMoEConfig
 from .config import MoEConfig as MoEConfig

@@ -5,6 +5,8 @@ S tokens in a group    E experts              K choices per token       C slots 
 D model width          F expert width         V vocabulary              L layers
 H query heads          J key/value heads      A head width              R rows of one expert
 N expert clusters      W width of heads' norm
+Q compressed queries   Z compressed keys and values                       M width of a head's values
+X entries of a head that do not turn                  P entries that do    (A = X + P)
 I input width of a map O output width of a map  (where they have no letter of their own)
 (G * S >= B * T: the last group may be padded)
 

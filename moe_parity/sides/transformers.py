@@ -71,15 +71,16 @@ def load_reference(path: Path, model_type: str, dtype: str) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, family_named(model_type).whole.architecture)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "output_router_logits": True}
     found = open_folder(path)
     if found.quantised is not None and found.origin is not None:
         state = {name: numpy_to_tensor(header.read()) for name, header in found.stored.items()}
         values = parse_json(found.origin.config_json, path)
-        source = {"pretrained_model_name_or_path": None, "state_dict": state, "config": kind.config_class(**values)}
+        source = {"pretrained_model_name_or_path": None, "state_dict": state}
+        source["config"] = kind.config_class(**{**values, "output_router_logits": True})
     return kind.from_pretrained(
         **source, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager",
-        local_files_only=True, output_router_logits=True,
+        local_files_only=True,
     ).eval()
 
 

@@ -31,6 +31,15 @@ QWEN3 = {
     "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768,
     "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
 }
+OSS = {
+    "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 24, "head_dim": 64,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "num_local_experts": 32,
+    "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000, "swiglu_limit": 7.0,
+    "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                     "original_max_position_embeddings": 4096},
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
+}
 # config.json, billions of parameters in all and active for a token, as published
 PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
     "Mixtral-8x7B": ({
@@ -56,6 +65,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
         "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
         "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0,
     }, 1026, 32),
+    "gpt-oss-20b": (OSS, 20.9, 3.6),
+    "gpt-oss-120b": ({**OSS, "num_hidden_layers": 36, "num_local_experts": 128}, 116.8, 5.1),
     "OLMoE-1B-7B": ({
         "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 1024, "num_experts": 64,

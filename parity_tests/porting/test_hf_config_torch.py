@@ -194,6 +194,7 @@ class Comparison:
         return "same"
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("family", [*BASES, *TABLES])
 def test_every_field(family: str) -> None:
     """The numbers are transformers', or the field is refused; enough fields are read for this to mean something."""

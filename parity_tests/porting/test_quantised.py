@@ -302,6 +302,7 @@ def test_a_listed_module_is_read_as_it_is(made: Any, tmp_path: Path) -> None:
     number = Header((2, 2), np.dtype(np.int8), lambda: np.zeros((2, 2), np.int8))
     assert scheme.tensor("lm_head.weight", {"weight": number}) is number
     assert scheme.tensor("model.layers.0.mlp.gate.weight", {"weight": number}) is number
+    assert not compressed_tensors._named(["re:("], "lm_head")
     with pytest.raises(ValueError, match=r"^model\.norm\.weight: its weight is int8, its scale is missing$"):
         scheme.tensor("model.norm.weight", {"weight": number})
 

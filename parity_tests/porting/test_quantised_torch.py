@@ -13,6 +13,7 @@ import jax_moe
 from jax_moe.porting.formats.quantised import read_scheme
 from jax_moe.porting.mixture import open_mixtures
 from jax_moe.porting.tensors import in_memory
+from moe_parity.sides.transformers import load_reference
 from parity_tests.porting.quantised_cases import CASES, folders, fp8, of
 from parity_tests.shared.compare import check_exact
 
@@ -149,3 +150,12 @@ def test_a_layer_of_mxfp4(tmp_path: Path, dequantising: None) -> None:
     theirs = reference(quantised, "GptOssForCausalLM")
     assert sum(name in theirs for name in mine) == 6
     check_exact(mine, {name: theirs[name] for name in mine}, "mxfp4")
+
+
+def test_the_reference_of_a_quantised_folder(tmp_path: Path) -> None:
+    """What `jax-moe parity` compares with has the dequantised weights, without further packages."""
+    quantised, plain = folders(CASES["int4, groups"], tmp_path)
+    model = load_reference(quantised, "mixtral", "bfloat16")
+    expected = jax_moe.to_torch(jax_moe.load_pretrained(plain), layout="hf_mixtral_fused")
+    check_exact({name: tensor_to_numpy(value) for name, value in model.state_dict().items()}, expected, "int4")
+    assert model.config.output_router_logits and not hasattr(model.config, "quantization_config")

@@ -1,64 +1,26 @@
 """The measured parity table: `python -m parity_tests.table` writes docs/parity.md, `--update` measures first."""
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import multiprocessing
 import os
-import platform
 import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
-from parity_tests.table.cases import BY_NAME, CASES
-from parity_tests.table.checks import COLUMN, COLUMNS, MEASURED, Column, Runs, measured, worst_measured
+from parity_tests.table.cases import CASES
+from parity_tests.table.checks import COLUMN, COLUMNS, MEASURED, Column, measured, worst_measured
 from parity_tests.table.family_cases import CASES as FAMILY_CASES
-from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns
-from parity_tests.table.run_checks import RUN_CASES, RUN_COLUMNS, measure_runs
+from parity_tests.table.family_checks import FAMILY_COLUMNS
+from parity_tests.table.measure import measure
+from parity_tests.table.run_checks import RUN_CASES, RUN_COLUMNS
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- parity table: begin -->", "<!-- parity table: end -->"
-PACKAGES = ("jax", "flax", "torch", "transformers", "optax", "numpy")
 
 
 SHOWN = (  # of what is measured on an accelerator
     "experts and slots", "fp32 forward", "fp32 gradients", "bf16 forward", "bf16 gradients", "forward",
     "parameter gradients", "every dispatcher",
 )
-
-
-def measure_all() -> dict:
-    """Every cell's error or the reason for its dash. Raises MismatchError for an error above the project's limit."""
-    family_names = [case.name for case in FAMILY_CASES] if find_spec("transformers") else []
-    names = [("cells", case.name) for case in CASES] + [("families", name) for name in family_names]
-    found: dict[str, dict[str, dict[str, float | str]]] = {"cells": {}, "families": {}}
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for number, ((part, name), row) in enumerate(zip(names, pool.map(measure_row, names), strict=True)):
-            found[part][name] = row
-            print(f"{number + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(),
-        "versions": versions,
-    }
-    runs = {"runs": measure_runs()} if family_names else {}
-    return measured() | about | {part: rows for part, rows in found.items() if rows} | runs
-
-
-def measure_row(which: tuple[str, str]) -> dict[str, float | str]:
-    """The cells of a row."""
-    part, name = which
-    if part == "cells":
-        case = BY_NAME[name]
-        runs = Runs(case)
-        return {column.name: column.inapplicable(case) or column.measure(runs, column.limit) for column in COLUMNS}
-    (family,) = (case for case in FAMILY_CASES if case.name == name)
-    with tempfile.TemporaryDirectory() as folder:
-        family_runs = FamilyRuns(family, Path(folder))
-        return {c.name: c.measure(family_runs, c.limit) for c in FAMILY_COLUMNS}  # type: ignore[arg-type]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,8 +112,15 @@ def main() -> None:
     """Measures if asked, then rewrites the page's table."""
     parser = argparse.ArgumentParser(prog="python -m parity_tests.table", description=__doc__)
     parser.add_argument("--update", action="store_true", help="measure every cell again (minutes) and store it")
-    if parser.parse_args().update:
-        write_text(MEASURED, json.dumps(measure_all(), indent=1) + "\n")
+    parser.add_argument("--rows", default="", help="with --update: these rows alone, separated by semicolons")
+    asked = parser.parse_args()
+    if asked.update:
+        rows = [row.strip() for row in asked.rows.split(";") if row.strip()]
+        try:
+            found = measure(rows)
+        except ValueError as error:
+            sys.exit(str(error))
+        write_text(MEASURED, json.dumps(found, indent=1) + "\n")
         measured.cache_clear()
     text = PAGE.read_text()
     if between_markers(text) is None:

@@ -7,7 +7,6 @@ the dtype of the scales, as the library does, and the result is rounded to the m
 """
 
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +15,16 @@ import ml_dtypes
 import numpy as np
 
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.formats.quantised.scheme import Parts, Scheme, fits, in_strips, made_of, need, unpacked
+from jax_moe.porting.formats.quantised.scheme import (
+    Parts,
+    Scheme,
+    fits,
+    in_strips,
+    made_of,
+    matches,
+    need,
+    unpacked,
+)
 from jax_moe.porting.tensors import Header
 
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
@@ -88,8 +96,7 @@ def _group(settings: Settings, name: str, values: Any, fallback: Any) -> Group:
 
 def _named(patterns: list[str] | tuple[str, ...], module: str) -> bool:
     """Whether a list of targets names a module: whole, or by a pattern after `re:`. A class (`Linear`) is no name."""
-    found = (re.match(each[3:], module) if each.startswith("re:") else each == module for each in patterns)
-    return any(found)
+    return any(matches(each[3:], module) if each.startswith("re:") else each == module for each in patterns)
 
 
 def _quantised(groups: list[Group], dtype: np.dtype, name: str, parts: Parts) -> Header:

@@ -5,7 +5,6 @@ DeepSeek-V4 hold two e2m1 numbers a byte, with a scale of every 32. Blocks at th
 own reader; transformers refuses such shapes.
 """
 
-import re
 from functools import partial
 
 import ml_dtypes
@@ -13,7 +12,16 @@ import numpy as np
 
 from jax_moe.config.checks import is_int
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.formats.quantised.scheme import Parts, Scheme, fits, in_strips, made_of, need, unpacked
+from jax_moe.porting.formats.quantised.scheme import (
+    Parts,
+    Scheme,
+    fits,
+    in_strips,
+    made_of,
+    matches,
+    need,
+    unpacked,
+)
 from jax_moe.porting.tensors import Header
 
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -49,14 +57,7 @@ def read_fp8(settings: Settings, dtype: np.dtype) -> Scheme:
 def not_converted(listed: list[str], module: str) -> bool:
     """Whether a list of modules names one, as transformers reads such lists: a start, a pattern or an ending."""
     boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(module.endswith(each) or _matches(rf"(?:{each}){boundary}", module) for each in listed)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error:
-        return False
+    return any(module.endswith(each) or matches(rf"(?:{each}){boundary}", module) for each in listed)
 
 
 def _quantised(block: tuple[int, int] | None, fp4: bool, dtype: np.dtype, name: str, parts: Parts) -> Header:

@@ -1,6 +1,7 @@
 """What a scheme of quantisation is: how a tensor's parts are named beside each other, and what they give together."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,14 @@ class Scheme:
         if alone and (parts["weight"].dtype in DTYPES.values() or self.kept(name.rpartition(".")[0])):
             return parts["weight"]
         return self.quantised(name, parts)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name begins with a regular expression; what is none matches nothing."""
+    try:
+        return re.match(pattern, name) is not None
+    except re.error:
+        return False
 
 
 def made_of(parts: Parts, shape: tuple[int, ...], dtype: np.dtype, function: Callable[..., Any], *more: Any) -> Header:
