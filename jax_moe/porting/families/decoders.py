@@ -271,5 +271,11 @@ GPT_OSS = grouped(
     "GptOssForCausalLM", flag("attention_bias", "qkv_bias", "output_bias", default=True),
     always(sinks=True, norm="rms_wide"), windows(by_turns, 128), Part(read_oss_rope, lambda config: {}), kv_heads=8,
     head_dim=64, max_positions=131072, norm_eps=1e-5,
-    names={"attention": {"grouped": (Row("self_attn.sinks", "H", "attention.sinks", "H"), *GROUPED)}},
+    names={
+        "attention": {"grouped": (*GROUPED, Row("self_attn.sinks", "H", "attention.sinks", "H"))},
+        "order": (
+            "self_attn.sinks", "self_attn.", "mlp.router.", "mlp.experts.gate_up_proj", "mlp.experts.",
+            "input_layernorm.", "post_attention_layernorm.",
+        ),
+    },
 )
