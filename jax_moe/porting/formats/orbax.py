@@ -96,7 +96,8 @@ def sums_from_json(value: Any, where: str) -> Sums:
 def quiet() -> Iterator[None]:
     """Silences Orbax and the libraries below it, which print pages of traceback before they raise an error.
 
-    After an error the threads started inside may still run, and stay silent; other threads log again.
+    After an error the threads started inside may still run, and stay silent, as do their tasks wherever they are
+    collected; other threads log again.
     """
     before, hook = set(threading.enumerate()), sys.unraisablehook
 
@@ -111,7 +112,9 @@ def quiet() -> Iterator[None]:
         except BaseException:
             late = {thread.ident for thread in set(threading.enumerate()) - before}
             for name in LOGGERS:
-                logging.getLogger(name).addFilter(lambda record: record.thread not in late)
+                logging.getLogger(name).addFilter(
+                    lambda record: record.thread not in late and "orbax/checkpoint" not in record.getMessage()
+                )
             gc.collect()  # asyncio logs tasks that nobody awaited when they are collected: now, while it is muted
             raise
     sys.unraisablehook = hook
