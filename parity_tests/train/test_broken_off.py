@@ -128,7 +128,7 @@ def test_a_thread_that_outlives_an_error_says_nothing(caplog: pytest.LogCaptureF
     raised.set()
     thread.join()
     logging.getLogger("absl").error("heard")
-    logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: <... at orbax/checkpoint/_src/x.py>")
+    logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: <... at orbax/checkpoint/x.py>")
     assert caplog.messages == ["heard"]
 
 
