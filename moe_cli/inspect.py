@@ -124,7 +124,7 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
     rows = memory_rows(counts, sum(stored.values()), experts, config, devices)
     print(f"{'memory per device, for N =':30}" + "".join(f"{n:>12,}" for n in devices))
     for what, sizes in rows.items():
-        print(f"  {what:28}" + "".join(f"{readable(size):>12}" for size in sizes))
+        print(f"  {what:28}" + "".join(f" {readable(size):>11}" for size in sizes))
     kept = "computed" if found.quantised else "stored"
     print(f"  weights as {kept}; training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments);")
     print("  split: each device has its share of every layer's experts, and all else; activations and caches are extra")
