@@ -117,8 +117,8 @@ def silent() -> Any:
 
 
 def ours(config: DecoderConfig, state: dict[str, Any], family: str) -> dict[str, np.ndarray]:
-    """Logits and loss of our decoder with these weights."""
-    model = abstract_decoder(config)
+    """Logits and loss of our decoder with these weights, by the dispatcher whose program is the smallest."""
+    model = abstract_decoder(config.with_moe(dataclasses.replace(config.moe, dispatcher="einsum")))
     zeros = [(keys, v.replace(jnp.zeros(v.shape, v.dtype))) for keys, v in nnx.to_flat_state(nnx.state(model))]
     nnx.update(model, nnx.from_flat_state(zeros))
     if config.tied_embeddings:
