@@ -16,7 +16,7 @@ from jax_moe.porting.checkpoint import load_found
 from jax_moe.porting.families import family_named
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import weight_files
-from jax_moe.porting.formats.quantised import read_scheme
+from jax_moe.porting.formats.quantised import computed_dtype, read_scheme
 from jax_moe.porting.formats.state_file import read_state
 from jax_moe.porting.state_dict import abstract_decoder
 from moe_cli.arguments import Inspect
@@ -25,7 +25,6 @@ from moe_cli.layers import inspect_layers, opened
 from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, name_lines, readable, stored_in_words
 
 DEVICES = (1, 2, 4, 8)
-STORED = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes
 
 
 def inspect(command: Inspect) -> int:
@@ -88,20 +87,17 @@ def _print_config(command: Inspect) -> None:
     try:
         scheme = read_scheme(values)
         family = family_named(values.get("model_type"))
-        config = family.config(values)
+        config, dtype = family.config(values), computed_dtype(values)
     except ValueError as error:
         raise ValueError(f"{command.path}: {error}") from None
-    said = values.get("dtype", values.get("torch_dtype")) or "float32"
-    known = isinstance(said, str) and said in STORED
-    require(known, f"{command.path}: dtype", said, f"one of {', '.join(STORED)}")
     origin = Origin(model_type=family.name, config_json=text, directory=str(command.path.parent.absolute()))
     model = abstract_decoder(config, origin)
     found = Found(
         path=command.path, kind="hf", place=command.path, family=family, config=config, tensors={}, ours=False,
         origin=origin, model=model, quantised=None if scheme is None else scheme.words,
     )
-    sizes = dict.fromkeys(declared(model), STORED[said])
-    _print(found, sizes, f"none, this is the config.json alone; weights counted as {said}", command)
+    sizes = dict.fromkeys(declared(model), dtype.itemsize)
+    _print(found, sizes, f"none, this is the config.json alone; weights counted as {dtype}", command)
 
 
 def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Inspect) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.activations import clamp_above
+from jax_moe.attention.masks import hidden
 from jax_moe.attention.positions import Positions
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig
@@ -124,8 +125,7 @@ class GroupedAttention(nnx.Module):
         B, T, H, A = q_BTHA.shape
         q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, H // config.num_kv_heads, A)
         scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
-        # the most negative finite number, not -inf: a row that sees nothing must not become NaN
-        scores_BJGTU = jnp.where(visible_BTU[:, None, None], scores_BJGTU, jnp.finfo(scores_BJGTU.dtype).min)
+        scores_BJGTU = hidden(scores_BJGTU, visible_BTU[:, None, None])
         weights_BJGTU = dropout(self._softmax(scores_BJGTU).astype(dtype), config.dropout, key)
         heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_moe.attention.masks import hidden
 from jax_moe.attention.positions import Positions
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.latent import LatentAttentionConfig
@@ -167,8 +168,7 @@ class LatentAttention(nnx.Module):
         """The softmax of scaled scores over what is visible, in their dtype."""
         dtype = scores_BHTU.dtype
         scores_BHTU = (scores_BHTU * self.config.score_scale).astype(wide(dtype))
-        # the most negative finite number, not -inf: a row that sees nothing must not become NaN
-        scores_BHTU = jnp.where(visible_BTU[:, None], scores_BHTU, jnp.finfo(scores_BHTU.dtype).min)
+        scores_BHTU = hidden(scores_BHTU, visible_BTU[:, None])
         return dropout(jax.nn.softmax(scores_BHTU, axis=-1).astype(dtype), self.config.dropout, key)
 
     def _turned(self, x_BTHP: Array, shared: Shared) -> Array:

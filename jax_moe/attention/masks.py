@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jax_moe.dims import Array, Bool, Int
+from jax_moe.dims import Array, Bool, Float, Int
 
 
 def visible_positions(
@@ -14,3 +14,11 @@ def visible_positions(
     if window is not None:
         visible_TU = visible_TU & (back_TU < window)
     return visible_TU[None] if mask_BU is None else visible_TU & mask_BU[:, None, :]
+
+
+def hidden(scores: Float[Array, "*any T U"], visible: Bool[Array, "*_ T U"]) -> Float[Array, "*any T U"]:
+    """Scores in which what is not visible has the most negative finite number.
+
+    Not -inf: a row that sees nothing must not become NaN.
+    """
+    return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)

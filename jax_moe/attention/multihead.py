@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.arrays import checked, checked_input, dims_of_settings
+from jax_moe.attention.masks import hidden
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout, fold
@@ -21,7 +22,7 @@ def attention_weights(
     visible = jnp.ones((1, 1, 1, k_BUHA.shape[1]), bool) if mask_BU is None else mask_BU[:, None, None, :]
     if config.causal:
         visible = visible & jnp.tril(jnp.ones((q_BTHA.shape[1], k_BUHA.shape[1]), bool))
-    return jax.nn.softmax(jnp.where(visible, scores_BHTU, jnp.finfo(scores_BHTU.dtype).min), axis=-1)
+    return jax.nn.softmax(hidden(scores_BHTU, visible), axis=-1)
 
 
 class Attention(nnx.Module):

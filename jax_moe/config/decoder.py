@@ -101,7 +101,14 @@ class DecoderConfig:
         return dataclasses.replace(self, layers=tuple(map(change, self.layers)))
 
     def with_attention(self, **changes: Any) -> "DecoderConfig":
-        """The same decoder with these fields changed in the attention of every layer that has them."""
+        """The same decoder with these fields changed in the attention of every layer that has them.
+
+        Raises TypeError for a field that no layer has.
+        """
+        for name in changes:
+            if not any(hasattr(layer.attention, name) for layer in self.layers):
+                raise TypeError(f"{name}: must be a field of some layer's attention")
+
         def changed(layer: LayerConfig) -> LayerConfig:
             own = {name: value for name, value in changes.items() if hasattr(layer.attention, name)}
             return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, **own))

@@ -41,9 +41,10 @@ def decoder_names() -> list[str]:
 def family_named(model_type: object) -> Family:
     """The family of a whole decoder. Raises ValueError for one that is not here, or is known by its mixture alone."""
     whole = decoder_names()
-    known = {also: one for one in FAMILIES.values() if one.decoder is not None for also in one.decoder.also}
-    if isinstance(model_type, str) and model_type in known:
-        return known[model_type]
+    for name in whole:
+        mixture = FAMILIES[name].mixture
+        if isinstance(model_type, str) and mixture is not None and mixture.types.get(model_type) == "":
+            return FAMILIES[name]
     if not isinstance(model_type, str) or model_type not in whole:
         alone = "; of this type the mixture of a layer is known, not the whole decoder"
         hint = alone if has_mixture(model_type) else ""

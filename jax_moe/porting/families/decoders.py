@@ -127,21 +127,36 @@ def read_oss_rope(settings: Settings) -> dict[str, Any]:
     return {"rope": read_rope(Settings(values, settings.errors), 150000.0, positions)}
 
 
-def read_layer_types(settings: Settings) -> dict[str, Any]:
-    """mlp_layer_types, before first_k_dense_replace."""
-    types, layers = settings.strings("mlp_layer_types"), settings.size("num_hidden_layers")
-    if types is None:
-        return first_dense().read(settings)
-    if len(types) != layers or not {"dense", "sparse"}.issuperset(types):
-        settings.errors.append(f"mlp_layer_types={types!r}: must be {layers} of dense, sparse")
-    dense = tuple(i for i, kind in enumerate(types) if kind == "dense")
-    return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
+SPARSE, DENSE = "sparse", "dense"
 
 
-def write_layer_types(config: DecoderConfig) -> dict[str, Any]:
-    """The reverse of `read_layer_types`."""
-    types = ["dense" if i in config.dense_layers else "sparse" for i in range(config.num_layers)]
-    return {"mlp_layer_types": types, "intermediate_size": config.dense_dim or config.moe.expert_dim}
+def layer_kinds(silent: Callable[[Settings, int], list[str]]) -> Part:
+    """mlp_layer_types, or what `silent` says of so many layers."""
+
+    def read(settings: Settings) -> dict[str, Any]:
+        types, layers = settings.strings("mlp_layer_types"), settings.size("num_hidden_layers")
+        types = silent(settings, layers) if types is None else types
+        if len(types) != layers or not {DENSE, SPARSE}.issuperset(types):
+            settings.errors.append(f"mlp_layer_types={types!r}: must be {layers} of {DENSE}, {SPARSE}")
+        dense = tuple(i for i, kind in enumerate(types) if kind == DENSE)
+        return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
+
+    def write(config: DecoderConfig) -> dict[str, Any]:
+        types = [DENSE if i in config.dense_layers else SPARSE for i in range(config.num_layers)]
+        return {"mlp_layer_types": types, "intermediate_size": config.dense_dim or config.moe.expert_dim}
+
+    return Part(read, write)
+
+
+def by_count(settings: Settings, layers: int) -> list[str]:
+    """The first first_k_dense_replace layers are dense."""
+    count = min(settings.integer("first_k_dense_replace", 1, least=0), layers)
+    return [DENSE] * count + [SPARSE] * (layers - count)
+
+
+def first_alone(settings: Settings, layers: int) -> list[str]:
+    """The first layer alone is dense."""
+    return [DENSE, *[SPARSE] * (layers - 1)]
 
 
 def read_moe_range(settings: Settings) -> dict[str, Any]:
@@ -250,7 +265,7 @@ GRANITE_SHARED = Whole(
     order=("self_attn.", "input_layernorm.", "post_attention_layernorm.", "block_sparse_moe.", "shared_mlp."),
 )
 EXAONE = grouped(
-    "ExaoneMoeForCausalLM", PER_HEAD, Part(read_layer_types, write_layer_types), windows(by_pattern), kv_heads=32,
+    "ExaoneMoeForCausalLM", PER_HEAD, layer_kinds(by_count), windows(by_pattern), kv_heads=32,
     null_kv_heads=False, norm_eps=1e-5, aux=None, change=without_rope,
     names={"order": EXPERTS_FIRST, "carried": ("mtp.",)},
 )

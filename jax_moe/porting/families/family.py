@@ -111,7 +111,6 @@ class Whole:
     layer: str = LAYER  # what stands before the names of these rows
     before: tuple[Row, ...] = BEFORE  # all layers
     after: tuple[Row, ...] = AFTER
-    also: tuple[str, ...] = ()  # further model types that are the same decoder
     # What begins the names of tensors that the decoder does not use and saving keeps; LAYER: layers after the last
     carried: tuple[str, ...] = ()
     # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
@@ -158,6 +157,7 @@ class Family:
     def config(self, values: Mapping[str, Any]) -> DecoderConfig:
         """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""
         mixture, decoder = self._parts()
+        values = self.text_settings(values)
         lists = {name: values[name] for name in mixture.by_layer if isinstance(values.get(name), list)}
         alike = {name: each[0] for name, each in lists.items() if each and all(one == each[0] for one in each)}
         return self._contract(
@@ -176,8 +176,7 @@ class Family:
 
     def _contract(self, values: Mapping[str, Any], read: Callable[[Settings], Config]) -> Config:
         settings = Settings(values)
-        if values.get("model_type") not in (() if self.decoder is None else self.decoder.also):
-            settings.must_be("model_type", self.name, "the family")
+        settings.must_be("model_type", self.name, "the family")
         settings.must_be("is_causal", True, "a decoder sees what stands before")
         settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
         config = None

@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from jax_moe.config.attention import RopeConfig
 from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
 from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.decoders import EXPERTS_FIRST, Part, first_dense, write_layer_types
+from jax_moe.porting.families.decoders import EXPERTS_FIRST, Part, first_alone, first_dense, layer_kinds
 from jax_moe.porting.families.family import LAYER, Whole, read_around, write_around
-from jax_moe.porting.families.rope_settings import read_rope, write_rope
+from jax_moe.porting.families.rope_settings import read_rope, rope_object, write_rope
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row
 
@@ -52,10 +53,12 @@ def read(silent: Silent, settings: Settings, moe: MoEConfig) -> DecoderConfig:
     settings.must_be("num_key_value_heads", heads, "keys and values have as many heads as queries")
     widths = {ours: settings.integer(theirs, silent.widths[ours], least=1) for ours, theirs in WIDTHS.items()}
     settings.must_be("mlp_bias", False, "dense layers have no biases")
-    turned = widths["rope_dim"]
+    turned, temperature = widths["rope_dim"], 0.0
     head_dim = turned + widths["plain_dim"] if silent.temperature else turned
     settings.must_be("head_dim", head_dim, "it follows from qk_rope_head_dim and qk_nope_head_dim")
-    rope, temperature = _rope(silent, settings, widths, around["max_positions"])
+    if silent.temperature:
+        settings, temperature = _growing(settings, turned / head_dim)
+    rope = _rope(silent, settings, around["max_positions"])
     attention = LatentAttentionConfig(
         model_dim=around["model_dim"], num_heads=heads, **widths, rope=rope, temperature=temperature,
         query_rank=settings.integer("q_lora_rank", silent.query_rank, null=None, least=1),
@@ -67,28 +70,30 @@ def read(silent: Silent, settings: Settings, moe: MoEConfig) -> DecoderConfig:
     return DecoderConfig(layers=tuple(LayerConfig(attention=attention, ffn=ffn) for ffn in ffns), **around)
 
 
-def _rope(silent: Silent, settings: Settings, widths: dict[str, int], max_positions: int) -> tuple[Any, float]:
-    """The rotation of `rope_dim` entries, and how fast queries grow with their position."""
-    values = dict(settings.values)
-    name = next((n for n in ("rope_scaling", "rope_parameters") if isinstance(values.get(n), dict) and values[n]), None)
-    if silent.temperature:
-        name = name or "rope_parameters"
-        inner = dict(settings.take(name, dict, {}, {}) or MISTRAL4_ROPE)
-        share = widths["rope_dim"] / (widths["plain_dim"] + widths["rope_dim"])
-        Settings(inner, settings.errors, f"{name}.").must_be("partial_rotary_factor", share, "the share of rope_dim")
-        inner.pop("partial_rotary_factor", None)
-        values[name] = inner
-    rope = read_rope(Settings(values, settings.errors), 1e4, max_positions)
-    if rope.kind not in ("default", "yarn") and name is not None:
-        said = Settings(values[name], settings.errors, f"{name}.")
-        said.must_be("mscale_all_dim", 0.0, "scores are scaled by it where rope_type is yarn")
+def _rope(silent: Silent, settings: Settings, max_positions: int) -> RopeConfig:
+    """The rotation of a head's `rope_dim` entries."""
+    rope = read_rope(settings, 1e4, max_positions)
+    name, said = rope_object(settings)
+    if rope.kind not in ("default", "yarn"):
+        inner = Settings(said, settings.errors, f"{name}.")
+        inner.must_be("mscale_all_dim", 0.0, "scores are scaled by it where rope_type is yarn")
     neighbours = settings.flag("rope_interleave", True) if silent.interleave else True
-    rope = replace(rope, pairs="neighbours" if neighbours else "halves")
-    if not silent.temperature:
-        return rope, 0.0
-    if "llama_4_scaling_beta" not in inner:
+    return replace(rope, pairs="neighbours" if neighbours else "halves")
+
+
+def _growing(settings: Settings, share: float) -> tuple[Settings, float]:
+    """Mistral 4's settings without what they say of its queries in the object of the rotation, and how fast these grow
+    with their position. `share` is what turns of a head, which the object repeats.
+    """
+    name, said = rope_object(settings)
+    said = said or MISTRAL4_ROPE
+    inner = Settings(said, settings.errors, f"{name}.")
+    inner.must_be("partial_rotary_factor", share, "the share of qk_rope_head_dim")
+    if "llama_4_scaling_beta" not in said:
         settings.errors.append(f"{name}.llama_4_scaling_beta is missing")
-    return rope, Settings(inner, settings.errors, f"{name}.").number("llama_4_scaling_beta", 0.0)
+    rest = {key: value for key, value in said.items() if key != "partial_rotary_factor"}
+    growth = inner.number("llama_4_scaling_beta", 0.0)
+    return Settings({**settings.values, name: rest}, settings.errors), growth
 
 
 def write(silent: Silent, config: DecoderConfig) -> dict[str, Any]:
@@ -114,22 +119,11 @@ def write(silent: Silent, config: DecoderConfig) -> dict[str, Any]:
     return written
 
 
-def read_types(settings: Settings) -> dict[str, Any]:
-    """mlp_layer_types; without it the first layer alone has no mixture."""
-    layers = settings.size("num_hidden_layers")
-    types = settings.strings("mlp_layer_types")
-    types = ["dense", *["sparse"] * (layers - 1)] if types is None else types
-    if len(types) != layers or not {"dense", "sparse"}.issuperset(types):
-        settings.errors.append(f"mlp_layer_types={types!r}: must be {layers} of dense, sparse")
-    dense = tuple(i for i, kind in enumerate(types) if kind == "dense")
-    return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
-
-
-def latent(architecture: str, silent: Silent, also: tuple[str, ...] = ()) -> Whole:
+def latent(architecture: str, silent: Silent) -> Whole:
     """A decoder of latent attention in every layer."""
     return Whole(
         architecture, partial(read, silent), partial(write, silent), attention={"latent": LATENT}, order=EXPERTS_FIRST,
-        carried=(LAYER,), also=also,
+        carried=(LAYER,),
     )
 
 
@@ -145,12 +139,10 @@ MISTRAL4_ROPE = {
 DEEPSEEK_V2 = latent(
     "DeepseekV2ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(0), 2048, interleave=False)
 )
-DEEPSEEK_V3 = latent(
-    "DeepseekV3ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(3), 4096), also=("kimi_k2",)
-)
+DEEPSEEK_V3 = latent("DeepseekV3ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(3), 4096))
 GLM4_LITE = latent(
     "Glm4MoeLiteForCausalLM",
-    Silent(widths(512, 64, 192, 256), 768, Part(read_types, write_layer_types), 202752, norm_eps=1e-5),
+    Silent(widths(512, 64, 192, 256), 768, layer_kinds(first_alone), 202752, norm_eps=1e-5),
 )
 MISTRAL4 = latent(
     "Mistral4ForCausalLM", Silent(widths(256, 64, 64, 128), 1024, first_dense(0), 1048576, temperature=True)

@@ -8,6 +8,12 @@ from jax_moe.porting.families.settings import ROPE_KINDS, Settings
 WHOLE = "these families rotate whole heads"
 
 
+def rope_object(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """The object that transformers takes, and its name; of two rope_scaling, unless it is empty."""
+    given = [(name, settings.take(name, dict, {}, {})) for name in ("rope_scaling", "rope_parameters")]
+    return next((each for each in given if each[1]), ("rope_parameters", {}))
+
+
 def read_rope(settings: Settings, theta: float, max_positions: int, fraction: float | None = None) -> RopeConfig:
     """The contract of rope_parameters, or of the older rope_scaling; `theta` is the family's default, and so is
     `fraction`, the share of a head that turns: None in a family that turns whole heads.
@@ -15,9 +21,7 @@ def read_rope(settings: Settings, theta: float, max_positions: int, fraction: fl
     Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta
     stands at the top level; the trained length of yarn and llama3 is taken from the top level first.
     """
-    names = ("rope_scaling", "rope_parameters")
-    given = [(name, settings.take(name, dict, {}, {})) for name in names]
-    name, raw = next((one for one in given if one[1]), ("rope_parameters", {}))
+    name, raw = rope_object(settings)
     inner = Settings(raw, settings.errors, f"{name}.")
     kind = inner.choice("rope_type" if "rope_type" in raw else "type", "default", ROPE_KINDS)
     for level in (settings, inner) if fraction is None else ():

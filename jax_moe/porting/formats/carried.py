@@ -36,8 +36,8 @@ def apart(
             return LAYER in whole.carried and int(found[1]) in beyond
         return any(name.startswith(start) for start in whole.carried if start != LAYER)
 
-    names = [name for name in headers if is_carried(name)] if whole.carried else []
-    return {name: headers[name] for name in headers if name not in names}, {name: headers[name] for name in names}
+    carried = {name: header for name, header in headers.items() if is_carried(name)}
+    return {name: header for name, header in headers.items() if name not in carried}, carried
 
 
 def carried_by(origin: Origin) -> dict[str, Header]:

@@ -49,7 +49,7 @@ def computed_dtype(values: Mapping[str, Any]) -> np.dtype:
     """The dtype in which config.json says that the model computes; bfloat16 where it is silent."""
     named = next((values[name] for name in ("dtype", "torch_dtype") if values.get(name) is not None), "bfloat16")
     if not isinstance(named, str) or named.removeprefix("torch.") not in FLOATS:
-        raise ValueError(f"dtype={shorten(repr(named))}: must be one of {', '.join(FLOATS)} for quantised weights")
+        raise ValueError(f"dtype={shorten(repr(named))}: must be one of {', '.join(FLOATS)}")
     return FLOATS[named.removeprefix("torch.")]
 
 
