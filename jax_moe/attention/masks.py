@@ -16,8 +16,8 @@ def visible_positions(
     return visible_TU[None] if mask_BU is None else visible_TU & mask_BU[:, None, :]
 
 
-def hidden(scores: Float[Array, "*any T U"], visible: Bool[Array, "*_ T U"]) -> Float[Array, "*any T U"]:
-    """Scores in which what is not visible has the most negative finite number.
+def hidden(scores: Float[Array, "*any T U"], visible: Bool[Array, "... _ U"]) -> Float[Array, "*any T U"]:
+    """Scores in which what is not visible has the most negative finite number; `visible` is broadcast to them.
 
     Not -inf: a row that sees nothing must not become NaN.
     """
