@@ -1,6 +1,9 @@
 """The rows of the parity table: contracts, sizes and inputs. `inputs.py` draws numbers, seeded by the row's name."""
 
 import dataclasses
+import functools
+import os
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -203,3 +206,32 @@ LAYERS = [
 CASES = [*ROUTERS, *EXTREMES, *LAYERS]
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "case names must be unique: they seed the numbers"
+
+EVERY_CELL = "PARITY_TABLE_EVERY_CELL"  # set while the table is measured: no cell is left to another row
+
+
+def kind_of_program(case: Case) -> Hashable:
+    """What decides how a row's program is built: its module, its dispatcher and whether choices can be dropped."""
+    return type(case.config), case.moe and (case.moe.dispatcher, case.moe.capacity is None)
+
+
+def kind_of_dispatch(case: Case) -> Hashable:
+    """What a dispatcher sees: all but the settings that end in the router's choices and weights."""
+    if case.moe is None or case.config is not case.moe:
+        return case
+    seen = dataclasses.replace(case.moe, router=RouterConfig(), balance=BalanceConfig(), dispatcher="auto")
+    draws = tuple(draw for draw in case.draws if draw not in ("noise", "jitter"))
+    return seen, case.batch_size, case.num_positions, draws, case.mask, case.logits
+
+
+@functools.cache
+def _firsts(kind: Callable[[Case], Hashable]) -> frozenset[str]:
+    first: dict[Hashable, str] = {}
+    for case in CASES:
+        first.setdefault(kind(case), case.name)
+    return frozenset(first.values())
+
+
+def stands_for(case: Case, kind: Callable[[Case], Hashable]) -> bool:
+    """Whether a check that depends on the kind alone runs on this row: the kind's first, and drawn rows."""
+    return bool(os.environ.get(EVERY_CELL)) or case.name not in BY_NAME or case.name in _firsts(kind)

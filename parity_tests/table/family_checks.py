@@ -1,5 +1,6 @@
 """The families' columns of the parity table: a Hugging Face model in our `Decoder` and in `transformers`."""
 
+import dataclasses
 import functools
 import json
 from functools import partial
@@ -18,6 +19,7 @@ from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import family_named, reference_table
 from jax_moe.porting.formats.safetensors import read_safetensors
+from jax_moe.porting.state_dict import abstract_decoder
 from moe_parity.sides.transformers import widened
 from parity_tests.shared.compare import check_close, check_exact
 from parity_tests.shared.quick import QUICK
@@ -51,7 +53,7 @@ def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Ar
 
 
 @functools.cache
-def stepper(graphdef: Any, wide: bool = False) -> Any:
+def stepper(graphdef: Any, wide: bool) -> Any:
     """One jitted step: loss, output, gradients, new weights and optimizer. `wide` keeps fp64 programs apart."""
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -102,7 +104,10 @@ class Outcome:
 
 
 class FamilyRuns:
-    """A case on both sides: the reference, and the decoder loaded from the folder that the reference wrote."""
+    """A case on both sides: the reference, and the decoder loaded from the folder that the reference wrote.
+
+    In fp64 the decoder dispatches by einsums, the smallest program; in fp32 as it is loaded.
+    """
 
     def __init__(self, case: Case, folder: Path):
         self.case, self.room = case, folder
@@ -123,7 +128,15 @@ class FamilyRuns:
         with widened(), jax.enable_x64(True):
             reference = self.case.reference(self.case.config()).double().train()
             reference.load_state_dict(self.reference.state_dict())
-            return Outcome(self, jax_moe.load_pretrained(self.folder, dtype="float64"), reference, "float64")
+            return Outcome(self, by_einsum(jax_moe.load_pretrained(self.folder, dtype="float64")), reference, "float64")
+
+
+def by_einsum(model: jax_moe.Decoder) -> jax_moe.Decoder:
+    """The same weights, dispatched by einsums."""
+    moe = dataclasses.replace(model.config.moe, dispatcher="einsum")
+    other = abstract_decoder(model.config.with_moe(moe))
+    nnx.update(other, nnx.state(model))
+    return other
 
 
 def compared(part: str, dtype: str, limit: float, name: str) -> Column:
@@ -151,7 +164,7 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
         loss = run_reference(reference, data).loss
         loss.backward()
         theirs.step()
-        value, _, _, params, state = stepper(graphdef)(params, rest, state, to_jax(data))
+        value, _, _, params, state = stepper(graphdef, False)(params, rest, state, to_jax(data))
         curves[0].append(float(value))
         curves[1].append(loss.item())
     assert curves[1][-1] < curves[1][3], f"{runs.case.name}: nothing was learned"

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from parity_tests.table.cases import BY_NAME, CASES
+from parity_tests.table.cases import BY_NAME, CASES, EVERY_CELL
 from parity_tests.table.checks import COLUMNS, Runs, measured
 from parity_tests.table.family_cases import CASES as FAMILY_CASES
 from parity_tests.table.family_checks import FAMILY_COLUMNS, FamilyRuns
@@ -37,6 +37,7 @@ def measure(rows: Collection[str] = ()) -> dict:
         raise ValueError(f"rows={'; '.join(unknown)}: must be rows of the table")
     names = [(part, name) for part, name in names if not rows or name in rows]
     found = {part: dict(measured().get(part, {})) for part in ("cells", "families", "runs")}
+    os.environ[EVERY_CELL] = "1"  # for the processes, which inherit it
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         for number, ((part, name), row) in enumerate(zip(names, pool.map(measure_row, names), strict=True)):
             found[part][name] = row

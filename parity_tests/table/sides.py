@@ -22,7 +22,7 @@ from jax_moe.config.models import BlockConfig, MakeMoEConfig
 from jax_moe.config.moe import MoEConfig, SoftMoEConfig
 from jax_moe.losses import pool_balance_loss
 from parity_tests.shared.quick import AS_USERS, QUICK
-from parity_tests.table.cases import Case
+from parity_tests.table.cases import Case, kind_of_program, stands_for
 from parity_tests.table.inputs import Arrays, generator, make_inputs, parameter, to_bfloat16
 
 JAX_DTYPES = {name: jnp.dtype(name) for name in ("float64", "float32", "bfloat16")}
@@ -222,7 +222,8 @@ class JaxSide:
         """Replaces the case's module, such as by a faulty module."""
         self.module = module
         self.graphdef, self.params, self.rest = nnx.split(module, nnx.Param, ...)
-        options = AS_USERS if self.dtype == "float32" else QUICK
+        as_users = self.dtype == "float32" and stands_for(self.case, kind_of_program)
+        options = AS_USERS if as_users else QUICK
         self.function = jax.jit(jax_function(self.case, self.graphdef), compiler_options=options)
 
     def raw(self, given: Arrays, probe: np.ndarray, weight: float, params: nnx.State | None = None) -> tuple:
