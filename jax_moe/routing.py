@@ -46,7 +46,7 @@ def noise_scale(noise_logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"
 
 def expert_scores(logits_GSE: Float[Array, "G S E"], config: RouterConfig) -> Float[Array, "G S E"]:
     """Scores of all experts; the logits themselves where the softmax follows the choice."""
-    if config.order == "select_then_softmax":
+    if config.order != "score_then_select":
         return logits_GSE
     if config.score == "softmax":
         return jax.nn.softmax(logits_GSE, axis=-1)
@@ -124,7 +124,10 @@ def choice_weights(
     score_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"], config: RouterConfig
 ) -> Float[Array, "G S K"]:
     """The weight of each choice: its score (or a softmax over the K), renormalised and scaled as the contract says."""
-    weight_GSK = jnp.take_along_axis(score_GSE, expert_GSK, axis=-1)
+    if config.order == "sparse_mixer":
+        weight_GSK = mixer_weights(score_GSE, expert_GSK, config.mixer_eps)
+    else:
+        weight_GSK = jnp.take_along_axis(score_GSE, expert_GSK, axis=-1)
     if config.order == "select_then_softmax":
         weight_GSK = jax.nn.softmax(weight_GSK, axis=-1)
     if config.renormalise != "none":
@@ -135,6 +138,24 @@ def choice_weights(
             total_GS1 = jnp.where(total_GS1 < config.renormalise_eps, config.renormalise_eps, total_GS1)
         weight_GSK /= safe_denominator(total_GS1)
     return weight_GSK * config.scale
+
+
+def mixer_weights(
+    logits_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"], eps: float
+) -> Float[Array, "G S K"]:
+    """Each choice's share in a softmax over the experts near the best that earlier choices left; 0 if it is not near.
+
+    The gradient is that of these softmaxes, the sets of experts held fixed. Phi-3.5-MoE was trained on drawn choices
+    with an estimate in place of the gradient (SparseMixer-v2, arXiv 2409.12136, section 2.2), which is not here.
+    """
+    chosen_GSKE = jax.nn.one_hot(expert_GSK, logits_GSE.shape[-1], dtype=jnp.int32)
+    earlier_GSKE = jnp.cumsum(chosen_GSKE, axis=-2) > chosen_GSKE
+    left_GSKE = jnp.where(earlier_GSKE, -jnp.inf, logits_GSE[..., None, :])
+    fixed_GS1E, best_GSK1 = jax.lax.stop_gradient((logits_GSE[..., None, :], left_GSKE.max(axis=-1, keepdims=True)))
+    size_GSKE = jnp.maximum(jnp.abs(fixed_GS1E), best_GSK1)
+    far_GSKE = (best_GSK1 - fixed_GS1E) / safe_denominator(size_GSKE) > 2 * eps
+    share_GSKE = jax.nn.softmax(jnp.where(far_GSKE, -jnp.inf, left_GSKE), axis=-1)
+    return jnp.take_along_axis(share_GSKE, expert_GSK[..., None], axis=-1)[..., 0]
 
 
 def safe_denominator(total: Float[Array, "*any"]) -> Float[Array, "*any"]:

@@ -45,7 +45,7 @@ def noise_scale(noise_logits_GSE: Float[Tensor, "G S E"]) -> Float[Tensor, "G S 
 
 def expert_scores(logits_GSE: Float[Tensor, "G S E"], config: RouterConfig) -> Float[Tensor, "G S E"]:
     """Scores of all experts; the logits themselves where the softmax follows the choice."""
-    if config.order == "select_then_softmax":
+    if config.order != "score_then_select":
         return logits_GSE
     if config.score == "softmax":
         return logits_GSE.softmax(dim=-1)
@@ -129,6 +129,8 @@ def choice_weights(
     weight_GSK = score_GSE.gather(-1, expert_GSK)
     if config.order == "select_then_softmax":
         weight_GSK = weight_GSK.softmax(dim=-1)
+    if config.order == "sparse_mixer":
+        weight_GSK = mixer_weights(score_GSE, expert_GSK, config.mixer_eps)
     if config.renormalise == "sum":
         weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True))
     if config.renormalise == "eps":
@@ -136,6 +138,25 @@ def choice_weights(
     if config.renormalise == "floor":
         weight_GSK = weight_GSK / weight_GSK.sum(dim=-1, keepdim=True).clamp(min=config.renormalise_eps)
     return weight_GSK * config.scale
+
+
+def mixer_weights(
+    logits_GSE: Float[Tensor, "G S E"], expert_GSK: Int[Tensor, "G S K"], eps: float
+) -> Float[Tensor, "G S K"]:
+    """Each choice's share in a softmax over the experts near the best that earlier choices left; 0 if it is not near.
+
+    The gradient is that of these softmaxes, the sets of experts held fixed. Phi-3.5-MoE was trained on drawn choices
+    with an estimate in place of the gradient (SparseMixer-v2, arXiv 2409.12136, section 2.2), which is not here.
+    """
+    weights, taken_GSE, fixed_GSE = [], torch.zeros_like(logits_GSE, dtype=torch.bool), logits_GSE.detach()
+    for expert_GS1 in expert_GSK.split(1, dim=-1):
+        best_GS1 = fixed_GSE.masked_fill(taken_GSE, -torch.inf).amax(dim=-1, keepdim=True)
+        size_GSE = fixed_GSE.abs().maximum(best_GS1)
+        away = taken_GSE | ((best_GS1 - fixed_GSE) / safe_denominator(size_GSE) > 2 * eps)
+        part_GSE = (logits_GSE - best_GS1).masked_fill(away, -torch.inf).exp()
+        weights.append(part_GSE.gather(-1, expert_GS1) / part_GSE.sum(dim=-1, keepdim=True))
+        taken_GSE = taken_GSE.scatter(-1, expert_GS1, True)
+    return torch.cat(weights, dim=-1)
 
 
 def safe_denominator(total: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

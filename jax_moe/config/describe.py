@@ -35,6 +35,9 @@ def _sparse(config: MoEConfig) -> list[str]:
     order = f"{router.score} over all, then {top}"
     if router.order == "select_then_softmax":
         order = f"{top}, then softmax over them"
+    if router.order == "sparse_mixer":
+        near = f"at most {2 * router.mixer_eps:g} of its size below the best"
+        order = f"{top}, each with its share of a softmax over what is left and {near} (sparse mixer)"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))

@@ -22,7 +22,7 @@ from jax_moe.config.checks import (
 )
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
-Order = Literal["score_then_select", "select_then_softmax"]
+Order = Literal["score_then_select", "select_then_softmax", "sparse_mixer"]
 Renormalise = Literal["none", "sum", "eps", "floor"]
 ClusterScore = Literal["max", "top2_sum"]
 ClusterFill = Literal["neg_inf", "zero"]
@@ -37,7 +37,10 @@ class RouterConfig:
     """How logits become choices of experts and their weights."""
 
     score: Score = "softmax"  # how a logit becomes a score (sigmoid: DeepSeek-V3; sqrt_softplus: DeepSeek-V4)
-    order: Order = "score_then_select"  # or top-k of the logits, then softmax over the K chosen (makeMoE, gpt-oss)
+    # or top-k of the logits, then a softmax over the K chosen (makeMoE, gpt-oss), or one for each choice, over the
+    # logits near the best that earlier choices left (the sparse mixer of Phi-3.5-MoE, arXiv 2409.12136, at evaluation)
+    order: Order = "score_then_select"
+    mixer_eps: float = 0.01  # "sparse_mixer": near is |best - logit| <= 2 eps max(|logit|, best) (router_jitter_noise)
     selection: Literal["score", "logit"] = "score"  # what the choice compares: scores, or logits (Kolibri, Llama 4)
     renormalise: Renormalise = "none"  # the chosen weights: unchanged, / sum, / (sum + eps), or / max(sum, eps)
     renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's) and "floor" (Ernie: 1e-12)
@@ -62,16 +65,17 @@ class RouterConfig:
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
         check_flags(self, "bias", "correction_bias", "noise_at_evaluation")
         check_above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale)
-        check_rates(jitter_eps=self.jitter_eps)
+        check_rates(jitter_eps=self.jitter_eps, mixer_eps=self.mixer_eps)
         jitters = self.noise == "input_jitter"
         fits = jitters == (self.jitter_eps > 0)
         require(fits, "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
         if self.selection == "logit":
             require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when selection='logit'")
-        if self.order == "select_then_softmax":
-            require(self.score == "softmax", "score", self.score, "'softmax' when order='select_then_softmax'")
-            require(not self.correction_bias, "correction_bias", True, "False when order='select_then_softmax'")
-            require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when order='select_then_softmax'")
+        if self.order != "score_then_select":
+            when = f"when order={self.order!r}"
+            require(self.score == "softmax", "score", self.score, f"'softmax' {when}")
+            require(not self.correction_bias, "correction_bias", True, f"False {when}")
+            require(self.num_clusters == 1, "num_clusters", self.num_clusters, f"1 {when}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +228,7 @@ class MoEConfig:
         E, K = self.num_experts, self.top_k
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")
+        require(self.router.order != "sparse_mixer" or K == 2, "top_k", K, "2 when order='sparse_mixer'")
         clusters, top = self.router.num_clusters, self.router.top_clusters
         require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")
         width = E // clusters

@@ -95,6 +95,8 @@ def granite(model_type: str, prefix: str, **settings: Any) -> Case:
 
 CASES = {one.model_type: one for one in (
     Case("mixtral", "Mixtral", sizes=MIXTRAL, balance=True),
+    Case("phimoe", "Phimoe", sizes=MIXTRAL, others=(
+        {"router_jitter_noise": 0.2}, {"num_experts_per_tok": 2}), balance=True),
     Case("qwen2_moe", "Qwen2Moe", settings=GATED, others=NORM, balance=True),
     Case("qwen3_moe", "Qwen3Moe", others=NORM, balance=True),
     Case("olmoe", "Olmoe", sizes=PLAIN, others=NORM, balance=True),

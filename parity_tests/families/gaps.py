@@ -25,7 +25,6 @@ GAPS: dict[str, str] = {
     "muse_spark": "projections and norms around the experts",
     "nemotron_h": "squared ReLU without a gate, projections around the experts",
     "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
-    "phimoe": "a router of its own (sparse mixer)",
     "switch_transformers": "slots: `jax_moe.presets.switch`, compared in parity_tests/layers/test_switch.py",
     "vitpose_backbone": "an expert by the kind of data set: no router",
     "zaya": "the router is a network with a state from the layer before",

@@ -131,12 +131,11 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
     return Answer(found["experts"], y.detach().numpy(), {"x": x.grad.numpy(), **named}, found.get("logits"))  # type: ignore
 
 
-def balance_loss(case: Case, logits: np.ndarray, shape: int) -> float:
+def balance_loss(case: Case, logits: np.ndarray, top_k: int) -> float:
     """transformers' own balance loss of one layer."""
     modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
-    E, K = SHAPES[shape][1][2:]
     with widened():
-        return float(modeling.load_balancing_loss_func((torch.from_numpy(logits),), E, K))
+        return float(modeling.load_balancing_loss_func((torch.from_numpy(logits),), logits.shape[-1], top_k))
 
 
 def save_model(case: Case, folder: Path) -> Any:

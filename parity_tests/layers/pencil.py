@@ -97,6 +97,10 @@ TWO_CLUSTERS = [log(9.0), log(1 / 9), log(1.5), 0.0]
 V3 = RouterConfig(score="sigmoid", num_clusters=2, top_clusters=1)
 BIASED_MAX = dataclasses.replace(V3, cluster_score="max", correction_bias=True)
 SIGMOID = RouterConfig(score="sigmoid")
+MIXER = RouterConfig(order="sparse_mixer", mixer_eps=0.3)
+# (logits, replayed choices, answer): 0 is not near ln 4, so its share is 0, and of the others ln 4 has 4 of 4 + 2;
+# and ln 2, taken first as near, has 2 of 4 + 2
+MIXED = [([log(4.0), log(2.0), 0.0], [2, 0], [40, 0, 0]), ([log(4.0), log(2.0), 0.0], [1, 0], [60, 20, 0])]
 
 WEIGHTS = [
     # 60 * (1/2, 1/3)
@@ -122,6 +126,13 @@ WEIGHTS = [
     weight_story("scaled alone", HALF_THIRD_SIXTH, [75, 50, 0], RouterConfig(scale=2.5)),
     # softmax over the chosen logits ln 3, ln 1: 60 * (3/4, 1/4)
     weight_story("select, then softmax", THREE_ONE, [45, 15, 0], RouterConfig(order="select_then_softmax")),
+    # ln 2 is half of ln 4 below it, 0 all of it, and all of ln 2: the shares are 4 of 4 + 2, and 2 of 2
+    weight_story("sparse mixer", [log(4.0), log(2.0), 0.0], [40, 60, 0], MIXER),
+    # below 0 the lower one is the measure: ln 2 of ln 4 and 3 ln 2 of 4 ln 2 below the best, 2 ln 2 of 4 ln 2 below
+    # the second; 1/2 of 1/2 + 1/4, and 1/4 of 1/4 + 1/16
+    weight_story("sparse mixer below 0", [-log(2.0), -log(4.0), -log(16.0)], [40, 48, 0], MIXER),
+    # nothing is below 0 by any share of 0: one of three, then one of two
+    weight_story("sparse mixer at 0", EQUAL, [20, 30, 0], MIXER),
     # 60 * (3/4, 1/2)
     weight_story("sigmoid", THREE_ONE, [45, 30, 0], SIGMOID),
     # 3/4 + 1/2 = 5/4; 60 * (3/5, 2/5)

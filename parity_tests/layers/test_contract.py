@@ -172,7 +172,10 @@ HEADS = {"model_dim": 4, "num_heads": 2}
 CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
 BAD = [
     (RouterConfig, {"score": "softplus"}, "score='softplus': must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
-    (RouterConfig, {"order": "x"}, "order='x': must be one of 'score_then_select', 'select_then_softmax'"),
+    (
+        RouterConfig, {"order": "x"},
+        "order='x': must be one of 'score_then_select', 'select_then_softmax', 'sparse_mixer'",
+    ),
     (RouterConfig, {"renormalise": True}, "renormalise=True: must be one of 'none', 'sum', 'eps', 'floor'"),
     (RouterConfig, {"selection": "x"}, "selection='x': must be one of 'score', 'logit'"),
     (
@@ -222,6 +225,15 @@ BAD = [
     (
         RouterConfig, {"order": "select_then_softmax", "num_clusters": 2},
         "num_clusters=2: must be 1 when order='select_then_softmax'",
+    ),
+    (
+        RouterConfig, {"order": "sparse_mixer", "score": "sigmoid"},
+        "score='sigmoid': must be 'softmax' when order='sparse_mixer'",
+    ),
+    (RouterConfig, {"mixer_eps": -0.1}, "mixer_eps=-0.1: must be a number of at least 0 and below 1"),
+    (
+        MoEConfig, {**SIZES, "top_k": 3, "router": RouterConfig(order="sparse_mixer")},
+        "top_k=3: must be 2 when order='sparse_mixer'",
     ),
     (CapacityConfig, {"factor": 0}, "factor=0: must be a number above 0"),
     (CapacityConfig, {"factor": -1.5}, "factor=-1.5: must be a number above 0"),

@@ -109,6 +109,14 @@ def test_replayed_choices_get_the_weights_of_their_scores() -> None:
     agree(y_BTD, [[[30, 0, 10, 0]]])
 
 
+@pytest.mark.parametrize(("logits", "experts", "answer"), pencil.MIXED)
+def test_replayed_choices_under_the_sparse_mixer(logits: list, experts: list, answer: list) -> None:
+    config = layer(router=pencil.MIXER)
+    moe = build(config, pencil.pencil_weights(config))
+    y_BTD, _ = moe(jnp.asarray([[[*logits, 60.0]]], WIDE), expert_BTK=jnp.asarray([[experts]], jnp.int32))
+    agree(y_BTD, [[[*answer, 0]]])
+
+
 # --- experts --------------------------------------------------------------------------------------------------------
 def clamped_answer(x_N2: jax.Array) -> jax.Array:
     return build(pencil.CLAMPED, pencil.CLAMPED_WEIGHTS, x_N2.dtype)(x_N2[None])[0][0, :, 0]

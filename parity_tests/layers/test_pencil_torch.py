@@ -101,6 +101,14 @@ def test_replayed_choices_get_the_weights_of_their_scores() -> None:
     agree(y_BTD, [[[30, 0, 10, 0]]])
 
 
+@pytest.mark.parametrize(("logits", "experts", "answer"), pencil.MIXED)
+def test_replayed_choices_under_the_sparse_mixer(logits: list, experts: list, answer: list) -> None:
+    config = layer(router=pencil.MIXER)
+    moe = build(config, pencil.pencil_weights(config))
+    y_BTD, _ = moe(tensor([[[*logits, 60.0]]]), expert_BTK=torch.tensor([[experts]]))
+    agree(y_BTD, [[[*answer, 0]]])
+
+
 # --- experts --------------------------------------------------------------------------------------------------------
 def test_clamped_experts_and_their_gradient_at_the_bound() -> None:
     table = np.asarray(pencil.CLAMP_TABLE, float)

@@ -126,6 +126,27 @@ JAX_ROUTING = [
         rows=("sqrt-softplus scores",),
     ),
     Mutation(
+        "jax: the sparse mixer measures by the best alone",
+        "jax_moe/routing.py",
+        "size_GSKE = jnp.maximum(jnp.abs(fixed_GS1E), best_GSK1)",
+        "size_GSKE = jnp.broadcast_to(jnp.abs(best_GSK1), left_GSKE.shape)",
+        rows=("sparse mixer",),
+    ),
+    Mutation(
+        "jax: the sparse mixer's second choice has the first beside it",
+        "jax_moe/routing.py",
+        "left_GSKE = jnp.where(earlier_GSKE, -jnp.inf, logits_GSE[..., None, :])",
+        "left_GSKE = jnp.where(earlier_GSKE, logits_GSE[..., None, :], logits_GSE[..., None, :])",
+        rows=("sparse mixer",),
+    ),
+    Mutation(
+        "torch: what is far keeps its share of the sparse mixer",
+        "torch_ref/routing.py",
+        "> 2 * eps)",
+        "> 4 * eps)",
+        rows=("sparse mixer",),
+    ),
+    Mutation(
         "jax: the worst experts are chosen",
         "jax_moe/top_k.py",
         "key = jnp.where(bits < 0, bits ^ largest, bits)",

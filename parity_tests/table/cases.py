@@ -99,6 +99,9 @@ ROUTERS = [
     Case("choice by logits", plain(
         router=RouterConfig(score="sigmoid", selection="logit", correction_bias=True, renormalise="sum"),
     )),
+    Case("sparse mixer", plain(
+        num_experts=6, router=RouterConfig(order="sparse_mixer", mixer_eps=0.3, bias=True, scale=1.5),
+    )),
     Case("least sum of weights", plain(router=RouterConfig(
         renormalise="floor", renormalise_eps=0.7, correction_bias=True, weight_dtype="input",
     ))),

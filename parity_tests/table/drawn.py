@@ -19,6 +19,7 @@ from jax_moe.config.moe import (
     ExpertConfig,
     MoEConfig,
     Noise,
+    Order,
     Priority,
     Renormalise,
     RouterConfig,
@@ -41,10 +42,12 @@ def one_of(literal: Any) -> st.SearchStrategy:
 @st.composite
 def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
     """Any router contract for E experts."""
-    after = draw(st.booleans())
+    order = draw(st.sampled_from(get_args(Order)[: 3 if num_experts > 1 else 2]))
+    after = order != "score_then_select"
     noise = draw(one_of(Noise))
     router = RouterConfig(
-        order="select_then_softmax" if after else "score_then_select",
+        order=order,
+        mixer_eps=draw(st.sampled_from([0.01, 0.3])),
         score="softmax" if after else draw(one_of(Score)),
         renormalise=draw(one_of(Renormalise)),
         renormalise_eps=draw(st.sampled_from([1e-20, 1e-3])),
@@ -125,7 +128,9 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
         model_dim=draw(st.integers(1, MOST_WIDTH)),
         expert_dim=draw(st.integers(1, MOST_WIDTH)),
         num_experts=num_experts,
-        top_k=draw(st.integers(1, router.top_clusters * num_experts // router.num_clusters)),
+        top_k=2 if router.order == "sparse_mixer" else draw(
+            st.integers(1, router.top_clusters * num_experts // router.num_clusters)
+        ),
         router=router,
         capacity=capacity,
         expert=draw(experts()),

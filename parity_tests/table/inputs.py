@@ -169,6 +169,10 @@ def tie_free(config: MoEConfig, router: Arrays, pool: Arrays, margin: float) -> 
         take = 1 if config.router.cluster_score == "max" else 2
         cluster = -np.sort(-(-np.sort(-wide, axis=-1))[..., :take].sum(axis=-1), axis=-1)
         clear &= (-np.diff(cluster, axis=-1) >= margin).all(axis=-1)
+    if config.router.order == "sparse_mixer":  # nor hangs it on rounding which experts are near
+        for first in (best[:, :1], best[:, 1:2]):
+            gap = (first - score) / np.maximum(np.maximum(np.abs(score), first), 1e-30)
+            clear &= (np.abs(gap - 2 * config.router.mixer_eps) >= margin).all(axis=-1)
     return clear
 
 
@@ -190,7 +194,7 @@ def choice_scores(config: MoEConfig, router: Arrays, pool: Arrays) -> np.ndarray
     if "noise_kernel" in router:
         noise = noise * np.logaddexp(0, x @ router["noise_kernel"] + router.get("noise_bias", 0.0))
     logits = logits + noise
-    if config.router.order == "select_then_softmax":
+    if config.router.order != "score_then_select":
         return logits
     if config.router.selection == "logit":
         return logits + router.get("correction_bias", 0.0)

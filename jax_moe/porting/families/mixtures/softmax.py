@@ -1,5 +1,7 @@
 """Mixtures whose router takes a softmax: over all experts (Mixtral, Qwen) or over the chosen (Granite, Aria)."""
 
+from dataclasses import replace
+
 from jax_moe.porting.families import decoders
 from jax_moe.porting.families.family import Family, Mixture, Names, Whole
 from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
@@ -8,6 +10,7 @@ from jax_moe.porting.families.mixtures.layouts import (
     FUSED,
     GRANITE,
     MIXTRAL,
+    MLP,
     QWEN,
     SHARED_EXPERTS,
     both,
@@ -40,6 +43,13 @@ HUNYUAN = Contract(
     (*sizes("num_experts num_local_experts", "intermediate_size", "moe_topk num_experts_per_tok"), activation(),
      Field("intermediate_size", "expert.shared_dim")),
     {**HUGGING_FACE, "router.renormalise": "sum"},
+)
+# Of two jitters that training multiplies onto the input of router and experts nothing is here
+PHI = Contract(
+    (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
+     Field("router_jitter_noise", "router.mixer_eps", 0.01)),
+    {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "sparse_mixer"},
+    {"input_jitter_noise": 0.0},
 )
 CHOSEN_LOGITS = {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "select_then_softmax"}
 GRANITE_LIKE = Contract(
@@ -88,6 +98,7 @@ ARIA_NAMES = both(
     (*router("router.weight"), *columns(), *SHARED_EXPERTS),
 )
 
+PHI_NAMES = (MIXTRAL[0], replace(JAMBA_NAMES[1], within=MLP))
 OMNI = {
     "qwen3_omni_moe": "thinker_config.text_config", "qwen3_omni_moe_thinker": "text_config", "qwen3_omni_moe_text": "",
 }
@@ -103,6 +114,7 @@ SOFTMAX = (
     family("lara_mini", LARA, QWEN),
     family("minimax", MIXTRAL_LIKE, MIXTRAL),
     family("jamba", JAMBA, JAMBA_NAMES),
+    family("phimoe", PHI, PHI_NAMES),
     family(
         "hunyuan_v1_moe", HUNYUAN, HUNYUAN_NAMES, by_layer=("moe_topk", "num_experts", "intermediate_size"),
         decoder=decoders.HUNYUAN,

@@ -1,0 +1,59 @@
+"""Where a module in transformers differs from what its configuration, its paper or its own training says.
+
+Checked with transformers 5.24.0. Each finding is a test: of transformers' behaviour, and of ours.
+"""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference is PyTorch")
+transformers = pytest.importorskip("transformers", reason="needs the extra 'hf': transformers")
+
+from jax_moe.porting.families import mixture_of  # noqa: E402
+from parity_tests.families.cases import CASES  # noqa: E402
+from parity_tests.families.reference import as_file, configuration, make_layer  # noqa: E402
+
+
+def test_phimoe_trains_on_the_gradient_of_its_evaluation() -> None:
+    """In evaluation the sparse mixer's weights have plain gradients. In training its choices are drawn, and each
+    weight is multiplied by 1 or 1/3 that the gradient leaves out: given the choices, it is evaluation's.
+    """
+    from transformers.models.phimoe.modeling_phimoe import PhimoeMultiplier
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    chosen = torch.randint(0, 6, (5, 1), generator=generator)
+    shares = scores.softmax(-1)
+    weight = shares.gather(-1, chosen)
+    (plain,) = torch.autograd.grad(weight.sum(), scores, retain_graph=True)
+    factor = torch.full_like(weight, 0.3333)
+    drawn = PhimoeMultiplier.apply(scores, weight.detach(), chosen, shares.detach(), factor)
+    assert torch.equal(drawn, weight * factor)
+    (estimate,) = torch.autograd.grad(drawn.sum(), scores)
+    torch.testing.assert_close(estimate, plain, rtol=1e-14, atol=1e-16)
+
+
+def test_phimoe_chooses_two_whatever_its_configuration_says() -> None:
+    """The router's num_experts_per_tok is not read; ours refuses all but 2 by name, and the jitters of training."""
+    case = CASES["phimoe"]
+    config = configuration(case, 0)
+    config.num_experts_per_tok = 3
+    config.num_hidden_layers = 1
+    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
+    router = PhimoeTopKRouter(config).eval()
+    assert router(torch.ones(4, config.hidden_size))[2].shape == (4, 2)
+    with pytest.raises(ValueError, match="num_experts_per_tok=3: must be 2"):
+        mixture_of("phimoe").mixture_config(as_file(config), 0)
+    jitters = as_file(configuration(case, 0)) | {"input_jitter_noise": 0.1}
+    with pytest.raises(ValueError, match=r"input_jitter_noise=0.1: must be 0.0 or absent"):
+        mixture_of("phimoe").mixture_config(jitters, 0)
+
+
+def test_phimoe_draws_its_choices_in_training() -> None:
+    """Two calls in training differ; in evaluation they are the same."""
+    layer = make_layer(CASES["phimoe"], 0, "float32")
+    x = torch.randn(3, 50, 10, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    torch.manual_seed(0)
+    assert not torch.equal(layer(x), layer(x))
