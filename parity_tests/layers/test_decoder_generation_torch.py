@@ -80,8 +80,24 @@ def test_greedy_tokens(case: Case, tmp_path: Path) -> None:
     check_exact(
         {"tokens": ours(model, tokens, stops)}, {"tokens": answer(reference, tokens, stops)}, f"{case.name}, stopping"
     )
-    if case.name in BY_ITSELF:
-        assert (theirs(reference, tokens, None) != free).any(), "padding no longer counts: compare the batch"
     if case.name == "mixtral":
         with pytest.raises(MismatchError, match="tokens"):
             check_exact({"tokens": ours(model, tokens, None, np.ones_like(MASK))}, {"tokens": free}, "no mask")
+
+
+def test_padding_counts_in_llama4() -> None:
+    """The finding behind `BY_ITSELF`, reduced: with right positions and mask, transformers' answer to a text changes by
+    2% when padding stands before it, for its queries grow with the number of the slot. Ours does not
+    (test_decoder_generation.py). If this fails, the batch can be compared again.
+    """
+    case = next(case for case in CASES if case.name == "llama4")
+    reference = case.reference(case.config()).eval()
+    draw_weights(reference, seed=1)
+    tokens = torch.from_numpy(np.random.default_rng(3).integers(0, VOCABULARY, (1, PROMPT)))
+    padded, mask = torch.nn.functional.pad(tokens, (3, 0)), torch.ones(1, PROMPT + 3, dtype=torch.int64)
+    mask[:, :3] = 0
+    with torch.no_grad():
+        alone = reference(tokens).logits[0, -1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found = reference(padded, attention_mask=mask, position_ids=positions).logits[0, -1]
+    assert (found - alone).abs().max() > 0.01 * alone.abs().max()

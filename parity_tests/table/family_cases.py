@@ -138,8 +138,8 @@ CASES = [
         "swiglu_limit": 0.6, "sliding_window": 3,
         **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)}),
     Case("llama4", "Llama4", sizes(24, 4, 2, 2, **LLAMA4, head_dim=8), "left", {
-        "num_experts_per_tok": 1, "no_rope_layers": [1, 0], "attention_chunk_size": 4, "floor_scale": 3,
-        "attn_scale": 0.3}, "Text"),
+        "num_experts_per_tok": 1, "no_rope_layers": [1, 0], "attention_chunk_size": 4, "floor_scale": 2,
+        "attn_scale": 1.5}, "Text"),
     Case("llama4_dense", "Llama4", sizes(22, 3, 1, 3, **LLAMA4, head_dim=6), "right", {
         "moe_layers": [1, 2], "no_rope_layers": [1, 1, 1], "attention_chunk_size": 3, "use_qk_norm": False,
         "layer_types": ["full_attention", "chunked_attention", "chunked_attention"], "attention_bias": True,
