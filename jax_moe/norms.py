@@ -20,13 +20,15 @@ def layer_norm(
 
 
 def rms_norm(
-    x: Float[Array, "*any D"], scale_D: Float[Array, " D"], eps: float, wide_scale: bool = False
+    x: Float[Array, "*any D"], scale_D: Float[Array, " D"] | None, eps: float, wide_scale: bool = False
 ) -> Float[Array, "*any D"]:
     """x / rms(x) in fp32 or wider, times the scale (arXiv 1910.07467, eq. 4); rounded to the input's dtype before the
-    scale or, `wide_scale`, after it.
+    scale or, `wide_scale`, after it. None: there is no scale.
     """
     wide_x = x.astype(wide(x.dtype))
     normed = wide_x * jax.lax.rsqrt((wide_x**2).mean(axis=-1, keepdims=True) + eps)
+    if scale_D is None:
+        return normed.astype(x.dtype)
     if wide_scale:
         return (normed * scale_D.astype(normed.dtype)).astype(x.dtype)
     return normed.astype(x.dtype) * scale_D.astype(x.dtype)

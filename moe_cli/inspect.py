@@ -10,7 +10,7 @@ import numpy as np
 from jax_moe.config.checks import require
 from jax_moe.config.describe import describe
 from jax_moe.config.models import Origin
-from jax_moe.guarded import read_text_and_object
+from jax_moe.guarded import parse_json, read_text_and_object
 from jax_moe.parameters import declared
 from jax_moe.porting.checkpoint import load_found
 from jax_moe.porting.families import family_named
@@ -112,7 +112,9 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
     print(f"files: {where}{held}")
     carried = () if found.origin is None else found.origin.carried
     if carried:
-        print(f"carried: {len(carried)} tensors that predict further tokens; not used here, kept on saving")
+        nested = found.family.is_nested(parse_json(found.origin.config_json, "config.json"))  # type: ignore[union-attr]
+        whose = "of the models around the text model" if nested else "that predict further tokens"
+        print(f"carried: {len(carried)} tensors {whose}; not used here, kept on saving")
     print("\n".join(describe(config)))
     stored = {name: math.prod(one.shape) * itemsizes[name] for name, one in arrays.items()}
     experts = sum(size for name, size in stored.items() if arrays[name].role == "expert")

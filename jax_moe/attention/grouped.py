@@ -10,17 +10,23 @@ from flax import nnx
 
 from jax_moe.activations import clamp_above
 from jax_moe.attention.masks import hidden
-from jax_moe.attention.positions import Positions
+from jax_moe.attention.positions import Positions, growth
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 from jax_moe.dropout import dropout
 from jax_moe.initializers import rounded
-from jax_moe.norms import RMSNorm
+from jax_moe.norms import RMSNorm, rms_norm
 from jax_moe.parameters import parameter
 
-Rotations = tuple[Array, Array] | None  # None: nothing is turned
 Heads = tuple[Array, Array, Array]
+
+
+class Shared(NamedTuple):
+    """What all layers of one contract have in common in a call."""
+
+    turns: tuple[Array, Array] | None  # cos and sin [B, T, A]; None: nothing turns
+    growth_BT: Float[Array, "B T"] | None = None  # the factor of the queries, in fp32 or wider; None: 1
 
 
 class KeysAndValues(NamedTuple):
@@ -53,19 +59,22 @@ class GroupedAttention(nnx.Module):
             self.out_bias = parameter(jnp.zeros((D,), param_dtype), "D", "attention")
         if config.sinks:
             self.sinks = parameter(jnp.zeros((H,), param_dtype), "H", "attention")
-        if config.qk_norm != "none":
+        if config.qk_norm != "none" and config.qk_norm_scale:
             widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
             self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype, "W") for width in widths)
 
     @staticmethod
-    def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Rotations:
-        """cos and sin of the positions, where they turn anything."""
-        length = positions.text_length
-        if config.rope is None:
-            return None
-        return rotations(
-            positions.position_BT, config.rope, config.head_dim, jnp.dtype(dtype), length, positions.num_slots
-        )
+    def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Shared:
+        """cos and sin of the positions, and how much their queries grow."""
+        position_BT, turns, grown = positions.position_BT, None, None
+        if config.rope is not None:
+            length = positions.text_length
+            turns = rotations(
+                position_BT, config.rope, config.head_dim, jnp.dtype(dtype), length, positions.num_slots
+            )
+        if config.temperature:
+            grown = growth(position_BT + 1, config.temperature, config.temperature_step, dtype)
+        return Shared(turns, grown)
 
     @staticmethod
     def empty_cache(
@@ -79,7 +88,7 @@ class GroupedAttention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions: Positions,
-        shared: Rotations,
+        shared: Shared,
         *,
         key: PRNGKeyArray | None = None,
         training: bool = True,
@@ -100,16 +109,18 @@ class GroupedAttention(nnx.Module):
             if not positions.whole:
                 k_BUJA, v_BUJA = (jax.lax.dynamic_index_in_dim(each, layer, keepdims=False) for each in cache)
         key = key if training else None
-        return self.attend(q_BTHA, k_BUJA, v_BUJA, positions.visible(self.config.window), key), cache
+        return self.attend(q_BTHA, k_BUJA, v_BUJA, positions.visible(self.config.window, self.config.chunk), key), cache
 
-    def project(self, x_BTD: Float[Array, "B T D"], turns: Rotations) -> Heads:
+    def project(self, x_BTD: Float[Array, "B T D"], shared: Shared) -> Heads:
         """Queries, keys and values of these positions, the first two turned and normed."""
         q_BTHA, k_BTJA = (self._project(x_BTD, name) for name in ("query", "key"))
-        if turns is not None:
+        if shared.turns is not None:
             assert self.config.rope is not None
-            q_BTHA, k_BTJA = (rotate(y, *turns, self.config.rope.pairs) for y in (q_BTHA, k_BTJA))
+            q_BTHA, k_BTJA = (rotate(y, *shared.turns, self.config.rope.pairs) for y in (q_BTHA, k_BTJA))
         if self.config.qk_norm_place == "after_rope":
             q_BTHA, k_BTJA = self._norm(q_BTHA, "query"), self._norm(k_BTJA, "key")
+        if shared.growth_BT is not None:
+            q_BTHA = (q_BTHA * shared.growth_BT[..., None, None]).astype(q_BTHA.dtype)
         return q_BTHA, k_BTJA, self._project(x_BTD, "value")
 
     def attend(
@@ -142,9 +153,11 @@ class GroupedAttention(nnx.Module):
 
     def _norm(self, y_BTHA: Array, name: str) -> Array:
         """Queries or keys normed, each head or over their full width; values stay."""
-        norm = getattr(self, f"{name}_norm", None)
-        if norm is None:
+        if name == "value" or self.config.qk_norm == "none":
             return y_BTHA
+        if not self.config.qk_norm_scale:
+            return rms_norm(y_BTHA, None, self.config.norm_eps)
+        norm = getattr(self, f"{name}_norm")
         B, T, H, A = y_BTHA.shape
         flat = self.config.qk_norm == "full_width"
         return norm(y_BTHA.reshape(B, T, H * A) if flat else y_BTHA).reshape(y_BTHA.shape)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.attention.masks import hidden
-from jax_moe.attention.positions import Positions
+from jax_moe.attention.positions import Positions, growth
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
@@ -76,8 +76,8 @@ class LatentAttention(nnx.Module):
             return Shared(None, None)
         if config.temperature:
             assert rope.original_max_positions is not None
-            steps_BT = jnp.floor(positions.position_BT.astype(wide(dtype)) / rope.original_max_positions)
-            growth_BT = (1 + config.temperature * jnp.log(1 + steps_BT)).astype(dtype)
+            step = rope.original_max_positions
+            growth_BT = growth(positions.position_BT, config.temperature, step, dtype).astype(dtype)
         turns = rotations(
             positions.position_BT, rope, config.rope_dim, jnp.dtype(dtype), positions.text_length, positions.num_slots
         )

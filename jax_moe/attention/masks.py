@@ -6,14 +6,22 @@ from jax_moe.dims import Array, Bool, Float, Int
 
 
 def visible_positions(
-    position_T: Int[Array, " T"], num_positions: int, window: int | None, mask_BU: Bool[Array, "B U"] | None
+    position_T: Int[Array, " T"], num_positions: int, window: int | None, mask_BU: Bool[Array, "B U"] | None,
+    chunk: int | None = None,
 ) -> Bool[Array, "b T U"]:
-    """Whether T may look at U, one of `num_positions`: not ahead, not at padding, less than `window` back."""
+    """Whether T may look at U, one of `num_positions`: not ahead, not at padding, less than `window` back, in the same
+    chunk of `chunk` positions. Chunks are counted from a text's first position that is no padding.
+    """
     back_TU = position_T[:, None] - jnp.arange(num_positions)
     visible_TU = back_TU >= 0
     if window is not None:
         visible_TU = visible_TU & (back_TU < window)
-    return visible_TU[None] if mask_BU is None else visible_TU & mask_BU[:, None, :]
+    visible_BTU = visible_TU[None] if mask_BU is None else visible_TU & mask_BU[:, None, :]
+    if chunk is None:
+        return visible_BTU
+    first_B = jnp.zeros(1, jnp.int32) if mask_BU is None else jnp.argmax(mask_BU, axis=1)
+    chunk_BT, chunk_BU = ((one - first_B[:, None]) // chunk for one in (position_T, jnp.arange(num_positions)))
+    return visible_BTU & (chunk_BT[:, :, None] == chunk_BU[:, None])
 
 
 def hidden(scores: Float[Array, "*any T U"], visible: Bool[Array, "... _ U"]) -> Float[Array, "*any T U"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jax_moe.attention.masks import visible_positions
-from jax_moe.dims import Array, Bool, Int
+from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Positions:
         """False where one of these tokens is padding. A step has none."""
         return self.mask_BU if self.whole else None
 
-    def visible(self, window: int | None) -> Bool[Array, "b T U"]:
-        """Whether T may look at U: not ahead, not at padding, less than `window` back."""
-        return visible_positions(self.slot_T, self.num_slots, window, self.mask_BU)
+    def visible(self, window: int | None, chunk: int | None = None) -> Bool[Array, "b T U"]:
+        """Whether T may look at U: not ahead, not at padding, less than `window` back, in the same `chunk`."""
+        return visible_positions(self.slot_T, self.num_slots, window, self.mask_BU, chunk)
 
 
 def whole_call(
@@ -40,3 +40,12 @@ def whole_call(
 ) -> Positions:
     """The positions of a call without a cache."""
     return Positions(position_BT, jnp.arange(num_positions), num_positions, mask_BT)
+
+
+def growth(
+    position_BT: Int[Array, "B T"], rate: float, step: int, dtype: DTypeLike
+) -> Float[Array, "B T"]:
+    """The factor of queries that grow with their position, 1 + rate * ln(1 + floor(position / step)), in fp32 or wider
+    (scalable softmax, arXiv 2501.19399, as Llama 4 and Mistral 4 have it).
+    """
+    return 1 + rate * jnp.log1p(jnp.floor(position_BT.astype(wide(dtype)) / step))

@@ -151,14 +151,18 @@ class GroupedAttentionConfig(LayerAttention):
     head_dim: int  # may differ from model_dim / num_heads
     rope: RopeConfig | None = field(default_factory=RopeConfig)  # None: positions are known by the mask alone
     window: int | None = None  # a position sees itself and the window - 1 before it
+    chunk: int | None = None  # a position sees its own chunk of so many, counted from the text's first (Llama 4)
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: Norm = "none"  # RMSNorm of queries and keys: each head (Qwen3), or before the split into heads (OLMoE)
     qk_norm_place: NormOfHeads = "before_rope"  # after: HunYuan
+    qk_norm_scale: bool = True  # these norms have a learned scale (False: Llama 4)
     norm_eps: float = 1e-6  # of these norms
     clip_qkv: float | None = None  # queries, keys and values to within +- this (OLMoE)
     multiplier: float | None = None  # on q.k (None: head_dim**-0.5)
     sinks: bool = False  # a learned logit per head takes a share of every softmax and gives nothing (gpt-oss)
+    temperature: float = 0.0  # queries times 1 + this * ln(1 + floor((position + 1) / temperature_step)) (Llama 4)
+    temperature_step: int = 8192
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -172,8 +176,15 @@ class GroupedAttentionConfig(LayerAttention):
             self.rope.check_width(self.head_dim)
         window = self.window
         require(window is None or (is_int(window) and window >= 1), "sliding_window", window, "None or at least 1")
-        check_flags(self, "qkv_bias", "output_bias", "sinks")
+        chunk = self.chunk
+        require(chunk is None or (is_int(chunk) and chunk >= 1), "chunk", chunk, "None or an integer of at least 1")
+        require(chunk is None or window is None, "chunk", chunk, "None beside a window")
+        check_flags(self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale")
+        plain = self.qk_norm_scale or self.qk_norm == "per_head"
+        require(plain, "qk_norm_scale", self.qk_norm_scale, "True unless qk_norm='per_head'")
+        check_positive_ints(temperature_step=self.temperature_step)
         check_rates(attention_dropout=self.dropout)
+        check_within(0.0, temperature=self.temperature)
         check_within(LEAST, norm_eps=self.norm_eps)
         check_within(LEAST, optional=True, clip_qkv=self.clip_qkv, attention_multiplier=self.multiplier)
 
@@ -189,8 +200,12 @@ class GroupedAttentionConfig(LayerAttention):
 
     def stored(self) -> "GroupedAttentionConfig":
         """The contract with only its heads, biases, sinks and norms."""
-        plain: dict = {"rope": None, "window": None, "clip_qkv": None, "multiplier": None, "dropout": 0.0}
-        return dataclasses.replace(self, qk_norm_place="before_rope", **plain)
+        plain: dict = {
+            "rope": None, "window": None, "chunk": None, "clip_qkv": None, "multiplier": None, "temperature": 0.0,
+            "temperature_step": 8192, "qk_norm_scale": True, "dropout": 0.0,
+        }
+        qk_norm = self.qk_norm if self.qk_norm_scale else "none"
+        return dataclasses.replace(self, qk_norm=qk_norm, qk_norm_place="before_rope", **plain)
 
     def sizes(self) -> dict[str, int]:
         """The width of all heads."""
@@ -210,10 +225,12 @@ class GroupedAttentionConfig(LayerAttention):
             "keys and values of their own" if H == J else f"each key and value head serving {H // J}": True,
             f"scores times {self.score_scale:.6g}": True,
             f"a window of {self.window or 0:,} positions": self.window is not None,
+            f"chunks of {self.chunk or 0:,} positions": self.chunk is not None,
             "a learned logit per head in the softmax's denominator": self.sinks,
             f"biases on {' and '.join(biases)}": bool(biases),
-            norms.get(self.qk_norm, "") + (" after they are turned" * (self.qk_norm_place == "after_rope")):
-                self.qk_norm in norms,
+            norms.get(self.qk_norm, "") + (" after they are turned" * (self.qk_norm_place == "after_rope"))
+            + " without a scale" * (not self.qk_norm_scale): self.qk_norm in norms,
+            f"queries growing by {self.temperature:g} every {self.temperature_step:,} positions": self.temperature > 0,
             f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
         }
         positions = "none beside the mask" if self.rope is None else self.rope.words()

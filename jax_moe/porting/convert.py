@@ -16,7 +16,7 @@ from jax_moe.config.models import Origin
 from jax_moe.disk import check_target, writing
 from jax_moe.guarded import parse_json
 from jax_moe.parameters import declared
-from jax_moe.porting.formats.carried import carried_by, write_carried
+from jax_moe.porting.formats.carried import carried_by, placed, write_carried
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, is_hf
 from jax_moe.porting.formats.orbax import verify_orbax, write_orbax
@@ -89,7 +89,8 @@ def _write_hf(
     also: Callable[[Path], None],
 ) -> tuple[int, int]:
     tensors = _theirs(source.plan, source.tensors) if source.found.ours else source.tensors
-    tensors = {**tensors, **carried_by(source.origin)}
+    values = parse_json(source.origin.config_json, source.found.path)
+    tensors = placed(source.found.family, values, tensors) | carried_by(source.origin)
     shards, total = plan_shards(tensors, max_shard_bytes), sum(header.nbytes for header in tensors.values())
     check_target(target, overwrite, replaceable)
     room_for(target, total)

@@ -15,7 +15,7 @@ from jax_moe.guarded import parse_json
 from jax_moe.models.decoder import Decoder
 from jax_moe.parameters import declared
 from jax_moe.porting.families import decoder_names, family_named
-from jax_moe.porting.formats.carried import carried_by
+from jax_moe.porting.formats.carried import carried_by, placed
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import check_head, config_text, copy_others, open_folder
 from jax_moe.porting.formats.shards import DTYPES, write_weights
@@ -80,7 +80,7 @@ def save_pretrained(
     values = family.values(model.config) if loaded is None else parse_json(loaded.config_json, "config.json")
     arrays = {path: v[...] for path, v in stored_variables(model).items()}
     plan = make_plan(family.on_disk(model.config), declared(model))
-    theirs = theirs_from(plan, arrays) | ({} if loaded is None else carried_by(loaded))
+    theirs = placed(family, values, theirs_from(plan, arrays)) | ({} if loaded is None else carried_by(loaded))
     text = config_text(None if loaded is None else loaded.config_json, values, np.dtype(arrays["embedding"].dtype))
     with saving(path, overwrite, lambda old: (old / "config.json").is_file()) as part:
         check_space(path, sum(header.nbytes for header in theirs.values()))

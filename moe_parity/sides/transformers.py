@@ -138,7 +138,7 @@ def _watch_layer(
     if sparse and mixture.within == whole.layer:  # the layer itself adds a shared expert: no module has the sum
         del own["combined"]
     for kind, module in own.items():
-        watch.out_of(module, lambda answer, *_, kind=kind: watch.put(Place(kind, i), first(answer)))
+        watch.out_of(module, lambda answer, *_, kind=kind: watch.put(Place(kind, i), first(answer), (*shape, -1)))
     if sparse:
         assert isinstance(contract.ffn, MoEConfig)
         names = {row.ours: row.theirs for row in mixture.rows}
@@ -165,9 +165,23 @@ def _watch_mixture(
             alone = [experts.forward(x, index_R1, unit) for index_R1 in index.split(1, dim=1)]
         watch.put(Place("expert_outputs", i), torch.stack(alone, dim=1), (*shape, index.shape[1], -1))
 
+    def scored(answer: Any, x: Any, *_: Any) -> None:
+        scores, logits = answer  # Llama 4: scores of all experts, 0 of those that were not chosen
+        index = logits.topk(config.top_k, dim=-1).indices
+        for kind, value in (("router_logits", logits), ("weights", scores.gather(1, index)), ("experts", index)):
+            watch.put(Place(kind, i), value, (*shape, -1))
+        with torch.no_grad():  # every expert on every token, which its score multiplies
+            weighted = (x * scores.T[..., None]).flatten(0, 1)
+            each = experts.forward(weighted).unflatten(0, (config.num_experts, -1))
+        alone = [each[index_R, torch.arange(len(index))] for index_R in index.T]
+        watch.put(Place("expert_outputs", i), torch.stack(alone, dim=1), (*shape, config.top_k, -1))
+
     router = mixture.get_submodule(_holder(names["router.kernel"]))
-    watch.out_of(router, lambda answer, *_: watch.put(Place("router_logits", i), first(answer), (*shape, -1)))
-    watch.out_of(experts, answered)
+    if config.expert.weight_on == "input":
+        watch.out_of(router, scored)
+    else:
+        watch.out_of(router, lambda answer, *_: watch.put(Place("router_logits", i), first(answer), (*shape, -1)))
+        watch.out_of(experts, answered)
     if config.expert.shared_gate:
         found: dict[str, Any] = {}
         shared = mixture.get_submodule(_holder(_holder(names["shared.down"])))

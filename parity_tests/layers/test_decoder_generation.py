@@ -16,6 +16,7 @@ from jax_moe.config.attention import RopeConfig
 from jax_moe.generation import loop
 from jax_moe.generation.cache import Cache, decode, empty_cache, prefill
 from jax_moe.generation.loop import bucket
+from jax_moe.porting.families import FAMILIES
 from parity_tests.layers.test_decoder import SIZES, decoder
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.shared.filled import filled
@@ -59,7 +60,7 @@ def cached_logits(model: Decoder, off: int = 0, blind: bool = False) -> np.ndarr
     found = [logits]
     with pytest.MonkeyPatch.context() as patch:
         if blind:
-            patch.setattr(Positions, "visible", lambda self, window: real(self, None))
+            patch.setattr(Positions, "visible", lambda self, *_: real(self, None))
         for slot in range(PROMPT, LENGTH):
             logits, cache = proceed(model, jnp.asarray(TEXT[:, slot]), jnp.asarray(slot + off, jnp.int32), cache)
             found.append(logits)
@@ -81,6 +82,31 @@ def compare(found: np.ndarray, expected: np.ndarray, tolerance: float) -> float:
 def test_cached_logits_are_those_of_one_call(name: str) -> None:
     model = decoder(**MODELS[name])
     compare(cached_logits(model), whole_logits(model), FP32)
+
+
+# Settings of config.json that `DecoderConfig.grouped` cannot say
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama4": {
+        "model_type": "llama4_text", "intermediate_size": 6, "num_local_experts": 4, "attention_chunk_size": 4,
+        "no_rope_layers": [1, 0, 1], "moe_layers": [1, 2], "floor_scale": 3, "attn_scale": 0.3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_cached_logits_of_families(name: str) -> None:
+    """Chunks that begin in the prompt and go on, and queries that grow: by position in the text, not by slot."""
+    with jax.enable_x64(True):
+        sizes = {
+            "vocab_size": 19, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 4, "num_experts_per_tok": 2,
+        }
+        config = FAMILIES[name].config(sizes | SETTINGS[name])
+        model = filled(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype="float64"))
+        expected = whole_logits(model)
+        compare(cached_logits(model), expected, FP64)
+        with pytest.raises(MismatchError):
+            compare(cached_logits(model, blind=True), expected, 1e-3)
 
 
 def test_cached_logits_in_fp64_and_planted_faults() -> None:

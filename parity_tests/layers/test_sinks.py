@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from jax_moe.attention import GroupedAttention
+from jax_moe.attention.grouped import Shared
 from jax_moe.attention.positions import whole_call
 from jax_moe.config.attention import GroupedAttentionConfig
 from jax_moe.norms import make_norm, rms_norm
@@ -22,7 +23,7 @@ def test_a_sink_takes_its_share() -> None:
     layer.value[...], layer.out[...] = jnp.ones((1, 1, 2)), jnp.asarray([[[1.0], [0.0]], [[0.0], [10.0]]])
     layer.sinks[...] = jnp.log(jnp.asarray([2.0, 4.0]))
     x_BTD = jnp.asarray([[[1.0], [3.0], [8.0]]])
-    y_BTD, _ = layer(x_BTD, whole_call(3, jnp.arange(3)[None], None), None)
+    y_BTD, _ = layer(x_BTD, whole_call(3, jnp.arange(3)[None], None), Shared(None))
     expected = [[1 / 3 + 10 / 5], [4 / 4 + 40 / 6], [12 / 5 + 120 / 7]]
     np.testing.assert_allclose(y_BTD, [expected], rtol=6e-7)
 

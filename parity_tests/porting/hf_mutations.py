@@ -12,6 +12,7 @@ from parity_tests.table.family_cases import (
     GRANITE,
     HUNYUAN,
     LATENT,
+    LLAMA4,
     MIXTRAL,
     MULTIPLIERS,
     OLMOE,
@@ -100,8 +101,18 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("sliding_window", "layer_types", "attention_bias", "rope_parameters", "rope_scaling", "num_key_value_heads",
          "head_dim", "swiglu_limit", "rms_norm_eps", "max_position_embeddings"),
     ),
+    "llama4": (
+        {**sizes(24, 4, 2, LAYERS, **LLAMA4), "head_dim": 6, "model_type": "llama4_text", "no_rope_layers": [1, 0],
+         "attention_chunk_size": 4, "floor_scale": 3, "attn_scale": 0.3, "moe_layers": [1]},
+        ("attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "attn_temperature_tuning", "floor_scale",
+         "attn_scale", "use_qk_norm", "moe_layers", "interleave_moe_layer_step", "intermediate_size_mlp", "layer_types",
+         "attention_bias", "num_key_value_heads", "rms_norm_eps"),
+    ),
 }
-FEW: tuple[Any, ...] = (0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], SEES, SEES[::-1], ["dense", "sparse"])
+FEW: tuple[Any, ...] = (
+    0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], [0, 1], [1, 1], SEES, SEES[::-1], ["dense", "sparse"],
+    ["chunked_attention", "full_attention"],
+)
 # Values tried for every field.
 ANY: tuple[Any, ...] = (
     ABSENT, None, 0, -1, 1, 2.5, "2", True, False, [], [0], {}, math.nan, math.inf, -math.inf, 10**31,

@@ -1,9 +1,12 @@
-"""Tensors that predict further tokens: not used, and the same bits after every way through files. No torch."""
+"""Tensors that predict further tokens, and those around a text model: not used, and the same bits after every way
+through files. No torch.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -107,3 +110,48 @@ def test_families_with_names_of_their_own(family: str, name: str, tmp_path: Path
     before = read_safetensors(tmp_path / "one/model.safetensors")
     check_exact(read_safetensors(tmp_path / "two/model.safetensors"), before, family)
     assert name in before
+
+
+LLAMA4 = {
+    "model_type": "llama4_text", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 6, "intermediate_size_mlp": 5, "moe_layers": [1],
+    "num_local_experts": 4, "num_experts_per_tok": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 3,
+}
+AROUND = "vision_model.layernorm_pre.weight", "multi_modal_projector.linear_1.weight"
+
+
+def test_a_model_around_the_text_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 4 as it is published: the text model in text_config and below language_model, a vision model beside it.
+
+    Loaded it is the text model's decoder; saved, ported and trained further it is the whole folder again.
+    """
+    config = jax_moe.porting.families.FAMILIES["llama4"].config(LLAMA4)
+    made = filled(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    jax_moe.save_pretrained(made, tmp_path / "text", model_type="llama4")
+    values = json.loads((tmp_path / "text/config.json").read_text())
+    assert values["model_type"] == "llama4_text" and jax_moe.load_pretrained(tmp_path / "text").config == config
+    (tmp_path / "whole").mkdir()
+    whole = {"model_type": "llama4", "text_config": values, "architectures": ["Llama4ForConditionalGeneration"]}
+    (tmp_path / "whole/config.json").write_text(json.dumps(whole))
+    inside = read_safetensors(tmp_path / "text/model.safetensors")
+    write_safetensors(
+        tmp_path / "whole/model.safetensors", {f"language_model.{name}": value for name, value in inside.items()}
+    )
+    add(tmp_path / "whole", AROUND)
+    before = read_safetensors(tmp_path / "whole/model.safetensors")
+    said = "carried: 2 tensors of the models around the text model; not used here, kept on saving"
+    assert said in run(capsys, "inspect", tmp_path / "whole")
+    loaded = jax_moe.load_pretrained(tmp_path / "whole")
+    assert loaded.config == config
+    tokens = jnp.arange(11)[None]
+    np.testing.assert_array_equal(np.asarray(loaded(tokens)), np.asarray(made(tokens)))
+    jax_moe.save_pretrained(loaded, tmp_path / "saved")
+    run(capsys, "port", tmp_path / "whole", tmp_path / "orbax")
+    run(capsys, "port", tmp_path / "orbax", tmp_path / "back", "--to", "hf")
+    for name in ("saved", "back"):
+        check_exact(weights(tmp_path / name), before, name)
+        assert json.loads((tmp_path / name / "config.json").read_text()) == whole
+    loaded.head[...] += 1
+    jax_moe.save_pretrained(loaded, tmp_path / "trained")
+    changed = weights(tmp_path / "trained")
+    assert {name for name in before if (changed[name] != before[name]).any()} == {"language_model.lm_head.weight"}

@@ -132,3 +132,51 @@ def test_a_wrong_setting_is_named(changes: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError) as caught:
         FAMILIES["glm4_moe"].config(values | changes)
     assert str(caught.value) == message
+
+
+LLAMA4 = {
+    "model_type": "llama4_text", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 4, "intermediate_size": 6, "intermediate_size_mlp": 5,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_llama4_by_layers() -> None:
+    """What a silent config.json means, and lists that say otherwise; a model around the text model says the same."""
+    family = FAMILIES["llama4"]
+    for more, turns, chunks, sparse in (
+        ({}, [1, 1, 1, 0], [8192, 8192, 8192, None], (0, 1, 2, 3)),
+        ({"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": 3},
+         [1, 0, 1, 0], [3, None, 3, None], (1, 3)),
+        ({"moe_layers": [0, 9], "no_rope_layers": [0, 1, 1, 0], "use_qk_norm": False, "attention_chunk_size": None},
+         [0, 1, 1, 0], [None] * 4, (0,)),
+        ({"layer_types": ["full_attention", "chunked_attention"] * 2, "attn_temperature_tuning": False},
+         [1, 1, 1, 0], [None, 8192, None, 8192], (0, 1, 2, 3)),
+    ):
+        config = family.config(LLAMA4 | more)
+        attentions: list[Any] = [layer.attention for layer in config.layers]
+        assert [int(one.rope is not None) for one in attentions] == turns and config.moe_layers == sparse
+        assert [one.chunk for one in attentions] == chunks
+        normed = more.get("use_qk_norm", True)
+        assert [one.qk_norm == "per_head" for one in attentions] == [bool(normed and one) for one in turns]
+        grows = more.get("attn_temperature_tuning", True)
+        assert [one.temperature for one in attentions] == [0.1 if grows and not one else 0.0 for one in turns]
+        assert family.config(family.values(config)) == config
+        assert family.config({"model_type": "llama4", "text_config": LLAMA4 | more}) == config
+        assert config_from_json(DecoderConfig, config_to_json(config), "config") == config
+        assert len(config.stacks) == (2 if len(sparse) == 4 else 3), "one stack of attention"
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be null or 4 of 1 (turns) and 0"),
+    ({"layer_types": ["sliding_attention"] * 4},
+     f"layer_types={['sliding_attention'] * 4}: must be 4 of chunked_attention, full_attention"),
+    ({"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 4},
+     f"layer_types={['chunked_attention'] * 4}: must be 4 of full_attention"),
+    ({"attention_chunk_size": 0}, "attention_chunk_size=0: must be an integer of at least 1"),
+    ({"moe_layers": []}, "dense_layers=(0, 1, 2, 3): must be fewer than all layers"),
+])
+def test_llama4_refuses_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        FAMILIES["llama4"].config(LLAMA4 | changes)
+    assert str(caught.value) == message

@@ -44,8 +44,9 @@ PREFIX = {
     "glm4_moe": "Glm4Moe", "dots1": "Dots1", "solar_open": "SolarOpen", "minimax_m2": "MiniMaxM2",
     "flex_olmo": "FlexOlmo", "exaone_moe": "ExaoneMoe", "ernie4_5_moe": "Ernie4_5_Moe",
     "hunyuan_v1_moe": "HunYuanMoEV1", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
-    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss",
+    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss", "llama4": "Llama4",
 }
+TEXT = ("llama4",)  # the configuration is a text model's
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 # Our loss always includes the balance loss, as transformers' does with the router's logits.
 UNCOMPARED = {"output_router_logits"}
@@ -67,7 +68,7 @@ class Reference:
     def __init__(self, family: str):
         self.family = family
         self.kind = getattr(transformers, f"{PREFIX[family]}ForCausalLM")
-        self.config = getattr(transformers, f"{PREFIX[family]}Config")
+        self.config = getattr(transformers, f"{PREFIX[family]}{'Text' if family in TEXT else ''}Config")
         model = self.make(base_of(family))
         draw_weights(model, seed=1)
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -148,7 +149,7 @@ class Comparison:
 
     def __init__(self, family: str):
         self.family, self.reference = family, Reference(family)
-        self.values = base_of(family) | {"model_type": family}
+        self.values = {"model_type": family} | base_of(family)
         self.base = FAMILIES[family].config(self.values)
         self.runs: dict[Any, dict[str, np.ndarray]] = {}
         self.seen: Counter = Counter()

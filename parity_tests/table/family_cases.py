@@ -27,13 +27,14 @@ class Case:
     sizes: dict[str, Any]
     padding: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
+    text: str = ""  # "Text" if the configuration is that of a text model by itself
 
     def config(self) -> Any:
         """transformers' configuration, with a balance loss large enough to matter."""
         import transformers  # docs/parity.md is rendered without it
 
         values = {**COMMON, "output_router_logits": True, "router_aux_loss_coef": 0.1, **self.sizes, **self.settings}
-        return getattr(transformers, f"{self.family}Config")(**values)
+        return getattr(transformers, f"{self.family}{self.text}Config")(**values)
 
     def reference(self, config: Any) -> Any:
         """The model with eager attention and experts."""
@@ -75,6 +76,7 @@ ERNIE = {
 }
 HUNYUAN = {"intermediate_size": 14, "num_experts": 6, "moe_topk": 3}
 LATENT = {"kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+LLAMA4 = {"intermediate_size": 14, "intermediate_size_mlp": 18, "num_local_experts": 4, "num_experts_per_tok": 2}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7
 }
@@ -135,6 +137,15 @@ CASES = [
     Case("gpt_oss", "GptOss", sizes(24, 4, 2, 2, **MIXTRAL, head_dim=10), "left", {
         "swiglu_limit": 0.6, "sliding_window": 3,
         **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)}),
+    Case("llama4", "Llama4", sizes(24, 4, 2, 2, **LLAMA4, head_dim=8), "left", {
+        "num_experts_per_tok": 1, "no_rope_layers": [1, 0], "attention_chunk_size": 4, "floor_scale": 2,
+        "attn_scale": 1.5}, "Text"),
+    Case("llama4_dense", "Llama4", sizes(22, 3, 1, 3, **LLAMA4, head_dim=6), "right", {
+        "moe_layers": [1, 2], "no_rope_layers": [1, 1, 1], "attention_chunk_size": 3, "use_qk_norm": False,
+        "layer_types": ["full_attention", "chunked_attention", "chunked_attention"], "attention_bias": True,
+        "attn_temperature_tuning": False, "tie_word_embeddings": True, **rope(
+            "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)},
+         "Text"),
 ]
 
 
@@ -202,6 +213,13 @@ def watching_routers(model: Any, config: DecoderConfig, family: Family) -> Itera
                     scores = (scores.sigmoid() if score == "sigmoid" else scores.softmax(-1)) + bias[0].squeeze()
                 ranked.append(scores)
 
+            def chose(answer: Any, *_: Any, K: int = contract.top_k) -> None:
+                logits = answer[1].detach()  # Llama 4 hands out its scores, and gives its experts no choices
+                found.append((logits, logits.topk(K, dim=-1).indices))
+
+            if contract.expert.weight_on == "input":
+                watch.out_of(mixture.get_submodule(router), chose)
+                continue
             watch.out_of(mixture.get_submodule(router), routed)
             watch.out_of(mixture.get_submodule(experts), lambda y, x, index, *_: found.append((ranked[-1], index)))
         yield found

@@ -113,6 +113,8 @@ class Whole:
     after: tuple[Row, ...] = AFTER
     # What begins the names of tensors that the decoder does not use and saving keeps; LAYER: layers after the last
     carried: tuple[str, ...] = ()
+    # How the names of a text model by itself begin, and how they do in a folder of the model around it
+    inside: tuple[str, str] = ("", "")
     # The reference numbers a layer's parameters by the first of these prefixes that a name has, then in row order.
     order: tuple[str, ...] = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")
 
@@ -154,6 +156,15 @@ class Family:
             found = {**inner, **outer}  # type: ignore[dict-item]
         return {**found, "model_type": self.name}
 
+    def is_nested(self, values: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of a model around the text model, whose tensors stand among others."""
+        return self.mixture is not None and bool(self.mixture.types.get(values.get("model_type", "")))
+
+    def first_of_layers(self, values: Mapping[str, Any]) -> str:
+        """How the names of layers begin in a folder with that config.json."""
+        name, (alone, inside) = self.whole.layer.partition("{l}")[0], self.whole.inside
+        return inside + name.removeprefix(alone) if self.is_nested(values) else name
+
     def config(self, values: Mapping[str, Any]) -> DecoderConfig:
         """The contract. Raises ValueError with everything that is missing, of a wrong type or not supported."""
         mixture, decoder = self._parts()
@@ -191,7 +202,8 @@ class Family:
     def values(self, config: DecoderConfig) -> dict[str, Any]:
         """config.json of a contract. Raises ValueError if the family cannot say it."""
         mixture, decoder = self._parts()
-        named = {"architectures": [decoder.architecture], "model_type": self.name}
+        alone = next((name for name, way in mixture.types.items() if way == ""), self.name)
+        named = {"architectures": [decoder.architecture], "model_type": alone}
         values = named | decoder.write(config) | mixture.write(config.moe)
         again = self.config(values)
         if config != again:

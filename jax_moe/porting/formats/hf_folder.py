@@ -71,14 +71,14 @@ def open_folder(path: Path, read: tuple[str, dict[str, Any]] | None = None) -> F
     with _named(file):
         scheme = read_scheme(values)
     found = open_weights(path, scheme)
-    first = family.whole.layer.partition("{l}")[0]
+    first = family.first_of_layers(values)
     own, taken = own_names(found, lambda names: any(name.startswith(first) for name in names))
     headers = {own[name]: header for name, header in found.items() if not name.endswith(NO_WEIGHTS)}
     with _named(file):
         check_weights_name(values)
-        check_layers(values, headers)
+        check_layers(family.text_settings(values), headers)
         config = family.config(values)
-        headers, carried = apart(family.whole, values, config.num_layers, headers)
+        headers, carried = apart(family, values, config.num_layers, headers)
         check_sizes(config, headers)
     text = without_scheme(text, values)
     origin = Origin(

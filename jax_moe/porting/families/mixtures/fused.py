@@ -5,7 +5,7 @@ own.
 from typing import Any
 
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families import decoders
+from jax_moe.porting.families import decoders, llama4
 from jax_moe.porting.families.family import Family, Mixture
 from jax_moe.porting.families.fields import OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
@@ -107,7 +107,7 @@ DBRX_NAMES = both("hf_dbrx", DBRX_ROWS, DBRX_ROWS, "transformer.blocks.{l}.ffn."
 FUSED_FAMILIES = (
     family("gpt_oss", OSS, both("hf_gpt_oss", biased("F 0/2"), biased("F 0/2")), decoder=decoders.GPT_OSS),
     family("openai_privacy_filter", PRIVACY, both("hf_privacy_filter", biased("0/2 F"), biased("0/2 F"))),
-    multimodal("llama4", LLAMA4, LLAMA4_NAMES),
+    multimodal("llama4", LLAMA4, LLAMA4_NAMES, decoder=llama4.LLAMA4),
     multimodal("glm5_next", GLM5.but(**OF_LOGITS), DEEPSEEK),
     multimodal("minimax_m3_vl", M3.but(**OF_LOGITS), M3_NAMES),
     multimodal("mistral_large4", LARGE4, LARGE4_NAMES),

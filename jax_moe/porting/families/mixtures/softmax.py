@@ -80,9 +80,11 @@ def nested(name: str) -> dict[str, str]:
     return {name: "text_config", f"{name}_text": ""}
 
 
-def multimodal(name: str, contract: Contract, names: tuple[Names, Names]) -> Family:
+def multimodal(
+    name: str, contract: Contract, names: tuple[Names, Names], decoder: Whole | None = None
+) -> Family:
     """A model type whose text model has the mixture."""
-    return family(name, contract, names, nested(name), ROOTS)
+    return family(name, contract, names, nested(name), ROOTS, decoder=decoder)
 
 
 TRANSPOSED = both("hf_qwen_vl", (*router(), *columns()), (*router(), *FUSED))
