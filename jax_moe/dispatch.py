@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_moe.config.moe import MoEConfig, Priority
+from jax_moe.config.moe import MoEConfig, Priority, RouterConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped, wide
 from jax_moe.dropout import apply_keep, draw_keep, dropout
 from jax_moe.routing import Routing, safe_denominator
@@ -131,6 +131,7 @@ def assign_slots(
     """
     priority = config.capacity.priority if config.capacity else "token"
     position_GSK = queue_positions(routing.expert_GSK, routing.weight_GSK, config.num_experts, priority, mask_GS)
+    position_GSK = _without_queue(position_GSK, routing.expert_GSK, config)
     kept_GSK = position_GSK < (capacity if capacity_limit is None else capacity_limit)
     if mask_GS is not None:
         kept_GSK &= mask_GS[..., None]
@@ -139,6 +140,13 @@ def assign_slots(
         total_GS1 = weight_GSK.sum(axis=-1, keepdims=True)
         weight_GSK = weight_GSK / safe_denominator(total_GS1) * config.router.scale
     return Slots(jnp.where(kept_GSK, position_GSK, capacity), weight_GSK)
+
+
+def _without_queue(position_GSK: Array, expert_GSK: Array, config: MoEConfig) -> Array:
+    """Choices of experts that return their input take no places: each is as the first."""
+    if not config.identity_experts:
+        return position_GSK
+    return jnp.where(expert_GSK < config.num_networks, position_GSK, 0)
 
 
 def round_weights(slots: Slots, config: MoEConfig, dtype: DTypeLike) -> Slots:
@@ -211,6 +219,25 @@ def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Mo
     return moves.dropout(y_GECD)
 
 
+def with_identity(dispatch: Callable) -> Callable:
+    """The dispatcher for a layer whose last experts return their input: it moves tokens to the others alone."""
+
+    def both(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
+        config, expert_GSK = moves.config, routing.expert_GSK
+        E = config.num_networks
+        same_GSK = expert_GSK >= E
+        others = Slots(jnp.where(same_GSK, moves.capacity, slots.slot_GSK), jnp.where(same_GSK, 0, slots.weight_GSK))
+        inside = replace(config, num_experts=E, identity_experts=0, router=RouterConfig())
+        to_others = routing._replace(expert_GSK=jnp.where(same_GSK, 0, expert_GSK))
+        y_GSD = dispatch(x_GSD, to_others, others, moves._replace(config=inside))
+        kept_GSK = same_GSK & (slots.slot_GSK < moves.capacity)
+        weight_GS1 = jnp.where(kept_GSK, slots.weight_GSK, 0).sum(axis=-1, keepdims=True)
+        compute = weight_GS1.dtype
+        return (y_GSD.astype(compute) + weight_GS1 * x_GSD.astype(compute)).astype(x_GSD.dtype)
+
+    return both
+
+
 def single_answers(
     dispatch: Callable, x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
 ) -> Float[Array, "G S K D"]:
@@ -226,6 +253,7 @@ def single_answers(
     def of_choice(choice: tuple[Array, Array, Array]) -> Array:
         expert_GS1, weight_GS1, kept_GS1 = (each[..., None] for each in choice)
         place_GS1 = queue_positions(expert_GS1, weight_GS1, moves.config.num_experts, "token", choice[2])
+        place_GS1 = _without_queue(place_GS1, expert_GS1, moves.config)
         only = Slots(jnp.where(kept_GS1, place_GS1, moves.capacity), weight_GS1)
         return dispatch(x_GSD, routing._replace(expert_GSK=expert_GS1, weight_GSK=weight_GS1), only, alone)
 

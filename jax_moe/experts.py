@@ -88,5 +88,5 @@ class Experts(nnx.Module):
 
 def make_experts(config: MoEConfig, **kwargs: object) -> Experts:
     """The routed experts of a layer."""
-    sizes = config.num_experts, config.model_dim, config.expert_dim
+    sizes = config.num_networks, config.model_dim, config.expert_dim
     return Experts(*sizes, config.expert, **kwargs)  # type: ignore[arg-type]

@@ -248,7 +248,7 @@ class MoE(nnx.Module):
         if first_expert is not None and config.dispatcher == "auto" and are_few(num_tokens, config):
             return experts_in_place(weights, first_expert, config.expert), weights
         if first_expert is not None:
-            E = config.num_experts
+            E = config.num_networks
             weights = {name: jax.lax.dynamic_slice_in_dim(w, first_expert, E) for name, w in weights.items()}
         return lambda x_ECD, expert_E: expert_ffn(x_ECD, take_experts(weights, expert_E), config.expert), weights
 

@@ -105,7 +105,7 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
     counts = count_parameters(arrays, config)
     print(f"{found.family.name}, {counts.total:,} parameters, {counts.active:,} of them active for a token")
     print(
-        f"  active: all but the {config.moe.num_experts - config.moe.top_k} of {config.moe.num_experts} experts in "
+        f"  active: all but the {config.moe.num_networks - config.moe.top_k} of {config.moe.num_networks} experts in "
         "each layer that a token is not sent to; embedding and head count in full"
     )
     held = f"; {stored_in_words(tensors.values(), found.quantised)}" if tensors else ""

@@ -72,7 +72,7 @@ def inspect_layers(command: Inspect, found: Mixtures, layers: tuple[int, ...]) -
     for layer in layers:
         together.setdefault(tuple(describe(found.config(layer))), []).append(layer)
     for lines, numbers in together.items():
-        headers = [found.headers(layer) for layer in numbers]
+        headers = [found.headers(layer, found.config(layer)) for layer in numbers]
         scheme = None if found.scheme is None else found.scheme.words
         sizes = stored_in_words((one for each in headers for one in each.values()), scheme)
         which = f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -23,10 +23,13 @@ class Parameters:
 
 
 def count_parameters(arrays: Mapping[str, Declared], config: DecoderConfig) -> Parameters:
-    """Active are all parameters but the E - K unchosen experts of every mixture; embedding and head count in full."""
+    """Active are all parameters but the E - K unchosen experts of every mixture; embedding and head count in full.
+
+    Experts that return their input have no parameters: a token sent to them has fewer active ones.
+    """
     total = sum(math.prod(one.shape) for one in arrays.values())
     experts = sum(math.prod(one.shape) for one in arrays.values() if one.role == "expert")
-    E, K = config.moe.num_experts, config.moe.top_k
+    E, K = config.moe.num_networks, config.moe.top_k
     return Parameters(total, experts, total - experts // E * (E - K))
 
 
@@ -70,7 +73,7 @@ def memory_rows(
     parameters: Parameters, stored: int, stored_experts: int, config: DecoderConfig, devices: Iterable[int]
 ) -> dict[str, list[float]]:
     """{what is held: bytes on each device, for each number of devices}, without activations and caches."""
-    shares = [expert_share(config.moe.num_experts, n) for n in devices]
+    shares = [expert_share(config.moe.num_networks, n) for n in devices]
     other, training = parameters.total - parameters.experts, ADAMW_BYTES
     return {
         "weights, on every device": [float(stored)] * len(shares),

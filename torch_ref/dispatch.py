@@ -74,9 +74,11 @@ def assign_slots(
     for g, slot_SK in enumerate(slot_GSK):
         slot_R = slot_SK.view(-1)
         mask_S = None if mask_GS is None else mask_GS[g]
-        for expert in range(config.num_experts):
+        for expert in range(config.num_networks):
             queue_R = expert_queue(routing.expert_GSK[g], routing.weight_GSK[g], expert, priority, mask_S)[:capacity]
             slot_R[queue_R] = torch.arange(queue_R.shape[0], device=queue_R.device)
+    same_GSK = routing.expert_GSK >= config.num_networks  # experts that return their input: no queues, no drops
+    slot_GSK[same_GSK if mask_GS is None else same_GSK & mask_GS.unsqueeze(-1)] = 0
     weight_GSK = routing.weight_GSK.masked_fill(slot_GSK == capacity, 0)
     if config.capacity is not None and config.capacity.renormalise_after_drop:
         weight_GSK = weight_GSK / safe_denominator(weight_GSK.sum(dim=-1, keepdim=True)) * config.router.scale

@@ -32,13 +32,15 @@ class MoEStats(NamedTuple):
     balance_load_E: Float[Tensor, "*L E"]  # f_e over its sum: expert_load_E, unless the balance loss is of="logits"
 
 
-def chosen_experts(stats: MoEStats) -> Bool[Tensor, "*L E"]:
+def chosen_experts(stats: MoEStats, config: MoEConfig | None = None) -> Bool[Tensor, "*L E"]:
     """Which experts had a token after drops. A module that skips the others leaves their gradients None.
 
     With any priority the first choice in an expert's queue gets a slot, if there are slots. So an expert has no tokens
-    only if no token chose it, or if the capacity is 0 and everything is dropped.
+    only if no token chose it, or if the capacity is 0 and everything is dropped. With a contract whose last experts
+    return their input the mask ends before those.
     """
-    return (stats.expert_load_E > 0) & (stats.dropped_fraction < 1).unsqueeze(-1)
+    chosen_E = (stats.expert_load_E > 0) & (stats.dropped_fraction < 1).unsqueeze(-1)
+    return chosen_E if config is None else chosen_E[..., : config.num_networks]
 
 
 def next_token_loss(

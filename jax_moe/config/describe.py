@@ -54,9 +54,10 @@ def _sparse(config: MoEConfig) -> list[str]:
     capacity = "none, nothing is dropped" if config.capacity is None else _capacity(config, config.capacity)
     lines.append(f"capacity: {capacity}")
     kind = f"gated {expert.activation}" if expert.gated else expert.activation
+    same = f" and {config.identity_experts} that return their input" if config.identity_experts else ""
     lines.append(
-        f"experts: {config.num_experts} of {config.model_dim} -> {config.expert_dim} -> {config.model_dim}, {kind}, "
-        f"{'with' if expert.bias else 'no'} biases, dropout {expert.dropout:g}"
+        f"experts: {config.num_networks}{same} of {config.model_dim} -> {config.expert_dim} -> {config.model_dim}, "
+        f"{kind}, {'with' if expert.bias else 'no'} biases, dropout {expert.dropout:g}"
     )
     if expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""

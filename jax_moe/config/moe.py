@@ -217,6 +217,9 @@ class MoEConfig:
     expert_dim: int
     num_experts: int
     top_k: int
+    # Of num_experts, the last so many return their input (LongCat's zero-computation experts): choices as any other, in
+    # capacity's E and in the load, but without weights, queue or drops
+    identity_experts: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
@@ -229,6 +232,7 @@ class MoEConfig:
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")
         require(self.router.order != "sparse_mixer" or K == 2, "top_k", K, "2 when order='sparse_mixer'")
+        self._check_identity()
         clusters, top = self.router.num_clusters, self.router.top_clusters
         require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")
         width = E // clusters
@@ -239,6 +243,18 @@ class MoEConfig:
         allowed = ["auto", "einsum", *others]
         words = f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r} {when} a capacity"
         require(self.dispatcher in allowed, "dispatcher", self.dispatcher, words)
+
+    def _check_identity(self) -> None:
+        same, K = self.identity_experts, self.top_k
+        require(is_int(same) and same >= 0, "identity_experts", same, "an integer of at least 0")
+        most = self.num_experts - K
+        require(same <= most, "identity_experts", same, f"at most {most}: top_k={K} experts have weights")
+        require(same == 0 or self.expert.dropout == 0, "dropout", self.expert.dropout, "0 with identity_experts")
+
+    @property
+    def num_networks(self) -> int:
+        """The experts that have weights."""
+        return self.num_experts - self.identity_experts
 
     def with_capacity(self, factor: float | str | Fraction | None, **settings: object) -> "MoEConfig":
         """The contract with another capacity factor, `None` for dropless. `settings` are fields of CapacityConfig."""

@@ -6,7 +6,7 @@ import jax
 
 from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Float
-from jax_moe.dispatch import Moves, Slots, einsum_dispatch
+from jax_moe.dispatch import Moves, Slots, einsum_dispatch, with_identity
 from jax_moe.kernels import devices
 from jax_moe.kernels.blocks import blocks_dispatch
 from jax_moe.kernels.chosen import are_few, chosen_dispatch
@@ -49,6 +49,6 @@ def dropless_dispatch(
 
 def choose_dispatcher(config: MoEConfig) -> Callable:
     """The contract's dispatcher; "auto" is `capacity_dispatch` with a capacity, and `dropless_dispatch` without one."""
-    if config.dispatcher != "auto":
-        return DISPATCHERS[config.dispatcher]
-    return capacity_dispatch if config.capacity is not None else dropless_dispatch
+    automatic = capacity_dispatch if config.capacity is not None else dropless_dispatch
+    chosen = automatic if config.dispatcher == "auto" else DISPATCHERS[config.dispatcher]
+    return with_identity(chosen) if config.identity_experts else chosen

@@ -18,8 +18,8 @@ from jax_moe.routing import Routing
 
 
 def are_few(num_tokens: int, config: MoEConfig) -> bool:
-    """Whether there are at most as many choices as experts."""
-    return num_tokens * config.top_k <= config.num_experts
+    """Whether there are at most as many choices as experts with weights."""
+    return num_tokens * config.top_k <= config.num_networks
 
 
 def chosen_dispatch(

@@ -263,7 +263,7 @@ class _Step:
         x_BTD = self.model.add(x_BTD, block.normed("attention_out_norm", attended_BTD))
         ffn_BTD = block.normed("ffn_norm", x_BTD)
         if isinstance(ffn, MoE):
-            first = layer.numbers[halves.ffn] * ffn.config.num_experts if self.in_place else None
+            first = layer.numbers[halves.ffn] * ffn.config.num_networks if self.in_place else None
             y_BTD, found = self._mixture(ffn, ffn_BTD, fold(key, 1), layer.rows["replay"], first)
         else:
             y_BTD = expert_ffn(ffn_BTD.reshape(1, -1, ffn_BTD.shape[-1]), ffn.weights(), contract.ffn.expert)

@@ -89,19 +89,24 @@ class Mixtures:
 
         return min((make_plan(table, ours) for table in tables), key=distance)
 
-    def names(self, layer: int) -> set[str]:
-        """The tensors of the layer's mixture; where it is a module of its own, all that are in that module."""
+    def names(self, layer: int, config: MoEConfig) -> set[str]:
+        """The tensors of the layer's mixture; where it is a module of its own, all that are in that module but those
+        that the family leaves alone.
+        """
+        mixture = self.family.mixture
+        assert mixture is not None
         found: set[str] = set()
         for within, names in self._sides(layer):
             own = {re.match(r"[^.]*", row.theirs)[0] for row in names.rows}  # type: ignore[index]
             whole = not names.within.endswith("layers.{l}.")
             below = ((name, name.removeprefix(within)) for name in self.tensors if name.startswith(within))
-            found |= {name for name, rest in below if whole or rest.partition(".")[0] in own}
+            inside = ((name, rest) for name, rest in below if whole or rest.partition(".")[0] in own)
+            found |= {name for name, rest in inside if not mixture.is_beside(rest, config)}
         return found
 
-    def headers(self, layer: int) -> dict[str, Header]:
+    def headers(self, layer: int, config: MoEConfig) -> dict[str, Header]:
         """The layer's tensors, to be read: no other file is opened."""
-        stored = {part for name in self.names(layer) for part in self.tensors[name].values()}
+        stored = {part for name in self.names(layer, config) for part in self.tensors[name].values()}
         return open_tensors(self.path, self.files, stored, self.scheme)
 
     def _sides(self, layer: int) -> list[tuple[str, Names]]:
@@ -175,7 +180,7 @@ def read_mixture(
     """As `load_moe`, of a folder that was opened."""
     target = None if dtype is None else float_dtype(dtype)
     config = found.config(layer)
-    headers = found.headers(layer)
+    headers = found.headers(layer, config)
     plan = found.plan(layer, config, headers)
     where = f"{found.path}, layer {layer} (layout {plan.table.name})"
     check(plan, headers, where)
@@ -199,7 +204,7 @@ def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> 
     if replace(moe.config, dispatcher=config.dispatcher) != config:
         unsaid = "; ".join(_differences(moe.config, config))
         raise ValueError(f"{found.path}, layer {layer}: {unsaid}, as the folder's config.json says")
-    headers = found.headers(layer)
+    headers = found.headers(layer, config)
     plan = found.plan(layer, config, headers)
     check(plan, headers, f"{found.path}, layer {layer} (layout {plan.table.name})")
     theirs = theirs_from(plan, {path: v[...] for path, v in stored_variables(moe).items()})

@@ -31,6 +31,7 @@ class Case:
     of_whole: bool = False  # whether the module takes the whole configuration, not the part with its sizes
     balance: bool = False  # whether transformers has a balance loss, and it counts the choices that are made
     seed: int = 10  # of weights that send a token to every expert
+    spare: str = ""  # a tensor in memory of whose rows nothing reads those of experts that return their input
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
 
@@ -166,6 +167,8 @@ CASES = {one.model_type: one for one in (
         {"swiglu_limits": [0.5, 0.0], "swiglu_limits_shared": [0.3, 0.4]})),
     Case("deepseek_v4", "DeepseekV4", sizes=V3, settings={
         **SCALED, "swiglu_limit": 0.6, "mlp_layer_types": ["hash_moe", "moe"]}, balance=True),
+    Case("longcat_flash", "LongcatFlash", "MoE", "n_routed_experts expert_ffn_hidden_size moe_topk",
+         {"zero_expert_num": 2, "routed_scaling_factor": 1.7}, seed=11, spare="experts.gate_up_proj"),
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
        reason=AROUND),

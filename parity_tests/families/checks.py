@@ -32,6 +32,7 @@ from parity_tests.families.reference import (
     make_layer,
     run,
     save_model,
+    without_spare,
 )
 from parity_tests.shared.compare import check_close, check_exact
 from parity_tests.shared.quick import QUICK
@@ -191,7 +192,7 @@ def folder(runs: Runs) -> float:
     model = save_model(runs.case, place)
     layer = jax_moe.moe_layers(place)[-1]
     moe = jax_moe.load_moe(place, layer)
-    whole = {name: value.numpy() for name, value in model.state_dict().items()}
+    whole = without_spare(runs.case, {name: value.numpy() for name, value in model.state_dict().items()})
     mixture = runs.family.mixture
     assert mixture is not None
     within = runs.memory.within.format(l=layer)

@@ -7,7 +7,7 @@ from pathlib import Path
 from jax_moe.porting.families import decoder_names
 from parity_tests.families.cases import CASES
 from parity_tests.families.checks import COLUMNS
-from parity_tests.families.gaps import GAPS, IN_PART
+from parity_tests.families.gaps import FINDINGS, GAPS, IN_PART
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 NUMBER = re.compile(r"0|\d(\.\d)?e-\d\d")
@@ -53,6 +53,7 @@ def page(measured: Mapping[str, Mapping[str, float]], version: str) -> str:
     lines = [INTRODUCTION.format(version=version) + "\n".join(header())]
     lines += [row(name, measured[name]) for name in sorted(CASES)]
     lines += ["", "Known in part:", "", *(f"- `{name}`: {words}" for name, words in sorted(IN_PART.items()))]
+    lines += ["", "Found in the reference:", "", *(f"- `{name}`: {words}" for name, words in sorted(FINDINGS.items()))]
     lines += ["", "Not compared, and why:", "", "| model type | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in sorted(GAPS.items())]
     return "\n".join(lines) + "\n"

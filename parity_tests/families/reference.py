@@ -42,7 +42,7 @@ class Layer(torch.nn.Module):
         config._experts_implementation = "eager"
         modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
         self.names = [case.at or "own", *case.beside]
-        self.prefixed = bool(case.at)
+        self.case, self.prefixed = case, bool(case.at)
         for name, kind in zip(self.names, (f"{case.prefix}{case.module}", *case.beside.values()), strict=True):
             made = getattr(modeling, kind)
             takes = inspect.signature(made.__init__).parameters
@@ -55,7 +55,15 @@ class Layer(torch.nn.Module):
 
     def named(self, tensors: Any) -> dict[str, Any]:
         """By the names that the tensors have in the mixture, or in the layer where something stands beside it."""
-        return {name if self.prefixed else name.removeprefix("own."): value for name, value in tensors}
+        pairs = ((name if self.prefixed else name.removeprefix("own."), value) for name, value in tensors)
+        return without_spare(self.case, dict(pairs))
+
+
+def without_spare(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors without the rows that nothing reads."""
+    count = case.settings.get("zero_expert_num", 0)
+    spare = {name for name in tensors if case.spare and name.endswith(case.spare)}
+    return {name: value[:-count] if name in spare else value for name, value in tensors.items()}
 
 
 @dataclass

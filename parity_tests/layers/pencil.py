@@ -50,13 +50,13 @@ def layer(num_experts: int = 3, top_k: int = 2, **settings: object) -> MoEConfig
 
 def pencil_weights(config: MoEConfig) -> dict[str, np.ndarray]:
     """Router = identity on the logits; expert e writes the name into place e. Names as in `jax_moe.MoE`."""
-    E, D = config.num_experts, config.model_dim
+    E, D = config.num_networks, config.model_dim
     up_EDF, down_EFD = np.zeros((E, D, 1)), np.zeros((E, 1, D))
     up_EDF[:, D - 1, 0] = 1
     down_EFD[np.arange(E), 0, np.arange(E)] = 1
-    weights = {"router.kernel": np.eye(D, E), "experts.up": up_EDF, "experts.down": down_EFD}
+    weights = {"router.kernel": np.eye(D, config.num_experts), "experts.up": up_EDF, "experts.down": down_EFD}
     if config.router.bias:
-        weights["router.bias"] = np.zeros(E)
+        weights["router.bias"] = np.zeros(config.num_experts)
     return weights
 
 
@@ -303,6 +303,40 @@ EXPERTS = [
         weights={"shared.up": [[[0], [0], [0], [1]]], "shared.down": [[[0, 0, 0, 0.5]]]},
     ),
 ]
+
+
+def and_itself(share: float, token: list[float], answer: list[float]) -> list[float]:
+    """The answer of networks, and that share of the token, which an expert returned as it was."""
+    return [share * own + told for own, told in zip(token, answer, strict=True)]
+
+
+# The last of three experts returns its input: half of the token, and 1/3 of what expert 1 says
+MIRROR = [log(1 / 6), log(1 / 3), log(1 / 2), 60.0]
+# With one slot an expert: Ann and Bob want expert 0, and Bob is dropped; all three look into the mirror, nobody is
+# turned away there
+ANN_2, BOB_2, CLEO_2 = sequence((9, 1, 10, 20), (8, 5, 7, 40), (3, 5, 12, 60))
+MIRRORED = [
+    and_itself(10 / 20, ANN_2, [9, 0, 0, 0]), and_itself(7 / 20, BOB_2, [0, 0, 0, 0]),
+    and_itself(12 / 20, CLEO_2, [0, 15, 0, 0]),
+]
+IDENTITY = [
+    Scenario(
+        "an expert that returns its input", layer(identity_experts=1), [[MIRROR]],
+        [[and_itself(1 / 2, MIRROR, [0, 20, 0, 0])]],
+    ),
+    Scenario(
+        "no queue before the mirror", layer(identity_experts=1, capacity=CapacityConfig(factor=0.5)),
+        [[ANN_2, BOB_2, CLEO_2]], [MIRRORED], 1 / 6,
+    ),
+    # what is left of Bob's weights is all of them: 7/7
+    Scenario(
+        "no queue before the mirror, renormalised",
+        layer(identity_experts=1, capacity=CapacityConfig(factor=0.5, renormalise_after_drop=True)),
+        [[BOB_2, ANN_2, BOB_2]],
+        [[and_itself(7 / 15, BOB_2, [40 * 8 / 15, 0, 0, 0]), and_itself(1, ANN_2, [0] * 4), BOB_2]], 2 / 6,
+    ),
+]
+EXPERTS += IDENTITY
 
 # One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).
 # Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is the inner one.

@@ -171,6 +171,15 @@ SOFT = {"model_dim": 4, "num_experts": 2, "num_slots": 1}
 HEADS = {"model_dim": 4, "num_heads": 2}
 CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
 BAD = [
+    (MoEConfig, {**SIZES, "identity_experts": -1}, "identity_experts=-1: must be an integer of at least 0"),
+    (
+        MoEConfig, {**SIZES, "identity_experts": 7},
+        "identity_experts=7: must be at most 6: top_k=2 experts have weights",
+    ),
+    (
+        MoEConfig, {**SIZES, "identity_experts": 1, "expert": ExpertConfig(dropout=0.1)},
+        "dropout=0.1: must be 0 with identity_experts",
+    ),
     (RouterConfig, {"score": "softplus"}, "score='softplus': must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
     (
         RouterConfig, {"order": "x"},

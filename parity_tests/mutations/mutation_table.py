@@ -239,6 +239,27 @@ JAX_LAYERS = [
         rows=("clamped activation",),
     ),
     Mutation(
+        "jax: experts that return their input have a queue",
+        "jax_moe/dispatch.py",
+        "jnp.where(expert_GSK < config.num_networks, position_GSK, 0)",
+        "position_GSK",
+        rows=("identity experts, capacity, padding",),
+    ),
+    Mutation(
+        "torch: experts that return their input have a queue",
+        "torch_ref/dispatch.py",
+        "same_GSK = routing.expert_GSK >= config.num_networks",
+        "same_GSK = routing.expert_GSK >= config.num_experts",
+        rows=("identity experts, capacity, padding",),
+    ),
+    Mutation(
+        "jax: the returned input has no weight",
+        "jax_moe/dispatch.py",
+        "weight_GS1 * x_GSD.astype(compute)",
+        "x_GSD.astype(compute)",
+        rows=("identity experts",),
+    ),
+    Mutation(
         "jax: squared ReLU is not squared",
         "jax_moe/activations.py",
         "jnp.square(jax.nn.relu(x))",

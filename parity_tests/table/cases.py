@@ -119,6 +119,11 @@ ROUTERS = [
     Case("weight on input", ON_INPUT),
     Case("weight on input, gather", ON_INPUT.with_capacity(1.0)),
     Case("weight on input, einsum", via(ON_INPUT.with_capacity(1.0), "einsum")),
+    Case("identity experts", plain(num_experts=6, identity_experts=2)),
+    Case("identity experts, einsum", via(plain(num_experts=6, identity_experts=2), "einsum")),
+    Case("identity experts, capacity, padding", plain(
+        num_experts=6, identity_experts=2, expert=ExpertConfig(weight_on="input"),
+    ).with_capacity(0.5, priority="choice", renormalise_after_drop=True), draws=("mask", "replay")),
     Case("replayed choices", MAKEMOE, draws=("noise", "keep", "replay")),
 ]
 

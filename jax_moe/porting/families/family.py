@@ -96,6 +96,17 @@ class Mixture:
     types: Mapping[str, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ("model.",)  # what may stand before `layers.` in a file
     by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
+    # What begins the names of tensors in the module that are not the mixture's, and stay as they are; {e} is the number
+    # of an expert beyond the contract's
+    beside: tuple[str, ...] = ()
+
+    def is_beside(self, name: str, moe: MoEConfig) -> bool:
+        """Whether a tensor of the module, by its name there, is none of the mixture's."""
+        for start in self.beside:
+            found = re.match(re.escape(start).replace(r"\{e\}", r"(\d+)"), name)
+            if found and (not found.groups() or int(found[1]) >= moe.num_networks):
+                return True
+        return False
 
 
 @dataclass(frozen=True)
