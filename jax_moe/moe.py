@@ -1,6 +1,7 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -17,6 +18,7 @@ from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.kernels.chosen import are_few, experts_in_place
 from jax_moe.losses import MoEStats, layer_stats
+from jax_moe.norms import MixtureScale
 from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
 from jax_moe.stored import Kept
@@ -105,6 +107,18 @@ class MoE(nnx.Module):
                 init = rounded(jax.nn.initializers.lecun_normal())
                 self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
 
+        around, D = config.around, config.model_dim
+        if around.latent_dim:
+            init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
+            into, back = (D, around.latent_dim), (around.latent_dim, D)
+            self.latent_in = parameter(init(rngs.params(), into, param_dtype), "D I", "projection")
+            self.latent_out = parameter(init(rngs.params(), back, param_dtype), "I D", "projection")
+        if around.latent_norm != "none":
+            norm = around.latent_norm, around.latent_dim, around.latent_norm_eps
+            self.latent_norm = MixtureScale(*norm, param_dtype)
+        if around.output_norm != "none":
+            self.output_norm = MixtureScale(around.output_norm, D, around.output_norm_eps, param_dtype)
+
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -159,21 +173,27 @@ class MoE(nnx.Module):
         rate = self.config.expert.dropout
         apply, weights = self._experts(x_BTD.shape[0] * x_BTD.shape[1], first_expert)
         moves = Moves(
-            config=self.config, capacity=capacity, apply=apply, weights=weights,
+            config=replace(self.config, model_dim=self.config.inner_dim), capacity=capacity, apply=apply,
+            weights=weights,
             dropout_key=fold(key, 1) if training and rate > 0 and keep_BTKD is None else None,
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
         rounded, shared_GSD = round_weights(slots, self.config, x_BTD.dtype), None
         dispatcher = choose_dispatcher(self.config)
-        y_GSD = dispatcher(x_GSD, routing, rounded, moves)
+        inner_GSD = self._to_experts(x_GSD)
+        y_GSD = dispatcher(inner_GSD, routing, rounded, moves)
+        if self.config.around.latent_dim:
+            y_GSD = y_GSD @ self.latent_out[...].astype(y_GSD.dtype)
         if self.config.expert.shared_dim:
             shared_GSD = self._shared_answer(x_GSD, mask_GS)
             y_GSD += shared_GSD
+        if self.config.around.output_norm != "none":
+            y_GSD = self.output_norm(y_GSD)
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS, x_BTD.shape[:2])
         output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
         if not watch:
             return output
-        answers_GSKD = single_answers(dispatcher, x_GSD, routing, rounded, moves)
+        answers_GSKD = single_answers(dispatcher, inner_GSD, routing, rounded, moves)
         return output._replace(stages=self._stages(output, answers_GSKD, shared_GSD, x_BTD.dtype))
 
     def _stages(
@@ -232,7 +252,7 @@ class MoE(nnx.Module):
         weight, dtype = self.router.weight, self.config.router.dtype
         kernel = weight("kernel")
         assert kernel is not None
-        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype)
+        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype) * self.config.router.logit_scale
         if noise_BTE is None:
             return logits_BTE
         noise_BTE = noise_BTE.astype(logits_BTE.dtype)
@@ -251,6 +271,13 @@ class MoE(nnx.Module):
             E = config.num_networks
             weights = {name: jax.lax.dynamic_slice_in_dim(w, first_expert, E) for name, w in weights.items()}
         return lambda x_ECD, expert_E: expert_ffn(x_ECD, take_experts(weights, expert_E), config.expert), weights
+
+    def _to_experts(self, x_GSD: Array) -> Array:
+        """What routed experts read: the tokens, or these mapped into another width."""
+        if not self.config.around.latent_dim:
+            return x_GSD
+        x_GSI = x_GSD @ self.latent_in[...].astype(x_GSD.dtype)
+        return x_GSI if self.config.around.latent_norm == "none" else self.latent_norm(x_GSI)
 
     def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
         """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""

@@ -48,5 +48,5 @@ class Expert(nn.Module):
 
 def make_experts(config: MoEConfig) -> nn.ModuleList:
     """The routed experts of a layer; the last may return their input."""
-    experts = (Expert(config.model_dim, config.expert_dim, config.expert) for _ in range(config.num_networks))
+    experts = (Expert(config.inner_dim, config.expert_dim, config.expert) for _ in range(config.num_networks))
     return nn.ModuleList([*experts, *(nn.Identity() for _ in range(config.identity_experts))])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 import torch
 from torch import nn
 
-from jax_moe.config import MoEConfig
+from jax_moe.config import MixtureNorm, MoEConfig
 from jax_moe.config.parameters import Role
 from torch_ref.arrays import check_moe_arrays
 from torch_ref.dims import Bool, Float, Int, Tensor, wide
@@ -26,6 +26,7 @@ from torch_ref.dispatch import (
 )
 from torch_ref.experts import Expert, linear, make_experts
 from torch_ref.losses import MoEStats, layer_stats
+from torch_ref.norms import MixtureScale
 from torch_ref.routing import Routing, noise_scale, route, router_logits
 
 
@@ -39,6 +40,11 @@ class Parts(NamedTuple):
     experts: Sequence[Callable]
     shared: Callable | None = None
     shared_gate: nn.Linear | None = None
+    latent_in: nn.Linear | None = None
+    latent_out: nn.Linear | None = None
+    latent_norm: nn.Module | None = None
+    answer_norm: nn.Module | None = None
+    output_norm: nn.Module | None = None
 
 
 class MoEArrays(TypedDict, total=False):
@@ -74,7 +80,7 @@ def moe_logits(
     def logits_of(layer: nn.Linear) -> Tensor:
         return router_logits(x_BTD, layer.weight.T, layer.bias, parts.config.router.dtype)
 
-    logits_BTE = logits_of(parts.router)
+    logits_BTE = logits_of(parts.router) * parts.config.router.logit_scale
     if noise_BTE is None:
         return logits_BTE
     noise_BTE = noise_BTE.to(logits_BTE.dtype)
@@ -142,9 +148,12 @@ def moe_forward(
     )
     keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
-    moves = Moves(config, capacity, parts.experts, training, keep_GSKD)
+    moves = Moves(config, capacity, [after(expert, parts.answer_norm) for expert in parts.experts], training, keep_GSKD)
+    inner_GSD = x_GSD if parts.latent_in is None else linear(x_GSD, parts.latent_in)
+    inner_GSD = inner_GSD if parts.latent_norm is None else parts.latent_norm(inner_GSD)
     rounded, shared_GSD = round_weights(slots, config, x_BTD.dtype), None
-    y_GSD = loop_dispatch(x_GSD, routing, rounded, moves)
+    y_GSD = loop_dispatch(inner_GSD, routing, rounded, moves)
+    y_GSD = y_GSD if parts.latent_out is None else linear(y_GSD, parts.latent_out)
     if parts.shared is not None:
         shared_GSD = parts.shared(x_GSD)
         if parts.shared_gate is not None:
@@ -153,12 +162,13 @@ def moe_forward(
         if mask_GS is not None:
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
+    y_GSD = y_GSD if parts.output_norm is None else parts.output_norm(y_GSD)
     stats = layer_stats(routing, slots, config, capacity, mask_GS, x_BTD.shape[:2])
     output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
     if not watch:
         return output
     with torch.no_grad():
-        answers_GSKD = single_answers(x_GSD, routing, rounded, moves)
+        answers_GSKD = single_answers(inner_GSD, routing, rounded, moves)
     before_drops = round_weights(slots._replace(weight_GSK=routing.weight_GSK), config, x_BTD.dtype)
     found = {
         "router_logits": routing.logits_GSE, "experts": routing.own_GSK, "weights": before_drops.weight_GSK,
@@ -167,6 +177,13 @@ def moe_forward(
     stages = {name: merge_groups(value, *x_BTD.shape[:2]) for name, value in found.items() if value is not None}
     stages |= {"combined": output.y_BTD, "balance_loss": stats.load_balance_loss}
     return output._replace(stages=stages)
+
+
+def after(expert: Callable, norm: Callable | None) -> Callable:
+    """The expert with a norm of its answer; one that returns its input has none."""
+    if norm is None or isinstance(expert, nn.Identity):
+        return expert
+    return lambda x_RD: norm(expert(x_RD))
 
 
 class Router(nn.Module):
@@ -192,11 +209,17 @@ class Router(nn.Module):
         return self
 
 
+def make_norm(kind: MixtureNorm, width: int, eps: float) -> MixtureScale | None:
+    """The norm of that kind, None for none."""
+    return None if kind == "none" else MixtureScale(kind, width, eps)
+
+
 class MoE(nn.Module):
     """A sparse mixture-of-experts layer under a contract, from `jax_moe.presets`.
 
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
-    [`shared.{gate,up,down}`], [`shared_gate`]. Initialised as nn.Linear is.
+    [`shared.{gate,up,down}`], [`shared_gate`], [`latent_in`, `latent_out`], [`latent_norm`, `answer_norm`,
+    `output_norm`]. Initialised as nn.Linear is.
     """
 
     roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert", "shared": "shared"}
@@ -212,12 +235,22 @@ class MoE(nn.Module):
             if config.expert.shared_gate:
                 self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
 
+        around, expert, D = config.around, config.expert, config.model_dim
+        self.latent_in = self.latent_out = None
+        if around.latent_dim:
+            self.latent_in = nn.Linear(D, around.latent_dim, bias=False)
+            self.latent_out = nn.Linear(around.latent_dim, D, bias=False)
+        self.latent_norm = make_norm(around.latent_norm, around.latent_dim, around.latent_norm_eps)
+        self.answer_norm = make_norm(expert.answer_norm, config.inner_dim, expert.answer_norm_eps)
+        self.output_norm = make_norm(around.output_norm, D, around.output_norm_eps)
+
     def parts(self) -> Parts:
         """The weights, for `moe_forward`."""
         router = self.router
         return Parts(
             self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
-            self.shared, self.shared_gate,
+            self.shared, self.shared_gate, self.latent_in, self.latent_out, self.latent_norm, self.answer_norm,
+            self.output_norm,
         )
 
     def forward(

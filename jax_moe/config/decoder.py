@@ -34,7 +34,7 @@ class DenseConfig:
     @classmethod
     def beside(cls, moe: MoEConfig, dim: int) -> "DenseConfig":
         """A network of that width, with the activation and biases of the mixtures in other layers."""
-        expert = dataclasses.replace(moe.expert, shared_dim=0, shared_gate=False, dropout=0.0)
+        expert = dataclasses.replace(moe.expert, shared_dim=0, shared_gate=False, dropout=0.0, answer_norm="none")
         return cls(model_dim=moe.model_dim, dim=dim, expert=expert)
 
 

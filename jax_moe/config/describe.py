@@ -39,6 +39,8 @@ def _sparse(config: MoEConfig) -> list[str]:
         near = f"at most {2 * router.mixer_eps:g} of its size below the best"
         order = f"{top}, each with its share of a softmax over what is left and {near} (sparse mixer)"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
+    if router.logit_scale != 1:
+        lines.append(f"logits: times {router.logit_scale:g}")
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))
     elif router.scale != 1:
@@ -56,9 +58,15 @@ def _sparse(config: MoEConfig) -> list[str]:
     kind = f"gated {expert.activation}" if expert.gated else expert.activation
     same = f" and {config.identity_experts} that return their input" if config.identity_experts else ""
     lines.append(
-        f"experts: {config.num_networks}{same} of {config.model_dim} -> {config.expert_dim} -> {config.model_dim}, "
+        f"experts: {config.num_networks}{same} of {config.inner_dim} -> {config.expert_dim} -> {config.inner_dim}, "
         f"{kind}, {'with' if expert.bias else 'no'} biases, dropout {expert.dropout:g}"
     )
+    around = config.around
+    if around.latent_dim:
+        normed = "" if around.latent_norm == "none" else f" and normed ({around.latent_norm})"
+        lines.append(f"experts' input: mapped to width {around.latent_dim}{normed}, and the answer back")
+    norms = {"each expert's answer": expert.answer_norm, "the whole answer": around.output_norm}
+    lines += [f"norm: of {what} ({kind})" for what, kind in norms.items() if kind != "none"]
     if expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
         lines.append(f"shared expert: width {expert.shared_dim}{gate}")

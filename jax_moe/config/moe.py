@@ -29,6 +29,8 @@ ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
 Priority = Literal["token", "choice", "probability", "batch"]
 Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
+# x / rms(x) * w; x / rms(x) * (1 + w); or x (1 + w) over its own rms
+MixtureNorm = Literal["none", "rms", "rms_centered", "rms_of_scaled"]
 Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "blocks", "chosen"]
 
 
@@ -44,6 +46,7 @@ class RouterConfig:
     selection: Literal["score", "logit"] = "score"  # what the choice compares: scores, or logits (Kolibri, Llama 4)
     renormalise: Renormalise = "none"  # the chosen weights: unchanged, / sum, / (sum + eps), or / max(sum, eps)
     renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's) and "floor" (Ernie: 1e-12)
+    logit_scale: float = 1.0  # multiplies the linear map's answer (Muse Spark: 0.18)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
@@ -64,7 +67,7 @@ class RouterConfig:
         limit = self.num_clusters
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
         check_flags(self, "bias", "correction_bias", "noise_at_evaluation")
-        check_above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale)
+        check_above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale, logit_scale=self.logit_scale)
         check_rates(jitter_eps=self.jitter_eps, mixer_eps=self.mixer_eps)
         jitters = self.noise == "input_jitter"
         fits = jitters == (self.jitter_eps > 0)
@@ -148,6 +151,8 @@ class ExpertConfig:
     up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
     weight_on: Literal["output", "input"] = "output"  # what the routing weight multiplies (input: Llama 4)
     dropout: float = 0.0  # on an expert's answer (makeMoE)
+    answer_norm: MixtureNorm = "none"  # of a routed expert's answer, before weight and dropout; all share its scale
+    answer_norm_eps: float = 1e-8  # (Muse Spark's)
     shared_dim: int = 0  # width of the shared expert, which every token goes to; 0: none
     shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
     shared_clamp: float | Literal["same"] | None = "same"  # its own bound (HY-V4: None)
@@ -161,7 +166,7 @@ class ExpertConfig:
             same = name == "shared_clamp" and value == "same"
             bound = value is None or same or (is_number(value) and value > 0)
             require(bound, name, value, f"{'' if name == 'clamp' else repr('same') + ', '}None or a number above 0")
-        check_above_zero(shared_scale=self.shared_scale)
+        check_above_zero(shared_scale=self.shared_scale, answer_norm_eps=self.answer_norm_eps)
         require(is_number(self.up_offset), "up_offset", self.up_offset, "a number")
         require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
         require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
@@ -179,7 +184,31 @@ class ExpertConfig:
         """The contract of the shared expert by itself."""
         clamp = self.clamp if self.shared_clamp == "same" else self.shared_clamp
         own: dict[str, Any] = {"shared_dim": 0, "shared_gate": False, "shared_clamp": "same", "shared_scale": 1.0}
+        own["answer_norm"] = "none"
         return dataclasses.replace(self, clamp=clamp, dropout=0.0, **own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AroundConfig:
+    """What stands around the experts: maps into their width and out of it, and norms.
+
+    With a `latent_dim` routed experts work in that width: they read norm(x W_in), and the sum of their weighted answers
+    is mapped back by W_out. Router and shared experts see x as it is.
+    """
+
+    latent_dim: int = 0  # 0: the model's width, and no maps (Nemotron-H, Muse Spark)
+    latent_norm: MixtureNorm = "none"  # of what the maps hand the experts (Muse Spark)
+    latent_norm_eps: float = 1e-6
+    output_norm: MixtureNorm = "none"  # of the whole answer, shared expert included (A.X K1)
+    output_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        dim = self.latent_dim
+        require(is_int(dim) and dim >= 0, "latent_dim", dim, "an integer of at least 0")
+        check_above_zero(latent_norm_eps=self.latent_norm_eps, output_norm_eps=self.output_norm_eps)
+        mapped = self.latent_norm == "none" or self.latent_dim > 0
+        require(mapped, "latent_norm", self.latent_norm, "'none' without a latent_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +252,7 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    around: AroundConfig = field(default_factory=AroundConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     dispatcher: Dispatcher = "auto"  # how JAX moves tokens; the answer is the same
 
@@ -249,7 +279,14 @@ class MoEConfig:
         require(is_int(same) and same >= 0, "identity_experts", same, "an integer of at least 0")
         most = self.num_experts - K
         require(same <= most, "identity_experts", same, f"at most {most}: top_k={K} experts have weights")
-        require(same == 0 or self.expert.dropout == 0, "dropout", self.expert.dropout, "0 with identity_experts")
+        plain = self.expert.dropout == 0
+        require(same == 0 or plain, "dropout", self.expert.dropout, "0 with identity_experts")
+        require(self.around.latent_dim == 0 or plain, "dropout", self.expert.dropout, "0 with a latent_dim")
+
+    @property
+    def inner_dim(self) -> int:
+        """The width that routed experts work in."""
+        return self.around.latent_dim or self.model_dim
 
     @property
     def num_networks(self) -> int:

@@ -71,6 +71,7 @@ ADAPTED = tuple(
     {"vision_config": {"adapter_out_dim": sizes[0]}, "audio_config": {"adapter_output_size": sizes[0]}}
     for _, sizes in SHAPES
 )
+HEARS = tuple({"audio_config": {"out_hidden_size": sizes[0]}} for _, sizes in SHAPES)
 DBRX = {"n_heads": 2, "n_layers": 2, "max_seq_len": 16, "attn_config": {"kv_n_heads": 1, "rope_theta": 100.0}}
 AROUND = "a tiny vision model around the text model is not made"
 
@@ -169,6 +170,15 @@ CASES = {one.model_type: one for one in (
         **SCALED, "swiglu_limit": 0.6, "mlp_layer_types": ["hash_moe", "moe"]}, balance=True),
     Case("longcat_flash", "LongcatFlash", "MoE", "n_routed_experts expert_ffn_hidden_size moe_topk",
          {"zero_expert_num": 2, "routed_scaling_factor": 1.7}, seed=11, spare="experts.gate_up_proj"),
+    Case("nemotron_h", "NemotronH", "MoE", V3, {
+        **SCALED, "moe_shared_expert_intermediate_size": 4, "layers_block_type": ["full_attention", "moe"]}, (
+        {**CLUSTERS[0], "moe_latent_size": 5}, {**CLUSTERS[1], "moe_latent_size": None}), seed=13),
+    Case("muse_spark", "MuseSpark", "MoE", LOCAL, {
+        **SCALED, "moe_hidden_size": 5, "output_multiplier": 0.6, "post_norm_eps": 1e-3, "rms_norm_eps": 1e-2,
+        "layer_rope_theta": [0, 0]},
+        seed=11, nested="text_config", top=HEARS, model="",
+        reason="the tiny vision and audio models around the text model are not made"),
+    v3("axk1", "AXK1", settings={**DENSE_FIRST, "rms_norm_eps": 1e-2}),
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
        reason=AROUND),

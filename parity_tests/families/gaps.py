@@ -12,7 +12,6 @@ EXPERTS = re.compile(r"Experts$|ExpertGLU$|NaiveMoe$|CDMoE$")
 
 # Each with the reason in words. A type that is neither here nor in the table turns a test red.
 GAPS: dict[str, str] = {
-    "axk1": "a norm after experts and shared expert, inside the mixture",
     "diffusion_gemma": "a norm and scales around the router, a dense branch in parallel",
     "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
     "ernie4_5_vl_moe": "two mixtures in a layer, of text and of vision tokens",
@@ -21,8 +20,6 @@ GAPS: dict[str, str] = {
     "inkling2": "soft caps on gate and up",
     "inkling2_loop": "soft caps on gate and up",
     "jetmoe": "a bias on the mixture's answer",
-    "muse_spark": "projections and norms around the experts",
-    "nemotron_h": "squared ReLU without a gate, projections around the experts",
     "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
     "switch_transformers": "slots: `jax_moe.presets.switch`, compared in parity_tests/layers/test_switch.py",
     "vitpose_backbone": "an expert by the kind of data set: no router",

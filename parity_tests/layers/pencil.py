@@ -28,7 +28,7 @@ from math import exp, log
 
 import numpy as np
 
-from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
+from jax_moe.config.moe import AroundConfig, BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
 
 ANN, BOB, CLEO = (9, 10, 1, 20), (8, 7, 5, 40), (12, 3, 5, 60)
 FRIENDS = (ANN, BOB, CLEO)
@@ -133,6 +133,11 @@ WEIGHTS = [
     weight_story("sparse mixer below 0", [-log(2.0), -log(4.0), -log(16.0)], [40, 48, 0], MIXER),
     # nothing is below 0 by any share of 0: one of three, then one of two
     weight_story("sparse mixer at 0", EQUAL, [20, 30, 0], MIXER),
+    # and with logits of half the size
+    weight_story(
+        "logits halved", [2 * log(3.0), 0.0, -2 * log(3.0)], [45, 30, 0],
+        dataclasses.replace(SIGMOID, logit_scale=0.5),
+    ),
     # 60 * (3/4, 1/2)
     weight_story("sigmoid", THREE_ONE, [45, 30, 0], SIGMOID),
     # 3/4 + 1/2 = 5/4; 60 * (3/5, 2/5)
@@ -336,7 +341,43 @@ IDENTITY = [
         [[and_itself(7 / 15, BOB_2, [40 * 8 / 15, 0, 0, 0]), and_itself(1, ANN_2, [0] * 4), BOB_2]], 2 / 6,
     ),
 ]
-EXPERTS += IDENTITY
+# A token of one number. It is mapped to (1, 7), whose mean square is 25: with eps 11 its rms is 6, and scaled by (2, 1)
+# it becomes (2/6, 7/6). The only expert says 9 * (1/9, 7/18) = (1, 7/2); scaled by (1, 2) that is (1, 7), normed again
+# (1/6, 7/6), and mapped back 1 + 7 = 8. The shared expert sees the token and says 10: 18, whose square and 252 are
+# 24^2, so the last norm with its scale 4 leaves 3.
+AROUND_WEIGHTS = {
+    "router.kernel": [[0]], "latent_in": [[1, 7]], "experts.up": [[[6], [6]]], "experts.down": [[[1 / 9, 7 / 18]]],
+    "latent_out": [[6], [6]], "shared.up": [[[1]]], "shared.down": [[[10]]],
+}
+NORM_SCALES = {"latent_norm.scale": [1, 0], "experts.answer_scale": [0, 1], "output_norm.scale": [4]}
+MAPPED = AroundConfig(latent_dim=2)
+NORMED = AroundConfig(
+    latent_dim=2, latent_norm="rms_centered", latent_norm_eps=11.0, output_norm="rms", output_norm_eps=252.0
+)
+ANSWER = dataclasses.replace(PLAIN_EXPERT, shared_dim=1, answer_norm="rms_of_scaled", answer_norm_eps=11.0)
+
+
+def around_story(name: str, around: AroundConfig, expert: ExpertConfig, answer: float, scales: dict) -> Scenario:
+    """The token 1, which the only expert answers with weight 1."""
+    config = MoEConfig(
+        model_dim=1, expert_dim=1, num_experts=1, top_k=1, around=around, expert=expert,
+    )
+    return Scenario(name, config, [[[1.0]]], [[[answer]]], weights={**AROUND_WEIGHTS, **scales})
+
+
+AROUND = [
+    # 6 * (1 + 7) = 48; 6 * 48 * (1/9 + 7/18) = 144, and 10
+    around_story("mapped", MAPPED, dataclasses.replace(PLAIN_EXPERT, shared_dim=1), 154, {}),
+    around_story("mapped and normed", NORMED, ANSWER, 3, NORM_SCALES),
+    # the scale itself in the place of 1 more than it: (2/6, 7/6) again; (1, 7/2) has mean square 53/8, 9 with eps 19/8:
+    # (1/3, 7/6), and mapped back 9
+    around_story(
+        "other norms", dataclasses.replace(NORMED, latent_norm="rms", output_norm="none"),
+        dataclasses.replace(ANSWER, answer_norm="rms", answer_norm_eps=19 / 8), 19,
+        {"latent_norm.scale": [2, 1], "experts.answer_scale": [1, 1]},
+    ),
+]
+EXPERTS += IDENTITY + AROUND
 
 # One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).
 # Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is the inner one.

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig
-from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+from jax_moe.config.moe import (
+    AroundConfig,
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+    SoftMoEConfig,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -179,6 +187,23 @@ BAD = [
     (
         MoEConfig, {**SIZES, "identity_experts": 1, "expert": ExpertConfig(dropout=0.1)},
         "dropout=0.1: must be 0 with identity_experts",
+    ),
+    (RouterConfig, {"logit_scale": 0.0}, "logit_scale=0.0: must be a number above 0"),
+    (
+        ExpertConfig, {"answer_norm": "layer"},
+        "answer_norm='layer': must be one of 'none', 'rms', 'rms_centered', 'rms_of_scaled'",
+    ),
+    (ExpertConfig, {"answer_norm_eps": 0.0}, "answer_norm_eps=0.0: must be a number above 0"),
+    (AroundConfig, {"latent_dim": -1}, "latent_dim=-1: must be an integer of at least 0"),
+    (AroundConfig, {"latent_norm": "rms"}, "latent_norm='rms': must be 'none' without a latent_dim"),
+    (
+        AroundConfig, {"output_norm": "layer"},
+        "output_norm='layer': must be one of 'none', 'rms', 'rms_centered', 'rms_of_scaled'",
+    ),
+    (AroundConfig, {"output_norm_eps": 0.0}, "output_norm_eps=0.0: must be a number above 0"),
+    (
+        MoEConfig, {**SIZES, "around": AroundConfig(latent_dim=3), "expert": ExpertConfig(dropout=0.1)},
+        "dropout=0.1: must be 0 with a latent_dim",
     ),
     (RouterConfig, {"score": "softplus"}, "score='softplus': must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
     (
@@ -351,8 +376,8 @@ def test_a_dispatcher_that_cannot_serve_the_capacity_is_refused(config: type, ar
 
 def test_every_contract_has_a_bad_setting_here() -> None:
     every = {
-        RouterConfig, CapacityConfig, ExpertConfig, BalanceConfig, MoEConfig, SoftMoEConfig, AttentionConfig,
-        BlockConfig,
+        RouterConfig, CapacityConfig, ExpertConfig, AroundConfig, BalanceConfig, MoEConfig, SoftMoEConfig,
+        AttentionConfig, BlockConfig,
     }
     assert {case[0] for case in BAD} == every | {MakeMoEConfig}
 

@@ -10,7 +10,7 @@ from typing import Literal
 from jax_moe import presets
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig
-from jax_moe.config.moe import BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+from jax_moe.config.moe import AroundConfig, BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 
 Config = MoEConfig | SoftMoEConfig | AttentionConfig | BlockConfig | MakeMoEConfig
 Draw = Literal["noise", "jitter", "keep", "mask", "replay"]
@@ -71,6 +71,10 @@ ON_INPUT = plain(
     top_k=1, router=RouterConfig(score="sigmoid"), expert=ExpertConfig(weight_on="input", activation="gelu"),
 )
 DEEPSEEK = sized("deepseek_v3", num_experts=6, num_clusters=3, top_clusters=2, shared_dim=10)
+NORMED = plain(
+    around=AroundConfig(latent_dim=5, latent_norm="rms_centered", output_norm="rms"),
+    expert=ExpertConfig(answer_norm="rms_of_scaled", shared_dim=10),
+)
 
 ROUTERS = [
     Case("plain top-k", sized("makemoe", noise=False, capacity_factor=None, dropout=0.0)),
@@ -124,6 +128,13 @@ ROUTERS = [
     Case("identity experts, capacity, padding", plain(
         num_experts=6, identity_experts=2, expert=ExpertConfig(weight_on="input"),
     ).with_capacity(0.5, priority="choice", renormalise_after_drop=True), draws=("mask", "replay")),
+    Case("maps around the experts", plain(
+        around=AroundConfig(latent_dim=5), router=RouterConfig(score="sigmoid", logit_scale=0.4),
+        expert=ExpertConfig(activation="relu2", gated=False, shared_dim=10),
+    )),
+    Case("maps and norms around the experts", NORMED),
+    Case("maps and norms around the experts, einsum", via(NORMED, "einsum")),
+    Case("maps and norms around the experts, capacity", NORMED.with_capacity(0.5), draws=("mask",)),
     Case("replayed choices", MAKEMOE, draws=("noise", "keep", "replay")),
 ]
 

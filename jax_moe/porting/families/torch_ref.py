@@ -25,6 +25,10 @@ EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, ""
 ROWS = (
     *ROUTER, *stacked(EXPERT, "experts.{e}.", "experts.", "e"), *stacked(EXPERT, "shared.", "shared.", "0/1"),
     Row("shared_gate.weight", "1 D", "shared_gate", "D 1"),
+    Row("latent_in.weight", "I D", "latent_in", "D I"), Row("latent_out.weight", "D I", "latent_out", "I D"),
+    Row("latent_norm.weight", "D", "latent_norm.scale", "D"),
+    Row("answer_norm.weight", "D", "experts.answer_scale", "D"),
+    Row("output_norm.weight", "D", "output_norm.scale", "D"),
 )
 ATTENTION = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),
