@@ -118,9 +118,16 @@ def _decoder(config: DecoderConfig) -> list[str]:
         *_attention(config),
     ]
     if (config.norm, config.norm_place) != ("rms", "before"):
-        places = {"around": "before and after"}.get(config.norm_place, config.norm_place)
+        places = {
+            "around": "before and after each half of a layer",
+            "around_attention": "before and after attention, after the feed-forward network",
+        }.get(config.norm_place, f"{config.norm_place} each half of a layer")
         kind = {"rms_wide": "rms (rounded after the scale)"}.get(config.norm, config.norm)
-        lines.append(f"norms: {kind} norms {places} each half of a layer")
+        lines.append(f"norms: {kind} norms {places}")
+    if config.layer_scale:
+        lines.append("layers: each multiplies the stream by a stored number, which is not trained")
+    if config.logits_softcap is not None:
+        lines.append(f"logits: softly capped, {config.logits_softcap:g} * tanh(logits / {config.logits_softcap:g})")
     multipliers = {
         "embeddings times": config.embedding_multiplier, "residual branches times": config.residual_multiplier,
         "logits divided by": config.logits_divisor,
