@@ -93,7 +93,7 @@ class Experts(nnx.Module):
                 setattr(self, f"{name}_bias", parameter(bias, f"{leading} {DIMS[name][-1]}", role))
 
         if config.answer_norm != "none":
-            scale = jnp.full((model_dim,), float(config.answer_norm == "rms"), param_dtype)
+            scale = jnp.full((model_dim,), float(config.answer_norm in ("rms", "rms_wide")), param_dtype)
             self.answer_scale = parameter(scale, "D", "norm")
 
     def weights(self) -> Weights:

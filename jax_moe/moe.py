@@ -18,7 +18,7 @@ from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.kernels.chosen import are_few, experts_in_place
 from jax_moe.losses import MoEStats, layer_stats
-from jax_moe.norms import MixtureScale
+from jax_moe.norms import MixtureScale, rms_norm
 from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
 from jax_moe.stored import Kept
@@ -29,7 +29,9 @@ class CorrectionBias(Kept):
 
 
 class Router(nnx.Module):
-    """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias]."""
+    """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias], [input_scale] [D] of
+    the norm of what it reads, [expert_scale] [E].
+    """
 
     def __init__(
         self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
@@ -47,6 +49,10 @@ class Router(nnx.Module):
         if config.router.correction_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
             self.correction_bias = parameter(zeros, "E", "correction", CorrectionBias)
+        if config.router.input_norm:
+            self.input_scale = parameter(jnp.ones((config.model_dim,), param_dtype), "D", "router")
+        if config.router.expert_scale:
+            self.expert_scale = parameter(jnp.ones((config.num_experts,), param_dtype), "E", "router")
 
     def weight(self, name: str) -> Array | None:
         """A parameter as a plain array, or None where the contract has none."""
@@ -118,6 +124,9 @@ class MoE(nnx.Module):
             self.latent_norm = MixtureScale(*norm, param_dtype)
         if around.output_norm != "none":
             self.output_norm = MixtureScale(around.output_norm, D, around.output_norm_eps, param_dtype)
+        for name in ("input_norm", "routed_norm", "shared_input_norm", "shared_norm"):
+            if getattr(around, name) != "none":
+                setattr(self, name, MixtureScale(getattr(around, name), D, around.norm_eps, param_dtype))
 
     def __call__(
         self,
@@ -184,6 +193,7 @@ class MoE(nnx.Module):
         y_GSD = dispatcher(inner_GSD, routing, rounded, moves)
         if self.config.around.latent_dim:
             y_GSD = y_GSD @ self.latent_out[...].astype(y_GSD.dtype)
+        y_GSD = self._normed("routed_norm", y_GSD)
         if self.config.expert.shared_dim:
             shared_GSD = self._shared_answer(x_GSD, mask_GS)
             y_GSD += shared_GSD
@@ -244,7 +254,10 @@ class MoE(nnx.Module):
         if expert_BTK is not None:  # a traced -1 would count from the end: beyond the last one it gives NaN
             expert_BTK = jnp.where(expert_BTK < 0, config.num_experts, expert_BTK)
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
-        routing = route(split_groups(logits_BTE, S), config, self.router.weight("correction_bias"), replay)
+        weight = self.router.weight
+        routing = route(
+            split_groups(logits_BTE, S), config, weight("correction_bias"), replay, weight("expert_scale")
+        )
         slots = assign_slots(routing, config, capacity, mask_GS, limit)
         return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
 
@@ -252,6 +265,9 @@ class MoE(nnx.Module):
         weight, dtype = self.router.weight, self.config.router.dtype
         kernel = weight("kernel")
         assert kernel is not None
+        if self.config.router.input_norm:
+            scale_D = self.router.input_scale[...].astype(x_BTD.dtype)
+            x_BTD = rms_norm(x_BTD, None, self.config.router.input_norm_eps) * scale_D * self.config.model_dim**-0.5
         logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype) * self.config.router.logit_scale
         if noise_BTE is None:
             return logits_BTE
@@ -273,18 +289,26 @@ class MoE(nnx.Module):
         return lambda x_ECD, expert_E: expert_ffn(x_ECD, take_experts(weights, expert_E), config.expert), weights
 
     def _to_experts(self, x_GSD: Array) -> Array:
-        """What routed experts read: the tokens, or these mapped into another width."""
+        """What routed experts read: the tokens, or these normed or mapped into another width."""
+        x_GSD = self._normed("input_norm", x_GSD)
         if not self.config.around.latent_dim:
             return x_GSD
         x_GSI = x_GSD @ self.latent_in[...].astype(x_GSD.dtype)
         return x_GSI if self.config.around.latent_norm == "none" else self.latent_norm(x_GSI)
 
+    def _normed(self, name: str, x_GSD: Array) -> Array:
+        """Normed, where the contract has that norm."""
+        norm = getattr(self, name, None)
+        return x_GSD if norm is None else norm(x_GSD)
+
     def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
         """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""
+        x_GSD = self._normed("shared_input_norm", x_GSD)
         y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), self.config.expert.shared)
         y_GSD = y_GSD.reshape(x_GSD.shape)
         if self.config.expert.shared_gate:
             y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
         if self.config.expert.shared_scale != 1:
             y_GSD *= self.config.expert.shared_scale
+        y_GSD = self._normed("shared_norm", y_GSD)
         return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)

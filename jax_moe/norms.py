@@ -21,7 +21,7 @@ def layer_norm(
 
 
 def rms_norm(
-    x: Float[Array, "*any D"], scale_D: Float[Array, " D"] | None, eps: float, wide_scale: bool = False
+    x: Float[Array, "*any D"], scale_D: Float[Array, "*some D"] | None, eps: float, wide_scale: bool = False
 ) -> Float[Array, "*any D"]:
     """x / rms(x) in fp32 or wider, times the scale (arXiv 1910.07467, eq. 4); rounded to the input's dtype before the
     scale or, `wide_scale`, after it. None: there is no scale.
@@ -39,13 +39,13 @@ def mixture_norm(
     kind: MixtureNorm, x: Float[Array, "*any D"], scale_D: Float[Array, "*some D"], eps: float
 ) -> Float[Array, "*any D"]:
     """A norm of that kind, in fp32 or wider; `rms_of_scaled` rounds the scaled input to its dtype on the way."""
+    if kind in ("rms", "rms_wide"):
+        return rms_norm(x, scale_D, eps, kind == "rms_wide")
     wide_x, centred_D = x.astype(wide(x.dtype)), 1 + scale_D.astype(wide(x.dtype))
     if kind == "rms_of_scaled":
         wide_x = (wide_x * centred_D).astype(x.dtype).astype(wide_x.dtype)
     mean_square = (wide_x**2).mean(axis=-1, keepdims=True)
     normed = wide_x * jax.lax.rsqrt(mean_square + eps)
-    if kind == "rms":
-        return normed.astype(x.dtype) * scale_D.astype(x.dtype)
     return (normed * centred_D if kind == "rms_centered" else normed).astype(x.dtype)
 
 
@@ -54,7 +54,7 @@ class MixtureScale(nnx.Module):
 
     def __init__(self, kind: MixtureNorm, width: int, eps: float, param_dtype: DTypeLike = jnp.float32):
         self.kind, self.eps = kind, eps
-        self.scale = parameter(jnp.full((width,), float(kind == "rms"), param_dtype), "D", "norm")
+        self.scale = parameter(jnp.full((width,), float(kind in ("rms", "rms_wide")), param_dtype), "D", "norm")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         """The normed input, in its dtype."""

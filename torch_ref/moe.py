@@ -45,6 +45,12 @@ class Parts(NamedTuple):
     latent_norm: nn.Module | None = None
     answer_norm: nn.Module | None = None
     output_norm: nn.Module | None = None
+    input_norm: nn.Module | None = None
+    routed_norm: nn.Module | None = None
+    shared_input_norm: nn.Module | None = None
+    shared_norm: nn.Module | None = None
+    router_scale_D: Float[Tensor, " D"] | None = None
+    expert_scale_E: Float[Tensor, " E"] | None = None
 
 
 class MoEArrays(TypedDict, total=False):
@@ -80,6 +86,12 @@ def moe_logits(
     def logits_of(layer: nn.Linear) -> Tensor:
         return router_logits(x_BTD, layer.weight.T, layer.bias, parts.config.router.dtype)
 
+    router = parts.config.router
+    if parts.router_scale_D is not None:
+        wide_x = x_BTD.to(wide(x_BTD.dtype))
+        rms = (wide_x.square().mean(dim=-1, keepdim=True) + router.input_norm_eps).sqrt()
+        scale_D = parts.router_scale_D.to(x_BTD.dtype)
+        x_BTD = (wide_x / rms).to(x_BTD.dtype) * scale_D / parts.config.model_dim**0.5
     logits_BTE = logits_of(parts.router) * parts.config.router.logit_scale
     if noise_BTE is None:
         return logits_BTE
@@ -126,7 +138,7 @@ def moe_routing(
     if expert_BTK is not None and mask_BT is not None:  # choices of padding may be out of range
         expert_BTK = expert_BTK.where(mask_BT[..., None], expert_BTK.clamp(0, config.num_experts - 1))
     replay = None if expert_BTK is None else split_groups(expert_BTK, S)
-    routing = route(logits_GSE, config, parts.correction_bias_E, replay)
+    routing = route(logits_GSE, config, parts.correction_bias_E, replay, parts.expert_scale_E)
     return split_groups(x_BTD, S), routing, assign_slots(routing, config, capacity, mask_GS), capacity, mask_GS
 
 
@@ -149,16 +161,20 @@ def moe_forward(
     keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
     moves = Moves(config, capacity, [after(expert, parts.answer_norm) for expert in parts.experts], training, keep_GSKD)
-    inner_GSD = x_GSD if parts.latent_in is None else linear(x_GSD, parts.latent_in)
+    inner_GSD = x_GSD if parts.input_norm is None else parts.input_norm(x_GSD)
+    inner_GSD = inner_GSD if parts.latent_in is None else linear(inner_GSD, parts.latent_in)
     inner_GSD = inner_GSD if parts.latent_norm is None else parts.latent_norm(inner_GSD)
     rounded, shared_GSD = round_weights(slots, config, x_BTD.dtype), None
     y_GSD = loop_dispatch(inner_GSD, routing, rounded, moves)
     y_GSD = y_GSD if parts.latent_out is None else linear(y_GSD, parts.latent_out)
+    y_GSD = y_GSD if parts.routed_norm is None else parts.routed_norm(y_GSD)
     if parts.shared is not None:
-        shared_GSD = parts.shared(x_GSD)
+        read_GSD = x_GSD if parts.shared_input_norm is None else parts.shared_input_norm(x_GSD)
+        shared_GSD = parts.shared(read_GSD)
         if parts.shared_gate is not None:
-            shared_GSD = shared_GSD * linear(x_GSD, parts.shared_gate).sigmoid()
+            shared_GSD = shared_GSD * linear(read_GSD, parts.shared_gate).sigmoid()
         shared_GSD = shared_GSD * config.expert.shared_scale
+        shared_GSD = shared_GSD if parts.shared_norm is None else parts.shared_norm(shared_GSD)
         if mask_GS is not None:
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
@@ -187,7 +203,9 @@ def after(expert: Callable, norm: Callable | None) -> Callable:
 
 
 class Router(nn.Module):
-    """The router's weights: `linear`, [`noise_linear`] and the buffer [`correction_bias`], which no gradient trains."""
+    """The router's weights: `linear`, [`noise_linear`], [`input_scale`], [`expert_scale`], and the buffer
+    [`correction_bias`], which no gradient trains.
+    """
 
     correction_bias: Tensor | None
 
@@ -197,6 +215,9 @@ class Router(nn.Module):
         self.linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias)
         learned = router.noise == "learned_gaussian"
         self.noise_linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias) if learned else None
+        D, E = config.model_dim, config.num_experts
+        self.input_scale = nn.Parameter(torch.ones(D)) if router.input_norm else None
+        self.expert_scale = nn.Parameter(torch.ones(E)) if router.expert_scale else None
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if router.correction_bias else None
         self.register_buffer("correction_bias", bias_E)
 
@@ -219,7 +240,7 @@ class MoE(nn.Module):
 
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
     [`shared.{gate,up,down}`], [`shared_gate`], [`latent_in`, `latent_out`], [`latent_norm`, `answer_norm`,
-    `output_norm`]. Initialised as nn.Linear is.
+    `output_norm`, `input_norm`, `routed_norm`, `shared_input_norm`, `shared_norm`]. Initialised as nn.Linear is.
     """
 
     roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert", "shared": "shared"}
@@ -243,6 +264,10 @@ class MoE(nn.Module):
         self.latent_norm = make_norm(around.latent_norm, around.latent_dim, around.latent_norm_eps)
         self.answer_norm = make_norm(expert.answer_norm, config.inner_dim, expert.answer_norm_eps)
         self.output_norm = make_norm(around.output_norm, D, around.output_norm_eps)
+        self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm = (
+            make_norm(kind, D, around.norm_eps)
+            for kind in (around.input_norm, around.routed_norm, around.shared_input_norm, around.shared_norm)
+        )
 
     def parts(self) -> Parts:
         """The weights, for `moe_forward`."""
@@ -250,7 +275,8 @@ class MoE(nn.Module):
         return Parts(
             self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
             self.shared, self.shared_gate, self.latent_in, self.latent_out, self.latent_norm, self.answer_norm,
-            self.output_norm,
+            self.output_norm, self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm,
+            router.input_scale, router.expert_scale,
         )
 
     def forward(

@@ -16,12 +16,14 @@ def normed(x: Float[Tensor, "*any D"], norm: nn.LayerNorm) -> Float[Tensor, "*an
 
 
 class MixtureScale(nn.Module):
-    """A norm inside a mixture: x / rms(x) * w, or with 1 + w (`rms_centered`), or x (1 + w) over its own rms."""
+    """A norm inside a mixture: x / rms(x) * w, rounded before w or (`rms_wide`) after it, or with 1 + w
+    (`rms_centered`), or x (1 + w) over its own rms.
+    """
 
     def __init__(self, kind: MixtureNorm, width: int, eps: float):
         super().__init__()
         self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(width) if kind == "rms" else torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width) if kind in ("rms", "rms_wide") else torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:
         """The normed input, in its dtype."""
@@ -29,6 +31,8 @@ class MixtureScale(nn.Module):
         if self.kind == "rms_of_scaled":
             wide_x = (wide_x * (1 + weight)).to(x.dtype).to(wide_x.dtype)
         normed = wide_x / (wide_x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+        if self.kind == "rms_wide":
+            return (normed * weight).to(x.dtype)
         if self.kind == "rms":
             return normed.to(x.dtype) * self.weight.to(x.dtype)
         return (normed * (1 + weight) if self.kind == "rms_centered" else normed).to(x.dtype)

@@ -169,10 +169,16 @@ def route(
     config: MoEConfig,
     correction_bias_E: Float[Tensor, " E"] | None = None,
     expert_GSK: Int[Tensor, "G S K"] | None = None,
+    scale_E: Float[Tensor, " E"] | None = None,
 ) -> Routing:
-    """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
+    """Choices and weights, each times its expert's `scale_E`, if given. A given `expert_GSK` replays another run's
+    choices: the weights are theirs.
+    """
     score_GSE = expert_scores(logits_GSE, config.router)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
     own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK.long()
-    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)
+    weight_GSK = choice_weights(score_GSE, expert_GSK, config.router)
+    if scale_E is not None:
+        weight_GSK = weight_GSK * scale_E.to(weight_GSK.dtype)[expert_GSK]
+    return Routing(expert_GSK, weight_GSK, logits_GSE, own_GSK)

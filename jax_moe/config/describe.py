@@ -39,12 +39,16 @@ def _sparse(config: MoEConfig) -> list[str]:
         near = f"at most {2 * router.mixer_eps:g} of its size below the best"
         order = f"{top}, each with its share of a softmax over what is left and {near} (sparse mixer)"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
+    if router.input_norm:
+        lines.append("router's input: x / rms(x) times a learned scale, over the root of its width")
     if router.logit_scale != 1:
         lines.append(f"logits: times {router.logit_scale:g}")
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))
     elif router.scale != 1:
         lines.append(f"weights: times {router.scale:g}")
+    if router.expert_scale:
+        lines.append("weights: times a learned factor of each expert")
     if router.correction_bias:
         lines.append("selection: scores plus a correction bias that no gradient trains")
     if router.num_clusters > 1:
@@ -65,7 +69,11 @@ def _sparse(config: MoEConfig) -> list[str]:
     if around.latent_dim:
         normed = "" if around.latent_norm == "none" else f" and normed ({around.latent_norm})"
         lines.append(f"experts' input: mapped to width {around.latent_dim}{normed}, and the answer back")
-    norms = {"each expert's answer": expert.answer_norm, "the whole answer": around.output_norm}
+    norms = {
+        "each expert's answer": expert.answer_norm, "the whole answer": around.output_norm,
+        "what routed experts read": around.input_norm, "their weighted sum": around.routed_norm,
+        "what the shared expert reads": around.shared_input_norm, "the shared expert's answer": around.shared_norm,
+    }
     lines += [f"norm: of {what} ({kind})" for what, kind in norms.items() if kind != "none"]
     if expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""

@@ -29,8 +29,8 @@ ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
 Priority = Literal["token", "choice", "probability", "batch"]
 Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
-# x / rms(x) * w; x / rms(x) * (1 + w); or x (1 + w) over its own rms
-MixtureNorm = Literal["none", "rms", "rms_centered", "rms_of_scaled"]
+# x / rms(x) * w, rounded before the scale or (wide) after it; x / rms(x) * (1 + w); or x (1 + w) over its own rms
+MixtureNorm = Literal["none", "rms", "rms_wide", "rms_centered", "rms_of_scaled"]
 Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "blocks", "chosen"]
 
 
@@ -47,6 +47,9 @@ class RouterConfig:
     renormalise: Renormalise = "none"  # the chosen weights: unchanged, / sum, / (sum + eps), or / max(sum, eps)
     renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's) and "floor" (Ernie: 1e-12)
     logit_scale: float = 1.0  # multiplies the linear map's answer (Muse Spark: 0.18)
+    input_norm: bool = False  # the linear map reads x / rms(x) * w / sqrt(D), with a learned w of its own (Gemma 4)
+    input_norm_eps: float = 1e-6
+    expert_scale: bool = False  # a learned factor of each expert multiplies its weight at the end (Gemma 4)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
@@ -66,8 +69,11 @@ class RouterConfig:
         check_positive_ints(num_clusters=self.num_clusters, top_clusters=self.top_clusters)
         limit = self.num_clusters
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
-        check_flags(self, "bias", "correction_bias", "noise_at_evaluation")
-        check_above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale, logit_scale=self.logit_scale)
+        check_flags(self, "bias", "correction_bias", "noise_at_evaluation", "input_norm", "expert_scale")
+        check_above_zero(
+            renormalise_eps=self.renormalise_eps, scale=self.scale, logit_scale=self.logit_scale,
+            input_norm_eps=self.input_norm_eps,
+        )
         check_rates(jitter_eps=self.jitter_eps, mixer_eps=self.mixer_eps)
         jitters = self.noise == "input_jitter"
         fits = jitters == (self.jitter_eps > 0)
@@ -194,6 +200,9 @@ class AroundConfig:
 
     With a `latent_dim` routed experts work in that width: they read norm(x W_in), and the sum of their weighted answers
     is mapped back by W_out. Router and shared experts see x as it is.
+    Four norms belong to the parts: of what routed experts read, of the sum of their weighted answers, of what the
+    shared expert reads and of its answer. Where Gemma 4 has a dense network beside its mixture, that is the shared
+    expert with norms of its own.
     """
 
     latent_dim: int = 0  # 0: the model's width, and no maps (Nemotron-H, Muse Spark)
@@ -201,12 +210,19 @@ class AroundConfig:
     latent_norm_eps: float = 1e-6
     output_norm: MixtureNorm = "none"  # of the whole answer, shared expert included (A.X K1)
     output_norm_eps: float = 1e-6
+    input_norm: MixtureNorm = "none"  # of what routed experts read; the router's is its own (Gemma 4)
+    routed_norm: MixtureNorm = "none"  # of the routed experts' weighted sum (Gemma 4)
+    shared_input_norm: MixtureNorm = "none"  # of what the shared expert reads (Gemma 4)
+    shared_norm: MixtureNorm = "none"  # of the shared expert's answer, behind its gate (Gemma 4)
+    norm_eps: float = 1e-6  # of these four
 
     def __post_init__(self) -> None:
         check_literals(self)
         dim = self.latent_dim
         require(is_int(dim) and dim >= 0, "latent_dim", dim, "an integer of at least 0")
-        check_above_zero(latent_norm_eps=self.latent_norm_eps, output_norm_eps=self.output_norm_eps)
+        check_above_zero(
+            latent_norm_eps=self.latent_norm_eps, output_norm_eps=self.output_norm_eps, norm_eps=self.norm_eps
+        )
         mapped = self.latent_norm == "none" or self.latent_dim > 0
         require(mapped, "latent_norm", self.latent_norm, "'none' without a latent_dim")
 
@@ -263,6 +279,13 @@ class MoEConfig:
         require(K <= E, "top_k", K, f"at most num_experts={E}")
         require(self.router.order != "sparse_mixer" or K == 2, "top_k", K, "2 when order='sparse_mixer'")
         self._check_identity()
+        shared = self.expert.shared_dim > 0
+        for name in ("shared_input_norm", "shared_norm"):
+            norm = getattr(self.around, name)
+            require(shared or norm == "none", name, norm, "'none' without a shared expert (shared_dim=0)")
+        after_drop = self.capacity is not None and self.capacity.renormalise_after_drop
+        scaled = self.router.expert_scale and after_drop
+        require(not scaled, "expert_scale", True, "False when renormalise_after_drop=True")
         clusters, top = self.router.num_clusters, self.router.top_clusters
         require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")
         width = E // clusters

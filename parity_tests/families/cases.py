@@ -34,6 +34,7 @@ class Case:
     spare: str = ""  # a tensor in memory of whose rows nothing reads those of experts that return their input
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
+    before: str = ""  # of a whole layer as the module: its child that reads the answer
 
     def values(self, shape: int, alone: bool = False) -> dict[str, Any]:
         """The settings of a tiny whole model, or of its text model alone."""
@@ -73,6 +74,11 @@ ADAPTED = tuple(
 )
 HEARS = tuple({"audio_config": {"out_hidden_size": sizes[0]}} for _, sizes in SHAPES)
 DBRX = {"n_heads": 2, "n_layers": 2, "max_seq_len": 16, "attn_config": {"kv_n_heads": 1, "rope_theta": 100.0}}
+GEMMA_SIZES = "num_experts moe_intermediate_size top_k_experts"
+GEMMA = {
+    "intermediate_size": 5, "global_head_dim": 4, "hidden_size_per_layer_input": 0, "rms_norm_eps": 1e-2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 AROUND = "a tiny vision model around the text model is not made"
 
 
@@ -178,6 +184,10 @@ CASES = {one.model_type: one for one in (
         "layer_rope_theta": [0, 0]},
         seed=11, nested="text_config", top=HEARS, model="",
         reason="the tiny vision and audio models around the text model are not made"),
+    Case("gemma4", "Gemma4", "TextDecoderLayer", GEMMA_SIZES, {**GEMMA, "enable_moe_block": True}, nested="text_config",
+         alone="gemma4_text", before="post_feedforward_layernorm"),
+    Case("diffusion_gemma", "DiffusionGemma", "DecoderTextLayer", GEMMA_SIZES, GEMMA, nested="text_config",
+         before="post_feedforward_layernorm", model="", reason=AROUND),
     v3("axk1", "AXK1", settings={**DENSE_FIRST, "rms_norm_eps": 1e-2}),
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",

@@ -12,10 +12,8 @@ EXPERTS = re.compile(r"Experts$|ExpertGLU$|NaiveMoe$|CDMoE$")
 
 # Each with the reason in words. A type that is neither here nor in the table turns a test red.
 GAPS: dict[str, str] = {
-    "diffusion_gemma": "a norm and scales around the router, a dense branch in parallel",
     "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
     "ernie4_5_vl_moe": "two mixtures in a layer, of text and of vision tokens",
-    "gemma4": "a norm and scales around the router, a dense branch in parallel",
     "inkling": "the shared experts' weights come from the router",
     "inkling2": "soft caps on gate and up",
     "inkling2_loop": "soft caps on gate and up",

@@ -34,6 +34,14 @@ def as_file(config: Any) -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=True))
 
 
+class Nothing(torch.nn.Module):
+    """In the place of attention: it adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """Zeros, and no weights."""
+        return torch.zeros_like(hidden_states), None
+
+
 class Layer(torch.nn.Module):
     """The mixture with what stands beside it, as the layer adds them up."""
 
@@ -47,6 +55,19 @@ class Layer(torch.nn.Module):
             made = getattr(modeling, kind)
             takes = inspect.signature(made.__init__).parameters
             self.add_module(name, made(config, layer_idx=1) if "layer_idx" in takes else made(config))
+        if case.before:
+            self._within(self.own)
+
+    def _within(self, layer: Any) -> None:
+        """Of a whole layer what is not of the mixture adds nothing, and what its child reads is kept as the answer."""
+        layer.self_attn = Nothing()
+        for name in ("input_layernorm", "post_attention_layernorm", self.case.before):
+            setattr(layer, name, torch.nn.Identity())
+        del layer.layer_scalar
+        layer.layer_scalar = 1.0
+        found: dict[str, Any] = {}
+        getattr(layer, self.case.before).register_forward_pre_hook(lambda module, args: found.update(y=args[0]))
+        layer.register_forward_hook(lambda module, args, answer: found["y"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of their answers."""
@@ -88,7 +109,7 @@ def draw(layer: torch.nn.Module, seed: int) -> None:
                 drawn *= (3.0 if routes else 1.0) * value.shape[-1] ** -0.5
             else:
                 drawn = drawn * 0.2 + (1.0 if "norm" in name or "scale" in name else 0.0)
-            value.copy_(torch.from_numpy(drawn))
+            value.copy_(torch.from_numpy(np.asarray(drawn)))
 
 
 def make_layer(case: Case, shape: int, dtype: str) -> Layer:

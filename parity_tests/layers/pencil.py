@@ -377,6 +377,33 @@ AROUND = [
         {"latent_norm.scale": [2, 1], "experts.answer_scale": [1, 1]},
     ),
 ]
+# Two numbers, (3, 4): mean square 25/2, and 100 with eps 175/2, so over their rms of 10 they are (3, 4) / 10. The
+# router reads these times (10, 20) over the root of 2, (3, 8) / sqrt(2); its columns sqrt(2) * ln(2) * (1/3, 0) and
+# (0, 1/4) make logits ln 2 and 2 ln 2: shares 1/3 and 2/3, times each expert's factor 9 and 12 weights 3 and 8.
+# What the experts read is normed and scaled by (10, 10): (3, 4). The first says (3 + 4) * (1, 0), the second (0, 7):
+# 3 * 7 = 21 and 8 * 7 = 56, whose mean square is (441 + 3136) / 2 = 1788.5, and 1876 with the eps: the root is
+# 43.31..; scaled by 2. The shared expert reads (3, 4) / 10 * (20, 20) = (6, 8), says 14 * (1, 1), normed with mean
+# square 196, 283.5 with the eps, and scaled by (1, 3).
+GEMMA = dataclasses.replace(PLAIN_EXPERT, shared_dim=1)
+GEMMA_WEIGHTS = {
+    "router.kernel": [[2**0.5 * log(2.0) / 3, 0], [0, 2**0.5 * log(2.0) / 4]], "router.input_scale": [10, 20],
+    "router.expert_scale": [9, 12], "input_norm.scale": [10, 10], "routed_norm.scale": [2, 2],
+    "shared_input_norm.scale": [20, 20], "shared_norm.scale": [1, 3],
+    "experts.up": [[[1], [1]]] * 2, "experts.down": [[[1, 0]], [[0, 1]]],
+    "shared.up": [[[1], [1]]], "shared.down": [[[1, 1]]],
+}
+PARTS_NORMED = AroundConfig(
+    input_norm="rms_wide", routed_norm="rms_wide", shared_input_norm="rms_wide", shared_norm="rms_wide", norm_eps=87.5,
+)
+AROUND.append(Scenario(
+    "a norm before the router, factors of experts, norms of parts",
+    MoEConfig(
+        model_dim=2, expert_dim=1, num_experts=2, top_k=2, expert=GEMMA, around=PARTS_NORMED,
+        router=RouterConfig(renormalise="sum", input_norm=True, input_norm_eps=87.5, expert_scale=True),
+    ),
+    [[[3.0, 4.0]]],
+    [[[2 * 21 / 1876**0.5 + 14 / 283.5**0.5, 2 * 56 / 1876**0.5 + 3 * 14 / 283.5**0.5]]], weights=GEMMA_WEIGHTS,
+))
 EXPERTS += IDENTITY + AROUND
 
 # One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).

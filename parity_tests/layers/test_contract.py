@@ -178,6 +178,7 @@ SIZES = {"model_dim": 4, "expert_dim": 8, "num_experts": 8, "top_k": 2}
 SOFT = {"model_dim": 4, "num_experts": 2, "num_slots": 1}
 HEADS = {"model_dim": 4, "num_heads": 2}
 CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
+KINDS = "'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'"  # of norms in a mixture
 BAD = [
     (MoEConfig, {**SIZES, "identity_experts": -1}, "identity_experts=-1: must be an integer of at least 0"),
     (
@@ -191,16 +192,34 @@ BAD = [
     (RouterConfig, {"logit_scale": 0.0}, "logit_scale=0.0: must be a number above 0"),
     (
         ExpertConfig, {"answer_norm": "layer"},
-        "answer_norm='layer': must be one of 'none', 'rms', 'rms_centered', 'rms_of_scaled'",
+        "answer_norm='layer': must be one of 'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'",
     ),
     (ExpertConfig, {"answer_norm_eps": 0.0}, "answer_norm_eps=0.0: must be a number above 0"),
     (AroundConfig, {"latent_dim": -1}, "latent_dim=-1: must be an integer of at least 0"),
     (AroundConfig, {"latent_norm": "rms"}, "latent_norm='rms': must be 'none' without a latent_dim"),
     (
         AroundConfig, {"output_norm": "layer"},
-        "output_norm='layer': must be one of 'none', 'rms', 'rms_centered', 'rms_of_scaled'",
+        "output_norm='layer': must be one of 'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'",
     ),
     (AroundConfig, {"output_norm_eps": 0.0}, "output_norm_eps=0.0: must be a number above 0"),
+    (AroundConfig, {"norm_eps": 0.0}, "norm_eps=0.0: must be a number above 0"),
+    *(
+        (AroundConfig, {name: "layer"}, f"{name}='layer': must be one of {KINDS}")
+        for name in ("input_norm", "routed_norm", "shared_input_norm", "shared_norm")
+    ),
+    *(
+        (MoEConfig, {**SIZES, "around": AroundConfig(**{name: "rms"})},  # type: ignore[arg-type]
+         f"{name}='rms': must be 'none' without a shared expert (shared_dim=0)")
+        for name in ("shared_input_norm", "shared_norm")
+    ),
+    (RouterConfig, {"input_norm_eps": 0.0}, "input_norm_eps=0.0: must be a number above 0"),
+    (RouterConfig, {"input_norm": 1}, "input_norm=1: must be True or False"),
+    (RouterConfig, {"expert_scale": None}, "expert_scale=None: must be True or False"),
+    (
+        MoEConfig, {**SIZES, "router": RouterConfig(expert_scale=True),
+                    "capacity": CapacityConfig(renormalise_after_drop=True)},
+        "expert_scale=True: must be False when renormalise_after_drop=True",
+    ),
     (
         MoEConfig, {**SIZES, "around": AroundConfig(latent_dim=3), "expert": ExpertConfig(dropout=0.1)},
         "dropout=0.1: must be 0 with a latent_dim",

@@ -46,8 +46,10 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         kind, ending = (leaf[: -len("_bias")], "bias") if leaf.endswith("_bias") else (leaf, "weight")
         if name == "shared_gate":
             named["shared_gate.weight"] = tensor(value.T)
+        elif part == "router" and leaf.endswith("scale"):
+            named[name] = tensor(value)
         elif part.startswith("latent_") or leaf.endswith("scale"):
-            torch_name = {"latent_norm": "latent_norm", "experts": "answer_norm", "output_norm": "output_norm"}
+            torch_name = {"experts": "answer_norm"}
             named[f"{torch_name.get(part, part)}.weight"] = tensor(value.T)
         elif part == "router":
             torch_name = {"kernel": "linear.weight", "bias": "linear.bias", "correction_bias": "correction_bias"}[leaf]

@@ -75,6 +75,12 @@ NORMED = plain(
     around=AroundConfig(latent_dim=5, latent_norm="rms_centered", output_norm="rms"),
     expert=ExpertConfig(answer_norm="rms_of_scaled", shared_dim=10),
 )
+PARTS_NORMED = plain(
+    around=AroundConfig(
+        input_norm="rms_wide", routed_norm="rms", shared_input_norm="rms_centered", shared_norm="rms_wide"
+    ),
+    router=RouterConfig(renormalise="sum", input_norm=True, expert_scale=True), expert=ExpertConfig(shared_dim=10),
+)
 
 ROUTERS = [
     Case("plain top-k", sized("makemoe", noise=False, capacity_factor=None, dropout=0.0)),
@@ -132,6 +138,8 @@ ROUTERS = [
         around=AroundConfig(latent_dim=5), router=RouterConfig(score="sigmoid", logit_scale=0.4),
         expert=ExpertConfig(activation="relu2", gated=False, shared_dim=10),
     )),
+    Case("norm before the router, norms of parts", PARTS_NORMED),
+    Case("norm before the router, norms of parts, capacity", PARTS_NORMED.with_capacity(0.5), draws=("mask",)),
     Case("maps and norms around the experts", NORMED),
     Case("maps and norms around the experts, einsum", via(NORMED, "einsum")),
     Case("maps and norms around the experts, capacity", NORMED.with_capacity(0.5), draws=("mask",)),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jax_moe.config.attention import RopeConfig
+from jax_moe.config.attention import RopeConfig, RopeKind
 from jax_moe.porting.families.settings import ROPE_KINDS, Settings
 
 WHOLE = "these families rotate whole heads"
@@ -14,16 +14,20 @@ def rope_object(settings: Settings) -> tuple[str, dict[str, Any]]:
     return next((each for each in given if each[1]), ("rope_parameters", {}))
 
 
-def read_rope(settings: Settings, theta: float, max_positions: int, fraction: float | None = None) -> RopeConfig:
+def read_rope(
+    settings: Settings, theta: float, max_positions: int, fraction: float | None = None,
+    kinds: tuple[RopeKind, ...] = ROPE_KINDS,
+) -> RopeConfig:
     """The contract of rope_parameters, or of the older rope_scaling; `theta` is the family's default, and so is
     `fraction`, the share of a head that turns: None in a family that turns whole heads.
 
     Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta
-    stands at the top level; the trained length of yarn and llama3 is taken from the top level first.
+    stands at the top level; the trained length of yarn and llama3 is taken from the top level first. `kinds` are those
+    that the family may have.
     """
     name, raw = rope_object(settings)
     inner = Settings(raw, settings.errors, f"{name}.")
-    kind = inner.choice("rope_type" if "rope_type" in raw else "type", "default", ROPE_KINDS)
+    kind: Any = inner.choice("rope_type" if "rope_type" in raw else "type", "default", kinds)
     for level in (settings, inner) if fraction is None else ():
         level.must_be("partial_rotary_factor", 1.0, WHOLE)
     for key, value in raw.items():
@@ -45,6 +49,8 @@ def _stretching(settings: Settings, inner: Settings, kind: str, max_positions: i
     """What stands beside the base, by kind."""
     if kind == "default":
         return {}
+    if kind == "proportional":
+        return {"factor": inner.number("factor", 1.0)}
     found: dict[str, Any] = {}
     if kind in ("yarn", "llama3"):
         top = "original_max_position_embeddings" in settings.values

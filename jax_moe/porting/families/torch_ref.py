@@ -28,7 +28,12 @@ ROWS = (
     Row("latent_in.weight", "I D", "latent_in", "D I"), Row("latent_out.weight", "D I", "latent_out", "I D"),
     Row("latent_norm.weight", "D", "latent_norm.scale", "D"),
     Row("answer_norm.weight", "D", "experts.answer_scale", "D"),
-    Row("output_norm.weight", "D", "output_norm.scale", "D"),
+    *(
+        Row(f"{name}.weight", "D", f"{name}.scale", "D")
+        for name in ("output_norm", "input_norm", "routed_norm", "shared_input_norm", "shared_norm")
+    ),
+    Row("router.input_scale", "D", "router.input_scale", "D"),
+    Row("router.expert_scale", "E", "router.expert_scale", "E"),
 )
 ATTENTION = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),
