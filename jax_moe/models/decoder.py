@@ -52,7 +52,7 @@ class Attend(nnx.Module):
         for name in NORMS[config.norm_place]:
             setattr(self, name, _norm(config, kwargs["param_dtype"], kwargs["rngs"]))
         if config.layer_scale:
-            self.layer_scale = parameter(jnp.ones((), kwargs["param_dtype"]), "", "norm", LayerScale)
+            self.layer_scale = parameter(jnp.ones((1,), kwargs["param_dtype"]), "1", "norm", LayerScale)
 
     def normed(self, name: str, x_BTD: Array) -> Array:
         """The input in its dtype, normed where the layer has that norm."""

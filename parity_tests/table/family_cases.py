@@ -174,7 +174,8 @@ def draw_weights(model: Any, seed: int) -> None:
             if parameter.ndim == 1 or name in kept:
                 drawn = drawn * 0.2 + (0.0 if name.endswith("bias") else 1.0)
             elif "embed_tokens" not in name:
-                drawn *= (3.0 if name.endswith(("gate.weight", "router.weight")) else 1.0) * parameter.shape[-1] ** -0.5
+                routes = name.endswith(("gate.weight", "router.weight", "router.proj.weight"))
+                drawn *= (3.0 if routes else 1.0) * parameter.shape[-1] ** -0.5
             parameter.copy_(torch.from_numpy(drawn))
 
 

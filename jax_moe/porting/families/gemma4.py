@@ -142,7 +142,7 @@ NORMS = (
     Row("input_layernorm.weight", "D", "attention_norm.scale", "D"),
     Row("post_attention_layernorm.weight", "D", "attention_out_norm.scale", "D"),
     Row("post_feedforward_layernorm.weight", "D", "ffn_out_norm.scale", "D"),
-    Row("layer_scalar", "0/1", "layer_scale", ""),
+    Row("layer_scalar", "1", "layer_scale", "1"),
 )
 BY_ORDER = ("q_proj", "q_norm", "k_norm", "k_proj", "v_proj", "o_proj")
 ATTENTION = tuple(row for name in BY_ORDER for row in GROUPED if f".{name}." in row.theirs)
