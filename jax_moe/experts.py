@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_moe.activations import activate, clamp_above
+from jax_moe.activations import activate, clamp_above, soft_cap
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 from jax_moe.config.parameters import Role
-from jax_moe.dims import Array, DTypeLike, Float, Int
+from jax_moe.dims import Array, DTypeLike, Float, Int, wide
 from jax_moe.initializers import rounded, uniform
 from jax_moe.norms import mixture_norm
 from jax_moe.parameters import parameter
@@ -24,6 +24,8 @@ def hidden_units(
     """act(up), or act(gate) * (up + offset), up and gate (or its activation) clamped where the contract says so."""
     if gate_ECF is None:
         return activate(config.activation, up_ECF)
+    if config.gate_softcap is not None or config.up_softcap is not None:
+        return _soft_units(up_ECF, gate_ECF, config)
     if config.clamp is not None:
         up_ECF = -clamp_above(-clamp_above(up_ECF, config.clamp), config.clamp)
     if config.clamp is not None and config.clamp_on == "gate":
@@ -32,6 +34,18 @@ def hidden_units(
     if config.clamp is not None and config.clamp_on == "activation":
         gate_ECF = clamp_above(gate_ECF, config.clamp)
     return gate_ECF * (up_ECF + config.up_offset)
+
+
+def _soft_units(up_ECF: Array, gate_ECF: Array, config: ExpertConfig) -> Array:
+    """The same with soft bounds, in fp32 or wider: the sigmoid sees the gate as it is."""
+    up, gate = up_ECF.astype(wide(up_ECF.dtype)), gate_ECF.astype(wide(up_ECF.dtype))
+    if config.up_softcap is not None:
+        up = soft_cap(up, config.up_softcap)
+    if config.gate_softcap is None:
+        open_ECF = activate(config.activation, gate)
+    else:
+        open_ECF = soft_cap(gate, config.gate_softcap) * jax.nn.sigmoid(gate)
+    return (open_ECF * (up + config.up_offset)).astype(up_ECF.dtype)
 
 
 def expert_ffn(x_ECD: Float[Array, "E C D"], weights: Weights, config: ExpertConfig) -> Float[Array, "E C D"]:
@@ -70,14 +84,14 @@ class Experts(nnx.Module):
     """E feed-forward networks. Parameters `up`, `gate` [E, D, F], `down` [E, F, D], with biases `*_bias`, and the
     scale [D] of the norm of all their answers.
 
-    With the role `shared` it is a single network that no router chooses: its leading dim is 1, not E.
+    With the role `shared` no router chooses among them: `leading` is 1, or Y where it weighs them.
     """
 
     def __init__(
         self, num_experts: int, model_dim: int, expert_dim: int, config: ExpertConfig, *, rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32, kernel_init: nnx.Initializer | None = None, role: Role = "expert",
+        leading: str = "E",
     ):
-        leading = "E" if role == "expert" else "1"
         # batch_axis: without it the initializer would count E as part of each expert's fan-in
         fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         init = rounded(kernel_init or fan_in)

@@ -30,7 +30,9 @@ class CorrectionBias(Kept):
 
 class Router(nnx.Module):
     """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias], [input_scale] [D] of
-    the norm of what it reads, [expert_scale] [E].
+    the norm of what it reads, [expert_scale] [E], [learned_scale].
+
+    Logits of shared experts that it weighs stand after those of the E.
     """
 
     def __init__(
@@ -41,10 +43,10 @@ class Router(nnx.Module):
         learned = config.router.noise == "learned_gaussian"
         bound = config.model_dim**-0.5
         for prefix in ("", "noise_") if learned else ("",):
-            kernel = init(rngs.params(), (config.model_dim, config.num_experts), param_dtype)
+            kernel = init(rngs.params(), (config.model_dim, config.num_logits), param_dtype)
             setattr(self, f"{prefix}kernel", parameter(kernel, "D E", "router"))
             if config.router.bias:
-                bias = uniform(bound)(rngs.params(), (config.num_experts,), param_dtype)
+                bias = uniform(bound)(rngs.params(), (config.num_logits,), param_dtype)
                 setattr(self, f"{prefix}bias", parameter(bias, "E", "router"))
         if config.router.correction_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
@@ -53,6 +55,8 @@ class Router(nnx.Module):
             self.input_scale = parameter(jnp.ones((config.model_dim,), param_dtype), "D", "router")
         if config.router.expert_scale:
             self.expert_scale = parameter(jnp.ones((config.num_experts,), param_dtype), "E", "router")
+        if config.router.learned_scale:
+            self.learned_scale = parameter(jnp.ones((1,), param_dtype), "1", "router")
 
     def weight(self, name: str) -> Array | None:
         """A parameter as a plain array, or None where the contract has none."""
@@ -108,7 +112,11 @@ class MoE(nnx.Module):
         self.experts = make_experts(config, **kwargs)
         if config.expert.shared_dim:
             shared = (1, config.model_dim, config.expert.shared_dim, config.expert.shared)
-            self.shared = Experts(*shared, role="shared", **kwargs)
+            if config.router.shared_experts:
+                weighed = (config.router.shared_experts, *shared[1:])
+                self.shared_experts = Experts(*weighed, role="shared", leading="Y", **kwargs)
+            else:
+                self.shared = Experts(*shared, role="shared", leading="1", **kwargs)
             if config.expert.shared_gate:
                 init = rounded(jax.nn.initializers.lecun_normal())
                 self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
@@ -195,7 +203,7 @@ class MoE(nnx.Module):
             y_GSD = y_GSD @ self.latent_out[...].astype(y_GSD.dtype)
         y_GSD = self._normed("routed_norm", y_GSD)
         if self.config.expert.shared_dim:
-            shared_GSD = self._shared_answer(x_GSD, mask_GS)
+            shared_GSD = self._shared_answer(x_GSD, mask_GS, routing.shared_GSY)
             y_GSD += shared_GSD
         if self.config.around.output_norm != "none":
             y_GSD = self.output_norm(y_GSD)
@@ -255,9 +263,8 @@ class MoE(nnx.Module):
             expert_BTK = jnp.where(expert_BTK < 0, config.num_experts, expert_BTK)
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
         weight = self.router.weight
-        routing = route(
-            split_groups(logits_BTE, S), config, weight("correction_bias"), replay, weight("expert_scale")
-        )
+        scales = weight("expert_scale"), weight("learned_scale")
+        routing = route(split_groups(logits_BTE, S), config, weight("correction_bias"), replay, *scales)
         slots = assign_slots(routing, config, capacity, mask_GS, limit)
         return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
 
@@ -271,7 +278,8 @@ class MoE(nnx.Module):
         logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype) * self.config.router.logit_scale
         if noise_BTE is None:
             return logits_BTE
-        noise_BTE = noise_BTE.astype(logits_BTE.dtype)
+        of_shared = (0, self.config.router.shared_experts)
+        noise_BTE = jnp.pad(noise_BTE.astype(logits_BTE.dtype), ((0, 0), (0, 0), of_shared))
         if self.config.router.noise == "learned_gaussian":
             noise_kernel = weight("noise_kernel")
             assert noise_kernel is not None
@@ -301,14 +309,30 @@ class MoE(nnx.Module):
         norm = getattr(self, name, None)
         return x_GSD if norm is None else norm(x_GSD)
 
-    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
-        """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""
+    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None, weight_GSY: Array | None) -> Array:
+        """What the shared experts add, weighed or behind their gate; 0 at padding. Only where the contract has them."""
         x_GSD = self._normed("shared_input_norm", x_GSD)
-        y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), self.config.expert.shared)
-        y_GSD = y_GSD.reshape(x_GSD.shape)
-        if self.config.expert.shared_gate:
-            y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
+        y_GSD = self._weighed_answer(x_GSD, weight_GSY) if weight_GSY is not None else self._gated_answer(x_GSD)
         if self.config.expert.shared_scale != 1:
             y_GSD *= self.config.expert.shared_scale
         y_GSD = self._normed("shared_norm", y_GSD)
         return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)
+
+    def _weighed_answer(self, x_GSD: Array, weight_GSY: Array) -> Array:
+        """The sum of shared experts' answers, each times the weight that the router gives it."""
+        G, S, D = x_GSD.shape
+        Y = self.config.router.shared_experts
+        if self.config.router.weight_dtype == "input":
+            weight_GSY = weight_GSY.astype(x_GSD.dtype).astype(weight_GSY.dtype)
+        x_YRD = jnp.broadcast_to(x_GSD.reshape(1, G * S, D), (Y, G * S, D))
+        y_YRD = expert_ffn(x_YRD, self.shared_experts.weights(), self.config.expert.shared)
+        y_YGSD = y_YRD.reshape(Y, G, S, D).astype(weight_GSY.dtype)
+        return jnp.einsum("GSY,YGSD->GSD", weight_GSY, y_YGSD).astype(x_GSD.dtype)
+
+    def _gated_answer(self, x_GSD: Array) -> Array:
+        """The shared expert's answer, behind its gate where it has one."""
+        y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), self.config.expert.shared)
+        y_GSD = y_GSD.reshape(x_GSD.shape)
+        if self.config.expert.shared_gate:
+            y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
+        return y_GSD

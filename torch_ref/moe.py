@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from jax_moe.config import MixtureNorm, MoEConfig
 from jax_moe.config.parameters import Role
@@ -51,6 +52,8 @@ class Parts(NamedTuple):
     shared_norm: nn.Module | None = None
     router_scale_D: Float[Tensor, " D"] | None = None
     expert_scale_E: Float[Tensor, " E"] | None = None
+    learned_scale: Float[Tensor, " 1"] | None = None
+    shared_experts: nn.ModuleList | None = None
 
 
 class MoEArrays(TypedDict, total=False):
@@ -95,7 +98,7 @@ def moe_logits(
     logits_BTE = logits_of(parts.router) * parts.config.router.logit_scale
     if noise_BTE is None:
         return logits_BTE
-    noise_BTE = noise_BTE.to(logits_BTE.dtype)
+    noise_BTE = F.pad(noise_BTE.to(logits_BTE.dtype), (0, parts.config.router.shared_experts))
     if parts.noise_router is not None:
         noise_BTE = noise_BTE * noise_scale(logits_of(parts.noise_router))
     return logits_BTE + noise_BTE
@@ -138,7 +141,8 @@ def moe_routing(
     if expert_BTK is not None and mask_BT is not None:  # choices of padding may be out of range
         expert_BTK = expert_BTK.where(mask_BT[..., None], expert_BTK.clamp(0, config.num_experts - 1))
     replay = None if expert_BTK is None else split_groups(expert_BTK, S)
-    routing = route(logits_GSE, config, parts.correction_bias_E, replay, parts.expert_scale_E)
+    scales = parts.expert_scale_E, parts.learned_scale
+    routing = route(logits_GSE, config, parts.correction_bias_E, replay, *scales)
     return split_groups(x_BTD, S), routing, assign_slots(routing, config, capacity, mask_GS), capacity, mask_GS
 
 
@@ -168,9 +172,9 @@ def moe_forward(
     y_GSD = loop_dispatch(inner_GSD, routing, rounded, moves)
     y_GSD = y_GSD if parts.latent_out is None else linear(y_GSD, parts.latent_out)
     y_GSD = y_GSD if parts.routed_norm is None else parts.routed_norm(y_GSD)
-    if parts.shared is not None:
+    if config.expert.shared_dim:
         read_GSD = x_GSD if parts.shared_input_norm is None else parts.shared_input_norm(x_GSD)
-        shared_GSD = parts.shared(read_GSD)
+        shared_GSD = weighed(read_GSD, routing, parts) if parts.shared is None else parts.shared(read_GSD)
         if parts.shared_gate is not None:
             shared_GSD = shared_GSD * linear(read_GSD, parts.shared_gate).sigmoid()
         shared_GSD = shared_GSD * config.expert.shared_scale
@@ -195,6 +199,18 @@ def moe_forward(
     return output._replace(stages=stages)
 
 
+def weighed(x_GSD: Float[Tensor, "G S D"], routing: Routing, parts: Parts) -> Float[Tensor, "G S D"]:
+    """The answers of shared experts, each times the weight that the router gives it, added up one after the other."""
+    assert parts.shared_experts is not None and routing.shared_GSY is not None
+    weight_GSY, wider = routing.shared_GSY, wide(x_GSD.dtype)
+    if parts.config.router.weight_dtype == "input":
+        weight_GSY = weight_GSY.to(x_GSD.dtype).to(wider)
+    sum_GSD = torch.zeros(x_GSD.shape, dtype=wider, device=x_GSD.device)
+    for y, expert in enumerate(parts.shared_experts):
+        sum_GSD = sum_GSD + weight_GSY[..., y, None] * expert(x_GSD).to(wider)
+    return sum_GSD.to(x_GSD.dtype)
+
+
 def after(expert: Callable, norm: Callable | None) -> Callable:
     """The expert with a norm of its answer; one that returns its input has none."""
     if norm is None or isinstance(expert, nn.Identity):
@@ -203,8 +219,8 @@ def after(expert: Callable, norm: Callable | None) -> Callable:
 
 
 class Router(nn.Module):
-    """The router's weights: `linear`, [`noise_linear`], [`input_scale`], [`expert_scale`], and the buffer
-    [`correction_bias`], which no gradient trains.
+    """The router's weights: `linear`, [`noise_linear`], [`input_scale`], [`expert_scale`], [`learned_scale`], and the
+    buffer [`correction_bias`], which no gradient trains.
     """
 
     correction_bias: Tensor | None
@@ -212,7 +228,8 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         router = config.router
-        self.linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias)
+        self.linear = nn.Linear(config.model_dim, config.num_logits, bias=router.bias)
+        self.learned_scale = nn.Parameter(torch.ones(1)) if router.learned_scale else None
         learned = router.noise == "learned_gaussian"
         self.noise_linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias) if learned else None
         D, E = config.model_dim, config.num_experts
@@ -239,11 +256,17 @@ class MoE(nn.Module):
     """A sparse mixture-of-experts layer under a contract, from `jax_moe.presets`.
 
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
-    [`shared.{gate,up,down}`], [`shared_gate`], [`latent_in`, `latent_out`], [`latent_norm`, `answer_norm`,
-    `output_norm`, `input_norm`, `routed_norm`, `shared_input_norm`, `shared_norm`]. Initialised as nn.Linear is.
+    [`shared.{gate,up,down}` or `shared_experts.{y}.{gate,up,down}`], [`shared_gate`], [`latent_in`, `latent_out`],
+    [`latent_norm`, `answer_norm`, `output_norm`, `input_norm`, `routed_norm`, `shared_input_norm`, `shared_norm`].
+    Initialised as nn.Linear is.
     """
 
-    roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert", "shared": "shared"}
+    roles: ClassVar[dict[str, Role]] = {
+        "router": "router", "experts": "expert", "shared": "shared", "shared_experts": "shared",
+        "latent_in": "projection", "latent_out": "projection", "latent_norm": "norm", "answer_norm": "norm",
+        "output_norm": "norm", "input_norm": "norm", "routed_norm": "norm", "shared_input_norm": "norm",
+        "shared_norm": "norm",
+    }
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -251,7 +274,11 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = make_experts(config)
         self.shared = self.shared_gate = None
-        if config.expert.shared_dim:
+        self.shared_experts = None
+        if config.router.shared_experts:
+            each = (config.model_dim, config.expert.shared_dim, config.expert.shared)
+            self.shared_experts = nn.ModuleList(Expert(*each) for _ in range(config.router.shared_experts))
+        elif config.expert.shared_dim:
             self.shared = Expert(config.model_dim, config.expert.shared_dim, config.expert.shared)
             if config.expert.shared_gate:
                 self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
@@ -276,7 +303,7 @@ class MoE(nn.Module):
             self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
             self.shared, self.shared_gate, self.latent_in, self.latent_out, self.latent_norm, self.answer_norm,
             self.output_norm, self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm,
-            router.input_scale, router.expert_scale,
+            router.input_scale, router.expert_scale, router.learned_scale, self.shared_experts,
         )
 
     def forward(

@@ -75,7 +75,14 @@ def _sparse(config: MoEConfig) -> list[str]:
         "what the shared expert reads": around.shared_input_norm, "the shared expert's answer": around.shared_norm,
     }
     lines += [f"norm: of {what} ({kind})" for what, kind in norms.items() if kind != "none"]
-    if expert.shared_dim:
+    soft = {"gate": expert.gate_softcap, "up": expert.up_softcap}
+    told = [f"{name} within {bound:g}" for name, bound in soft.items() if bound is not None]
+    lines += [f"soft caps: {', '.join(told)}"] if told else []
+    if router.learned_scale:
+        lines.append("weights: times a number that is trained")
+    if router.shared_experts:
+        lines.append(f"shared experts: {router.shared_experts} of width {expert.shared_dim}, weighed by the router")
+    elif expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
         lines.append(f"shared expert: width {expert.shared_dim}{gate}")
     rule = config.capacity

@@ -51,6 +51,8 @@ class RouterConfig:
     input_norm_eps: float = 1e-6
     expert_scale: bool = False  # a learned factor of each expert multiplies its weight at the end (Gemma 4)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
+    learned_scale: bool = False  # a number that is trained multiplies them too (Inkling)
+    shared_experts: int = 0  # shared experts that it weighs too: their scores share in the sum (Inkling)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
     num_clusters: int = 1  # cluster-limited top-k: number of equal clusters of experts (n_group)
@@ -69,7 +71,9 @@ class RouterConfig:
         check_positive_ints(num_clusters=self.num_clusters, top_clusters=self.top_clusters)
         limit = self.num_clusters
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
-        check_flags(self, "bias", "correction_bias", "noise_at_evaluation", "input_norm", "expert_scale")
+        check_flags(
+            self, "bias", "correction_bias", "noise_at_evaluation", "input_norm", "expert_scale", "learned_scale"
+        )
         check_above_zero(
             renormalise_eps=self.renormalise_eps, scale=self.scale, logit_scale=self.logit_scale,
             input_norm_eps=self.input_norm_eps,
@@ -78,6 +82,13 @@ class RouterConfig:
         jitters = self.noise == "input_jitter"
         fits = jitters == (self.jitter_eps > 0)
         require(fits, "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
+        weighed = self.shared_experts
+        require(is_int(weighed) and weighed >= 0, "shared_experts", weighed, "an integer of at least 0")
+        if weighed:
+            words = "'score_then_select' with shared_experts"
+            require(self.order == "score_then_select", "order", self.order, words)
+            learned = self.noise == "learned_gaussian"
+            require(not learned, "noise", self.noise, "'none' or 'input_jitter' with shared_experts")
         if self.selection == "logit":
             require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when selection='logit'")
         if self.order != "score_then_select":
@@ -154,12 +165,15 @@ class ExpertConfig:
     bias: bool = False
     clamp: float | None = None  # bound of gate (above) and of up (above and below) (gpt-oss: 7)
     clamp_on: Literal["gate", "activation"] = "gate"  # of gate, or of its activation (Step)
+    gate_softcap: float | None = None  # c tanh(gate / c) * sigmoid(gate), for silu's gate * sigmoid(gate) (Inkling 2)
+    up_softcap: float | None = None  # c in c tanh(up / c)
     up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
     weight_on: Literal["output", "input"] = "output"  # what the routing weight multiplies (input: Llama 4)
     dropout: float = 0.0  # on an expert's answer (makeMoE)
     answer_norm: MixtureNorm = "none"  # of a routed expert's answer, before weight and dropout; all share its scale
     answer_norm_eps: float = 1e-8  # (Muse Spark's)
-    shared_dim: int = 0  # width of the shared expert, which every token goes to; 0: none
+    # Width of the shared expert, which every token goes to, or of each that the router weighs; 0: none
+    shared_dim: int = 0
     shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
     shared_clamp: float | Literal["same"] | None = "same"  # its own bound (HY-V4: None)
     shared_scale: float = 1.0  # multiplies its answer (Cohere: 1/2)
@@ -175,6 +189,12 @@ class ExpertConfig:
         check_above_zero(shared_scale=self.shared_scale, answer_norm_eps=self.answer_norm_eps)
         require(is_number(self.up_offset), "up_offset", self.up_offset, "a number")
         require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
+        for name, value in (("gate_softcap", self.gate_softcap), ("up_softcap", self.up_softcap)):
+            require(value is None or (is_number(value) and value > 0), name, value, "None or a number above 0")
+            require(value is None or self.gated, name, value, "None unless gated")
+            require(value is None or self.clamp is None, name, value, "None with a clamp")
+        silu = self.gate_softcap is None or self.activation == "silu"
+        require(silu, "activation", self.activation, "'silu' with a gate_softcap")
         require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
         width = self.shared_dim
         require(is_int(width) and width >= 0, "shared_dim", width, "an integer of at least 0")
@@ -286,6 +306,7 @@ class MoEConfig:
         after_drop = self.capacity is not None and self.capacity.renormalise_after_drop
         scaled = self.router.expert_scale and after_drop
         require(not scaled, "expert_scale", True, "False when renormalise_after_drop=True")
+        self._check_shared()
         clusters, top = self.router.num_clusters, self.router.top_clusters
         require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")
         width = E // clusters
@@ -305,6 +326,21 @@ class MoEConfig:
         plain = self.expert.dropout == 0
         require(same == 0 or plain, "dropout", self.expert.dropout, "0 with identity_experts")
         require(self.around.latent_dim == 0 or plain, "dropout", self.expert.dropout, "0 with a latent_dim")
+
+    def _check_shared(self) -> None:
+        router, weighed = self.router, self.router.shared_experts
+        if weighed:
+            require(self.expert.shared_dim > 0, "shared_dim", self.expert.shared_dim, "above 0 with shared_experts")
+            require(not self.expert.shared_gate, "shared_gate", True, "False with shared_experts")
+        after = self.capacity is not None and self.capacity.renormalise_after_drop
+        plain = not weighed and not router.learned_scale
+        words = "False with shared_experts or a learned_scale"
+        require(not after or plain, "renormalise_after_drop", True, words)
+
+    @property
+    def num_logits(self) -> int:
+        """The router's logits: of all experts, then of shared experts that it weighs."""
+        return self.num_experts + self.router.shared_experts
 
     @property
     def inner_dim(self) -> int:

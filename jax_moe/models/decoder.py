@@ -226,7 +226,8 @@ def _part(contract: Any, config: DecoderConfig, kwargs: dict[str, Any], rngs: nn
     if isinstance(contract, MoEConfig):
         return MoE(contract, rngs=rngs, **kwargs)
     if isinstance(contract, DenseConfig):
-        return Experts(1, contract.model_dim, contract.dim, contract.expert, role="shared", rngs=rngs, **kwargs)
+        sizes = 1, contract.model_dim, contract.dim
+        return Experts(*sizes, contract.expert, role="shared", leading="1", rngs=rngs, **kwargs)
     return Attend(contract, config, rngs=rngs, **kwargs)
 
 

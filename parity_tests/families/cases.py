@@ -27,6 +27,7 @@ class Case:
     top: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # settings beside the text model's, of one shape each
     model: str = "ForCausalLM"  # the class of a whole model; empty: none is made, for a `reason` in words
     reason: str = ""
+    named: str = ""  # the type in config.json, if it is not that of the module
     alone: str = ""  # the type of the text model by itself, of which the whole model is then
     of_whole: bool = False  # whether the module takes the whole configuration, not the part with its sizes
     balance: bool = False  # whether transformers has a balance loss, and it counts the choices that are made
@@ -80,6 +81,11 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 AROUND = "a tiny vision model around the text model is not made"
+
+SOFT_CAPS = {"mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "route_scale": 1.7, "unpadded_vocab_size": 11}
+SMALL_INKLING = {
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 4, "d_rel": 4, "rel_extent": 4,
+}
 
 
 def v3(model_type: str, prefix: str, module: str = "MoE", **own: Any) -> Case:
@@ -189,6 +195,12 @@ CASES = {one.model_type: one for one in (
     Case("diffusion_gemma", "DiffusionGemma", "DecoderTextLayer", GEMMA_SIZES, GEMMA, nested="text_config",
          before="post_feedforward_layernorm", model="", reason=AROUND),
     v3("axk1", "AXK1", settings={**DENSE_FIRST, "rms_norm_eps": 1e-2}),
+    Case("inkling", "Inkling", "MoE", V3, {"n_shared_experts": 2, "route_scale": 1.7, **SMALL_INKLING},
+         nested="text_config", named="inkling_mm_model", alone="inkling_text"),
+    Case("inkling2", "Inkling2", "SparseMoeBlock", V3, {**SOFT_CAPS, **SMALL_INKLING}, nested="text_config",
+         alone="inkling2_text", top=tuple({"vision_config": {"text_hidden_size": s[0]}} for _, s in SHAPES)),
+    Case("inkling2_loop", "Inkling2Loop", "SparseMoeBlock", V3, {**SOFT_CAPS, **SMALL_INKLING}, nested="text_config",
+         alone="inkling2_loop_text", top=tuple({"vision_config": {"text_hidden_size": s[0]}} for _, s in SHAPES)),
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
        reason=AROUND),

@@ -14,9 +14,6 @@ EXPERTS = re.compile(r"Experts$|ExpertGLU$|NaiveMoe$|CDMoE$")
 GAPS: dict[str, str] = {
     "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
     "ernie4_5_vl_moe": "two mixtures in a layer, of text and of vision tokens",
-    "inkling": "the shared experts' weights come from the router",
-    "inkling2": "soft caps on gate and up",
-    "inkling2_loop": "soft caps on gate and up",
     "jetmoe": "a bias on the mixture's answer",
     "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
     "switch_transformers": "slots: `jax_moe.presets.switch`, compared in parity_tests/layers/test_switch.py",

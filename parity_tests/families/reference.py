@@ -19,7 +19,7 @@ def configuration(case: Case, shape: int) -> Any:
     """transformers' configuration of the whole model type."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[case.model_type](**case.values(shape))
+    return CONFIG_MAPPING[case.named or case.model_type](**case.values(shape))
 
 
 def text_of(case: Case, config: Any) -> Any:

@@ -404,7 +404,23 @@ AROUND.append(Scenario(
     [[[3.0, 4.0]]],
     [[[2 * 21 / 1876**0.5 + 14 / 283.5**0.5, 2 * 56 / 1876**0.5 + 3 * 14 / 283.5**0.5]]], weights=GEMMA_WEIGHTS,
 ))
-EXPERTS += IDENTITY + AROUND
+# Two shared experts that the router weighs: their logits are those of experts 0 and 2. Sigmoids 3/4, 1/2 of the chosen
+# and 3/4, 1/4 of the shared make 9/4: 1/3, 2/9, 1/3, 1/9, and nine times that. The shared say a half and a quarter of
+# 60.
+WEIGHED = Scenario(
+    "shared experts that the router weighs",
+    layer(
+        router=RouterConfig(score="sigmoid", renormalise="sum", shared_experts=2, learned_scale=True),
+        expert=dataclasses.replace(PLAIN_EXPERT, shared_dim=1),
+    ),
+    [[[*THREE_ONE, 60.0]]], [[[180, 120, 0, 3 * 30 + 15]]],
+    weights={
+        "router.kernel": [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0] * 5], "router.learned_scale": [9],
+        "shared_experts.up": [[[0], [0], [0], [1]]] * 2,
+        "shared_experts.down": [[[0, 0, 0, 0.5]], [[0, 0, 0, 0.25]]],
+    },
+)
+EXPERTS += [*IDENTITY, *AROUND, WEIGHED]
 
 # One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).
 # Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is the inner one.
@@ -433,6 +449,11 @@ AFTER = dataclasses.replace(
 )
 AFTER_TABLE = [
     (0.5, 0.25, 0.0625), (0.6, 0.5, 0.18), (0.6, 3, 0.18), (2, 0.5, 0.25), (-3, 0.5, 0), (2, -5, -0.25),
+]
+# ln 3 has sigmoid 3/4 and, within 2, tanh(ln 3 / 2) = 1/2: 1 * 3/4; 4 ln 2 within 4 is 4 * 3/5; -4 ln 2 is -12/5
+SOFT_CAPPED = dataclasses.replace(CLAMPED, expert=ExpertConfig(gate_softcap=2.0, up_softcap=4.0))
+SOFT_TABLE = [
+    (log(3.0), 4 * log(2.0), 9 / 5), (log(3.0), -4 * log(2.0), -9 / 5), (0, 1, 0), (-log(3.0), 4 * log(2.0), -3 / 5),
 ]
 # beside the same expert unbounded and halved: gate * up within 2, and 1/2 gate * up
 BESIDE = dataclasses.replace(

@@ -189,6 +189,40 @@ BAD = [
         MoEConfig, {**SIZES, "identity_experts": 1, "expert": ExpertConfig(dropout=0.1)},
         "dropout=0.1: must be 0 with identity_experts",
     ),
+    (RouterConfig, {"learned_scale": 1}, "learned_scale=1: must be True or False"),
+    (RouterConfig, {"shared_experts": -1}, "shared_experts=-1: must be an integer of at least 0"),
+    (
+        RouterConfig, {"shared_experts": 1, "order": "select_then_softmax"},
+        "order='select_then_softmax': must be 'score_then_select' with shared_experts",
+    ),
+    (
+        RouterConfig, {"shared_experts": 1, "noise": "learned_gaussian"},
+        "noise='learned_gaussian': must be 'none' or 'input_jitter' with shared_experts",
+    ),
+    (ExpertConfig, {"gate_softcap": 0.0}, "gate_softcap=0.0: must be None or a number above 0"),
+    (ExpertConfig, {"up_softcap": 1.0, "gated": False}, "up_softcap=1.0: must be None unless gated"),
+    (ExpertConfig, {"up_softcap": 1.0, "clamp": 1.0}, "up_softcap=1.0: must be None with a clamp"),
+    (
+        ExpertConfig, {"gate_softcap": 1.0, "activation": "gelu"},
+        "activation='gelu': must be 'silu' with a gate_softcap",
+    ),
+    (
+        MoEConfig, {**SIZES, "router": RouterConfig(shared_experts=1)},
+        "shared_dim=0: must be above 0 with shared_experts",
+    ),
+    (
+        MoEConfig,
+        {**SIZES, "router": RouterConfig(shared_experts=1), "expert": ExpertConfig(shared_dim=1, shared_gate=True)},
+        "shared_gate=True: must be False with shared_experts",
+    ),
+    (
+        MoEConfig,
+        {
+            **SIZES, "router": RouterConfig(learned_scale=True),
+            "capacity": CapacityConfig(renormalise_after_drop=True),
+        },
+        "renormalise_after_drop=True: must be False with shared_experts or a learned_scale",
+    ),
     (RouterConfig, {"logit_scale": 0.0}, "logit_scale=0.0: must be a number above 0"),
     (
         ExpertConfig, {"answer_norm": "layer"},

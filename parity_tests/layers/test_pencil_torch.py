@@ -58,7 +58,7 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
             named[f"shared.{kind}.{ending}"] = tensor(value[0].T)
         else:
             for e, matrix in enumerate(value):
-                named[f"experts.{e}.{kind}.{ending}"] = tensor(matrix.T)
+                named[f"{part}.{e}.{kind}.{ending}"] = tensor(matrix.T)
     return named
 
 
@@ -126,8 +126,11 @@ def test_clamped_experts_and_their_gradient_at_the_bound() -> None:
 
 @pytest.mark.parametrize(
     ("config", "weights", "table"),
-    [(pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE)],
-    ids=["the clamp after the activation", "a shared expert of its own bound and scale"],
+    [
+        (pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE),
+        (pencil.SOFT_CAPPED, {}, pencil.SOFT_TABLE),
+    ],
+    ids=["the clamp after the activation", "a shared expert of its own bound and scale", "soft caps"],
 )
 def test_other_clamps(config: MoEConfig, weights: dict[str, np.ndarray], table: list) -> None:
     numbers = np.asarray(table, float)

@@ -163,9 +163,9 @@ JAX_ROUTING = [
     Mutation(
         "jax: the correction bias stays in the weights",
         "jax_moe/routing.py",
-        "return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)",
+        "weight_GSX = choice_weights(score_GSE, expert_GSK, config.router, shared_GSY)",
         "score_GSE = score_GSE + (0 if correction_bias_E is None else correction_bias_E)\n"
-        "    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)",
+        "    weight_GSX = choice_weights(score_GSE, expert_GSK, config.router, shared_GSY)",
         rows=("deepseek_v3",),
     ),
     Mutation(
@@ -286,6 +286,34 @@ JAX_LAYERS = [
         "logits_of(parts.router) * parts.config.router.logit_scale",
         "logits_of(parts.router)",
         rows=("maps around the experts",),
+    ),
+    Mutation(
+        "jax: the sigmoid sees the softly bounded gate",
+        "jax_moe/experts.py",
+        "soft_cap(gate, config.gate_softcap) * jax.nn.sigmoid(gate)",
+        "jax.nn.silu(soft_cap(gate, config.gate_softcap))",
+        rows=("soft caps",),
+    ),
+    Mutation(
+        "torch: up is not bounded softly",
+        "torch_ref/experts.py",
+        "_soft(up_RF.to(wider), config.up_softcap)",
+        "_soft(up_RF.to(wider), None)",
+        rows=("soft caps",),
+    ),
+    Mutation(
+        "jax: shared experts' scores have no share in the sum",
+        "jax_moe/routing.py",
+        "total_GS1 = weight_GSK.sum(axis=-1, keepdims=True)\n        if",
+        "total_GS1 = weight_GSK[..., : expert_GSK.shape[-1]].sum(axis=-1, keepdims=True)\n        if",
+        rows=("shared experts weighed",),
+    ),
+    Mutation(
+        "torch: the learned scale leaves shared experts out",
+        "torch_ref/routing.py",
+        "shared_GSY = None if shared_GSY is None else shared_GSY * learned_scale",
+        "pass",
+        tests=("parity_tests/layers/test_pencil_torch.py::test_story[shared experts that the router weighs]",),
     ),
     Mutation(
         "jax: squared ReLU is not squared",

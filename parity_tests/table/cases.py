@@ -81,6 +81,13 @@ PARTS_NORMED = plain(
     ),
     router=RouterConfig(renormalise="sum", input_norm=True, expert_scale=True), expert=ExpertConfig(shared_dim=10),
 )
+# Without a learned scale: no loss depends on it, and the rounding of a gradient of 0 cannot be compared
+WEIGHED = plain(
+    router=RouterConfig(
+        score="sigmoid", correction_bias=True, renormalise="sum", scale=1.5, shared_experts=2, weight_dtype="input",
+    ),
+    expert=ExpertConfig(shared_dim=5),
+)
 
 ROUTERS = [
     Case("plain top-k", sized("makemoe", noise=False, capacity_factor=None, dropout=0.0)),
@@ -143,6 +150,9 @@ ROUTERS = [
     Case("maps and norms around the experts", NORMED),
     Case("maps and norms around the experts, einsum", via(NORMED, "einsum")),
     Case("maps and norms around the experts, capacity", NORMED.with_capacity(0.5), draws=("mask",)),
+    Case("soft caps", plain(expert=ExpertConfig(gate_softcap=0.7, up_softcap=0.9, shared_dim=10))),
+    Case("shared experts weighed", WEIGHED),
+    Case("shared experts weighed, einsum", via(WEIGHED.with_capacity(0.5), "einsum"), draws=("mask", "replay")),
     Case("replayed choices", MAKEMOE, draws=("noise", "keep", "replay")),
 ]
 

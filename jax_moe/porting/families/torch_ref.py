@@ -24,6 +24,8 @@ ROUTER = (
 EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, "", DIMS[name], name, f"{name}_bias"))
 ROWS = (
     *ROUTER, *stacked(EXPERT, "experts.{e}.", "experts.", "e"), *stacked(EXPERT, "shared.", "shared.", "0/1"),
+    *stacked(EXPERT, "shared_experts.{y}.", "shared_experts.", "y"),
+    Row("router.learned_scale", "1", "router.learned_scale", "1"),
     Row("shared_gate.weight", "1 D", "shared_gate", "D 1"),
     Row("latent_in.weight", "I D", "latent_in", "D I"), Row("latent_out.weight", "D I", "latent_out", "I D"),
     Row("latent_norm.weight", "D", "latent_norm.scale", "D"),

@@ -8,7 +8,7 @@ from jax_moe.porting.families.family import Family, Mixture
 from jax_moe.porting.families.fields import Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import DEEPSEEK, FUSED, LAYER, MLP, both, each_expert, router
 from jax_moe.porting.families.mixtures.sigmoid import EIGHT, V3, WIDTH, scale
-from jax_moe.porting.families.mixtures.softmax import family, multimodal
+from jax_moe.porting.families.mixtures.softmax import family, multimodal, nested
 from jax_moe.porting.families.settings import ACTIVATIONS, Settings
 from jax_moe.porting.table.rows import Row, under
 
@@ -81,7 +81,60 @@ AXK1_NAMES = both(
     (*DEEPSEEK[1].rows, Row("post_mlp_layernorm.weight", "D", "output_norm.scale", "D")), LAYER, MLP,
 )
 
+SOFT = Contract(
+    (*sizes("n_routed_experts num_local_experts", "moe_intermediate_size intermediate_size"),
+     scale("route_scale routed_scaling_factor", 8.0),
+     Field("scoring_func", "router.score", "sigmoid", {"sigmoid": "sigmoid"}),
+     Field("mlp_gate_softcap", "expert.gate_softcap", 4.0), Field("mlp_up_softcap", "expert.up_softcap", 25.0)),
+    {"router.correction_bias": True, "router.renormalise": "eps"},
+)
+INKLING = Contract(
+    (*sizes("n_routed_experts num_local_experts", WIDTH), activation(), scale("route_scale", 8.0),
+     Field("n_shared_experts", "router.shared_experts", 2), Field(WIDTH, "expert.shared_dim")),
+    {"router.score": "sigmoid", "router.correction_bias": True, "router.renormalise": "sum",
+     "router.learned_scale": True, "router.weight_dtype": "input"},
+    {"shared_expert_sink": True},
+)
+# Gate and up by turns, as published; and one after the other
+TURNS = (
+    Row("experts.w13_weight", "E (F 0/2) D", "experts.gate", "E D F"),
+    Row("experts.w13_weight", "E (F 1/2) D", "experts.up", "E D F"),
+    Row("experts.w2_weight", "E D F", "experts.down", "E F D"),
+)
+WEIGHED = (
+    Row("shared_experts.shared_w13_weight", "Y (F 0/2) D", "shared_experts.gate", "Y D F"),
+    Row("shared_experts.shared_w13_weight", "Y (F 1/2) D", "shared_experts.up", "Y D F"),
+    Row("shared_experts.shared_w2_weight", "Y D F", "shared_experts.down", "Y F D"),
+)
+WEIGHED_MEMORY = (
+    Row("shared_experts.gate_proj", "Y F D", "shared_experts.gate", "Y D F"),
+    Row("shared_experts.up_proj", "Y F D", "shared_experts.up", "Y D F"),
+    Row("shared_experts.down_proj", "Y D F", "shared_experts.down", "Y F D"),
+)
+SCALE = Row("gate.global_scale", "1", "router.learned_scale", "1")
+SOFT_NAMES = both("hf_inkling2", (*router(correction="gate.bias"), *TURNS), (*router(), *FUSED))
+INKLING_NAMES = both(
+    "hf_inkling", (*router(correction="gate.bias"), SCALE, *TURNS, *WEIGHED),
+    (*router(), SCALE, *FUSED, *WEIGHED_MEMORY),
+)
+INKLING_ROOTS = ("model.llm.", "model.language_model.", "model.", "")
+
+
+def read_inkling(settings: Settings) -> MoEConfig:
+    """Inkling's contract: beside a dense_intermediate_size, intermediate_size is the experts' width."""
+    if settings.values.get("dense_intermediate_size") is None:
+        return INKLING.read(settings)
+    width = {WIDTH: settings.values.get("intermediate_size")}
+    return INKLING.read(Settings({**settings.values, **width}, settings.errors))
+
+
 AROUND = (
+    family("inkling2", SOFT, SOFT_NAMES, nested("inkling2"), INKLING_ROOTS),
+    family("inkling2_loop", SOFT, SOFT_NAMES, nested("inkling2_loop"), INKLING_ROOTS),
+    Family("inkling", Mixture(
+        read_inkling, INKLING.write, *INKLING_NAMES, {"inkling_mm_model": "text_config", "inkling_text": ""},
+        INKLING_ROOTS,
+    )),
     Family("nemotron_h", Mixture(NEMOTRON.read, write_nemotron, *NEMOTRON_NAMES, roots=("backbone.", "model."))),
     multimodal("muse_spark", MUSE, both("hf_muse_spark", MUSE_ROWS, MUSE_ROWS)),
     family("axk1", AXK1, AXK1_NAMES),
