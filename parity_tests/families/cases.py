@@ -33,6 +33,8 @@ class Case:
     balance: bool = False  # whether transformers has a balance loss, and it counts the choices that are made
     seed: int = 10  # of weights that send a token to every expert
     spare: str = ""  # a tensor in memory of whose rows nothing reads those of experts that return their input
+    unread: str = ""  # what begins the names in memory of another mixture
+    twice: str = ""  # the setting that is a list: of text and of vision
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
     before: str = ""  # of a whole layer as the module: its child that reads the answer
@@ -43,6 +45,7 @@ class Case:
         experts, width, choices = self.sizes.split()
         sizes = {"hidden_size": D, experts: E, width: F, choices: K}
         values = {**TINY, **sizes, **self.settings, **self.others[shape]}
+        values |= {self.twice: [values[self.twice], 4]} if self.twice else {}
         if alone:
             return values
         for word in reversed(self.nested.split(".") if self.nested else []):
@@ -83,6 +86,7 @@ GEMMA = {
 AROUND = "a tiny vision model around the text model is not made"
 
 SOFT_CAPS = {"mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "route_scale": 1.7, "unpadded_vocab_size": 11}
+ERNIE_SEES = {"vision_config": {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8}}
 SMALL_INKLING = {
     "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 4, "d_rel": 4, "rel_extent": 4,
 }
@@ -201,6 +205,11 @@ CASES = {one.model_type: one for one in (
          alone="inkling2_text", top=tuple({"vision_config": {"text_hidden_size": s[0]}} for _, s in SHAPES)),
     Case("inkling2_loop", "Inkling2Loop", "SparseMoeBlock", V3, {**SOFT_CAPS, **SMALL_INKLING}, nested="text_config",
          alone="inkling2_loop_text", top=tuple({"vision_config": {"text_hidden_size": s[0]}} for _, s in SHAPES)),
+    Case("ernie4_5_vl_moe", "Ernie4_5_VLMoe", "MoeBlock", "moe_num_experts moe_intermediate_size moe_k", {
+        "moe_num_shared_experts": 2, "mlp_layer_types": ["dense", "sparse"], "head_dim": 8, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}}, twice="moe_intermediate_size",
+        nested="text_config", model="ForConditionalGeneration", top=(ERNIE_SEES, ERNIE_SEES), seed=30, balance=True,
+        unread="vision_moe."),
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
        reason=AROUND),

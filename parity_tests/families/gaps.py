@@ -13,17 +13,19 @@ EXPERTS = re.compile(r"Experts$|ExpertGLU$|NaiveMoe$|CDMoE$")
 # Each with the reason in words. A type that is neither here nor in the table turns a test red.
 GAPS: dict[str, str] = {
     "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
-    "ernie4_5_vl_moe": "two mixtures in a layer, of text and of vision tokens",
     "jetmoe": "a bias on the mixture's answer",
     "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
     "switch_transformers": "slots: `jax_moe.presets.switch`, compared in parity_tests/layers/test_switch.py",
-    "vitpose_backbone": "an expert by the kind of data set: no router",
-    "zaya": "the router is a network with a state from the layer before",
+    "vitpose_backbone": "an expert is the last rows of a linear map, chosen by the data set: no networks, no router",
+    "zaya": "the router is a network that reads a state of the layer before and hands one on: a mixture by itself has "
+    "none",
 }
 
 # In the table, and yet not all of it.
 IN_PART: dict[str, str] = {
     "deepseek_v4": "layers of `hash_moe`, whose choices come from a table of token ids, are refused by name",
+    "ernie4_5_vl_moe": "the mixture of text tokens, with the shared experts; that of vision tokens is not read, and "
+    "stays as it is",
     "qwen3_omni_moe": "the thinker's mixture; the talker's is not read",
     "dots3_note": "the text model's mixture; the vision model's is not read",
 }

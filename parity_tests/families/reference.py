@@ -81,7 +81,8 @@ class Layer(torch.nn.Module):
 
 
 def without_spare(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The tensors without the rows that nothing reads."""
+    """The tensors without those of another mixture, and without the rows that nothing reads."""
+    tensors = {name: value for name, value in tensors.items() if not case.unread or not name.startswith(case.unread)}
     count = case.settings.get("zero_expert_num", 0)
     spare = {name for name in tensors if case.spare and name.endswith(case.spare)}
     return {name: value[:-count] if name in spare else value for name, value in tensors.items()}
