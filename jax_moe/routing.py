@@ -171,7 +171,7 @@ def safe_denominator(total: Float[Array, "*any"]) -> Float[Array, "*any"]:
 
 
 def route(
-    logits_GSE: Float[Array, "G S E"],
+    logits_GSX: Float[Array, "G S X"],
     config: MoEConfig,
     correction_bias_E: Float[Array, " E"] | None = None,
     expert_GSK: Int[Array, "G S K"] | None = None,
@@ -183,10 +183,9 @@ def route(
 
     Logits of shared experts that the router weighs stand after those of the E.
     """
-    shared_GSY = None
+    logits_GSE, shared_GSY = logits_GSX[..., : config.num_experts], None
     if config.router.shared_experts:
-        shared_GSY = expert_scores(logits_GSE, config.router)[..., config.num_experts :]
-        logits_GSE = logits_GSE[..., : config.num_experts]
+        shared_GSY = expert_scores(logits_GSX, config.router)[..., config.num_experts :]
     score_GSE = expert_scores(logits_GSE, config.router)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
     own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)

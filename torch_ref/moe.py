@@ -83,7 +83,7 @@ class MoEOutput(NamedTuple):
 
 def moe_logits(
     x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts
-) -> Float[Tensor, "B T E"]:
+) -> Float[Tensor, "B T X"]:
     """The router's logits plus the noise, which is scaled by softplus(x W_noise) if the contract has learned noise."""
 
     def logits_of(layer: nn.Linear) -> Tensor:

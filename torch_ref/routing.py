@@ -166,7 +166,7 @@ def safe_denominator(total: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 def route(
-    logits_GSE: Float[Tensor, "G S E"],
+    logits_GSX: Float[Tensor, "G S X"],
     config: MoEConfig,
     correction_bias_E: Float[Tensor, " E"] | None = None,
     expert_GSK: Int[Tensor, "G S K"] | None = None,
@@ -179,8 +179,7 @@ def route(
     Logits of shared experts that the router weighs stand after those of the E: to the rule that makes weights of the
     choices' scores they are further experts, which every token chose last.
     """
-    all_GSX = logits_GSE
-    logits_GSE = logits_GSE[..., : config.num_experts]
+    logits_GSE = logits_GSX[..., : config.num_experts]
     score_GSE = expert_scores(logits_GSE, config.router)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
     own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
@@ -189,7 +188,7 @@ def route(
     if config.router.shared_experts:
         last_Y = torch.arange(config.num_experts, config.num_logits, device=expert_GSK.device)
         every_GSX = torch.cat([expert_GSK, last_Y.expand(*expert_GSK.shape[:2], -1)], dim=-1)
-        weight_GSX = choice_weights(expert_scores(all_GSX, config.router), every_GSX, config.router)
+        weight_GSX = choice_weights(expert_scores(logits_GSX, config.router), every_GSX, config.router)
         weight_GSK, shared_GSY = weight_GSX[..., : config.top_k], weight_GSX[..., config.top_k :]
     if scale_E is not None:
         weight_GSK = weight_GSK * scale_E.to(weight_GSK.dtype)[expert_GSK]
