@@ -1,6 +1,7 @@
 """Greedy text against `transformers.generate`: left padding and stop tokens, in every Hugging Face family.
 
-The families include a window, dynamic rope, dense layers and a part of each head that turns.
+The families include a window, chunks, dynamic rope, dense layers, a part of each head that turns and layers whose
+heads differ.
 `test_decoder_generation.py` tests the cache.
 """
 
