@@ -4,7 +4,7 @@ Both look at the mesh that `jax.set_mesh` has set around the call and do nothing
 are, never which: XLA would find some way by itself, but might move activations where weights are cheaper to move.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -15,6 +15,7 @@ from jax_moe.parameters import of_variable
 from jax_moe.sharding.mesh import DATA_AXIS
 from jax_moe.sharding.rules import RULES, batch_split, weight_split
 
+Module = TypeVar("Module", bound=nnx.Module)
 WITHOUT_DATA = {letter: axis for letter, axis in RULES.items() if axis != DATA_AXIS}
 
 
@@ -46,3 +47,15 @@ def together(tree: Any) -> Any:
         return variable.replace(jax.lax.with_sharding_constraint(value, spec or PartitionSpec()))
 
     return jax.tree.map(gathered, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def alone_together(module: Module) -> Module:
+    """A model whose variables outside stacks of layers are put together, as `together` says; those of a layer are
+    where the layer is run.
+    """
+    graphdef, alone, stacked = nnx.split(module, _is_alone, ...)
+    return nnx.merge(graphdef, together(alone), stacked)
+
+
+def _is_alone(path: Any, variable: Any) -> bool:
+    return not (isinstance(variable, nnx.Variable) and of_variable(variable).letters[:1] == ("L",))

@@ -26,7 +26,10 @@ def fitting_devices(batch_size: int, available: int) -> int:
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """{axis: devices} of "data=4,expert=2". Raises ValueError for another form, an axis that is not here or named twice."""
+    """{axis: devices} of "data=4,expert=2".
+
+    Raises ValueError for another form, and for an axis that is not here or named twice.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, equals, number = (word.strip() for word in part.partition("="))
@@ -49,14 +52,14 @@ def device_mesh(sizes: Mapping[str, int]) -> Mesh:
     for axis, size in sizes.items():
         require(size >= 1, axis, size, "at least 1")
         wanted *= size
-    words = " * ".join(f"{axis}={size}" for axis, size in sizes.items())
+    words = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     require(wanted <= len(devices), "mesh", words, f"of at most {len(devices)} devices, those here")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
 
 
 def data_mesh(num_devices: int) -> Mesh:
-    """A mesh of this process's first `num_devices` devices, all on the data axis. Raises ValueError if there are fewer."""
+    """A mesh of this process's first `num_devices` devices, on the data axis. Raises ValueError if there are fewer."""
     count = jax.local_device_count()
     require(1 <= num_devices <= count, "num_devices", num_devices, f"1 to {count}, the devices here")
     return device_mesh({DATA_AXIS: num_devices})

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jax_moe
 from jax_moe.porting.formats.safetensors import read_safetensors
+from jax_moe.sharding import data_mesh
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.table.family_cases import draw_weights
 from parity_tests.train.test_train_run import numbers

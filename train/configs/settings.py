@@ -9,7 +9,6 @@ from typing import Any, Literal
 from jax_moe.config.checks import require
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import Dispatcher
-from jax_moe.sharding.mesh import read_mesh
 from train.configs.values import check_values, in_single, with_floats
 
 
@@ -201,6 +200,8 @@ def check(config: TrainConfig) -> None:
     one_device = config.framework == "jax" or config.num_devices in (None, 1)
     require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
     if config.mesh is not None:
+        from jax_moe.sharding.mesh import read_mesh
+
         read_mesh(config.mesh)
         require(config.framework == "jax", "mesh", config.mesh, "None with framework='torch'")
         require(config.num_devices is None, "num_devices", config.num_devices, "left out with --mesh")

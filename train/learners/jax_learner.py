@@ -16,10 +16,10 @@ import jax_moe
 from jax_moe.config.precision import PRECISIONS
 from jax_moe.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss, tokens_per_expert
 from jax_moe.models.stack import ModelOutput
-from jax_moe.parameters import declared, of_variable
+from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
-from jax_moe.sharding.inside import together
+from jax_moe.sharding.inside import alone_together
 from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
 from jax_moe.sharding.place import put_batch
 from jax_moe.sharding.rules import check_divides, replicated, split_tree
@@ -46,11 +46,6 @@ def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSet
     if settings.router_z_loss_weight:
         loss = loss + settings.router_z_loss_weight * stats.router_z_loss.mean()
     return loss
-
-
-def is_alone(path: Any, variable: Any) -> bool:
-    """A filter for `nnx.split`: variables that stand in no stack of layers."""
-    return not (isinstance(variable, nnx.Variable) and of_variable(variable).letters[:1] == ("L",))
 
 
 def choose_mesh(config: TrainConfig) -> Mesh:
@@ -94,8 +89,7 @@ class JaxLearner:
     def _run(self, params: State, rest: Any, tokens_BT: Array, **kwargs: Any) -> ModelOutput:
         """What the model computes, in the precision of the settings."""
         module = cast_to_compute(self.module(params, rest), self.precision)
-        graphdef, alone, stacked = nnx.split(module, is_alone, ...)  # a layer's weights are put together in the layer
-        output = nnx.merge(graphdef, together(alone), stacked).run(tokens_BT, **kwargs)
+        output = alone_together(module).run(tokens_BT, **kwargs)
         return output._replace(logits_BTV=output.logits_BTV.astype(self.precision.output))
 
     def _update(self, state: State, rest: Any, tokens_BT1: Array, step: Array) -> tuple[State, Any, Array]:
