@@ -14,6 +14,7 @@ from jax_moe.sharding.mesh import (
 )
 from jax_moe.sharding.place import fetch, put_batch
 from jax_moe.sharding.rules import (
+    RULES,
     batch_split,
     check_divides,
     replicated,
@@ -25,6 +26,7 @@ __all__ = [
     "AXES",
     "DATA_AXIS",
     "EXPERT_AXIS",
+    "RULES",
     "TENSOR_AXIS",
     "batch_split",
     "check_divides",
