@@ -22,7 +22,9 @@ WITHOUT_DATA = {letter: axis for letter, axis in RULES.items() if axis != DATA_A
 def by_sequence(x: Array) -> Array:
     """Activations [B, ...] with their sequences split over the mesh as those of a batch are."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, batch_split(mesh, x.shape[0]).spec)
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_split(mesh, x.shape[0]).spec)
 
 
 def together(tree: Any) -> Any:
