@@ -1,5 +1,6 @@
 """What `jax-moe inspect` says of published config.json files, their values written by hand: the published totals."""
 
+import dataclasses
 import json
 import math
 import re
@@ -95,6 +96,20 @@ def test_exact_totals() -> None:
         values = PUBLISHED[name][0]
         config = family_named(values["model_type"]).config(values)
         assert count_parameters(declared(abstract_decoder(config)), config).total == total
+
+
+def test_experts_that_return_their_input_have_no_parameters() -> None:
+    """Two more choices for the router, of 4096 numbers each in 32 layers; as many experts with weights as before."""
+    values = PUBLISHED["Mixtral-8x7B"][0]
+    config = family_named(values["model_type"]).config(values)
+    with_two = dataclasses.replace(config.moe, num_experts=10, identity_experts=2)
+    layers = tuple(dataclasses.replace(layer, ffn=with_two) for layer in config.layers)
+    before, after = (
+        count_parameters(declared(abstract_decoder(one)), one)
+        for one in (config, dataclasses.replace(config, layers=layers))
+    )
+    assert after.experts == before.experts
+    assert after.total - before.total == after.active - before.active == 32 * 2 * 4096
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
