@@ -40,11 +40,13 @@ JAX_ONLY = {
         "Moves.dropout": "in whatever shape a dispatcher holds answers; torch draws for one expert at a time",
         "Moves.keep": "see Moves.dropout",
         "einsum_dispatch": "the batched reference; torch loops (loop_dispatch)",
+        "with_identity": "around any dispatcher; in torch experts that return their input stand in the list",
         "queue_positions": "positions of all choices at once; torch walks each expert's queue (expert_queue)",
     },
     "experts.py": {
         "Experts.*": "all experts in one stack; torch has one Expert each",
         "hidden_units": "shared by the fast paths; torch has it inside expert_ffn",
+        "answer": "the norm of answers, for every dispatcher; torch wraps each expert (after)",
         "take_experts": "rows of the stack for the fast paths; torch indexes a list",
     },
     "moe.py": {
@@ -56,7 +58,9 @@ JAX_ONLY = {
         "Block.run": "hands out stages and choices; in torch MakeMoE alone does",
         "BlockOutput.*": "see Block.run",
     },
-    "activations.py": {"clamp_above": "torch.clamp has the wanted gradient at the bound"},
+    "activations.py": {
+        "clamp_above": "torch.clamp has the wanted gradient at the bound", "soft_cap": "torch has it beside expert_ffn",
+    },
     "arrays.py": {
         "check_limit": "torch has no capacity_limit",
         "moe_arrays": "jax checks under jit as well; torch has check_moe_arrays",
@@ -66,6 +70,7 @@ JAX_ONLY = {
     "norms.py": {
         "RMSNorm.*": "the Hugging Face decoders stand in jax_moe alone; their reference is transformers",
         "rms_norm": "see RMSNorm",
+        "mixture_norm": "serves dispatchers, whose scales are stacked; torch has MixtureScale alone",
         "make_norm": "see RMSNorm",
         "layer_norm": "flax's LayerNorm with torch's settings; torch's are its defaults",
     },
@@ -85,6 +90,9 @@ TORCH_ONLY = {
         "Parts.*": "the same forward serves modules with the original projects' names",
         "MoE.parts": "see Parts",
         "moe_logits": "see Parts",
+        "after": "an expert with the norm of its answer; jax has answer",
+        "weighed": "shared experts one after the other; jax has them in one stack",
+        "make_norm": "None where the contract has no norm; in jax there is no attribute",
         "moe_routing": "see Parts",
         "moe_forward": "see Parts",
     },
@@ -127,6 +135,11 @@ DIFFERENT = {
         "MoE.run": "first_expert serves a step of generation",
         "Router": "an annotation that torch's typing of buffers needs",
         "MoE": "roles: in jax they stand on the parameters themselves",
+    },
+    "routing.py": {
+        "choice_weights": "scores of shared experts come apart in jax; to torch these are further choices",
+        "choice_weights(score_GSE)": "see choice_weights",
+        "choice_weights(return)": "see choice_weights",
     },
     "soft_moe.py": {
         "SoftMoE": "roles: in jax they stand on the parameters themselves",
