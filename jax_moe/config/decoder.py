@@ -65,6 +65,7 @@ class DecoderConfig:
     norm_place: NormPlace = "before"  # each half of a layer: x + f(norm(x)), x + norm(f(x)), or both
     norm_eps: float = 1e-6
     tied_embeddings: bool = False  # the head is the transposed embedding
+    head_bias: bool = False  # added to the logits (Phi-3.5-MoE)
     embedding_multiplier: float = 1.0  # multiplies the embeddings (Granite)
     residual_multiplier: float = 1.0  # multiplies what attention and FFN add to the residual stream (Granite)
     logits_divisor: float = 1.0  # divides the logits (Granite)
@@ -84,7 +85,7 @@ class DecoderConfig:
         sizes = {(moe.num_experts, moe.top_k) for moe in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
         check_literals(self)
-        check_flags(self, "tied_embeddings")
+        check_flags(self, "tied_embeddings", "head_bias")
         check_within(
             LEAST, norm_eps=self.norm_eps, embedding_multiplier=self.embedding_multiplier,
             residual_multiplier=self.residual_multiplier, logits_divisor=self.logits_divisor,
@@ -267,6 +268,7 @@ class GroupedDecoder:
     sinks: bool = False
     attention_dropout: float = 0.0
     tied_embeddings: bool = False
+    head_bias: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0

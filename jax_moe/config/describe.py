@@ -102,7 +102,7 @@ def _soft(config: SoftMoEConfig) -> list[str]:
 def _decoder(config: DecoderConfig) -> list[str]:
     mixtures, dense = len(config.moe_layers), config.dense_layers
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
-    tied = "tied head" if config.tied_embeddings else "untied head"
+    tied = ("tied head" if config.tied_embeddings else "untied head") + (" with bias" if config.head_bias else "")
     lines = [
         f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
         f"up to {config.max_positions:,} positions",

@@ -44,12 +44,12 @@ HUNYUAN = Contract(
      Field("intermediate_size", "expert.shared_dim")),
     {**HUGGING_FACE, "router.renormalise": "sum"},
 )
-# Of two jitters that training multiplies onto the input of router and experts nothing is here
+# transformers 5.24 draws the jitter of training twice, in the mixture and again in its router; once, as here and as
+# published, in the mixture alone
 PHI = Contract(
     (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
-     Field("router_jitter_noise", "router.mixer_eps", 0.01)),
-    {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "sparse_mixer"},
-    {"input_jitter_noise": 0.0},
+     Field("router_jitter_noise", "router.mixer_eps", 0.01), Field("input_jitter_noise", "router.jitter_eps", 0.0)),
+    {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "sparse_mixer", "router.jitter_scope": "block"},
 )
 CHOSEN_LOGITS = {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "select_then_softmax"}
 GRANITE_LIKE = Contract(
@@ -116,7 +116,7 @@ SOFTMAX = (
     family("lara_mini", LARA, QWEN),
     family("minimax", MIXTRAL_LIKE, MIXTRAL),
     family("jamba", JAMBA, JAMBA_NAMES),
-    family("phimoe", PHI, PHI_NAMES),
+    family("phimoe", PHI, PHI_NAMES, decoder=decoders.PHI),
     family(
         "hunyuan_v1_moe", HUNYUAN, HUNYUAN_NAMES, by_layer=("moe_topk", "num_experts", "intermediate_size"),
         decoder=decoders.HUNYUAN,
