@@ -231,7 +231,6 @@ class MoEConfig:
         E, K = self.num_experts, self.top_k
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")
-        require(self.router.order != "sparse_mixer" or K == 2, "top_k", K, "2 when order='sparse_mixer'")
         self._check_identity()
         clusters, top = self.router.num_clusters, self.router.top_clusters
         require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")

@@ -50,6 +50,7 @@ PHI = Contract(
     (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
      Field("router_jitter_noise", "router.mixer_eps", 0.01), Field("input_jitter_noise", "router.jitter_eps", 0.0)),
     {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "sparse_mixer", "router.jitter_scope": "block"},
+    {"num_experts_per_tok": 2},  # transformers does not read it: its router chooses two
 )
 CHOSEN_LOGITS = {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "select_then_softmax"}
 GRANITE_LIKE = Contract(
