@@ -104,6 +104,8 @@ class MoE(nnx.Module):
             if config.expert.shared_gate:
                 init = rounded(jax.nn.initializers.lecun_normal())
                 self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
+        if config.answer_bias:
+            self.answer_bias = parameter(jnp.zeros((config.model_dim,), param_dtype), "D", "shared")
 
     def __call__(
         self,
@@ -169,6 +171,9 @@ class MoE(nnx.Module):
         if self.config.expert.shared_dim:
             shared_GSD = self._shared_answer(x_GSD, mask_GS)
             y_GSD += shared_GSD
+        if self.config.answer_bias:
+            bias_D = self.answer_bias[...].astype(y_GSD.dtype)
+            y_GSD += bias_D if mask_GS is None else jnp.where(mask_GS[..., None], bias_D, 0)
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS, x_BTD.shape[:2])
         output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
         if not watch:

@@ -39,6 +39,7 @@ class Parts(NamedTuple):
     experts: Sequence[Callable]
     shared: Callable | None = None
     shared_gate: nn.Linear | None = None
+    answer_bias_D: Float[Tensor, " D"] | None = None
 
 
 class MoEArrays(TypedDict, total=False):
@@ -153,6 +154,9 @@ def moe_forward(
         if mask_GS is not None:
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
+    if parts.answer_bias_D is not None:
+        biased_GSD = y_GSD + parts.answer_bias_D.to(y_GSD.dtype)
+        y_GSD = biased_GSD if mask_GS is None else torch.where(mask_GS[..., None], biased_GSD, y_GSD)
     stats = layer_stats(routing, slots, config, capacity, mask_GS, x_BTD.shape[:2])
     output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
     if not watch:
@@ -196,7 +200,7 @@ class MoE(nn.Module):
     """A sparse mixture-of-experts layer under a contract, from `jax_moe.presets`.
 
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
-    [`shared.{gate,up,down}`], [`shared_gate`]. Initialised as nn.Linear is.
+    [`shared.{gate,up,down}`], [`shared_gate`], [`answer_bias`]. Initialised as nn.Linear is, the last with zeros.
     """
 
     roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert", "shared": "shared"}
@@ -211,13 +215,14 @@ class MoE(nn.Module):
             self.shared = Expert(config.model_dim, config.expert.shared_dim, config.expert.shared)
             if config.expert.shared_gate:
                 self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
+        self.answer_bias = nn.Parameter(torch.zeros(config.model_dim)) if config.answer_bias else None
 
     def parts(self) -> Parts:
         """The weights, for `moe_forward`."""
         router = self.router
         return Parts(
             self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
-            self.shared, self.shared_gate,
+            self.shared, self.shared_gate, self.answer_bias,
         )
 
     def forward(

@@ -62,6 +62,8 @@ def _sparse(config: MoEConfig) -> list[str]:
     if expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
         lines.append(f"shared expert: width {expert.shared_dim}{gate}")
+    if config.answer_bias:
+        lines.append("answer: a bias is added to it")
     rule = config.capacity
     if config.balance.of != "choices":
         what = "softmax of the logits" if config.balance.of == "logits" else "scores"

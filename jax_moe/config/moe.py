@@ -223,11 +223,13 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    answer_bias: bool = False  # [D], added to the sum of a token's experts, whatever was dropped (JetMoE)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     dispatcher: Dispatcher = "auto"  # how JAX moves tokens; the answer is the same
 
     def __post_init__(self) -> None:
         check_literals(self)
+        check_flags(self, "answer_bias")
         E, K = self.num_experts, self.top_k
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")

@@ -96,6 +96,7 @@ def granite(model_type: str, prefix: str, **settings: Any) -> Case:
 
 CASES = {one.model_type: one for one in (
     Case("mixtral", "Mixtral", sizes=MIXTRAL, balance=True),
+    Case("jetmoe", "JetMoe", "MoE", MIXTRAL, balance=True),
     Case("phimoe", "Phimoe", sizes=MIXTRAL, others=(
         {"router_jitter_noise": 0.2}, {"num_experts_per_tok": 2}), balance=True),
     Case("qwen2_moe", "Qwen2Moe", settings=GATED, others=NORM, balance=True),

@@ -20,7 +20,6 @@ GAPS: dict[str, str] = {
     "inkling": "the shared experts' weights come from the router",
     "inkling2": "soft caps on gate and up",
     "inkling2_loop": "soft caps on gate and up",
-    "jetmoe": "a bias on the mixture's answer",
     "muse_spark": "projections and norms around the experts",
     "nemotron_h": "squared ReLU without a gate, projections around the experts",
     "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
@@ -31,6 +30,7 @@ GAPS: dict[str, str] = {
 
 # In the table, and yet not all of it.
 IN_PART: dict[str, str] = {
+    "jetmoe": "the mixture of feed-forward networks; that of attention (queries and outputs by expert) is not read",
     "deepseek_v4": "layers of `hash_moe`, whose choices come from a table of token ids, are refused by name",
     "qwen3_omni_moe": "the thinker's mixture; the talker's is not read",
     "dots3_note": "the text model's mixture; the vision model's is not read",

@@ -117,11 +117,13 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
         if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of those that were not chosen
             K = module.top_k
             answers = (answer[1], answer[0].topk(K, dim=-1).indices)
-        tensors = [one for one in (*answers, *given) if one is not None]
+        if type(module).__name__ == "JetMoeTopKGating":  # tokens sorted by expert, and the logits last
+            answers = (answer[-1], answer[-1].topk(module.top_k, dim=-1).indices)
+        tensors = [one for one in (*answers, *given) if isinstance(one, torch.Tensor)]
         index = [one for one in tensors if not one.is_floating_point()]
         if index:
             found.setdefault("experts", index[0].reshape(-1, index[0].shape[-1]).sort(dim=-1).values.numpy())
-        if any(word in type(module).__name__ for word in ("Router", "Gate")):
+        if any(word in type(module).__name__ for word in ("Router", "Gate", "Gating")):
             found.setdefault("logits", answers[0].detach().reshape(-1, answers[0].shape[-1]).numpy())
 
     hooks = [one.register_forward_hook(routed) for one in layer.modules()]

@@ -295,6 +295,16 @@ EXPERTS = [
             "shared.up": [[[0], [0], [0], [1]]], "shared.down": [[[0, 0, 0, 0.5]]], "shared_gate": [[1], [0], [0], [0]]
         },
     ),
+    # every answer and 7, of a token without a slot too; but nothing at padding
+    Scenario(
+        "bias on the answer", layer(answer_bias=True, capacity=CapacityConfig(factor=1.5)), [sequence(CLEO, ANN)],
+        [[[0] * 4, [16, 17, 7, 7]]], weights={"answer_bias": [7, 7, 7, 7]}, mask_BT=[[False, True]],
+    ),
+    Scenario(
+        "bias on the answer of dropped tokens",
+        layer(answer_bias=True, capacity=CapacityConfig(factor=0.4, below_one="drop_all")), ONE, [[[7, 0, 0, 1]] * 3],
+        1, weights={"answer_bias": [7, 0, 0, 1]},
+    ),
     # a token without a slot still meets the shared expert: Cleo loses expert 0 and keeps 60 / 2
     Scenario(
         "dropped tokens meet the shared expert",

@@ -46,6 +46,8 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         kind, ending = (leaf[: -len("_bias")], "bias") if leaf.endswith("_bias") else (leaf, "weight")
         if name == "shared_gate":
             named["shared_gate.weight"] = tensor(value.T)
+        elif name == "answer_bias":
+            named[name] = tensor(value)
         elif part == "router":
             torch_name = {"kernel": "linear.weight", "bias": "linear.bias", "correction_bias": "correction_bias"}[leaf]
             named[f"router.{torch_name}"] = tensor(value.T)

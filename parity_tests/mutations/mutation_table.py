@@ -147,6 +147,20 @@ JAX_ROUTING = [
         rows=("sparse mixer",),
     ),
     Mutation(
+        "jax: padding has the answer's bias",
+        "jax_moe/moe.py",
+        "bias_D if mask_GS is None else jnp.where(mask_GS[..., None], bias_D, 0)",
+        "bias_D",
+        rows=("bias on the answer",),
+    ),
+    Mutation(
+        "torch: padding has the answer's bias",
+        "torch_ref/moe.py",
+        "torch.where(mask_GS[..., None], biased_GSD, y_GSD)",
+        "biased_GSD",
+        rows=("bias on the answer",),
+    ),
+    Mutation(
         "longrope has one set of factors",
         "jax_moe/attention/rope.py",
         "factors = config.long_factors if _is_long(config, length) else config.short_factors",

@@ -105,6 +105,7 @@ ROUTERS = [
     Case("least sum of weights", plain(router=RouterConfig(
         renormalise="floor", renormalise_eps=0.7, correction_bias=True, weight_dtype="input",
     ))),
+    Case("bias on the answer", plain(answer_bias=True, expert=ExpertConfig(shared_dim=10)), draws=("mask",)),
     Case("squared ReLU", plain(expert=ExpertConfig(activation="relu2", gated=False, shared_dim=10))),
     Case("clamped activation", plain(expert=ExpertConfig(
         clamp=0.7, clamp_on="activation", shared_dim=10, shared_clamp=None, shared_scale=0.5,

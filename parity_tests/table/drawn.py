@@ -132,6 +132,7 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
         router=router,
         capacity=capacity,
         expert=draw(experts()),
+        answer_bias=draw(st.booleans()),
         balance=draw(balances()),
         dispatcher=draw(st.sampled_from(DROPLESS if capacity is None else DROPPING)),
     )

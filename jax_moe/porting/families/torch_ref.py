@@ -24,7 +24,7 @@ ROUTER = (
 EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, "", DIMS[name], name, f"{name}_bias"))
 ROWS = (
     *ROUTER, *stacked(EXPERT, "experts.{e}.", "experts.", "e"), *stacked(EXPERT, "shared.", "shared.", "0/1"),
-    Row("shared_gate.weight", "1 D", "shared_gate", "D 1"),
+    Row("shared_gate.weight", "1 D", "shared_gate", "D 1"), Row("answer_bias", "D", "answer_bias", "D"),
 )
 ATTENTION = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from jax_moe.porting.families import decoders
-from jax_moe.porting.families.family import Family, Mixture, Names, Whole
+from jax_moe.porting.families.family import Family, Mixture, Names, Whole, fused_experts
 from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     FORWARD,
@@ -19,6 +19,7 @@ from jax_moe.porting.families.mixtures.layouts import (
     renamed,
     router,
 )
+from jax_moe.porting.table.rows import Row
 
 IN_INPUTS_DTYPE = {"router.dtype": "input", "router.weight_dtype": "input"}
 WIDTH = "moe_intermediate_size"
@@ -57,6 +58,10 @@ GRANITE_LIKE = Contract(
     (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
      Field("shared_intermediate_size", "expert.shared_dim", 0)),
     CHOSEN_LOGITS,
+)
+JET = Contract(
+    (*sizes("num_local_experts num_experts", "intermediate_size"), activation("activation_function")),
+    {**CHOSEN_LOGITS, "answer_bias": True},
 )
 ARIA = Contract(
     (*sizes("moe_num_experts", "intermediate_size", "moe_topk"), activation(),
@@ -102,6 +107,10 @@ ARIA_NAMES = both(
 )
 
 PHI_NAMES = (MIXTRAL[0], replace(JAMBA_NAMES[1], within=MLP))
+JET_NAMES = both("hf_jetmoe", *2 * ((
+    Row("router.layer.weight", "E D", "router.kernel", "D E"), Row("bias", "D", "answer_bias", "D"),
+    *fused_experts("input_linear.weight", "output_linear.weight"),
+),))
 OMNI = {
     "qwen3_omni_moe": "thinker_config.text_config", "qwen3_omni_moe_thinker": "text_config", "qwen3_omni_moe_text": "",
 }
@@ -126,4 +135,5 @@ SOFTMAX = (
     family("granitemoehybrid", GRANITE_LIKE.defaults(shared_intermediate_size=1024), GRANITE),
     family("granitemoe_swa", GRANITE_LIKE, GRANITE),
     multimodal("aria", ARIA, ARIA_NAMES),
+    family("jetmoe", JET, JET_NAMES),
 )
