@@ -96,6 +96,9 @@ def granite(model_type: str, prefix: str, **settings: Any) -> Case:
 
 CASES = {one.model_type: one for one in (
     Case("mixtral", "Mixtral", sizes=MIXTRAL, balance=True),
+    Case("switch_transformers", "SwitchTransformers", "SparseMLP", "num_experts d_ff num_experts_per_tok", {
+        "expert_capacity": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_decoder_layers": 2,
+        "dropout_rate": 0.0}, model="ForConditionalGeneration", balance=True, seed=12),
     Case("jetmoe", "JetMoe", "MoE", MIXTRAL, balance=True),
     Case("phimoe", "Phimoe", sizes=MIXTRAL, others=(
         {"router_jitter_noise": 0.2}, {"num_experts_per_tok": 2}), balance=True),

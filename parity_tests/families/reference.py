@@ -117,6 +117,8 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
         if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of those that were not chosen
             K = module.top_k
             answers = (answer[1], answer[0].topk(K, dim=-1).indices)
+        if type(module).__name__ == "SwitchTransformersTop1Router":  # one-hot, without those that were dropped
+            answers = (answer[2], answer[2].argmax(dim=-1, keepdim=True))
         if type(module).__name__ == "JetMoeTopKGating":  # tokens sorted by expert, and the logits last
             answers = (answer[-1], answer[-1].topk(module.top_k, dim=-1).indices)
         tensors = [one for one in (*answers, *given) if isinstance(one, torch.Tensor)]
@@ -141,11 +143,16 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
     return Answer(found["experts"], y.detach().numpy(), {"x": x.grad.numpy(), **named}, found.get("logits"))  # type: ignore
 
 
-def balance_loss(case: Case, logits: np.ndarray, top_k: int) -> float:
+def balance_loss(case: Case, logits: np.ndarray, shape: int, top_k: int) -> float:
     """transformers' own balance loss of one layer."""
     modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
+    given = torch.from_numpy(logits)
+    if case.model_type == "switch_transformers":  # each sequence by itself
+        given = given.reshape(*SHAPES[shape][0], -1)
+        with widened():
+            return float(modeling.load_balancing_loss_func(given.softmax(-1), given.argmax(-1)))
     with widened():
-        return float(modeling.load_balancing_loss_func((torch.from_numpy(logits),), logits.shape[-1], top_k))
+        return float(modeling.load_balancing_loss_func((given,), logits.shape[-1], top_k))
 
 
 def save_model(case: Case, folder: Path) -> Any:
