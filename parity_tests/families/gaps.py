@@ -22,13 +22,14 @@ GAPS: dict[str, str] = {
     "inkling2_loop": "soft caps on gate and up",
     "muse_spark": "projections and norms around the experts",
     "nemotron_h": "squared ReLU without a gate, projections around the experts",
-    "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
     "vitpose_backbone": "an expert by the kind of data set: no router",
     "zaya": "the router is a network with a state from the layer before",
 }
 
 # In the table, and yet not all of it.
 IN_PART: dict[str, str] = {
+    "nllb_moe": "the encoder's mixtures, at evaluation; transformers 5.24 calls experts 0 and 1 alone, whatever the "
+                "router chose: compared with its router and its experts, put together as in fairseq",
     "switch_transformers": "the encoder's mixtures; the decoder's, under names of their own, are not read",
     "jetmoe": "the mixture of feed-forward networks; that of attention (queries and outputs by expert) is not read",
     "deepseek_v4": "layers of `hash_moe`, whose choices come from a table of token ids, are refused by name",

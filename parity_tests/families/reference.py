@@ -1,5 +1,6 @@
 """The mixture in `transformers`: made alone from a tiny configuration, its weights drawn by numpy, and run."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -19,7 +20,8 @@ def configuration(case: Case, shape: int) -> Any:
     """transformers' configuration of the whole model type."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[case.model_type](**case.values(shape))
+    name = case.model_type if case.model_type in CONFIG_MAPPING else case.model_type.replace("_", "-")
+    return CONFIG_MAPPING[name](**case.values(shape))
 
 
 def text_of(case: Case, config: Any) -> Any:
@@ -42,11 +44,15 @@ class Layer(torch.nn.Module):
         config._experts_implementation = "eager"
         modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
         self.names = [case.at or "own", *case.beside]
+        given = {"layer_idx": 1, "ffn_dim": getattr(config, "encoder_ffn_dim", None)}
         self.case, self.prefixed = case, bool(case.at)
         for name, kind in zip(self.names, (f"{case.prefix}{case.module}", *case.beside.values()), strict=True):
             made = getattr(modeling, kind)
             takes = inspect.signature(made.__init__).parameters
-            self.add_module(name, made(config, layer_idx=1) if "layer_idx" in takes else made(config))
+            further = {word: value for word, value in given.items() if word in takes}
+            self.add_module(name, made(config, **further))
+        if case.model_type == "nllb_moe":
+            self.own.experts.forward = functools.partial(every_expert, self.own.experts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of their answers."""
@@ -64,6 +70,12 @@ def without_spare(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
     count = case.settings.get("zero_expert_num", 0)
     spare = {name for name in tensors if case.spare and name.endswith(case.spare)}
     return {name: value[:-count] if name in spare else value for name, value in tensors.items()}
+
+
+def every_expert(experts: Any, x: torch.Tensor, first_choice: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What NLLB's experts have to do in evaluation, as in fairseq: each by its weight, 0 where it was not chosen."""
+    answers = [experts[f"expert_{e}"](x) * weights[:, e, None] for e in range(experts.num_experts)]
+    return sum(answers) * (1 - experts.moe_token_dropout)  # type: ignore[return-value]
 
 
 @dataclass
@@ -117,6 +129,8 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
         if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of those that were not chosen
             K = module.top_k
             answers = (answer[1], answer[0].topk(K, dim=-1).indices)
+        if type(module).__name__ == "NllbMoeTop2Router":  # the first choices, one-hot, the weights of both, the logits
+            answers = (answer[2], answer[1].topk(2, dim=-1).indices)
         if type(module).__name__ == "SwitchTransformersTop1Router":  # one-hot, without those that were dropped
             answers = (answer[2], answer[2].argmax(dim=-1, keepdim=True))
         if type(module).__name__ == "JetMoeTopKGating":  # tokens sorted by expert, and the logits last

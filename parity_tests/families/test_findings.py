@@ -106,3 +106,33 @@ def test_a_published_folder_of_longcat(tmp_path: Path) -> None:
         np.testing.assert_array_equal(jax_moe.to_torch(again)[name], value)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         transformers.LongcatFlashForCausalLM.from_pretrained(tmp_path)
+
+
+def test_nllb_calls_two_experts_whatever_the_router_chose() -> None:
+    """transformers reads the router's one-hot choices, ones and zeros, as numbers of experts. fairseq sends each token
+    to both its experts, and so do the published weights' training, the family's row and ours.
+    """
+    layer, called = make_layer(CASES["nllb_moe"], 0, "float32"), set[str]()
+    experts = layer.own.experts
+    for name, expert in experts.items():
+        expert.register_forward_hook(lambda module, given, answer, name=name: called.add(name))
+    del experts.forward  # what the row puts right
+    x = torch.randn(3, 7, 10, generator=torch.Generator().manual_seed(2))
+    weights = layer.own.router(x.reshape(-1, 10))[1]
+    assert (weights > 0).any(dim=0).sum() > 2 and ((weights > 0).sum(dim=1) == 2).all()
+    wrong = layer(x)
+    assert called == {"expert_0", "expert_1"}
+    first, second = weights.topk(2, dim=-1).values.T[..., None]
+    said = experts["expert_1"](x.reshape(-1, 10)) * first + experts["expert_0"](x.reshape(-1, 10)) * second
+    torch.testing.assert_close(wrong.reshape(-1, 10), 0.75 * said)
+
+
+def test_nllb_masks_single_numbers_in_training() -> None:
+    """Expert output masking drops an expert's whole answer to a token and leaves the others (fairseq; arXiv 2207.04672,
+    section 6.2.1); transformers drops single numbers and scales the others up, though evaluation scales down already.
+    """
+    experts = make_layer(CASES["nllb_moe"], 0, "float32").own.experts
+    torch.manual_seed(0)
+    kept = experts.token_dropout.train()(torch.ones(50, 10))
+    torch.testing.assert_close(kept.unique(), torch.tensor([0.0, 1 / (1 - experts.moe_token_dropout)]))
+    assert ((kept == 0).any(dim=1) & (kept > 0).any(dim=1)).any()

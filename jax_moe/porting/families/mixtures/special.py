@@ -21,7 +21,7 @@ from jax_moe.porting.families.mixtures.layouts import (
 from jax_moe.porting.families.mixtures.sigmoid import SHARED_EXPERT, V3, scale, shared
 from jax_moe.porting.families.mixtures.softmax import IN_INPUTS_DTYPE, QWEN_LIKE, ROOTS, family, multimodal
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.table.rows import Row, under
+from jax_moe.porting.table.rows import Row, linear, stacked, under
 
 WIDTH = "moe_intermediate_size"
 KOLIBRI = Contract(
@@ -134,7 +134,40 @@ V4_NAMES = both(
     "hf_deepseek_v4", (*router(correction="gate.bias"), *W123, *W_SHARED), DEEPSEEK[1].rows, f"{LAYER}ffn.", MLP,
 )
 
+# At evaluation with a slot for every token (moe_eval_capacity_token_fraction 1), as published
+NLLB = Contract(
+    (Field("d_model", "model_dim"), Field("encoder_ffn_dim", "expert_dim"), Field("num_experts", "num_experts"),
+     activation("activation_function", "relu"), Field("router_bias", "router.bias", False)),
+    {**HUGGING_FACE, "top_k": 2, "router.renormalise": "sum", "router.weight_dtype": "input", "expert.gated": False,
+     "expert.bias": True},
+    {"second_expert_policy": "all", "moe_eval_capacity_token_fraction": 1.0, "router_dtype": "float32"},
+)
+
+
+def read_nllb(settings: Settings) -> MoEConfig:
+    """NLLB's contract: what expert output masking leaves of the sum in the mean."""
+    masked = settings.number("moe_token_dropout", 0.2)
+    if not 0 <= masked < 1:
+        settings.wrong("moe_token_dropout", "a number of at least 0 and below 1")
+        masked = 0.0
+    return NLLB.but(router__scale=1 - masked).read(settings)
+
+
+def write_nllb(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    return NLLB.write(moe) | {"moe_token_dropout": 1 - moe.router.scale}
+
+
+NLLB_NAMES = both("hf_nllb", *2 * ((
+    *linear("router.classifier", "router.", "D E"),
+    *stacked(
+        (*linear("fc1", "", "D F", "up", "up_bias"), *linear("fc2", "", "F D", "down", "down_bias")),
+        "experts.expert_{e}.", "experts.", "e",
+    ),
+),), "model.encoder.layers.{l}.ffn.")
+
 SPECIAL = (
+    Family("nllb_moe", Mixture(read_nllb, write_nllb, *NLLB_NAMES, {"nllb-moe": ""})),
     Family("step3p7", Mixture(
         read_step, write_step, *STEP_NAMES, {"step3p7": "text_config", "step3p5": ""}, ROOTS, LIMITS,
     )),
