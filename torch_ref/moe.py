@@ -40,6 +40,7 @@ class Parts(NamedTuple):
     shared: Callable | None = None
     shared_gate: nn.Linear | None = None
     answer_bias_D: Float[Tensor, " D"] | None = None
+    table_VK: Int[Tensor, "V K"] | None = None
 
 
 class MoEArrays(TypedDict, total=False):
@@ -49,6 +50,7 @@ class MoEArrays(TypedDict, total=False):
     jitter_BTD: Float[Tensor, "B T D"] | None
     keep_BTKD: Bool[Tensor, "B T K D"] | None
     expert_BTK: Int[Tensor, "B T K"] | None
+    tokens_BT: Int[Tensor, "B T"] | None
 
 
 class MoEOutput(NamedTuple):
@@ -137,9 +139,14 @@ def moe_forward(
     """All that a call computes. Arguments as in `MoE.run`."""
     config = parts.config
     check_moe_arrays(config, x_BTD, mask_BT=mask_BT, **arrays)
+    tokens_BT, expert_BTK = arrays.get("tokens_BT"), arrays.get("expert_BTK")
+    if expert_BTK is None and tokens_BT is not None and parts.table_VK is not None:
+        tokens_BT = tokens_BT if mask_BT is None else tokens_BT.where(mask_BT, 0)
+        rows = [parts.table_VK[token] for token in tokens_BT.flatten().tolist()]
+        expert_BTK = torch.stack(rows).reshape(*tokens_BT.shape, -1) if rows else parts.table_VK[tokens_BT.long()]
     x_GSD, routing, slots, capacity, mask_GS = moe_routing(
         x_BTD, parts, training=training, mask_BT=mask_BT, noise_BTE=arrays.get("noise_BTE"),
-        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=arrays.get("expert_BTK"),
+        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=expert_BTK,
     )
     keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
@@ -174,9 +181,12 @@ def moe_forward(
 
 
 class Router(nn.Module):
-    """The router's weights: `linear`, [`noise_linear`] and the buffer [`correction_bias`], which no gradient trains."""
+    """The router's weights: `linear`, [`noise_linear`] and the buffers [`correction_bias`] and [`expert_table`], which
+    no gradient trains.
+    """
 
     correction_bias: Tensor | None
+    expert_table: Tensor | None
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -186,6 +196,10 @@ class Router(nn.Module):
         self.noise_linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias) if learned else None
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if router.correction_bias else None
         self.register_buffer("correction_bias", bias_E)
+        table_VK = None
+        if router.table_tokens:
+            table_VK = (torch.arange(router.table_tokens)[:, None] + torch.arange(config.top_k)) % config.num_experts
+        self.register_buffer("expert_table", table_VK)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
         """`.to(dtype)` and similar, except that the correction bias stays fp32: in bf16 it would change the choices."""
@@ -222,7 +236,7 @@ class MoE(nn.Module):
         router = self.router
         return Parts(
             self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
-            self.shared, self.shared_gate, self.answer_bias,
+            self.shared, self.shared_gate, self.answer_bias, router.expert_table,
         )
 
     def forward(
@@ -234,6 +248,7 @@ class MoE(nn.Module):
         jitter_BTD: Float[Tensor, "B T D"] | None = None,
         keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
         expert_BTK: Int[Tensor, "B T K"] | None = None,
+        tokens_BT: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
         """The layer's answer in the input's dtype, and its statistics.
 
@@ -242,13 +257,14 @@ class MoE(nn.Module):
         are added to the logits unscaled), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives
         dropout. `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in
         no statistic.
-        `expert_BTK` replays choices: K different experts for every real token. Without any tokens the answer is empty
+        `expert_BTK` replays choices: K different experts for every real token. `tokens_BT` are the tokens where a table
+        of them chooses (`table_tokens`): one of the two is needed there. Without any tokens the answer is empty
         and statistics are 0. Raises ValueError, by name, for an array of another kind or shape or with an expert out of
         range, and for a capacity below one slot.
         """
         output = self.run(
             x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD,
-            expert_BTK=expert_BTK,
+            expert_BTK=expert_BTK, tokens_BT=tokens_BT,
         )
         return output.y_BTD, output.stats
 

@@ -173,6 +173,10 @@ def route(
     """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
     score_GSE = expert_scores(logits_GSE, config.router)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
-    own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
+    if config.router.table_tokens:  # the choices of a table come as if replayed
+        assert expert_GSK is not None
+        own_GSK = expert_GSK.long()
+    else:
+        own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK.long()
     return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)

@@ -38,6 +38,9 @@ def _sparse(config: MoEConfig) -> list[str]:
     if router.order == "sparse_mixer":
         near = f"at most {2 * router.mixer_eps:g} of its size below the best"
         order = f"{top}, each with its share of a softmax over what is left and {near} (sparse mixer)"
+    if router.table_tokens:
+        chosen = f"{config.top_k} of {config.num_experts}"
+        order = f"a table of {router.table_tokens:,} tokens chooses {chosen}, their {router.score} scores weigh them"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))

@@ -47,6 +47,9 @@ class RouterConfig:
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
+    # above 0: a stored table of so many tokens names each token's K experts, and scores only weigh them (DeepSeek-V4's
+    # hash_moe; Hash Layers, arXiv 2106.04426); the layer is called with tokens_BT
+    table_tokens: int = 0
     num_clusters: int = 1  # cluster-limited top-k: number of equal clusters of experts (n_group)
     top_clusters: int = 1  # number of clusters, the best, that experts may be chosen from (topk_group)
     cluster_score: ClusterScore = "top2_sum"  # a cluster's score: its best expert (V2), or the sum of its best two (V3)
@@ -71,6 +74,11 @@ class RouterConfig:
         require(fits, "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
         if self.selection == "logit":
             require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when selection='logit'")
+        tokens = self.table_tokens
+        require(is_int(tokens) and tokens >= 0, "table_tokens", tokens, "an integer of at least 0")
+        if tokens:
+            plain = self.order == "score_then_select" and self.selection == "score" and self.num_clusters == 1
+            require(plain and not self.correction_bias, "table_tokens", tokens, "0 where the router chooses by a rule")
         if self.order != "score_then_select":
             when = f"when order={self.order!r}"
             require(self.score == "softmax", "score", self.score, f"'softmax' {when}")

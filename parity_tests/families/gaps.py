@@ -32,7 +32,6 @@ IN_PART: dict[str, str] = {
                 "router chose: compared with its router and its experts, put together as in fairseq",
     "switch_transformers": "the encoder's mixtures; the decoder's, under names of their own, are not read",
     "jetmoe": "the mixture of feed-forward networks; that of attention (queries and outputs by expert) is not read",
-    "deepseek_v4": "layers of `hash_moe`, whose choices come from a table of token ids, are refused by name",
     "qwen3_omni_moe": "the thinker's mixture; the talker's is not read",
     "dots3_note": "the text model's mixture; the vision model's is not read",
 }

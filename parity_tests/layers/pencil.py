@@ -71,6 +71,7 @@ class Scenario:
     dropped: float = 0.0  # share of choices dropped
     weights: dict = field(default_factory=dict)  # on top of `pencil_weights`
     mask_BT: list | None = None
+    tokens_BT: list | None = None
 
     def all_weights(self) -> dict[str, np.ndarray]:
         return {
@@ -156,6 +157,11 @@ WEIGHTS = [
         "the choice by logits", THREE_ONE, [45, 30, 0],
         dataclasses.replace(SIGMOID, correction_bias=True, selection="logit"),
         weights={"router.correction_bias": [0, 0, 0.6]},
+    ),
+    # token 1 of the table goes to experts 2 and 0, whatever the scores: 1/2 and 1/6 weigh them
+    weight_story(
+        "a table of tokens", HALF_THIRD_SIXTH, [30, 0, 10], RouterConfig(table_tokens=2),
+        weights={"router.expert_table": [[0, 1], [2, 0]]}, tokens_BT=[[1]],
     ),
     # a router bias does count: logits ln 3, 0, 0 + ln 2 -> experts 0 and 2, 3/5 and 2/5
     weight_story(

@@ -147,6 +147,20 @@ JAX_ROUTING = [
         rows=("sparse mixer",),
     ),
     Mutation(
+        "jax: a table of tokens is overruled by the scores",
+        "jax_moe/moe.py",
+        "if router.table_tokens and expert_BTK is None:",
+        "if False:",
+        rows=("a table of tokens",),
+    ),
+    Mutation(
+        "torch: the table's row of the next token",
+        "torch_ref/moe.py",
+        "rows = [parts.table_VK[token] for",
+        "rows = [parts.table_VK[token - 1] for",
+        rows=("a table of tokens",),
+    ),
+    Mutation(
         "jax: padding has the answer's bias",
         "jax_moe/moe.py",
         "bias_D if mask_GS is None else jnp.where(mask_GS[..., None], bias_D, 0)",

@@ -13,7 +13,7 @@ from jax_moe.config.models import BlockConfig, MakeMoEConfig
 from jax_moe.config.moe import BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 
 Config = MoEConfig | SoftMoEConfig | AttentionConfig | BlockConfig | MakeMoEConfig
-Draw = Literal["noise", "jitter", "keep", "mask", "replay"]
+Draw = Literal["noise", "jitter", "keep", "mask", "replay", "tokens"]
 Logits = Literal["free", "equal", "bfloat16", "unchosen", "one", "two"]
 Mask = Literal["ragged", "row", "all"]
 
@@ -99,6 +99,9 @@ ROUTERS = [
     Case("choice by logits", plain(
         router=RouterConfig(score="sigmoid", selection="logit", correction_bias=True, renormalise="sum"),
     )),
+    Case("a table of tokens", plain(
+        num_experts=6, router=RouterConfig(score="sqrt_softplus", renormalise="eps", table_tokens=11),
+    ), draws=("tokens", "mask")),
     Case("sparse mixer", plain(
         num_experts=6, router=RouterConfig(order="sparse_mixer", mixer_eps=0.3, bias=True, scale=1.5),
     )),

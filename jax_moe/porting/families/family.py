@@ -97,6 +97,7 @@ class Mixture:
     types: Mapping[str, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ("model.",)  # what may stand before `layers.` in a file
     by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
+    each_layer: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # with such a list where none stands
     # What begins the names of tensors in the module that are not the mixture's, and stay as they are; {e} is the number
     # of an expert beyond the contract's
     beside: tuple[str, ...] = ()
@@ -147,7 +148,7 @@ class Family:
     def mixture_config(self, values: Mapping[str, Any], layer: int = 0) -> MoEConfig:
         """The contract of a layer's mixture. Raises ValueError as `config`."""
         assert self.mixture is not None
-        values = self.text_settings(values)
+        values = self.mixture.each_layer(self.text_settings(values))
         lists = {name: values[name] for name in self.mixture.by_layer if isinstance(values.get(name), list)}
         own = {name: value[layer] for name, value in lists.items() if layer < len(value)}
         return self._contract({**values, **own}, self.mixture.read)

@@ -36,9 +36,9 @@ def read(shapes: Shapes, chosen: dict[str, Any]) -> MoEConfig:
 def read_mixture(settings: Settings) -> MoEConfig:
     """The same from config.json."""
     settings.must_be("router_dtype", "float32", "the router computes in fp32")
-    sizes = (settings.size(name) for name in ("d_model", "d_ff", "num_experts"))
+    D, F, E = (settings.size(name) for name in ("d_model", "d_ff", "num_experts"))
     config = presets.switch(
-        *sizes, expert_capacity=settings.integer("expert_capacity", SLOTS, least=1),
+        D, F, E, expert_capacity=settings.integer("expert_capacity", SLOTS, least=1),
         jitter_eps=settings.number("router_jitter_noise", 0.01), balance_per_sequence=True,
     )
     act = ACTIVATIONS[settings.choice("dense_act_fn", "relu", ACTIVATIONS)]

@@ -20,6 +20,7 @@ ROUTER = (
     *linear("router.linear", "router.", "D E"),
     *linear("router.noise_linear", "router.", "D E", "noise_kernel", "noise_bias"),
     Row("router.correction_bias", "E", "router.correction_bias", "E"),
+    Row("router.expert_table", "V K", "router.expert_table", "V K"),
 )
 EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, "", DIMS[name], name, f"{name}_bias"))
 ROWS = (
