@@ -24,6 +24,11 @@ def activate(name: Activation, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     return x
 
 
+def soft_cap(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
+    """bound * tanh(x / bound): x near 0, and never beyond the bound."""
+    return bound * jnp.tanh(x / bound)
+
+
 def clamp_above(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
     """min(x, bound) with torch.clamp's gradient: 1 up to and at the bound (jnp.clip splits it there)."""
     return jnp.where(x > bound, jnp.full_like(x, bound), x)

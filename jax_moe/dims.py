@@ -4,7 +4,7 @@ B sequences            T positions            U positions attended to   G routin
 S tokens in a group    E experts              K choices per token       C slots per expert per group
 D model width          F expert width         V vocabulary              L layers
 H query heads          J key/value heads      A head width              R rows sorted by expert
-N expert clusters      W width of heads' norm
+N expert clusters      W width of heads' norm  Y shared experts that the router weighs
 Q compressed queries   Z compressed keys and values                       M width of a head's values
 X entries of a head that do not turn                  P entries that do    (A = X + P)
 I input width of a map O output width of a map  (where they have no letter of their own)

@@ -1,6 +1,7 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -17,6 +18,7 @@ from jax_moe.initializers import rounded, uniform
 from jax_moe.kernels import choose_dispatcher
 from jax_moe.kernels.chosen import are_few, experts_in_place
 from jax_moe.losses import MoEStats, layer_stats
+from jax_moe.norms import MixtureScale, rms_norm
 from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
 from jax_moe.stored import Kept
@@ -31,7 +33,11 @@ class ExpertTable(Kept):
 
 
 class Router(nnx.Module):
-    """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias], [expert_table]."""
+    """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias], [input_scale] [D] of
+    the norm of what it reads, [expert_scale] [E], [learned_scale], and the [expert_table] [V, K].
+
+    Logits of shared experts that it weighs stand after those of the E.
+    """
 
     def __init__(
         self, config: MoEConfig, *, rngs: nnx.Rngs, param_dtype: DTypeLike = jnp.float32,
@@ -41,10 +47,10 @@ class Router(nnx.Module):
         learned = config.router.noise == "learned_gaussian"
         bound = config.model_dim**-0.5
         for prefix in ("", "noise_") if learned else ("",):
-            kernel = init(rngs.params(), (config.model_dim, config.num_experts), param_dtype)
+            kernel = init(rngs.params(), (config.model_dim, config.num_logits), param_dtype)
             setattr(self, f"{prefix}kernel", parameter(kernel, "D E", "router"))
             if config.router.bias:
-                bias = uniform(bound)(rngs.params(), (config.num_experts,), param_dtype)
+                bias = uniform(bound)(rngs.params(), (config.num_logits,), param_dtype)
                 setattr(self, f"{prefix}bias", parameter(bias, "E", "router"))
         if config.router.correction_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
@@ -53,6 +59,12 @@ class Router(nnx.Module):
             first_V1 = jnp.arange(config.router.table_tokens, dtype=jnp.int32)[:, None]
             table_VK = (first_V1 + jnp.arange(config.top_k, dtype=jnp.int32)) % config.num_experts
             self.expert_table = parameter(table_VK, "V K", "correction", ExpertTable)
+        if config.router.input_norm:
+            self.input_scale = parameter(jnp.ones((config.model_dim,), param_dtype), "D", "router")
+        if config.router.expert_scale:
+            self.expert_scale = parameter(jnp.ones((config.num_experts,), param_dtype), "E", "router")
+        if config.router.learned_scale:
+            self.learned_scale = parameter(jnp.ones((1,), param_dtype), "1", "router")
 
     def weight(self, name: str) -> Array | None:
         """A parameter as a plain array, or None where the contract has none."""
@@ -109,12 +121,31 @@ class MoE(nnx.Module):
         self.experts = make_experts(config, **kwargs)
         if config.expert.shared_dim:
             shared = (1, config.model_dim, config.expert.shared_dim, config.expert.shared)
-            self.shared = Experts(*shared, role="shared", **kwargs)
+            if config.router.shared_experts:
+                weighed = (config.router.shared_experts, *shared[1:])
+                self.shared_experts = Experts(*weighed, role="shared", leading="Y", **kwargs)
+            else:
+                self.shared = Experts(*shared, role="shared", leading="1", **kwargs)
             if config.expert.shared_gate:
                 init = rounded(jax.nn.initializers.lecun_normal())
                 self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
         if config.answer_bias:
             self.answer_bias = parameter(jnp.zeros((config.model_dim,), param_dtype), "D", "shared")
+
+        around, D = config.around, config.model_dim
+        if around.latent_dim:
+            init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
+            into, back = (D, around.latent_dim), (around.latent_dim, D)
+            self.latent_in = parameter(init(rngs.params(), into, param_dtype), "D I", "projection")
+            self.latent_out = parameter(init(rngs.params(), back, param_dtype), "I D", "projection")
+        if around.latent_norm != "none":
+            norm = around.latent_norm, around.latent_dim, around.latent_norm_eps
+            self.latent_norm = MixtureScale(*norm, param_dtype)
+        if around.output_norm != "none":
+            self.output_norm = MixtureScale(around.output_norm, D, around.output_norm_eps, param_dtype)
+        for name in ("input_norm", "routed_norm", "shared_input_norm", "shared_norm"):
+            if getattr(around, name) != "none":
+                setattr(self, name, MixtureScale(getattr(around, name), D, around.norm_eps, param_dtype))
 
     def __call__(
         self,
@@ -172,16 +203,23 @@ class MoE(nnx.Module):
         rate = self.config.expert.dropout
         apply, weights = self._experts(x_BTD.shape[0] * x_BTD.shape[1], first_expert)
         moves = Moves(
-            config=self.config, capacity=capacity, apply=apply, weights=weights,
+            config=replace(self.config, model_dim=self.config.inner_dim), capacity=capacity, apply=apply,
+            weights=weights,
             dropout_key=fold(key, 1) if training and rate > 0 and keep_BTKD is None else None,
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
         rounded, shared_GSD = round_weights(slots, self.config, x_BTD.dtype), None
         dispatcher = choose_dispatcher(self.config)
-        y_GSD = dispatcher(x_GSD, routing, rounded, moves)
+        inner_GSD = self._to_experts(x_GSD)
+        y_GSD = dispatcher(inner_GSD, routing, rounded, moves)
+        if self.config.around.latent_dim:
+            y_GSD = y_GSD @ self.latent_out[...].astype(y_GSD.dtype)
+        y_GSD = self._normed("routed_norm", y_GSD)
         if self.config.expert.shared_dim:
-            shared_GSD = self._shared_answer(x_GSD, mask_GS)
+            shared_GSD = self._shared_answer(x_GSD, mask_GS, routing.shared_GSY)
             y_GSD += shared_GSD
+        if self.config.around.output_norm != "none":
+            y_GSD = self.output_norm(y_GSD)
         if self.config.answer_bias:
             bias_D = self.answer_bias[...].astype(y_GSD.dtype)
             y_GSD += bias_D if mask_GS is None else jnp.where(mask_GS[..., None], bias_D, 0)
@@ -189,7 +227,7 @@ class MoE(nnx.Module):
         output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
         if not watch:
             return output
-        answers_GSKD = single_answers(dispatcher, x_GSD, routing, rounded, moves)
+        answers_GSKD = single_answers(dispatcher, inner_GSD, routing, rounded, moves)
         return output._replace(stages=self._stages(output, answers_GSKD, shared_GSD, x_BTD.dtype))
 
     def _stages(
@@ -245,7 +283,9 @@ class MoE(nnx.Module):
         if expert_BTK is not None:  # a traced -1 would count from the end: beyond the last one it gives NaN
             expert_BTK = jnp.where(expert_BTK < 0, config.num_experts, expert_BTK)
         replay = None if expert_BTK is None else split_groups(expert_BTK, S)
-        routing = route(split_groups(logits_BTE, S), config, self.router.weight("correction_bias"), replay)
+        weight = self.router.weight
+        scales = weight("expert_scale"), weight("learned_scale")
+        routing = route(split_groups(logits_BTE, S), config, weight("correction_bias"), replay, *scales)
         slots = assign_slots(routing, config, capacity, mask_GS, limit)
         return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
 
@@ -253,10 +293,14 @@ class MoE(nnx.Module):
         weight, dtype = self.router.weight, self.config.router.dtype
         kernel = weight("kernel")
         assert kernel is not None
-        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype)
+        if self.config.router.input_norm:
+            scale_D = self.router.input_scale[...].astype(x_BTD.dtype)
+            x_BTD = rms_norm(x_BTD, None, self.config.router.input_norm_eps) * scale_D * self.config.model_dim**-0.5
+        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype) * self.config.router.logit_scale
         if noise_BTE is None:
             return logits_BTE
-        noise_BTE = noise_BTE.astype(logits_BTE.dtype)
+        of_shared = (0, self.config.router.shared_experts)
+        noise_BTE = jnp.pad(noise_BTE.astype(logits_BTE.dtype), ((0, 0), (0, 0), of_shared))
         if self.config.router.noise == "learned_gaussian":
             noise_kernel = weight("noise_kernel")
             assert noise_kernel is not None
@@ -273,12 +317,43 @@ class MoE(nnx.Module):
             weights = {name: jax.lax.dynamic_slice_in_dim(w, first_expert, E) for name, w in weights.items()}
         return lambda x_ECD, expert_E: expert_ffn(x_ECD, take_experts(weights, expert_E), config.expert), weights
 
-    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None) -> Array:
-        """What the shared experts add, behind their gate; 0 at padding. Only where the contract has them."""
+    def _to_experts(self, x_GSD: Array) -> Array:
+        """What routed experts read: the tokens, or these normed or mapped into another width."""
+        x_GSD = self._normed("input_norm", x_GSD)
+        if not self.config.around.latent_dim:
+            return x_GSD
+        x_GSI = x_GSD @ self.latent_in[...].astype(x_GSD.dtype)
+        return x_GSI if self.config.around.latent_norm == "none" else self.latent_norm(x_GSI)
+
+    def _normed(self, name: str, x_GSD: Array) -> Array:
+        """Normed, where the contract has that norm."""
+        norm = getattr(self, name, None)
+        return x_GSD if norm is None else norm(x_GSD)
+
+    def _shared_answer(self, x_GSD: Array, mask_GS: Array | None, weight_GSY: Array | None) -> Array:
+        """What the shared experts add, weighed or behind their gate; 0 at padding. Only where the contract has them."""
+        x_GSD = self._normed("shared_input_norm", x_GSD)
+        y_GSD = self._weighed_answer(x_GSD, weight_GSY) if weight_GSY is not None else self._gated_answer(x_GSD)
+        if self.config.expert.shared_scale != 1:
+            y_GSD *= self.config.expert.shared_scale
+        y_GSD = self._normed("shared_norm", y_GSD)
+        return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)
+
+    def _weighed_answer(self, x_GSD: Array, weight_GSY: Array) -> Array:
+        """The sum of shared experts' answers, each times the weight that the router gives it."""
+        G, S, D = x_GSD.shape
+        Y = self.config.router.shared_experts
+        if self.config.router.weight_dtype == "input":
+            weight_GSY = weight_GSY.astype(x_GSD.dtype).astype(weight_GSY.dtype)
+        x_YRD = jnp.broadcast_to(x_GSD.reshape(1, G * S, D), (Y, G * S, D))
+        y_YRD = expert_ffn(x_YRD, self.shared_experts.weights(), self.config.expert.shared)
+        y_YGSD = y_YRD.reshape(Y, G, S, D).astype(weight_GSY.dtype)
+        return jnp.einsum("GSY,YGSD->GSD", weight_GSY, y_YGSD).astype(x_GSD.dtype)
+
+    def _gated_answer(self, x_GSD: Array) -> Array:
+        """The shared expert's answer, behind its gate where it has one."""
         y_GSD = expert_ffn(x_GSD.reshape(1, -1, x_GSD.shape[-1]), self.shared.weights(), self.config.expert.shared)
         y_GSD = y_GSD.reshape(x_GSD.shape)
         if self.config.expert.shared_gate:
             y_GSD *= jax.nn.sigmoid(x_GSD @ self.shared_gate[...].astype(x_GSD.dtype))
-        if self.config.expert.shared_scale != 1:
-            y_GSD *= self.config.expert.shared_scale
-        return y_GSD if mask_GS is None else jnp.where(mask_GS[..., None], y_GSD, 0)
+        return y_GSD

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.config.decoder import NormKind
+from jax_moe.config.moe import MixtureNorm
 from jax_moe.dims import Array, DTypeLike, Float, wide
 from jax_moe.parameters import declare, parameter
 
@@ -20,7 +21,7 @@ def layer_norm(
 
 
 def rms_norm(
-    x: Float[Array, "*any D"], scale_D: Float[Array, " D"] | None, eps: float, wide_scale: bool = False
+    x: Float[Array, "*any D"], scale_D: Float[Array, "*some D"] | None, eps: float, wide_scale: bool = False
 ) -> Float[Array, "*any D"]:
     """x / rms(x) in fp32 or wider, times the scale (arXiv 1910.07467, eq. 4); rounded to the input's dtype before the
     scale or, `wide_scale`, after it. None: there is no scale.
@@ -32,6 +33,32 @@ def rms_norm(
     if wide_scale:
         return (normed * scale_D.astype(normed.dtype)).astype(x.dtype)
     return normed.astype(x.dtype) * scale_D.astype(x.dtype)
+
+
+def mixture_norm(
+    kind: MixtureNorm, x: Float[Array, "*any D"], scale_D: Float[Array, "*some D"], eps: float
+) -> Float[Array, "*any D"]:
+    """A norm of that kind, in fp32 or wider; `rms_of_scaled` rounds the scaled input to its dtype on the way."""
+    if kind in ("rms", "rms_wide"):
+        return rms_norm(x, scale_D, eps, kind == "rms_wide")
+    wide_x, centred_D = x.astype(wide(x.dtype)), 1 + scale_D.astype(wide(x.dtype))
+    if kind == "rms_of_scaled":
+        wide_x = (wide_x * centred_D).astype(x.dtype).astype(wide_x.dtype)
+    mean_square = (wide_x**2).mean(axis=-1, keepdims=True)
+    normed = wide_x * jax.lax.rsqrt(mean_square + eps)
+    return (normed * centred_D if kind == "rms_centered" else normed).astype(x.dtype)
+
+
+class MixtureScale(nnx.Module):
+    """The learned scale of `mixture_norm`: 1, or 0 where 1 is added to it."""
+
+    def __init__(self, kind: MixtureNorm, width: int, eps: float, param_dtype: DTypeLike = jnp.float32):
+        self.kind, self.eps = kind, eps
+        self.scale = parameter(jnp.full((width,), float(kind in ("rms", "rms_wide")), param_dtype), "D", "norm")
+
+    def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
+        """The normed input, in its dtype."""
+        return mixture_norm(self.kind, x, self.scale[...], self.eps)
 
 
 def make_norm(

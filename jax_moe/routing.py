@@ -20,6 +20,7 @@ class Routing(NamedTuple):
     weight_GSK: Float[Array, "G S K"]  # the weight of that expert's answer; fp32 or wider
     logits_GSE: Float[Array, "G S E"]  # the logits chosen from, noise included; the losses read them
     own_GSK: Int[Array, "G S K"]  # the router's own choices: others than expert_GSK where another run's are replayed
+    shared_GSY: Float[Array, "G S Y"] | None = None  # weights of shared experts, where the router weighs them
 
 
 def router_logits(
@@ -121,13 +122,19 @@ def update_correction_bias(
 
 
 def choice_weights(
-    score_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"], config: RouterConfig
-) -> Float[Array, "G S K"]:
-    """The weight of each choice: its score (or a softmax over the K), renormalised and scaled as the contract says."""
+    score_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"], config: RouterConfig,
+    shared_GSY: Float[Array, "G S Y"] | None = None,
+) -> Float[Array, "G S X"]:
+    """The weight of each choice: its score (or a softmax over the K), renormalised and scaled as the contract says.
+
+    Given scores of shared experts count as those of further choices, and their weights follow: X = K + Y.
+    """
     if config.order == "sparse_mixer":
         weight_GSK = mixer_weights(score_GSE, expert_GSK, config.mixer_eps)
     else:
         weight_GSK = jnp.take_along_axis(score_GSE, expert_GSK, axis=-1)
+    if shared_GSY is not None:
+        weight_GSK = jnp.concatenate([weight_GSK, shared_GSY], axis=-1)
     if config.order == "select_then_softmax":
         weight_GSK = jax.nn.softmax(weight_GSK, axis=-1)
     if config.renormalise != "none":
@@ -164,12 +171,21 @@ def safe_denominator(total: Float[Array, "*any"]) -> Float[Array, "*any"]:
 
 
 def route(
-    logits_GSE: Float[Array, "G S E"],
+    logits_GSX: Float[Array, "G S X"],
     config: MoEConfig,
     correction_bias_E: Float[Array, " E"] | None = None,
     expert_GSK: Int[Array, "G S K"] | None = None,
+    scale_E: Float[Array, " E"] | None = None,
+    learned_scale: Float[Array, " 1"] | None = None,
 ) -> Routing:
-    """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
+    """Choices and weights, each times its expert's `scale_E` and `learned_scale`, if given. A given `expert_GSK`
+    replays another run's choices: the weights are theirs.
+
+    Logits of shared experts that the router weighs stand after those of the E.
+    """
+    logits_GSE, shared_GSY = logits_GSX[..., : config.num_experts], None
+    if config.router.shared_experts:
+        shared_GSY = expert_scores(logits_GSX, config.router)[..., config.num_experts :]
     score_GSE = expert_scores(logits_GSE, config.router)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
     if config.router.table_tokens:  # the choices of a table come as if replayed
@@ -178,4 +194,10 @@ def route(
     else:
         own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK
-    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)
+    weight_GSX = choice_weights(score_GSE, expert_GSK, config.router, shared_GSY)
+    if learned_scale is not None:
+        weight_GSX = weight_GSX * learned_scale.astype(weight_GSX.dtype)
+    weight_GSK, K = weight_GSX[..., : config.top_k], config.top_k
+    if scale_E is not None:
+        weight_GSK *= scale_E.astype(weight_GSK.dtype)[expert_GSK]
+    return Routing(expert_GSK, weight_GSK, logits_GSE, own_GSK, None if shared_GSY is None else weight_GSX[..., K:])

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from jax_moe.config import ExpertConfig, MoEConfig
 from torch_ref.activations import activate
-from torch_ref.dims import Float, Tensor
+from torch_ref.dims import Float, Tensor, wide
 
 
 def linear(x: Float[Tensor, "*any X"], layer: nn.Linear) -> Float[Tensor, "*any Y"]:
@@ -22,6 +22,10 @@ def expert_ffn(
     if gate is None:
         return linear(activate(config.activation, up_RF), down)
     gate_RF = linear(x_RD, gate)
+    if config.gate_softcap is not None or config.up_softcap is not None:
+        wider = wide(x_RD.dtype)
+        soft_RF = _soft(up_RF.to(wider), config.up_softcap) + config.up_offset
+        return linear((_soft_gate(gate_RF.to(wider), config) * soft_RF).to(x_RD.dtype), down)
     before = config.clamp if config.clamp_on == "gate" else None
     after = config.clamp if config.clamp_on == "activation" else None
     gate_RF = activate(config.activation, gate_RF if before is None else gate_RF.clamp(max=before))
@@ -29,6 +33,18 @@ def expert_ffn(
     if config.clamp is not None:
         up_RF = up_RF.clamp(min=-config.clamp, max=config.clamp)
     return linear(gate_RF * (up_RF + config.up_offset), down)
+
+
+def _soft(x: Float[Tensor, "*any"], bound: float | None) -> Float[Tensor, "*any"]:
+    """bound * tanh(x / bound), or x without a bound."""
+    return x if bound is None else (x / bound).tanh() * bound
+
+
+def _soft_gate(gate: Float[Tensor, "*any"], config: ExpertConfig) -> Float[Tensor, "*any"]:
+    """The gate, softly bounded but for its sigmoid."""
+    if config.gate_softcap is None:
+        return activate(config.activation, gate)
+    return _soft(gate, config.gate_softcap) * gate.sigmoid()
 
 
 class Expert(nn.Module):
@@ -48,5 +64,5 @@ class Expert(nn.Module):
 
 def make_experts(config: MoEConfig) -> nn.ModuleList:
     """The routed experts of a layer; the last may return their input."""
-    experts = (Expert(config.model_dim, config.expert_dim, config.expert) for _ in range(config.num_networks))
+    experts = (Expert(config.inner_dim, config.expert_dim, config.expert) for _ in range(config.num_networks))
     return nn.ModuleList([*experts, *(nn.Identity() for _ in range(config.identity_experts))])

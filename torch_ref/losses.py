@@ -230,7 +230,7 @@ def layer_stats(
     if config.balance.counted_in == "sequence":
         if sequences is None:
             raise ValueError("sequences=None: must be B and T when counted_in='sequence'")
-        by_sequence = Routing(*(merge_groups(x, *sequences) for x in routing))
+        by_sequence = Routing(*(merge_groups(x, *sequences) for x in routing if x is not None))
         mask_BT = None if mask_GS is None else merge_groups(mask_GS, *sequences)
         balance = group_balance_loss(by_sequence, config, mask_BT)
     dropped_GS = (slots.slot_GSK == capacity).to(dtype).mean(dim=-1)

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from jax_moe.config import MoEConfig
+from jax_moe.config import MixtureNorm, MoEConfig
 from jax_moe.config.parameters import Role
 from torch_ref.arrays import check_moe_arrays
 from torch_ref.dims import Bool, Float, Int, Tensor, wide
@@ -26,6 +27,7 @@ from torch_ref.dispatch import (
 )
 from torch_ref.experts import Expert, linear, make_experts
 from torch_ref.losses import MoEStats, layer_stats
+from torch_ref.norms import MixtureScale
 from torch_ref.routing import Routing, noise_scale, route, router_logits
 
 
@@ -39,6 +41,19 @@ class Parts(NamedTuple):
     experts: Sequence[Callable]
     shared: Callable | None = None
     shared_gate: nn.Linear | None = None
+    latent_in: nn.Linear | None = None
+    latent_out: nn.Linear | None = None
+    latent_norm: nn.Module | None = None
+    answer_norm: nn.Module | None = None
+    output_norm: nn.Module | None = None
+    input_norm: nn.Module | None = None
+    routed_norm: nn.Module | None = None
+    shared_input_norm: nn.Module | None = None
+    shared_norm: nn.Module | None = None
+    router_scale_D: Float[Tensor, " D"] | None = None
+    expert_scale_E: Float[Tensor, " E"] | None = None
+    learned_scale: Float[Tensor, " 1"] | None = None
+    shared_experts: nn.ModuleList | None = None
     answer_bias_D: Float[Tensor, " D"] | None = None
     table_VK: Int[Tensor, "V K"] | None = None
 
@@ -71,16 +86,22 @@ class MoEOutput(NamedTuple):
 
 def moe_logits(
     x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts
-) -> Float[Tensor, "B T E"]:
+) -> Float[Tensor, "B T X"]:
     """The router's logits plus the noise, which is scaled by softplus(x W_noise) if the contract has learned noise."""
 
     def logits_of(layer: nn.Linear) -> Tensor:
         return router_logits(x_BTD, layer.weight.T, layer.bias, parts.config.router.dtype)
 
-    logits_BTE = logits_of(parts.router)
+    router = parts.config.router
+    if parts.router_scale_D is not None:
+        wide_x = x_BTD.to(wide(x_BTD.dtype))
+        rms = (wide_x.square().mean(dim=-1, keepdim=True) + router.input_norm_eps).sqrt()
+        scale_D = parts.router_scale_D.to(x_BTD.dtype)
+        x_BTD = (wide_x / rms).to(x_BTD.dtype) * scale_D / parts.config.model_dim**0.5
+    logits_BTE = logits_of(parts.router) * parts.config.router.logit_scale
     if noise_BTE is None:
         return logits_BTE
-    noise_BTE = noise_BTE.to(logits_BTE.dtype)
+    noise_BTE = F.pad(noise_BTE.to(logits_BTE.dtype), (0, parts.config.router.shared_experts))
     if parts.noise_router is not None:
         noise_BTE = noise_BTE * noise_scale(logits_of(parts.noise_router))
     return logits_BTE + noise_BTE
@@ -123,7 +144,8 @@ def moe_routing(
     if expert_BTK is not None and mask_BT is not None:  # choices of padding may be out of range
         expert_BTK = expert_BTK.where(mask_BT[..., None], expert_BTK.clamp(0, config.num_experts - 1))
     replay = None if expert_BTK is None else split_groups(expert_BTK, S)
-    routing = route(logits_GSE, config, parts.correction_bias_E, replay)
+    scales = parts.expert_scale_E, parts.learned_scale
+    routing = route(logits_GSE, config, parts.correction_bias_E, replay, *scales)
     return split_groups(x_BTD, S), routing, assign_slots(routing, config, capacity, mask_GS), capacity, mask_GS
 
 
@@ -150,17 +172,25 @@ def moe_forward(
     )
     keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
-    moves = Moves(config, capacity, parts.experts, training, keep_GSKD)
+    moves = Moves(config, capacity, [after(expert, parts.answer_norm) for expert in parts.experts], training, keep_GSKD)
+    inner_GSD = x_GSD if parts.input_norm is None else parts.input_norm(x_GSD)
+    inner_GSD = inner_GSD if parts.latent_in is None else linear(inner_GSD, parts.latent_in)
+    inner_GSD = inner_GSD if parts.latent_norm is None else parts.latent_norm(inner_GSD)
     rounded, shared_GSD = round_weights(slots, config, x_BTD.dtype), None
-    y_GSD = loop_dispatch(x_GSD, routing, rounded, moves)
-    if parts.shared is not None:
-        shared_GSD = parts.shared(x_GSD)
+    y_GSD = loop_dispatch(inner_GSD, routing, rounded, moves)
+    y_GSD = y_GSD if parts.latent_out is None else linear(y_GSD, parts.latent_out)
+    y_GSD = y_GSD if parts.routed_norm is None else parts.routed_norm(y_GSD)
+    if config.expert.shared_dim:
+        read_GSD = x_GSD if parts.shared_input_norm is None else parts.shared_input_norm(x_GSD)
+        shared_GSD = weighed(read_GSD, routing, parts) if parts.shared is None else parts.shared(read_GSD)
         if parts.shared_gate is not None:
-            shared_GSD = shared_GSD * linear(x_GSD, parts.shared_gate).sigmoid()
+            shared_GSD = shared_GSD * linear(read_GSD, parts.shared_gate).sigmoid()
         shared_GSD = shared_GSD * config.expert.shared_scale
+        shared_GSD = shared_GSD if parts.shared_norm is None else parts.shared_norm(shared_GSD)
         if mask_GS is not None:
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
+    y_GSD = y_GSD if parts.output_norm is None else parts.output_norm(y_GSD)
     if parts.answer_bias_D is not None:
         biased_GSD = y_GSD + parts.answer_bias_D.to(y_GSD.dtype)
         y_GSD = biased_GSD if mask_GS is None else torch.where(mask_GS[..., None], biased_GSD, y_GSD)
@@ -169,7 +199,7 @@ def moe_forward(
     if not watch:
         return output
     with torch.no_grad():
-        answers_GSKD = single_answers(x_GSD, routing, rounded, moves)
+        answers_GSKD = single_answers(inner_GSD, routing, rounded, moves)
     before_drops = round_weights(slots._replace(weight_GSK=routing.weight_GSK), config, x_BTD.dtype)
     found = {
         "router_logits": routing.logits_GSE, "experts": routing.own_GSK, "weights": before_drops.weight_GSK,
@@ -180,9 +210,28 @@ def moe_forward(
     return output._replace(stages=stages)
 
 
+def weighed(x_GSD: Float[Tensor, "G S D"], routing: Routing, parts: Parts) -> Float[Tensor, "G S D"]:
+    """The answers of shared experts, each times the weight that the router gives it, added up one after the other."""
+    assert parts.shared_experts is not None and routing.shared_GSY is not None
+    weight_GSY, wider = routing.shared_GSY, wide(x_GSD.dtype)
+    if parts.config.router.weight_dtype == "input":
+        weight_GSY = weight_GSY.to(x_GSD.dtype).to(wider)
+    sum_GSD = torch.zeros(x_GSD.shape, dtype=wider, device=x_GSD.device)
+    for y, expert in enumerate(parts.shared_experts):
+        sum_GSD = sum_GSD + weight_GSY[..., y, None] * expert(x_GSD).to(wider)
+    return sum_GSD.to(x_GSD.dtype)
+
+
+def after(expert: Callable, norm: Callable | None) -> Callable:
+    """The expert with a norm of its answer; one that returns its input has none."""
+    if norm is None or isinstance(expert, nn.Identity):
+        return expert
+    return lambda x_RD: norm(expert(x_RD))
+
+
 class Router(nn.Module):
-    """The router's weights: `linear`, [`noise_linear`] and the buffers [`correction_bias`] and [`expert_table`], which
-    no gradient trains.
+    """The router's weights: `linear`, [`noise_linear`], [`input_scale`], [`expert_scale`], [`learned_scale`], and the
+    buffers [`correction_bias`] and [`expert_table`], which no gradient trains.
     """
 
     correction_bias: Tensor | None
@@ -191,9 +240,13 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         router = config.router
-        self.linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias)
+        self.linear = nn.Linear(config.model_dim, config.num_logits, bias=router.bias)
+        self.learned_scale = nn.Parameter(torch.ones(1)) if router.learned_scale else None
         learned = router.noise == "learned_gaussian"
         self.noise_linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias) if learned else None
+        D, E = config.model_dim, config.num_experts
+        self.input_scale = nn.Parameter(torch.ones(D)) if router.input_norm else None
+        self.expert_scale = nn.Parameter(torch.ones(E)) if router.expert_scale else None
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if router.correction_bias else None
         self.register_buffer("correction_bias", bias_E)
         table_VK = None
@@ -210,14 +263,26 @@ class Router(nn.Module):
         return self
 
 
+def make_norm(kind: MixtureNorm, width: int, eps: float) -> MixtureScale | None:
+    """The norm of that kind, None for none."""
+    return None if kind == "none" else MixtureScale(kind, width, eps)
+
+
 class MoE(nn.Module):
     """A sparse mixture-of-experts layer under a contract, from `jax_moe.presets`.
 
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
-    [`shared.{gate,up,down}`], [`shared_gate`], [`answer_bias`]. Initialised as nn.Linear is, the last with zeros.
+    [`shared.{gate,up,down}` or `shared_experts.{y}.{gate,up,down}`], [`shared_gate`], [`latent_in`, `latent_out`],
+    [`latent_norm`, `answer_norm`, `output_norm`, `input_norm`, `routed_norm`, `shared_input_norm`, `shared_norm`].
+    [`answer_bias`]. Initialised as nn.Linear is.
     """
 
-    roles: ClassVar[dict[str, Role]] = {"router": "router", "experts": "expert", "shared": "shared"}
+    roles: ClassVar[dict[str, Role]] = {
+        "router": "router", "experts": "expert", "shared": "shared", "shared_experts": "shared",
+        "latent_in": "projection", "latent_out": "projection", "latent_norm": "norm", "answer_norm": "norm",
+        "output_norm": "norm", "input_norm": "norm", "routed_norm": "norm", "shared_input_norm": "norm",
+        "shared_norm": "norm",
+    }
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -225,18 +290,38 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = make_experts(config)
         self.shared = self.shared_gate = None
-        if config.expert.shared_dim:
+        self.shared_experts = None
+        if config.router.shared_experts:
+            each = (config.model_dim, config.expert.shared_dim, config.expert.shared)
+            self.shared_experts = nn.ModuleList(Expert(*each) for _ in range(config.router.shared_experts))
+        elif config.expert.shared_dim:
             self.shared = Expert(config.model_dim, config.expert.shared_dim, config.expert.shared)
             if config.expert.shared_gate:
                 self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
         self.answer_bias = nn.Parameter(torch.zeros(config.model_dim)) if config.answer_bias else None
+
+        around, expert, D = config.around, config.expert, config.model_dim
+        self.latent_in = self.latent_out = None
+        if around.latent_dim:
+            self.latent_in = nn.Linear(D, around.latent_dim, bias=False)
+            self.latent_out = nn.Linear(around.latent_dim, D, bias=False)
+        self.latent_norm = make_norm(around.latent_norm, around.latent_dim, around.latent_norm_eps)
+        self.answer_norm = make_norm(expert.answer_norm, config.inner_dim, expert.answer_norm_eps)
+        self.output_norm = make_norm(around.output_norm, D, around.output_norm_eps)
+        self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm = (
+            make_norm(kind, D, around.norm_eps)
+            for kind in (around.input_norm, around.routed_norm, around.shared_input_norm, around.shared_norm)
+        )
 
     def parts(self) -> Parts:
         """The weights, for `moe_forward`."""
         router = self.router
         return Parts(
             self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
-            self.shared, self.shared_gate, self.answer_bias, router.expert_table,
+            self.shared, self.shared_gate, self.latent_in, self.latent_out, self.latent_norm, self.answer_norm,
+            self.output_norm, self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm,
+            router.input_scale, router.expert_scale, router.learned_scale, self.shared_experts,
+            self.answer_bias, router.expert_table,
         )
 
     def forward(

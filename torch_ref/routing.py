@@ -19,6 +19,7 @@ class Routing(NamedTuple):
     weight_GSK: Float[Tensor, "G S K"]  # the weight of that expert's answer; fp32 or wider
     logits_GSE: Float[Tensor, "G S E"]  # the logits chosen from, noise included; the losses read them
     own_GSK: Int[Tensor, "G S K"]  # the router's own choices: others than expert_GSK where another run's are replayed
+    shared_GSY: Float[Tensor, "G S Y"] | None = None  # weights of shared experts, where the router weighs them
 
 
 def router_logits(
@@ -123,7 +124,7 @@ def update_correction_bias(
 
 
 def choice_weights(
-    score_GSE: Float[Tensor, "G S E"], expert_GSK: Int[Tensor, "G S K"], config: RouterConfig
+    score_GSE: Float[Tensor, "G S X"], expert_GSK: Int[Tensor, "G S K"], config: RouterConfig
 ) -> Float[Tensor, "G S K"]:
     """The weight of each choice: its score (or a softmax over the K), renormalised and scaled as the contract says."""
     weight_GSK = score_GSE.gather(-1, expert_GSK)
@@ -165,12 +166,20 @@ def safe_denominator(total: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 def route(
-    logits_GSE: Float[Tensor, "G S E"],
+    logits_GSX: Float[Tensor, "G S X"],
     config: MoEConfig,
     correction_bias_E: Float[Tensor, " E"] | None = None,
     expert_GSK: Int[Tensor, "G S K"] | None = None,
+    scale_E: Float[Tensor, " E"] | None = None,
+    learned_scale: Float[Tensor, " 1"] | None = None,
 ) -> Routing:
-    """Choices and weights. A given `expert_GSK` replays another run's choices: the weights are theirs."""
+    """Choices and weights, each times its expert's `scale_E` and `learned_scale`, if given. A given `expert_GSK`
+    replays another run's choices: the weights are theirs.
+
+    Logits of shared experts that the router weighs stand after those of the E: to the rule that makes weights of the
+    choices' scores they are further experts, which every token chose last.
+    """
+    logits_GSE = logits_GSX[..., : config.num_experts]
     score_GSE = expert_scores(logits_GSE, config.router)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
     if config.router.table_tokens:  # the choices of a table come as if replayed
@@ -179,4 +188,15 @@ def route(
     else:
         own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK.long()
-    return Routing(expert_GSK, choice_weights(score_GSE, expert_GSK, config.router), logits_GSE, own_GSK)
+    weight_GSK, shared_GSY = choice_weights(score_GSE, expert_GSK, config.router), None
+    if config.router.shared_experts:
+        last_Y = torch.arange(config.num_experts, config.num_logits, device=expert_GSK.device)
+        every_GSX = torch.cat([expert_GSK, last_Y.expand(*expert_GSK.shape[:2], -1)], dim=-1)
+        weight_GSX = choice_weights(expert_scores(logits_GSX, config.router), every_GSX, config.router)
+        weight_GSK, shared_GSY = weight_GSX[..., : config.top_k], weight_GSX[..., config.top_k :]
+    if scale_E is not None:
+        weight_GSK = weight_GSK * scale_E.to(weight_GSK.dtype)[expert_GSK]
+    if learned_scale is not None:
+        weight_GSK = weight_GSK * learned_scale
+        shared_GSY = None if shared_GSY is None else shared_GSY * learned_scale
+    return Routing(expert_GSK, weight_GSK, logits_GSE, own_GSK, shared_GSY)

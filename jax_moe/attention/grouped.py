@@ -39,8 +39,8 @@ class KeysAndValues(NamedTuple):
 class GroupedAttention(nnx.Module):
     """Self-attention of H query heads over J key/value heads.
 
-    Parameters `query` [D, H, A], `key` and `value` [D, J, A], `out` [H, A, D]; by contract `*_bias`, `sinks` [H],
-    `query_norm`, `key_norm`.
+    Parameters `query` [D, H, A], `key` and `value` [D, J, A] (no `value` where values are the keys), `out` [H, A, D];
+    by contract `*_bias`, `sinks` [H], `query_norm`, `key_norm`.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class GroupedAttention(nnx.Module):
     ):
         self.config, kernel_init = config, rounded(kernel_init)
         D, H, J, A = config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        for name, heads, letter in (("query", H, "H"), ("key", J, "J"), ("value", J, "J")):
+        projected = (("query", H, "H"), ("key", J, "J"), ("value", J, "J"))
+        for name, heads, letter in projected[:2] if config.value_from_key else projected:
             kernel = kernel_init(rngs.params(), (D, heads, A), param_dtype)
             setattr(self, name, parameter(kernel, f"D {letter} A", "attention"))
             if config.qkv_bias:
@@ -61,7 +62,8 @@ class GroupedAttention(nnx.Module):
             self.sinks = parameter(jnp.zeros((H,), param_dtype), "H", "attention")
         if config.qk_norm != "none" and config.qk_norm_scale:
             widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
-            self.query_norm, self.key_norm = (RMSNorm(width, config.norm_eps, param_dtype, "W") for width in widths)
+            kwargs: dict[str, Any] = {"dim": "W", "wide_scale": config.qk_norm_wide}
+            self.query_norm, self.key_norm = (RMSNorm(each, config.norm_eps, param_dtype, **kwargs) for each in widths)
 
     @staticmethod
     def shared(config: GroupedAttentionConfig, positions: Positions, dtype: Any) -> Shared:
@@ -113,15 +115,24 @@ class GroupedAttention(nnx.Module):
 
     def project(self, x_BTD: Float[Array, "B T D"], shared: Shared) -> Heads:
         """Queries, keys and values of these positions, the first two turned and normed."""
+        config = self.config
         q_BTHA, k_BTJA = (self._project(x_BTD, name) for name in ("query", "key"))
+        v_BTJA = k_BTJA if config.value_from_key else self._project(x_BTD, "value")
+        if config.qk_norm_place == "before_rope":
+            q_BTHA, k_BTJA = self._norm(q_BTHA, "query"), self._norm(k_BTJA, "key")
+        if config.value_norm:
+            v_BTJA = rms_norm(v_BTJA, None, config.norm_eps)
+        if config.clip_qkv is not None:
+            bound = config.clip_qkv
+            q_BTHA, k_BTJA, v_BTJA = (-clamp_above(-clamp_above(y, bound), bound) for y in (q_BTHA, k_BTJA, v_BTJA))
         if shared.turns is not None:
-            assert self.config.rope is not None
-            q_BTHA, k_BTJA = (rotate(y, *shared.turns, self.config.rope.pairs) for y in (q_BTHA, k_BTJA))
-        if self.config.qk_norm_place == "after_rope":
+            assert config.rope is not None
+            q_BTHA, k_BTJA = (rotate(y, *shared.turns, config.rope.pairs) for y in (q_BTHA, k_BTJA))
+        if config.qk_norm_place == "after_rope":
             q_BTHA, k_BTJA = self._norm(q_BTHA, "query"), self._norm(k_BTJA, "key")
         if shared.growth_BT is not None:
             q_BTHA = (q_BTHA * shared.growth_BT[..., None, None]).astype(q_BTHA.dtype)
-        return q_BTHA, k_BTJA, self._project(x_BTD, "value")
+        return q_BTHA, k_BTJA, v_BTJA
 
     def attend(
         self,
@@ -152,8 +163,8 @@ class GroupedAttention(nnx.Module):
         return jax.nn.softmax(jnp.concatenate([scores_BJGTU, beside], axis=-1), axis=-1)[..., :U]
 
     def _norm(self, y_BTHA: Array, name: str) -> Array:
-        """Queries or keys normed, each head or over their full width; values stay."""
-        if name == "value" or self.config.qk_norm == "none":
+        """Queries or keys normed, each head or over their full width."""
+        if self.config.qk_norm == "none":
             return y_BTHA
         if not self.config.qk_norm_scale:
             return rms_norm(y_BTHA, None, self.config.norm_eps)
@@ -167,8 +178,4 @@ class GroupedAttention(nnx.Module):
         y_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, getattr(self, name)[...].astype(dtype))
         if config.qkv_bias:
             y_BTHA += getattr(self, f"{name}_bias")[...].astype(dtype)
-        if config.qk_norm_place == "before_rope":
-            y_BTHA = self._norm(y_BTHA, name)
-        if config.clip_qkv is not None:
-            y_BTHA = -clamp_above(-clamp_above(y_BTHA, config.clip_qkv), config.clip_qkv)
         return y_BTHA

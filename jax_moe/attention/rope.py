@@ -61,9 +61,16 @@ def longrope(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
     return powers(config.theta, head_dim) / np.asarray(factors)
 
 
+def proportional(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """The whole head's frequencies for the first pairs, a `fraction` of all, and no turn for the others (Gemma 4)."""
+    turned = np.arange(head_dim // 2) < int(config.fraction * head_dim // 2)
+    return np.where(turned, powers(config.theta, head_dim) / config.factor, 0)
+
+
 FREQUENCIES: dict[RopeKind, Callable[[RopeConfig, int, int], np.ndarray]] = {
     "default": default, "linear": linear, "dynamic": dynamic, "yarn": yarn, "llama3": llama3,
     "longrope": longrope,
+    "proportional": proportional,
 }
 
 

@@ -7,9 +7,11 @@ from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig, Origin
 from jax_moe.config.moe import (
     Activation,
+    AroundConfig,
     BalanceConfig,
     CapacityConfig,
     ExpertConfig,
+    MixtureNorm,
     MoEConfig,
     Priority,
     RouterConfig,
@@ -20,6 +22,7 @@ from jax_moe.config.precision import PRECISIONS, Precision
 __all__ = [
     "PRECISIONS",
     "Activation",
+    "AroundConfig",
     "AttentionConfig",
     "BalanceConfig",
     "BlockConfig",
@@ -32,6 +35,7 @@ __all__ = [
     "LayerAttention",
     "LayerConfig",
     "MakeMoEConfig",
+    "MixtureNorm",
     "MoEConfig",
     "Origin",
     "Precision",

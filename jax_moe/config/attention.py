@@ -17,7 +17,7 @@ from jax_moe.config.checks import (
     require,
 )
 
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional", "longrope"]
 Norm = Literal["none", "per_head", "full_width"]
 NormOfHeads = Literal["before_rope", "after_rope"]
 Pairs = Literal["halves", "neighbours"]
@@ -75,7 +75,9 @@ class RopeConfig:
     short_mscale: float = 1.0
     long_mscale: float = 1.0
     pairs: Pairs = "halves"  # entries i and i + A/2, or 2i and 2i + 1 (Ernie 4.5)
-    fraction: float = 1.0  # of a head's entries, from the first: these are turned, the others pass (GLM-4.5)
+    # Of a head's entries, from the first: these are turned, the others pass (GLM-4.5). "proportional": of its pairs,
+    # which are those of the whole head, at the whole head's frequencies (Gemma 4)
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -103,12 +105,12 @@ class RopeConfig:
 
     def width(self, head_dim: int) -> int:
         """How many entries of a head are turned."""
-        return int(head_dim * self.fraction)
+        return head_dim if self.kind == "proportional" else int(head_dim * self.fraction)
 
     def check_width(self, head_dim: int, name: str = "head_dim") -> None:
         """Raises ValueError for heads that cannot be turned so."""
         width = self.width(head_dim)
-        if self.fraction != 1:
+        if self.fraction != 1 and self.kind != "proportional":
             name += f" times rope.fraction={self.fraction:g}"
         require(width % 2 == 0 and width > 0, name, width, "even (rotary embeddings turn pairs)")
         stretched = self.kind not in ("dynamic", "yarn") or width > 2
@@ -129,13 +131,15 @@ class RopeConfig:
 
     def words(self) -> str:
         """The base, the share that turns, and the stretching where there is any."""
-        part = "" if self.fraction == 1 else f" of the first {self.fraction:g} of a head"
+        whose = "pairs" if self.kind == "proportional" else "a head"
+        part = "" if self.fraction == 1 else f" of the first {self.fraction:g} of {whose}"
         pairs = "" if self.pairs == "halves" else ", neighbours paired"
         base = f"rotary{part}{pairs}, base {self.theta:,.0f}"
         trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
         if self.kind == "longrope":
             return f"{base}, each pair by factors of its own, others beyond {self.original_max_positions:,} (longrope)"
-        return base if self.kind == "default" else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
+        plain = self.kind == "default" or (self.kind == "proportional" and self.factor == 1)
+        return base if plain else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
 
 
 def yarn_mscale(factor: float, weight: float) -> float:
@@ -185,6 +189,9 @@ class GroupedAttentionConfig(LayerAttention):
     qk_norm: Norm = "none"  # RMSNorm of queries and keys: each head (Qwen3), or before the split into heads (OLMoE)
     qk_norm_place: NormOfHeads = "before_rope"  # after: HunYuan
     qk_norm_scale: bool = True  # these norms have a learned scale (False: Llama 4)
+    qk_norm_wide: bool = False  # rounded after their scale (Gemma 4), not before
+    value_norm: bool = False  # RMSNorm of each head's values, without a scale (Gemma 4)
+    value_from_key: bool = False  # values are the keys before norm and rotation: no map of their own (Gemma 4)
     norm_eps: float = 1e-6  # of these norms
     clip_qkv: float | None = None  # queries, keys and values to within +- this (OLMoE)
     multiplier: float | None = None  # on q.k (None: head_dim**-0.5)
@@ -207,7 +214,9 @@ class GroupedAttentionConfig(LayerAttention):
         chunk = self.chunk
         require(chunk is None or (is_int(chunk) and chunk >= 1), "chunk", chunk, "None or an integer of at least 1")
         require(chunk is None or window is None, "chunk", chunk, "None beside a window")
-        check_flags(self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale")
+        check_flags(
+            self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale", "qk_norm_wide", "value_norm", "value_from_key"
+        )
         plain = self.qk_norm_scale or self.qk_norm == "per_head"
         require(plain, "qk_norm_scale", self.qk_norm_scale, "True unless qk_norm='per_head'")
         check_positive_ints(temperature_step=self.temperature_step)
@@ -230,7 +239,7 @@ class GroupedAttentionConfig(LayerAttention):
         """The contract with only its heads, biases, sinks and norms."""
         plain: dict = {
             "rope": None, "window": None, "chunk": None, "clip_qkv": None, "multiplier": None, "temperature": 0.0,
-            "temperature_step": 8192, "qk_norm_scale": True, "dropout": 0.0,
+            "temperature_step": 8192, "qk_norm_scale": True, "qk_norm_wide": False, "value_norm": False, "dropout": 0.0,
         }
         qk_norm = self.qk_norm if self.qk_norm_scale else "none"
         return dataclasses.replace(self, qk_norm=qk_norm, qk_norm_place="before_rope", **plain)
@@ -258,6 +267,8 @@ class GroupedAttentionConfig(LayerAttention):
             f"biases on {' and '.join(biases)}": bool(biases),
             norms.get(self.qk_norm, "") + (" after they are turned" * (self.qk_norm_place == "after_rope"))
             + " without a scale" * (not self.qk_norm_scale): self.qk_norm in norms,
+            "values normed without a scale": self.value_norm,
+            "values that are the keys before norm and rotation": self.value_from_key,
             f"queries growing by {self.temperature:g} every {self.temperature_step:,} positions": self.temperature > 0,
             f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
         }

@@ -14,7 +14,7 @@ from jax_moe.config.checks import LEAST, check_flags, check_literals, check_posi
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 
 NormKind = Literal["rms", "rms_wide", "layer"]
-NormPlace = Literal["before", "after", "around"]
+NormPlace = Literal["before", "after", "around", "around_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class DenseConfig:
     @classmethod
     def beside(cls, moe: MoEConfig, dim: int) -> "DenseConfig":
         """A network of that width, with the activation and biases of the mixtures in other layers."""
-        expert = dataclasses.replace(moe.expert, shared_dim=0, shared_gate=False, dropout=0.0)
+        expert = dataclasses.replace(moe.expert, shared_dim=0, shared_gate=False, dropout=0.0, answer_norm="none")
         return cls(model_dim=moe.model_dim, dim=dim, expert=expert)
 
 
@@ -62,8 +62,12 @@ class DecoderConfig:
     layers: tuple[LayerConfig, ...]
     max_positions: int = 2048  # the trained length; longer texts are not refused
     norm: NormKind = "rms"  # "rms_wide": the scale is applied before the answer is rounded (gpt-oss)
-    norm_place: NormPlace = "before"  # each half of a layer: x + f(norm(x)), x + norm(f(x)), or both
+    # Each half of a layer: x + f(norm(x)), x + norm(f(x)), or both; "around_attention": both, but for the FFN
+    # x + norm(f(x)) alone (Gemma 4, whose FFN norms what its parts read)
+    norm_place: NormPlace = "before"
     norm_eps: float = 1e-6
+    layer_scale: bool = False  # a stored number per layer, not trained, multiplies the stream after it (Gemma 4)
+    logits_softcap: float | None = None  # logits c * tanh(logits / c) (Gemma 4: 30)
     tied_embeddings: bool = False  # the head is the transposed embedding
     head_bias: bool = False  # added to the logits (Phi-3.5-MoE)
     embedding_multiplier: float = 1.0  # multiplies the embeddings (Granite)
@@ -85,7 +89,8 @@ class DecoderConfig:
         sizes = {(moe.num_experts, moe.top_k) for moe in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
         check_literals(self)
-        check_flags(self, "tied_embeddings", "head_bias")
+        check_flags(self, "tied_embeddings", "layer_scale", "head_bias")
+        check_within(LEAST, optional=True, logits_softcap=self.logits_softcap)
         check_within(
             LEAST, norm_eps=self.norm_eps, embedding_multiplier=self.embedding_multiplier,
             residual_multiplier=self.residual_multiplier, logits_divisor=self.logits_divisor,
@@ -260,6 +265,8 @@ class GroupedDecoder:
     norm: NormKind = "rms"
     norm_place: NormPlace = "before"
     norm_eps: float = 1e-6
+    layer_scale: bool = False
+    logits_softcap: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: Norm = "none"

@@ -42,10 +42,16 @@ def _sparse(config: MoEConfig) -> list[str]:
         chosen = f"{config.top_k} of {config.num_experts}"
         order = f"a table of {router.table_tokens:,} tokens chooses {chosen}, their {router.score} scores weigh them"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
+    if router.input_norm:
+        lines.append("router's input: x / rms(x) times a learned scale, over the root of its width")
+    if router.logit_scale != 1:
+        lines.append(f"logits: times {router.logit_scale:g}")
     if router.renormalise != "none":
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))
     elif router.scale != 1:
         lines.append(f"weights: times {router.scale:g}")
+    if router.expert_scale:
+        lines.append("weights: times a learned factor of each expert")
     if router.correction_bias:
         lines.append("selection: scores plus a correction bias that no gradient trains")
     if router.num_clusters > 1:
@@ -59,10 +65,27 @@ def _sparse(config: MoEConfig) -> list[str]:
     kind = f"gated {expert.activation}" if expert.gated else expert.activation
     same = f" and {config.identity_experts} that return their input" if config.identity_experts else ""
     lines.append(
-        f"experts: {config.num_networks}{same} of {config.model_dim} -> {config.expert_dim} -> {config.model_dim}, "
+        f"experts: {config.num_networks}{same} of {config.inner_dim} -> {config.expert_dim} -> {config.inner_dim}, "
         f"{kind}, {'with' if expert.bias else 'no'} biases, dropout {expert.dropout:g}"
     )
-    if expert.shared_dim:
+    around = config.around
+    if around.latent_dim:
+        normed = "" if around.latent_norm == "none" else f" and normed ({around.latent_norm})"
+        lines.append(f"experts' input: mapped to width {around.latent_dim}{normed}, and the answer back")
+    norms = {
+        "each expert's answer": expert.answer_norm, "the whole answer": around.output_norm,
+        "what routed experts read": around.input_norm, "their weighted sum": around.routed_norm,
+        "what the shared expert reads": around.shared_input_norm, "the shared expert's answer": around.shared_norm,
+    }
+    lines += [f"norm: of {what} ({kind})" for what, kind in norms.items() if kind != "none"]
+    soft = {"gate": expert.gate_softcap, "up": expert.up_softcap}
+    told = [f"{name} within {bound:g}" for name, bound in soft.items() if bound is not None]
+    lines += [f"soft caps: {', '.join(told)}"] if told else []
+    if router.learned_scale:
+        lines.append("weights: times a number that is trained")
+    if router.shared_experts:
+        lines.append(f"shared experts: {router.shared_experts} of width {expert.shared_dim}, weighed by the router")
+    elif expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
         lines.append(f"shared expert: width {expert.shared_dim}{gate}")
     if config.answer_bias:
@@ -115,9 +138,16 @@ def _decoder(config: DecoderConfig) -> list[str]:
         *_attention(config),
     ]
     if (config.norm, config.norm_place) != ("rms", "before"):
-        places = {"around": "before and after"}.get(config.norm_place, config.norm_place)
+        places = {
+            "around": "before and after each half of a layer",
+            "around_attention": "before and after attention, after the feed-forward network",
+        }.get(config.norm_place, f"{config.norm_place} each half of a layer")
         kind = {"rms_wide": "rms (rounded after the scale)"}.get(config.norm, config.norm)
-        lines.append(f"norms: {kind} norms {places} each half of a layer")
+        lines.append(f"norms: {kind} norms {places}")
+    if config.layer_scale:
+        lines.append("layers: each multiplies the stream by a stored number, which is not trained")
+    if config.logits_softcap is not None:
+        lines.append(f"logits: softly capped, {config.logits_softcap:g} * tanh(logits / {config.logits_softcap:g})")
     multipliers = {
         "embeddings times": config.embedding_multiplier, "residual branches times": config.residual_multiplier,
         "logits divided by": config.logits_divisor,

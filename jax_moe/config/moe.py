@@ -29,6 +29,8 @@ ClusterFill = Literal["neg_inf", "zero"]
 Noise = Literal["none", "learned_gaussian", "input_jitter"]
 Priority = Literal["token", "choice", "probability", "batch"]
 Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh", "quick_gelu", "identity"]
+# x / rms(x) * w, rounded before the scale or (wide) after it; x / rms(x) * (1 + w); or x (1 + w) over its own rms
+MixtureNorm = Literal["none", "rms", "rms_wide", "rms_centered", "rms_of_scaled"]
 Dispatcher = Literal["auto", "einsum", "gather", "grouped", "ragged", "blocks", "chosen"]
 
 
@@ -44,7 +46,13 @@ class RouterConfig:
     selection: Literal["score", "logit"] = "score"  # what the choice compares: scores, or logits (Kolibri, Llama 4)
     renormalise: Renormalise = "none"  # the chosen weights: unchanged, / sum, / (sum + eps), or / max(sum, eps)
     renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's) and "floor" (Ernie: 1e-12)
+    logit_scale: float = 1.0  # multiplies the linear map's answer (Muse Spark: 0.18)
+    input_norm: bool = False  # the linear map reads x / rms(x) * w / sqrt(D), with a learned w of its own (Gemma 4)
+    input_norm_eps: float = 1e-6
+    expert_scale: bool = False  # a learned factor of each expert multiplies its weight at the end (Gemma 4)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
+    learned_scale: bool = False  # a number that is trained multiplies them too (Inkling)
+    shared_experts: int = 0  # shared experts that it weighs too: their scores share in the sum (Inkling)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
     # above 0: a stored table of so many tokens names each token's K experts, and scores only weigh them (DeepSeek-V4's
@@ -66,12 +74,24 @@ class RouterConfig:
         check_positive_ints(num_clusters=self.num_clusters, top_clusters=self.top_clusters)
         limit = self.num_clusters
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
-        check_flags(self, "bias", "correction_bias", "noise_at_evaluation")
-        check_above_zero(renormalise_eps=self.renormalise_eps, scale=self.scale)
+        check_flags(
+            self, "bias", "correction_bias", "noise_at_evaluation", "input_norm", "expert_scale", "learned_scale"
+        )
+        check_above_zero(
+            renormalise_eps=self.renormalise_eps, scale=self.scale, logit_scale=self.logit_scale,
+            input_norm_eps=self.input_norm_eps,
+        )
         check_rates(jitter_eps=self.jitter_eps, mixer_eps=self.mixer_eps)
         jitters = self.noise == "input_jitter"
         fits = jitters == (self.jitter_eps > 0)
         require(fits, "jitter_eps", self.jitter_eps, "above 0 exactly when noise='input_jitter'")
+        weighed = self.shared_experts
+        require(is_int(weighed) and weighed >= 0, "shared_experts", weighed, "an integer of at least 0")
+        if weighed:
+            words = "'score_then_select' with shared_experts"
+            require(self.order == "score_then_select", "order", self.order, words)
+            learned = self.noise == "learned_gaussian"
+            require(not learned, "noise", self.noise, "'none' or 'input_jitter' with shared_experts")
         if self.selection == "logit":
             require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when selection='logit'")
         tokens = self.table_tokens
@@ -153,10 +173,15 @@ class ExpertConfig:
     bias: bool = False
     clamp: float | None = None  # bound of gate (above) and of up (above and below) (gpt-oss: 7)
     clamp_on: Literal["gate", "activation"] = "gate"  # of gate, or of its activation (Step)
+    gate_softcap: float | None = None  # c tanh(gate / c) * sigmoid(gate), for silu's gate * sigmoid(gate) (Inkling 2)
+    up_softcap: float | None = None  # c in c tanh(up / c)
     up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
     weight_on: Literal["output", "input"] = "output"  # what the routing weight multiplies (input: Llama 4)
     dropout: float = 0.0  # on an expert's answer (makeMoE)
-    shared_dim: int = 0  # width of the shared expert, which every token goes to; 0: none
+    answer_norm: MixtureNorm = "none"  # of a routed expert's answer, before weight and dropout; all share its scale
+    answer_norm_eps: float = 1e-8  # (Muse Spark's)
+    # Width of the shared expert, which every token goes to, or of each that the router weighs; 0: none
+    shared_dim: int = 0
     shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
     shared_clamp: float | Literal["same"] | None = "same"  # its own bound (HY-V4: None)
     shared_scale: float = 1.0  # multiplies its answer (Cohere: 1/2)
@@ -169,9 +194,15 @@ class ExpertConfig:
             same = name == "shared_clamp" and value == "same"
             bound = value is None or same or (is_number(value) and value > 0)
             require(bound, name, value, f"{'' if name == 'clamp' else repr('same') + ', '}None or a number above 0")
-        check_above_zero(shared_scale=self.shared_scale)
+        check_above_zero(shared_scale=self.shared_scale, answer_norm_eps=self.answer_norm_eps)
         require(is_number(self.up_offset), "up_offset", self.up_offset, "a number")
         require(self.clamp is None or self.gated, "clamp", self.clamp, "None unless gated")
+        for name, value in (("gate_softcap", self.gate_softcap), ("up_softcap", self.up_softcap)):
+            require(value is None or (is_number(value) and value > 0), name, value, "None or a number above 0")
+            require(value is None or self.gated, name, value, "None unless gated")
+            require(value is None or self.clamp is None, name, value, "None with a clamp")
+        silu = self.gate_softcap is None or self.activation == "silu"
+        require(silu, "activation", self.activation, "'silu' with a gate_softcap")
         require(self.up_offset == 0 or self.gated, "up_offset", self.up_offset, "0 unless gated")
         width = self.shared_dim
         require(is_int(width) and width >= 0, "shared_dim", width, "an integer of at least 0")
@@ -187,7 +218,41 @@ class ExpertConfig:
         """The contract of the shared expert by itself."""
         clamp = self.clamp if self.shared_clamp == "same" else self.shared_clamp
         own: dict[str, Any] = {"shared_dim": 0, "shared_gate": False, "shared_clamp": "same", "shared_scale": 1.0}
+        own["answer_norm"] = "none"
         return dataclasses.replace(self, clamp=clamp, dropout=0.0, **own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AroundConfig:
+    """What stands around the experts: maps into their width and out of it, and norms.
+
+    With a `latent_dim` routed experts work in that width: they read norm(x W_in), and the sum of their weighted answers
+    is mapped back by W_out. Router and shared experts see x as it is.
+    Four norms belong to the parts: of what routed experts read, of the sum of their weighted answers, of what the
+    shared expert reads and of its answer. Where Gemma 4 has a dense network beside its mixture, that is the shared
+    expert with norms of its own.
+    """
+
+    latent_dim: int = 0  # 0: the model's width, and no maps (Nemotron-H, Muse Spark)
+    latent_norm: MixtureNorm = "none"  # of what the maps hand the experts (Muse Spark)
+    latent_norm_eps: float = 1e-6
+    output_norm: MixtureNorm = "none"  # of the whole answer, shared expert included (A.X K1)
+    output_norm_eps: float = 1e-6
+    input_norm: MixtureNorm = "none"  # of what routed experts read; the router's is its own (Gemma 4)
+    routed_norm: MixtureNorm = "none"  # of the routed experts' weighted sum (Gemma 4)
+    shared_input_norm: MixtureNorm = "none"  # of what the shared expert reads (Gemma 4)
+    shared_norm: MixtureNorm = "none"  # of the shared expert's answer, behind its gate (Gemma 4)
+    norm_eps: float = 1e-6  # of these four
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        dim = self.latent_dim
+        require(is_int(dim) and dim >= 0, "latent_dim", dim, "an integer of at least 0")
+        check_above_zero(
+            latent_norm_eps=self.latent_norm_eps, output_norm_eps=self.output_norm_eps, norm_eps=self.norm_eps
+        )
+        mapped = self.latent_norm == "none" or self.latent_dim > 0
+        require(mapped, "latent_norm", self.latent_norm, "'none' without a latent_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +297,7 @@ class MoEConfig:
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     answer_bias: bool = False  # [D], added to the sum of a token's experts, whatever was dropped (JetMoE)
+    around: AroundConfig = field(default_factory=AroundConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     dispatcher: Dispatcher = "auto"  # how JAX moves tokens; the answer is the same
 
@@ -242,6 +308,14 @@ class MoEConfig:
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")
         self._check_identity()
+        shared = self.expert.shared_dim > 0
+        for name in ("shared_input_norm", "shared_norm"):
+            norm = getattr(self.around, name)
+            require(shared or norm == "none", name, norm, "'none' without a shared expert (shared_dim=0)")
+        after_drop = self.capacity is not None and self.capacity.renormalise_after_drop
+        scaled = self.router.expert_scale and after_drop
+        require(not scaled, "expert_scale", True, "False when renormalise_after_drop=True")
+        self._check_shared()
         clusters, top = self.router.num_clusters, self.router.top_clusters
         require(E % clusters == 0, "num_clusters", clusters, f"a divisor of num_experts={E}")
         width = E // clusters
@@ -258,7 +332,29 @@ class MoEConfig:
         require(is_int(same) and same >= 0, "identity_experts", same, "an integer of at least 0")
         most = self.num_experts - K
         require(same <= most, "identity_experts", same, f"at most {most}: top_k={K} experts have weights")
-        require(same == 0 or self.expert.dropout == 0, "dropout", self.expert.dropout, "0 with identity_experts")
+        plain = self.expert.dropout == 0
+        require(same == 0 or plain, "dropout", self.expert.dropout, "0 with identity_experts")
+        require(self.around.latent_dim == 0 or plain, "dropout", self.expert.dropout, "0 with a latent_dim")
+
+    def _check_shared(self) -> None:
+        router, weighed = self.router, self.router.shared_experts
+        if weighed:
+            require(self.expert.shared_dim > 0, "shared_dim", self.expert.shared_dim, "above 0 with shared_experts")
+            require(not self.expert.shared_gate, "shared_gate", True, "False with shared_experts")
+        after = self.capacity is not None and self.capacity.renormalise_after_drop
+        plain = not weighed and not router.learned_scale
+        words = "False with shared_experts or a learned_scale"
+        require(not after or plain, "renormalise_after_drop", True, words)
+
+    @property
+    def num_logits(self) -> int:
+        """The router's logits: of all experts, then of shared experts that it weighs."""
+        return self.num_experts + self.router.shared_experts
+
+    @property
+    def inner_dim(self) -> int:
+        """The width that routed experts work in."""
+        return self.around.latent_dim or self.model_dim
 
     @property
     def num_networks(self) -> int:

@@ -10,6 +10,7 @@ Role = Literal[
     "shared",  # those of shared experts and of dense layers, laid out as one expert's
     "soft_expert",  # layers of Soft MoE's experts
     "gate",  # the gate of shared experts, the scale of Soft MoE's logits
+    "projection",  # maps around the routed experts, into their width and out of it
     "attention",
     "norm",  # scales and biases of norms, of heads too
     "embedding",

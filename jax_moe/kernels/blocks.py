@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_moe.config.moe import ExpertConfig
 from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import Moves, Slots
-from jax_moe.experts import Weights, hidden_units
+from jax_moe.experts import Weights, answer, hidden_units
 from jax_moe.kernels import devices
 from jax_moe.kernels.moves import (
     choice_of_place,
@@ -108,4 +108,5 @@ def blocks_ffn(
         return y + weights[f"{name}_bias"].astype(x.dtype)[expert_P] if config.bias else y
 
     gate_PF = linear(x_PD, "gate")[None] if config.gated else None
-    return linear(hidden_units(linear(x_PD, "up")[None], gate_PF, config)[0], "down")
+    y_PD = linear(hidden_units(linear(x_PD, "up")[None], gate_PF, config)[0], "down")
+    return answer(y_PD, weights, config, expert_P)

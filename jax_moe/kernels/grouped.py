@@ -17,7 +17,7 @@ from jax_moe.config.moe import ExpertConfig
 from jax_moe.dims import Array, Bool, Float, Int, wide
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.dropout import apply_keep
-from jax_moe.experts import Weights, hidden_units
+from jax_moe.experts import Weights, answer, hidden_units
 from jax_moe.kernels.moves import no_gradient, rows_at
 from jax_moe.kernels.tiles import Tiles, plan_tiles, tile_sizes
 from jax_moe.routing import Routing
@@ -190,9 +190,14 @@ def _enter(x_RD: Array, factor_R1: Array, own: Weights, config: ExpertConfig) ->
 
 
 def _leave(pre_RF: Array, factor_R1: Array | None, own: Weights, config: ExpertConfig) -> Array:
-    """(factor * hidden units) W + factor * b; no factor is a factor of 1."""
+    """(factor * hidden units) W + factor * b; no factor is a factor of 1. A norm of answers comes before the factor."""
     gate, up = jnp.split(pre_RF[None], 2, axis=-1) if config.gated else (None, pre_RF[None])
     hidden_RF = hidden_units(up, gate, config)[0]
+    if config.answer_norm != "none":
+        y_RD = hidden_RF @ own["down"].astype(pre_RF.dtype)
+        y_RD = y_RD + own["down_bias"].astype(pre_RF.dtype) if config.bias else y_RD
+        y_RD = answer(y_RD[None], {"answer_scale": own["answer_scale"][None]}, config)[0]
+        return y_RD if factor_R1 is None else (y_RD * factor_R1).astype(pre_RF.dtype)
     if factor_R1 is not None:
         hidden_RF = (hidden_RF * factor_R1).astype(pre_RF.dtype)
     y_RD = hidden_RF @ own["down"].astype(pre_RF.dtype)

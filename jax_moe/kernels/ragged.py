@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax_moe.config.moe import ExpertConfig
 from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import Moves, Slots
-from jax_moe.experts import Weights, hidden_units
+from jax_moe.experts import Weights, answer, hidden_units
 from jax_moe.kernels.moves import choice_of_place, combine_choices, places_to_choices, tokens_to_places, weight_of_place
 from jax_moe.routing import Routing
 
@@ -72,4 +72,5 @@ def ragged_ffn(
         return y + weights[f"{name}_bias"].astype(x.dtype)[expert_R] if config.bias else y
 
     gate_RF = linear(x_RD, "gate")[None] if config.gated else None
-    return linear(hidden_units(linear(x_RD, "up")[None], gate_RF, config)[0], "down")
+    y_RD = linear(hidden_units(linear(x_RD, "up")[None], gate_RF, config)[0], "down")
+    return answer(y_RD, weights, config, expert_R)

@@ -31,10 +31,17 @@ from jax_moe.parameters import of_role, parameter, stacked
 from jax_moe.remat import Remat
 from jax_moe.routing import update_correction_bias
 from jax_moe.shapes import Dim, dims_of
+from jax_moe.stored import Kept
 
 # The norms of a layer, by where they stand
 BEFORE, AFTER = ("attention_norm", "ffn_norm"), ("attention_out_norm", "ffn_out_norm")
-NORMS: dict[NormPlace, tuple[str, ...]] = {"before": BEFORE, "after": AFTER, "around": (*BEFORE, *AFTER)}
+NORMS: dict[NormPlace, tuple[str, ...]] = {
+    "before": BEFORE, "after": AFTER, "around": (*BEFORE, *AFTER), "around_attention": (BEFORE[0], *AFTER),
+}
+
+
+class LayerScale(Kept):
+    """What multiplies the stream after a layer: stored, but no gradient and no optimizer touches it."""
 
 
 class Attend(nnx.Module):
@@ -44,6 +51,8 @@ class Attend(nnx.Module):
         self.attention = kind_of(contract)(contract, **kwargs)
         for name in NORMS[config.norm_place]:
             setattr(self, name, _norm(config, kwargs["param_dtype"], kwargs["rngs"]))
+        if config.layer_scale:
+            self.layer_scale = parameter(jnp.ones((1,), kwargs["param_dtype"]), "1", "norm", LayerScale)
 
     def normed(self, name: str, x_BTD: Array) -> Array:
         """The input in its dtype, normed where the layer has that norm."""
@@ -167,7 +176,9 @@ class Decoder(nnx.Module):
         if self.config.head_bias:
             logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         divisor = self.config.logits_divisor
-        return logits_BTV if divisor == 1 else logits_BTV / divisor
+        logits_BTV = logits_BTV if divisor == 1 else logits_BTV / divisor
+        cap = self.config.logits_softcap
+        return logits_BTV if cap is None else jnp.tanh(logits_BTV / cap) * cap
 
     def layers(
         self, x_BTD: Float[Array, "B T D"], positions: Positions, memory: dict[str, Any] | None = None, *,
@@ -219,7 +230,8 @@ def _part(contract: Any, config: DecoderConfig, kwargs: dict[str, Any], rngs: nn
     if isinstance(contract, MoEConfig):
         return MoE(contract, rngs=rngs, **kwargs)
     if isinstance(contract, DenseConfig):
-        return Experts(1, contract.model_dim, contract.dim, contract.expert, role="shared", rngs=rngs, **kwargs)
+        sizes = 1, contract.model_dim, contract.dim
+        return Experts(*sizes, contract.expert, role="shared", leading="1", rngs=rngs, **kwargs)
     return Attend(contract, config, rngs=rngs, **kwargs)
 
 
@@ -274,6 +286,8 @@ class _Step:
             y_BTD = y_BTD.reshape(ffn_BTD.shape)
             found = {"combined": y_BTD} if self.watch else {}
         x_BTD = self.model.add(x_BTD, block.normed("ffn_out_norm", y_BTD))
+        if self.model.config.layer_scale:
+            x_BTD *= block.layer_scale[...].astype(x_BTD.dtype)
         if self.watch:
             found |= {"attention_norm": normed_BTD, "attention": attended_BTD, "ffn_norm": ffn_BTD, "residual": x_BTD}
         return x_BTD, None if memory is None else {**memory, name: cache}, found

@@ -224,6 +224,7 @@ def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> 
         if wrong:
             raise PortError(f"{found.path}, layer {layer}", mistyped=wrong)
     written = {name: _as(theirs[name], header.dtype) for name, header in headers.items()}
+    written |= {name: _beside(written[name], headers[name], plan, name) for name in plan.partial}
     quantised = [name for name, header in headers.items() if header.parts]
     changed = [name for name in quantised if not same_bits(written[name].read(), headers[name].read())]
     if changed and found.scheme is not None:
@@ -246,6 +247,11 @@ def _differences(one: Any, other: Any, part: str = "") -> list[str]:
 
 def _as(header: Header, dtype: np.dtype) -> Header:
     return Header(header.shape, dtype, lambda: header.read().astype(dtype, copy=False))
+
+
+def _beside(mine: Header, there: Header, plan: Plan, name: str) -> Header:
+    """Our part of a tensor, and what else is in it."""
+    return Header(mine.shape, mine.dtype, lambda: np.where(plan.held(name), mine.read(), there.read()))
 
 
 def _write(found: Mixtures, changed: Mapping[str, Header]) -> None:

@@ -27,13 +27,17 @@ class Case:
     top: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # settings beside the text model's, of one shape each
     model: str = "ForCausalLM"  # the class of a whole model; empty: none is made, for a `reason` in words
     reason: str = ""
+    named: str = ""  # the type in config.json, if it is not that of the module
     alone: str = ""  # the type of the text model by itself, of which the whole model is then
     of_whole: bool = False  # whether the module takes the whole configuration, not the part with its sizes
     balance: bool = False  # whether transformers has a balance loss, and it counts the choices that are made
     seed: int = 10  # of weights that send a token to every expert
     spare: str = ""  # a tensor in memory of whose rows nothing reads those of experts that return their input
+    unread: str = ""  # what begins the names in memory of another mixture
+    twice: str = ""  # the setting that is a list: of text and of vision
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
+    before: str = ""  # of a whole layer as the module: its child that reads the answer
 
     def values(self, shape: int, alone: bool = False) -> dict[str, Any]:
         """The settings of a tiny whole model, or of its text model alone."""
@@ -41,6 +45,7 @@ class Case:
         experts, width, choices = self.sizes.split()
         sizes = {"hidden_size": D, experts: E, width: F, choices: K}
         values = {**TINY, **sizes, **self.settings, **self.others[shape]}
+        values |= {self.twice: [values[self.twice], 4]} if self.twice else {}
         if alone:
             return values
         for word in reversed(self.nested.split(".") if self.nested else []):
@@ -71,8 +76,20 @@ ADAPTED = tuple(
     {"vision_config": {"adapter_out_dim": sizes[0]}, "audio_config": {"adapter_output_size": sizes[0]}}
     for _, sizes in SHAPES
 )
+HEARS = tuple({"audio_config": {"out_hidden_size": sizes[0]}} for _, sizes in SHAPES)
 DBRX = {"n_heads": 2, "n_layers": 2, "max_seq_len": 16, "attn_config": {"kv_n_heads": 1, "rope_theta": 100.0}}
+GEMMA_SIZES = "num_experts moe_intermediate_size top_k_experts"
+GEMMA = {
+    "intermediate_size": 5, "global_head_dim": 4, "hidden_size_per_layer_input": 0, "rms_norm_eps": 1e-2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 AROUND = "a tiny vision model around the text model is not made"
+
+SOFT_CAPS = {"mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "route_scale": 1.7, "unpadded_vocab_size": 11}
+ERNIE_SEES = {"vision_config": {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8}}
+SMALL_INKLING = {
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 4, "d_rel": 4, "rel_extent": 4,
+}
 
 
 def v3(model_type: str, prefix: str, module: str = "MoE", **own: Any) -> Case:
@@ -102,7 +119,8 @@ CASES = {one.model_type: one for one in (
     Case("nllb_moe", "NllbMoe", "SparseMLP", "num_experts encoder_ffn_dim num_experts_per_tok", {
         "encoder_sparse_step": 1, "decoder_layers": 1, "decoder_sparse_step": 1, "decoder_ffn_dim": 4,
         "num_experts_per_tok": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 1},
-        ({"moe_token_dropout": 0.25}, {"router_bias": True}), model="ForConditionalGeneration", balance=True),
+        ({"moe_token_dropout": 0.25}, {"router_bias": True}), model="ForConditionalGeneration", balance=True,
+        named="nllb-moe"),
     Case("jetmoe", "JetMoe", "MoE", MIXTRAL, balance=True),
     Case("phimoe", "Phimoe", sizes=MIXTRAL, others=(
         {"router_jitter_noise": 0.2}, {"num_experts_per_tok": 2}), balance=True),
@@ -177,6 +195,30 @@ CASES = {one.model_type: one for one in (
         **SCALED, "swiglu_limit": 0.6, "mlp_layer_types": ["hash_moe", "moe"]}, balance=True),
     Case("longcat_flash", "LongcatFlash", "MoE", "n_routed_experts expert_ffn_hidden_size moe_topk",
          {"zero_expert_num": 2, "routed_scaling_factor": 1.7}, seed=11, spare="experts.gate_up_proj"),
+    Case("nemotron_h", "NemotronH", "MoE", V3, {
+        **SCALED, "moe_shared_expert_intermediate_size": 4, "layers_block_type": ["full_attention", "moe"]}, (
+        {**CLUSTERS[0], "moe_latent_size": 5}, {**CLUSTERS[1], "moe_latent_size": None}), seed=13),
+    Case("muse_spark", "MuseSpark", "MoE", LOCAL, {
+        **SCALED, "moe_hidden_size": 5, "output_multiplier": 0.6, "post_norm_eps": 1e-3, "rms_norm_eps": 1e-2,
+        "layer_rope_theta": [0, 0]},
+        seed=11, nested="text_config", top=HEARS, model="",
+        reason="the tiny vision and audio models around the text model are not made"),
+    Case("gemma4", "Gemma4", "TextDecoderLayer", GEMMA_SIZES, {**GEMMA, "enable_moe_block": True}, nested="text_config",
+         alone="gemma4_text", before="post_feedforward_layernorm"),
+    Case("diffusion_gemma", "DiffusionGemma", "DecoderTextLayer", GEMMA_SIZES, GEMMA, nested="text_config",
+         before="post_feedforward_layernorm", model="", reason=AROUND),
+    v3("axk1", "AXK1", settings={**DENSE_FIRST, "rms_norm_eps": 1e-2}),
+    Case("inkling", "Inkling", "MoE", V3, {"n_shared_experts": 2, "route_scale": 1.7, **SMALL_INKLING},
+         nested="text_config", named="inkling_mm_model", alone="inkling_text"),
+    Case("inkling2", "Inkling2", "SparseMoeBlock", V3, {**SOFT_CAPS, **SMALL_INKLING}, nested="text_config",
+         alone="inkling2_text", top=tuple({"vision_config": {"text_hidden_size": s[0]}} for _, s in SHAPES)),
+    Case("inkling2_loop", "Inkling2Loop", "SparseMoeBlock", V3, {**SOFT_CAPS, **SMALL_INKLING}, nested="text_config",
+         alone="inkling2_loop_text", top=tuple({"vision_config": {"text_hidden_size": s[0]}} for _, s in SHAPES)),
+    Case("ernie4_5_vl_moe", "Ernie4_5_VLMoe", "MoeBlock", "moe_num_experts moe_intermediate_size moe_k", {
+        "moe_num_shared_experts": 2, "mlp_layer_types": ["dense", "sparse"], "head_dim": 8, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}}, twice="moe_intermediate_size",
+        nested="text_config", model="ForConditionalGeneration", top=(ERNIE_SEES, ERNIE_SEES), seed=30, balance=True,
+        unread="vision_moe."),
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
        reason=AROUND),

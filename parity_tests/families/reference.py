@@ -20,8 +20,7 @@ def configuration(case: Case, shape: int) -> Any:
     """transformers' configuration of the whole model type."""
     from transformers import CONFIG_MAPPING
 
-    name = case.model_type if case.model_type in CONFIG_MAPPING else case.model_type.replace("_", "-")
-    return CONFIG_MAPPING[name](**case.values(shape))
+    return CONFIG_MAPPING[case.named or case.model_type](**case.values(shape))
 
 
 def text_of(case: Case, config: Any) -> Any:
@@ -34,6 +33,14 @@ def text_of(case: Case, config: Any) -> Any:
 def as_file(config: Any) -> dict[str, Any]:
     """What its config.json says."""
     return json.loads(config.to_json_string(use_diff=True))
+
+
+class Nothing(torch.nn.Module):
+    """In the place of attention: it adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """Zeros, and no weights."""
+        return torch.zeros_like(hidden_states), None
 
 
 class Layer(torch.nn.Module):
@@ -53,6 +60,19 @@ class Layer(torch.nn.Module):
             self.add_module(name, made(config, **further))
         if case.model_type == "nllb_moe":
             self.own.experts.forward = functools.partial(every_expert, self.own.experts)
+        if case.before:
+            self._within(self.own)
+
+    def _within(self, layer: Any) -> None:
+        """Of a whole layer what is not of the mixture adds nothing, and what its child reads is kept as the answer."""
+        layer.self_attn = Nothing()
+        for name in ("input_layernorm", "post_attention_layernorm", self.case.before):
+            setattr(layer, name, torch.nn.Identity())
+        del layer.layer_scalar
+        layer.layer_scalar = 1.0
+        found: dict[str, Any] = {}
+        getattr(layer, self.case.before).register_forward_pre_hook(lambda module, args: found.update(y=args[0]))
+        layer.register_forward_hook(lambda module, args, answer: found["y"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of their answers."""
@@ -66,7 +86,8 @@ class Layer(torch.nn.Module):
 
 
 def without_spare(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The tensors without the rows that nothing reads."""
+    """The tensors without those of another mixture, and without the rows that nothing reads."""
+    tensors = {name: value for name, value in tensors.items() if not case.unread or not name.startswith(case.unread)}
     count = case.settings.get("zero_expert_num", 0)
     spare = {name for name in tensors if case.spare and name.endswith(case.spare)}
     return {name: value[:-count] if name in spare else value for name, value in tensors.items()}
@@ -100,7 +121,7 @@ def draw(layer: torch.nn.Module, seed: int) -> None:
                 drawn *= (3.0 if routes else 1.0) * value.shape[-1] ** -0.5
             else:
                 drawn = drawn * 0.2 + (1.0 if "norm" in name or "scale" in name else 0.0)
-            value.copy_(torch.from_numpy(drawn))
+            value.copy_(torch.from_numpy(np.asarray(drawn)))
 
 
 def make_layer(case: Case, shape: int, dtype: str) -> Layer:

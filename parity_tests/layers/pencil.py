@@ -28,7 +28,7 @@ from math import exp, log
 
 import numpy as np
 
-from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
+from jax_moe.config.moe import AroundConfig, BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
 
 ANN, BOB, CLEO = (9, 10, 1, 20), (8, 7, 5, 40), (12, 3, 5, 60)
 FRIENDS = (ANN, BOB, CLEO)
@@ -134,6 +134,11 @@ WEIGHTS = [
     weight_story("sparse mixer below 0", [-log(2.0), -log(4.0), -log(16.0)], [40, 48, 0], MIXER),
     # nothing is below 0 by any share of 0: one of three, then one of two
     weight_story("sparse mixer at 0", EQUAL, [20, 30, 0], MIXER),
+    # and with logits of half the size
+    weight_story(
+        "logits halved", [2 * log(3.0), 0.0, -2 * log(3.0)], [45, 30, 0],
+        dataclasses.replace(SIGMOID, logit_scale=0.5),
+    ),
     # 60 * (3/4, 1/2)
     weight_story("sigmoid", THREE_ONE, [45, 30, 0], SIGMOID),
     # 3/4 + 1/2 = 5/4; 60 * (3/5, 2/5)
@@ -352,7 +357,86 @@ IDENTITY = [
         [[and_itself(7 / 15, BOB_2, [40 * 8 / 15, 0, 0, 0]), and_itself(1, ANN_2, [0] * 4), BOB_2]], 2 / 6,
     ),
 ]
-EXPERTS += IDENTITY
+# A token of one number. It is mapped to (1, 7), whose mean square is 25: with eps 11 its rms is 6, and scaled by (2, 1)
+# it becomes (2/6, 7/6). The only expert says 9 * (1/9, 7/18) = (1, 7/2); scaled by (1, 2) that is (1, 7), normed again
+# (1/6, 7/6), and mapped back 1 + 7 = 8. The shared expert sees the token and says 10: 18, whose square and 252 are
+# 24^2, so the last norm with its scale 4 leaves 3.
+AROUND_WEIGHTS = {
+    "router.kernel": [[0]], "latent_in": [[1, 7]], "experts.up": [[[6], [6]]], "experts.down": [[[1 / 9, 7 / 18]]],
+    "latent_out": [[6], [6]], "shared.up": [[[1]]], "shared.down": [[[10]]],
+}
+NORM_SCALES = {"latent_norm.scale": [1, 0], "experts.answer_scale": [0, 1], "output_norm.scale": [4]}
+MAPPED = AroundConfig(latent_dim=2)
+NORMED = AroundConfig(
+    latent_dim=2, latent_norm="rms_centered", latent_norm_eps=11.0, output_norm="rms", output_norm_eps=252.0
+)
+ANSWER = dataclasses.replace(PLAIN_EXPERT, shared_dim=1, answer_norm="rms_of_scaled", answer_norm_eps=11.0)
+
+
+def around_story(name: str, around: AroundConfig, expert: ExpertConfig, answer: float, scales: dict) -> Scenario:
+    """The token 1, which the only expert answers with weight 1."""
+    config = MoEConfig(
+        model_dim=1, expert_dim=1, num_experts=1, top_k=1, around=around, expert=expert,
+    )
+    return Scenario(name, config, [[[1.0]]], [[[answer]]], weights={**AROUND_WEIGHTS, **scales})
+
+
+AROUND = [
+    # 6 * (1 + 7) = 48; 6 * 48 * (1/9 + 7/18) = 144, and 10
+    around_story("mapped", MAPPED, dataclasses.replace(PLAIN_EXPERT, shared_dim=1), 154, {}),
+    around_story("mapped and normed", NORMED, ANSWER, 3, NORM_SCALES),
+    # the scale itself in the place of 1 more than it: (2/6, 7/6) again; (1, 7/2) has mean square 53/8, 9 with eps 19/8:
+    # (1/3, 7/6), and mapped back 9
+    around_story(
+        "other norms", dataclasses.replace(NORMED, latent_norm="rms", output_norm="none"),
+        dataclasses.replace(ANSWER, answer_norm="rms", answer_norm_eps=19 / 8), 19,
+        {"latent_norm.scale": [2, 1], "experts.answer_scale": [1, 1]},
+    ),
+]
+# Two numbers, (3, 4): mean square 25/2, and 100 with eps 175/2, so over their rms of 10 they are (3, 4) / 10. The
+# router reads these times (10, 20) over the root of 2, (3, 8) / sqrt(2); its columns sqrt(2) * ln(2) * (1/3, 0) and
+# (0, 1/4) make logits ln 2 and 2 ln 2: shares 1/3 and 2/3, times each expert's factor 9 and 12 weights 3 and 8.
+# What the experts read is normed and scaled by (10, 10): (3, 4). The first says (3 + 4) * (1, 0), the second (0, 7):
+# 3 * 7 = 21 and 8 * 7 = 56, whose mean square is (441 + 3136) / 2 = 1788.5, and 1876 with the eps: the root is
+# 43.31..; scaled by 2. The shared expert reads (3, 4) / 10 * (20, 20) = (6, 8), says 14 * (1, 1), normed with mean
+# square 196, 283.5 with the eps, and scaled by (1, 3).
+GEMMA = dataclasses.replace(PLAIN_EXPERT, shared_dim=1)
+GEMMA_WEIGHTS = {
+    "router.kernel": [[2**0.5 * log(2.0) / 3, 0], [0, 2**0.5 * log(2.0) / 4]], "router.input_scale": [10, 20],
+    "router.expert_scale": [9, 12], "input_norm.scale": [10, 10], "routed_norm.scale": [2, 2],
+    "shared_input_norm.scale": [20, 20], "shared_norm.scale": [1, 3],
+    "experts.up": [[[1], [1]]] * 2, "experts.down": [[[1, 0]], [[0, 1]]],
+    "shared.up": [[[1], [1]]], "shared.down": [[[1, 1]]],
+}
+PARTS_NORMED = AroundConfig(
+    input_norm="rms_wide", routed_norm="rms_wide", shared_input_norm="rms_wide", shared_norm="rms_wide", norm_eps=87.5,
+)
+AROUND.append(Scenario(
+    "a norm before the router, factors of experts, norms of parts",
+    MoEConfig(
+        model_dim=2, expert_dim=1, num_experts=2, top_k=2, expert=GEMMA, around=PARTS_NORMED,
+        router=RouterConfig(renormalise="sum", input_norm=True, input_norm_eps=87.5, expert_scale=True),
+    ),
+    [[[3.0, 4.0]]],
+    [[[2 * 21 / 1876**0.5 + 14 / 283.5**0.5, 2 * 56 / 1876**0.5 + 3 * 14 / 283.5**0.5]]], weights=GEMMA_WEIGHTS,
+))
+# Two shared experts that the router weighs: their logits are those of experts 0 and 2. Sigmoids 3/4, 1/2 of the chosen
+# and 3/4, 1/4 of the shared make 9/4: 1/3, 2/9, 1/3, 1/9, and nine times that. The shared say a half and a quarter of
+# 60.
+WEIGHED = Scenario(
+    "shared experts that the router weighs",
+    layer(
+        router=RouterConfig(score="sigmoid", renormalise="sum", shared_experts=2, learned_scale=True),
+        expert=dataclasses.replace(PLAIN_EXPERT, shared_dim=1),
+    ),
+    [[[*THREE_ONE, 60.0]]], [[[180, 120, 0, 3 * 30 + 15]]],
+    weights={
+        "router.kernel": [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0] * 5], "router.learned_scale": [9],
+        "shared_experts.up": [[[0], [0], [0], [1]]] * 2,
+        "shared_experts.down": [[[0, 0, 0, 0.5]], [[0, 0, 0, 0.25]]],
+    },
+)
+EXPERTS += [*IDENTITY, *AROUND, WEIGHED]
 
 # One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).
 # Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is the inner one.
@@ -381,6 +465,11 @@ AFTER = dataclasses.replace(
 )
 AFTER_TABLE = [
     (0.5, 0.25, 0.0625), (0.6, 0.5, 0.18), (0.6, 3, 0.18), (2, 0.5, 0.25), (-3, 0.5, 0), (2, -5, -0.25),
+]
+# ln 3 has sigmoid 3/4 and, within 2, tanh(ln 3 / 2) = 1/2: 1 * 3/4; 4 ln 2 within 4 is 4 * 3/5; -4 ln 2 is -12/5
+SOFT_CAPPED = dataclasses.replace(CLAMPED, expert=ExpertConfig(gate_softcap=2.0, up_softcap=4.0))
+SOFT_TABLE = [
+    (log(3.0), 4 * log(2.0), 9 / 5), (log(3.0), -4 * log(2.0), -9 / 5), (0, 1, 0), (-log(3.0), 4 * log(2.0), -3 / 5),
 ]
 # beside the same expert unbounded and halved: gate * up within 2, and 1/2 gate * up
 BESIDE = dataclasses.replace(

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig
-from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+from jax_moe.config.moe import (
+    AroundConfig,
+    BalanceConfig,
+    CapacityConfig,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+    SoftMoEConfig,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -170,6 +178,7 @@ SIZES = {"model_dim": 4, "expert_dim": 8, "num_experts": 8, "top_k": 2}
 SOFT = {"model_dim": 4, "num_experts": 2, "num_slots": 1}
 HEADS = {"model_dim": 4, "num_heads": 2}
 CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
+KINDS = "'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'"  # of norms in a mixture
 BAD = [
     (MoEConfig, {**SIZES, "identity_experts": -1}, "identity_experts=-1: must be an integer of at least 0"),
     (
@@ -179,6 +188,75 @@ BAD = [
     (
         MoEConfig, {**SIZES, "identity_experts": 1, "expert": ExpertConfig(dropout=0.1)},
         "dropout=0.1: must be 0 with identity_experts",
+    ),
+    (RouterConfig, {"learned_scale": 1}, "learned_scale=1: must be True or False"),
+    (RouterConfig, {"shared_experts": -1}, "shared_experts=-1: must be an integer of at least 0"),
+    (
+        RouterConfig, {"shared_experts": 1, "order": "select_then_softmax"},
+        "order='select_then_softmax': must be 'score_then_select' with shared_experts",
+    ),
+    (
+        RouterConfig, {"shared_experts": 1, "noise": "learned_gaussian"},
+        "noise='learned_gaussian': must be 'none' or 'input_jitter' with shared_experts",
+    ),
+    (ExpertConfig, {"gate_softcap": 0.0}, "gate_softcap=0.0: must be None or a number above 0"),
+    (ExpertConfig, {"up_softcap": 1.0, "gated": False}, "up_softcap=1.0: must be None unless gated"),
+    (ExpertConfig, {"up_softcap": 1.0, "clamp": 1.0}, "up_softcap=1.0: must be None with a clamp"),
+    (
+        ExpertConfig, {"gate_softcap": 1.0, "activation": "gelu"},
+        "activation='gelu': must be 'silu' with a gate_softcap",
+    ),
+    (
+        MoEConfig, {**SIZES, "router": RouterConfig(shared_experts=1)},
+        "shared_dim=0: must be above 0 with shared_experts",
+    ),
+    (
+        MoEConfig,
+        {**SIZES, "router": RouterConfig(shared_experts=1), "expert": ExpertConfig(shared_dim=1, shared_gate=True)},
+        "shared_gate=True: must be False with shared_experts",
+    ),
+    (
+        MoEConfig,
+        {
+            **SIZES, "router": RouterConfig(learned_scale=True),
+            "capacity": CapacityConfig(renormalise_after_drop=True),
+        },
+        "renormalise_after_drop=True: must be False with shared_experts or a learned_scale",
+    ),
+    (RouterConfig, {"logit_scale": 0.0}, "logit_scale=0.0: must be a number above 0"),
+    (
+        ExpertConfig, {"answer_norm": "layer"},
+        "answer_norm='layer': must be one of 'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'",
+    ),
+    (ExpertConfig, {"answer_norm_eps": 0.0}, "answer_norm_eps=0.0: must be a number above 0"),
+    (AroundConfig, {"latent_dim": -1}, "latent_dim=-1: must be an integer of at least 0"),
+    (AroundConfig, {"latent_norm": "rms"}, "latent_norm='rms': must be 'none' without a latent_dim"),
+    (
+        AroundConfig, {"output_norm": "layer"},
+        "output_norm='layer': must be one of 'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'",
+    ),
+    (AroundConfig, {"output_norm_eps": 0.0}, "output_norm_eps=0.0: must be a number above 0"),
+    (AroundConfig, {"norm_eps": 0.0}, "norm_eps=0.0: must be a number above 0"),
+    *(
+        (AroundConfig, {name: "layer"}, f"{name}='layer': must be one of {KINDS}")
+        for name in ("input_norm", "routed_norm", "shared_input_norm", "shared_norm")
+    ),
+    *(
+        (MoEConfig, {**SIZES, "around": AroundConfig(**{name: "rms"})},  # type: ignore[arg-type]
+         f"{name}='rms': must be 'none' without a shared expert (shared_dim=0)")
+        for name in ("shared_input_norm", "shared_norm")
+    ),
+    (RouterConfig, {"input_norm_eps": 0.0}, "input_norm_eps=0.0: must be a number above 0"),
+    (RouterConfig, {"input_norm": 1}, "input_norm=1: must be True or False"),
+    (RouterConfig, {"expert_scale": None}, "expert_scale=None: must be True or False"),
+    (
+        MoEConfig, {**SIZES, "router": RouterConfig(expert_scale=True),
+                    "capacity": CapacityConfig(renormalise_after_drop=True)},
+        "expert_scale=True: must be False when renormalise_after_drop=True",
+    ),
+    (
+        MoEConfig, {**SIZES, "around": AroundConfig(latent_dim=3), "expert": ExpertConfig(dropout=0.1)},
+        "dropout=0.1: must be 0 with a latent_dim",
     ),
     (RouterConfig, {"score": "softplus"}, "score='softplus': must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
     (
@@ -347,8 +425,8 @@ def test_a_dispatcher_that_cannot_serve_the_capacity_is_refused(config: type, ar
 
 def test_every_contract_has_a_bad_setting_here() -> None:
     every = {
-        RouterConfig, CapacityConfig, ExpertConfig, BalanceConfig, MoEConfig, SoftMoEConfig, AttentionConfig,
-        BlockConfig,
+        RouterConfig, CapacityConfig, ExpertConfig, AroundConfig, BalanceConfig, MoEConfig, SoftMoEConfig,
+        AttentionConfig, BlockConfig,
     }
     assert {case[0] for case in BAD} == every | {MakeMoEConfig}
 

@@ -139,8 +139,11 @@ def test_clamped_experts_and_their_gradient_at_the_bound() -> None:
 
 @pytest.mark.parametrize(
     ("config", "weights", "table"),
-    [(pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE)],
-    ids=["the clamp after the activation", "a shared expert of its own bound and scale"],
+    [
+        (pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE),
+        (pencil.SOFT_CAPPED, {}, pencil.SOFT_TABLE),
+    ],
+    ids=["the clamp after the activation", "a shared expert of its own bound and scale", "soft caps"],
 )
 def test_other_clamps(config: MoEConfig, weights: dict[str, np.ndarray], table: list) -> None:
     numbers = np.asarray(table, float)

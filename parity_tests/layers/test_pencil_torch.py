@@ -46,8 +46,11 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         kind, ending = (leaf[: -len("_bias")], "bias") if leaf.endswith("_bias") else (leaf, "weight")
         if name == "shared_gate":
             named["shared_gate.weight"] = tensor(value.T)
-        elif name == "answer_bias":
+        elif name == "answer_bias" or (part == "router" and leaf.endswith("scale")):
             named[name] = tensor(value)
+        elif part.startswith("latent_") or leaf.endswith("scale"):
+            torch_name = {"experts": "answer_norm"}
+            named[f"{torch_name.get(part, part)}.weight"] = tensor(value.T)
         elif part == "router":
             torch_name = {"kernel": "linear.weight", "bias": "linear.bias"}.get(leaf, leaf)
             named[f"router.{torch_name}"] = tensor(value if leaf == "expert_table" else value.T)
@@ -55,7 +58,7 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
             named[f"shared.{kind}.{ending}"] = tensor(value[0].T)
         else:
             for e, matrix in enumerate(value):
-                named[f"experts.{e}.{kind}.{ending}"] = tensor(matrix.T)
+                named[f"{part}.{e}.{kind}.{ending}"] = tensor(matrix.T)
     return named
 
 
@@ -124,8 +127,11 @@ def test_clamped_experts_and_their_gradient_at_the_bound() -> None:
 
 @pytest.mark.parametrize(
     ("config", "weights", "table"),
-    [(pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE)],
-    ids=["the clamp after the activation", "a shared expert of its own bound and scale"],
+    [
+        (pencil.AFTER, {}, pencil.AFTER_TABLE), (pencil.BESIDE, pencil.SHARED_WEIGHTS, pencil.BESIDE_TABLE),
+        (pencil.SOFT_CAPPED, {}, pencil.SOFT_TABLE),
+    ],
+    ids=["the clamp after the activation", "a shared expert of its own bound and scale", "soft caps"],
 )
 def test_other_clamps(config: MoEConfig, weights: dict[str, np.ndarray], table: list) -> None:
     numbers = np.asarray(table, float)

@@ -10,7 +10,7 @@ from typing import Literal
 from jax_moe import presets
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig
-from jax_moe.config.moe import BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
+from jax_moe.config.moe import AroundConfig, BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 
 Config = MoEConfig | SoftMoEConfig | AttentionConfig | BlockConfig | MakeMoEConfig
 Draw = Literal["noise", "jitter", "keep", "mask", "replay", "tokens"]
@@ -71,6 +71,23 @@ ON_INPUT = plain(
     top_k=1, router=RouterConfig(score="sigmoid"), expert=ExpertConfig(weight_on="input", activation="gelu"),
 )
 DEEPSEEK = sized("deepseek_v3", num_experts=6, num_clusters=3, top_clusters=2, shared_dim=10)
+NORMED = plain(
+    around=AroundConfig(latent_dim=5, latent_norm="rms_centered", output_norm="rms"),
+    expert=ExpertConfig(answer_norm="rms_of_scaled", shared_dim=10),
+)
+PARTS_NORMED = plain(
+    around=AroundConfig(
+        input_norm="rms_wide", routed_norm="rms", shared_input_norm="rms_centered", shared_norm="rms_wide"
+    ),
+    router=RouterConfig(renormalise="sum", input_norm=True, expert_scale=True), expert=ExpertConfig(shared_dim=10),
+)
+# Without a learned scale: no loss depends on it, and the rounding of a gradient of 0 cannot be compared
+WEIGHED = plain(
+    router=RouterConfig(
+        score="sigmoid", correction_bias=True, renormalise="sum", scale=1.5, shared_experts=2, weight_dtype="input",
+    ),
+    expert=ExpertConfig(shared_dim=5),
+)
 
 ROUTERS = [
     Case("plain top-k", sized("makemoe", noise=False, capacity_factor=None, dropout=0.0)),
@@ -128,6 +145,18 @@ ROUTERS = [
     Case("identity experts, capacity, padding", plain(
         num_experts=6, identity_experts=2, expert=ExpertConfig(weight_on="input"),
     ).with_capacity(0.5, priority="choice", renormalise_after_drop=True), draws=("mask", "replay")),
+    Case("maps around the experts", plain(
+        around=AroundConfig(latent_dim=5), router=RouterConfig(score="sigmoid", logit_scale=0.4),
+        expert=ExpertConfig(activation="relu2", gated=False, shared_dim=10),
+    )),
+    Case("norm before the router, norms of parts", PARTS_NORMED),
+    Case("norm before the router, norms of parts, capacity", PARTS_NORMED.with_capacity(0.5), draws=("mask",)),
+    Case("maps and norms around the experts", NORMED),
+    Case("maps and norms around the experts, einsum", via(NORMED, "einsum")),
+    Case("maps and norms around the experts, capacity", NORMED.with_capacity(0.5), draws=("mask",)),
+    Case("soft caps", plain(expert=ExpertConfig(gate_softcap=0.7, up_softcap=0.9, shared_dim=10))),
+    Case("shared experts weighed", WEIGHED),
+    Case("shared experts weighed, einsum", via(WEIGHED.with_capacity(0.5), "einsum"), draws=("mask", "replay")),
     Case("replayed choices", MAKEMOE, draws=("noise", "keep", "replay")),
 ]
 

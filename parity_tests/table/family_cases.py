@@ -91,6 +91,10 @@ def long_factors(model: Any) -> None:
     turns.rope_init_fn = functools.partial(turns.rope_init_fn, seq_len=most + 1)
 
 
+GEMMA4 = {
+    "intermediate_size": 10, "moe_intermediate_size": 14, "num_experts": 5, "top_k_experts": 2,
+    "enable_moe_block": True, "hidden_size_per_layer_input": 0,
+}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 1.7
 }
@@ -166,6 +170,16 @@ CASES = [
         "attn_temperature_tuning": False, "tie_word_embeddings": True, **rope(
             "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)},
          "Text"),
+    Case("gemma4", "Gemma4", sizes(24, 4, 2, 2, **GEMMA4, head_dim=6), "left", {
+        "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8, "sliding_window": 3,
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 5.0}, "Text"),
+    Case("gemma4_whole", "Gemma4", sizes(22, 3, 1, 3, **GEMMA4, head_dim=6), "right", {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"], "global_head_dim": 12,
+        "tie_word_embeddings": False, "attention_bias": True, "sliding_window": 4, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {
+                "rope_type": "proportional", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "factor": 2.0}}},
+         "Text"),
 ]
 
 
@@ -173,13 +187,15 @@ def draw_weights(model: Any, seed: int) -> None:
     """Draws weights: norms about 1, biases not 0, routers that spread the tokens."""
     generator = np.random.default_rng(seed)
     with torch.no_grad():
-        kept = {name: value for name, value in model.state_dict().items() if name.endswith("correction_bias")}
+        untrained = ("correction_bias", "layer_scalar")
+        kept = {name: value for name, value in model.state_dict().items() if name.endswith(untrained)}
         for name, parameter in sorted((dict(model.named_parameters()) | kept).items()):
             drawn = generator.normal(size=tuple(parameter.shape))
             if parameter.ndim == 1 or name in kept:
                 drawn = drawn * 0.2 + (0.0 if name.endswith("bias") else 1.0)
             elif "embed_tokens" not in name:
-                drawn *= (3.0 if name.endswith(("gate.weight", "router.weight")) else 1.0) * parameter.shape[-1] ** -0.5
+                routes = name.endswith(("gate.weight", "router.weight", "router.proj.weight"))
+                drawn *= (3.0 if routes else 1.0) * parameter.shape[-1] ** -0.5
             parameter.copy_(torch.from_numpy(drawn))
 
 

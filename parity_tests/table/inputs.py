@@ -195,6 +195,7 @@ def choice_scores(config: MoEConfig, router: Arrays, pool: Arrays) -> np.ndarray
     """The scores [rows, E] by which experts are chosen, precise enough for margins only."""
     x = pool["x_BTD"] * pool.get("jitter_BTD", 1.0)
     logits = x @ router["kernel"] + router.get("bias", 0.0)
+    logits = logits[:, : config.num_experts]  # those of shared experts follow
     noise = pool.get("noise_BTE", 0.0)
     if "noise_kernel" in router:
         noise = noise * np.logaddexp(0, x @ router["noise_kernel"] + router.get("noise_bias", 0.0))

@@ -14,6 +14,7 @@ from jax_moe.porting.families.makemoe import MAKEMOE, MAKEMOE_LAYER
 from jax_moe.porting.families.mixtral import MIXTRAL
 from jax_moe.porting.families.mixtures.around import AROUND
 from jax_moe.porting.families.mixtures.fused import FUSED_FAMILIES
+from jax_moe.porting.families.mixtures.gemma import GEMMAS
 from jax_moe.porting.families.mixtures.sigmoid import SIGMOID
 from jax_moe.porting.families.mixtures.softmax import SOFTMAX
 from jax_moe.porting.families.mixtures.special import SPECIAL
@@ -30,7 +31,7 @@ FAMILIES: dict[str, Family] = {
     one.name: one for one in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
         SWITCH_TRANSFORMERS,
-        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL, *AROUND,
+        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL, *AROUND, *GEMMAS,
     )
 }
 

@@ -98,6 +98,7 @@ class Mixture:
     roots: tuple[str, ...] = ("model.",)  # what may stand before `layers.` in a file
     by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
     each_layer: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # with such a list where none stands
+    by_number: tuple[str, ...] = ()  # settings that per_layer_config may give single layers: none is of the mixture
     # What begins the names of tensors in the module that are not the mixture's, and stay as they are; {e} is the number
     # of an expert beyond the contract's
     beside: tuple[str, ...] = ()
@@ -202,7 +203,7 @@ class Family:
         settings = Settings(values)
         settings.must_be("model_type", self.name, "the family")
         settings.must_be("is_causal", True, "a decoder sees what stands before")
-        settings.must_be("per_layer_config", {}, "settings of single layers are not supported")
+        self._check_single_layers(settings)
         config = None
         try:
             config = read(settings)
@@ -211,6 +212,17 @@ class Family:
         if settings.errors or config is None:
             raise ValueError("; ".join(dict.fromkeys(settings.errors)))
         return config
+
+    def _check_single_layers(self, settings: Settings) -> None:
+        """Notes settings of single layers that the family does not read."""
+        name, allowed = "per_layer_config", () if self.mixture is None else self.mixture.by_number
+        if not allowed:
+            settings.must_be(name, {}, "settings of single layers are not supported")
+            return
+        found = settings.take(name, dict, {}, {})
+        fits = all(isinstance(each, dict) and set(each) <= set(allowed) for each in found.values())
+        if not fits or not all(str(number).isdecimal() for number in found):
+            settings.wrong(name, f"an object of layer numbers, each with {' and '.join(allowed)} at most")
 
     def values(self, config: DecoderConfig) -> dict[str, Any]:
         """config.json of a contract. Raises ValueError if the family cannot say it."""

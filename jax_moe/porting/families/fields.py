@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jax_moe.config.moe import BalanceConfig, ExpertConfig, MoEConfig, RouterConfig
+from jax_moe.config.moe import AroundConfig, BalanceConfig, ExpertConfig, MoEConfig, RouterConfig
 from jax_moe.porting.families.settings import ACTIVATIONS, REFUSED, Settings
 
 REQUIRED: Any = object()
-PARTS: dict[str, type] = {"router": RouterConfig, "expert": ExpertConfig, "balance": BalanceConfig}
+PARTS: dict[str, type] = {
+    "router": RouterConfig, "expert": ExpertConfig, "around": AroundConfig, "balance": BalanceConfig,
+}
 # The balance loss of Mixtral and its descendants
 HUGGING_FACE = {"balance.f_sums_to": "k", "balance.pooled": "over_layers"}
 # As it is counted for routers with sigmoids or a correction bias, for `Contract.but`

@@ -23,11 +23,11 @@ def read_rope(
 
     Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta
     stands at the top level; the trained length of yarn and llama3 is taken from the top level first, that of longrope
-    from the object alone.
+    from the object alone. `kinds` are those that the family may have.
     """
     name, raw = rope_object(settings)
     inner = Settings(raw, settings.errors, f"{name}.")
-    kind = inner.choice("rope_type" if "rope_type" in raw else "type", "default", kinds)
+    kind: Any = inner.choice("rope_type" if "rope_type" in raw else "type", "default", kinds)
     for level in (settings, inner) if fraction is None else ():
         level.must_be("partial_rotary_factor", 1.0, WHOLE)
     for key, value in raw.items():
@@ -49,6 +49,8 @@ def _stretching(settings: Settings, inner: Settings, kind: str, max_positions: i
     """What stands beside the base, by kind."""
     if kind == "default":
         return {}
+    if kind == "proportional":
+        return {"factor": inner.number("factor", 1.0)}
     found: dict[str, Any] = {}
     if kind in ("yarn", "llama3", "longrope"):
         top = "original_max_position_embeddings" in settings.values and kind != "longrope"

@@ -25,7 +25,19 @@ ROUTER = (
 EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, "", DIMS[name], name, f"{name}_bias"))
 ROWS = (
     *ROUTER, *stacked(EXPERT, "experts.{e}.", "experts.", "e"), *stacked(EXPERT, "shared.", "shared.", "0/1"),
-    Row("shared_gate.weight", "1 D", "shared_gate", "D 1"), Row("answer_bias", "D", "answer_bias", "D"),
+    *stacked(EXPERT, "shared_experts.{y}.", "shared_experts.", "y"),
+    Row("router.learned_scale", "1", "router.learned_scale", "1"),
+    Row("shared_gate.weight", "1 D", "shared_gate", "D 1"),
+    Row("latent_in.weight", "I D", "latent_in", "D I"), Row("latent_out.weight", "D I", "latent_out", "I D"),
+    Row("latent_norm.weight", "D", "latent_norm.scale", "D"),
+    Row("answer_norm.weight", "D", "experts.answer_scale", "D"),
+    *(
+        Row(f"{name}.weight", "D", f"{name}.scale", "D")
+        for name in ("output_norm", "input_norm", "routed_norm", "shared_input_norm", "shared_norm")
+    ),
+    Row("router.input_scale", "D", "router.input_scale", "D"),
+    Row("router.expert_scale", "E", "router.expert_scale", "E"),
+    Row("answer_bias", "D", "answer_bias", "D"),
 )
 ATTENTION = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),

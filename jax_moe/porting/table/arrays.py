@@ -97,16 +97,16 @@ def theirs_from(plan: Plan, arrays: Mapping[str, Any], fetch: Fetch = sharding.f
         raise PortError(f"layout {plan.table.name}", mistyped=mixed)
     shapes = plan.their_shapes
     return {
-        name: Header(shapes[name], dtype, _taker(parts, arrays, fetch, shapes[name], dtype))
+        name: Header(shapes[name], dtype, _taker(plan, name, parts, arrays, fetch, dtype))
         for name, parts in pieces.items() for dtype in dtypes[name]
     }
 
 
 def _taker(
-    pieces: list[Piece], arrays: Mapping[str, Any], fetch: Fetch, shape: tuple[int, ...], dtype: np.dtype
+    plan: Plan, name: str, pieces: list[Piece], arrays: Mapping[str, Any], fetch: Fetch, dtype: np.dtype
 ) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        value = np.empty(shape, dtype)
+        value = plan.blank(name, dtype)
         for piece in pieces:
             put(piece, fetch(arrays[piece.ours], piece.our_index), value)
         return value

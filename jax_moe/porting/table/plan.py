@@ -3,6 +3,7 @@
 "Theirs" is the side of files and PyTorch modules, "ours" that of jax_moe.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -55,6 +56,26 @@ class Plan:
     def names(self) -> set[str]:
         """All of their names, masks included."""
         return {*self.their_shapes, *self.constants}
+
+    @functools.cached_property
+    def partial(self) -> frozenset[str]:
+        """Their tensors that hold more than ours."""
+        filled = dict.fromkeys(self.their_shapes, 0)
+        for piece in self.pieces:
+            filled[piece.theirs] += _elements(piece)
+        return frozenset(name for name, count in filled.items() if count != math.prod(self.their_shapes[name]))
+
+    def blank(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """An array for one of their tensors, to be filled by its pieces; what is not ours is 0."""
+        return (np.zeros if name in self.partial else np.empty)(self.their_shapes[name], dtype)
+
+    def held(self, name: str) -> np.ndarray:
+        """Which entries of one of their tensors are ours."""
+        mask = np.zeros(self.their_shapes[name], bool)
+        for piece in self.pieces:
+            if piece.theirs == name:
+                mask.reshape(piece.split)[(*piece.their_index, ...)] = True
+        return mask
 
 
 def make_plan(table: Table, ours: Mapping[str, Declared]) -> Plan:
@@ -182,7 +203,7 @@ def to_theirs(plan: Plan, ours: Arrays, constants: bool = True) -> dict[str, np.
     for piece in plan.pieces:
         value = ours[piece.ours]
         if piece.theirs not in theirs:
-            theirs[piece.theirs] = np.empty(plan.their_shapes[piece.theirs], value.dtype)
+            theirs[piece.theirs] = plan.blank(piece.theirs, value.dtype)
         elif theirs[piece.theirs].dtype != value.dtype:
             both = f"{piece.theirs} would hold {value.dtype} and {theirs[piece.theirs].dtype}"
             raise PortError(f"layout {plan.table.name}", mistyped=[both])

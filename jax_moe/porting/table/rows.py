@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-COUNTED = {"e": "E", "h": "H", "l": "L"}  # our dims that are indices in their names; l0, l1 ... if several stacks
+COUNTED = {"e": "E", "h": "H", "l": "L", "y": "Y"}  # our dims that are indices in names; l0, l1 ... if several stacks
 
 
 @dataclass(frozen=True)

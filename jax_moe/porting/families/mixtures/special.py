@@ -20,7 +20,7 @@ from jax_moe.porting.families.mixtures.layouts import (
     router,
 )
 from jax_moe.porting.families.mixtures.sigmoid import SHARED_EXPERT, V3, scale, shared
-from jax_moe.porting.families.mixtures.softmax import IN_INPUTS_DTYPE, QWEN_LIKE, ROOTS, family, multimodal
+from jax_moe.porting.families.mixtures.softmax import IN_INPUTS_DTYPE, QWEN_LIKE, ROOTS, family, multimodal, nested
 from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row, linear, stacked, under
 
@@ -53,6 +53,30 @@ def ernie(bias: str) -> tuple[Row, ...]:
     )
 
 
+
+def read_ernie_vl(settings: Settings) -> MoEConfig:
+    """Ernie VL's contract for text: of two widths, and of two numbers of experts where they are told apart, its own."""
+    values = dict(settings.values)
+    for name in (WIDTH, "moe_num_experts"):
+        if isinstance(values.get(name), list):
+            values[name] = (settings.integers(name) or (None,))[0]
+    return ERNIE.but(**OF_LOGITS).read(Settings(values, settings.errors))
+
+
+def write_ernie_vl(moe: MoEConfig) -> dict[str, Any]:
+    """And back; vision experts of the same width, as the contract says nothing of them."""
+    return ERNIE.but(**OF_LOGITS).write(moe) | {WIDTH: [moe.expert_dim] * 2}
+
+
+ERNIE_VL_NAMES = both(
+    "hf_ernie_vl",
+    (
+        Row("gate.weight", "D E", "router.kernel", "D E"),
+        Row("moe_statics.e_score_correction_bias", "0/2 E", "router.correction_bias", "E"),
+        *each_expert(), *SHARED_EXPERTS,
+    ),
+    (*under((*ernie("gate.moe_statics.e_score_correction_bias"), *FUSED), "text_moe.", ""), *SHARED_EXPERTS),
+)
 COHERE = QWEN_LIKE.but(
     *sizes("num_experts num_local_experts", "intermediate_size"),
     shared("num_shared_experts", "intermediate_size", 0), without="router.renormalise",
@@ -208,6 +232,10 @@ SPECIAL = (
         "hf_ernie", (*ernie("moe_statics.e_score_correction_bias"), *each_expert(), *SHARED_EXPERTS),
         (*ernie("gate.moe_statics.e_score_correction_bias"), *FUSED, *SHARED_EXPERTS),
     ), decoder=decoders.ERNIE),
+    Family("ernie4_5_vl_moe", Mixture(
+        read_ernie_vl, write_ernie_vl, *ERNIE_VL_NAMES, nested("ernie4_5_vl_moe"), ROOTS,
+        beside=("gate.weight_1", "experts.{e}.", "vision_moe."),
+    )),
     Family("cohere2_moe", Mixture(read_cohere, write_cohere, *DEEPSEEK)),
     family("hy_v4", HY4, HY4_NAMES),
     multimodal("hy_v4_vl", HY4, HY4_NAMES),
