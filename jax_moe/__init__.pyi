@@ -33,6 +33,7 @@ from . import top_k as top_k
 from . import unchosen as unchosen
 from .attention import Attention as Attention
 from .config import PRECISIONS as PRECISIONS
+from .config import AroundConfig as AroundConfig
 from .config import AttentionConfig as AttentionConfig
 from .config import BalanceConfig as BalanceConfig
 from .config import BlockConfig as BlockConfig

@@ -32,8 +32,10 @@ def check_memory(config: TrainConfig, parameters: int, num_layers: int, width: i
         require_memory(STATE * parameters + batch + host, what)
         return
     require_memory(host, what)
-    devices = jax.local_devices()[: config.num_devices]
+    from train.learners.jax_learner import choose_mesh
+
+    devices = choose_mesh(config).local_devices
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-    needed, limit = STATE * parameters + batch // len(devices), min(limits, default=0)
+    needed, limit = (STATE * parameters + batch) // len(devices), min(limits, default=0)
     if limit and needed > limit:
         raise ValueError(f"{shorten(what)} needs about {needed:,} bytes a device: must be at most {limit:,}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_moe.dims import Array, Float, Int
 from jax_moe.losses import MoEStats
 from jax_moe.remat import Remat, rematerialised
+from jax_moe.sharding.inside import by_sequence, together
 
 
 class ModelOutput(NamedTuple):
@@ -76,6 +77,7 @@ def walk(
     from the whole stack when they are needed, which copies nothing but has no fast gradient. `remat`: what each unit
     keeps for a gradient.
     """
+    x = by_sequence(x)
     kinds = {plan: number for number, plan in enumerate(dict.fromkeys(plans))}
     first, start = 0, Counter[str]()
     handed_out: dict[str, list] = {}
@@ -111,7 +113,8 @@ def _unit_step(
                 own = {name: _row(rows[name], before[name], per_unit[name]) for name in plan.stacks}
             else:
                 own = {name: row_at(whole[name], numbers[name]) for name in plan.stacks}
-            x, memory, found = step(x, memory, Layer(plan, own, numbers))
+            x, memory, found = step(x, memory, Layer(plan, together(own), numbers))
+            x = by_sequence(x)
             for name, value in found.items():
                 handed_out.setdefault(name, []).append(value)
             before.update(plan.stacks)

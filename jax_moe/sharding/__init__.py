@@ -1,19 +1,44 @@
 """Meshes of devices, and how weights and batches are split over them."""
 
-from jax_moe.sharding.mesh import DATA_AXIS, EXPERT_AXIS, data_mesh, expert_mesh, fitting_devices, mesh_in_use
+from jax_moe.sharding.mesh import (
+    AXES,
+    DATA_AXIS,
+    EXPERT_AXIS,
+    TENSOR_AXIS,
+    data_mesh,
+    device_mesh,
+    expert_mesh,
+    fitting_devices,
+    mesh_in_use,
+    read_mesh,
+)
 from jax_moe.sharding.place import fetch, put_batch
-from jax_moe.sharding.rules import batch_split, replicated, weight_split
+from jax_moe.sharding.rules import (
+    RULES,
+    batch_split,
+    check_divides,
+    replicated,
+    split_tree,
+    weight_split,
+)
 
 __all__ = [
+    "AXES",
     "DATA_AXIS",
     "EXPERT_AXIS",
+    "RULES",
+    "TENSOR_AXIS",
     "batch_split",
+    "check_divides",
     "data_mesh",
+    "device_mesh",
     "expert_mesh",
     "fetch",
     "fitting_devices",
     "mesh_in_use",
     "put_batch",
+    "read_mesh",
     "replicated",
+    "split_tree",
     "weight_split",
 ]

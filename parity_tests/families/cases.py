@@ -83,6 +83,10 @@ GEMMA = {
     "intermediate_size": 5, "global_head_dim": 4, "hidden_size_per_layer_input": 0, "rms_norm_eps": 1e-2,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+TOWER = {
+    "model_type": "gemma4_vision", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 8, "position_embedding_size": 8,
+}
 AROUND = "a tiny vision model around the text model is not made"
 
 SOFT_CAPS = {"mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "route_scale": 1.7, "unpadded_vocab_size": 11}
@@ -206,7 +210,7 @@ CASES = {one.model_type: one for one in (
     Case("gemma4", "Gemma4", "TextDecoderLayer", GEMMA_SIZES, {**GEMMA, "enable_moe_block": True}, nested="text_config",
          alone="gemma4_text", before="post_feedforward_layernorm"),
     Case("diffusion_gemma", "DiffusionGemma", "DecoderTextLayer", GEMMA_SIZES, GEMMA, nested="text_config",
-         before="post_feedforward_layernorm", model="", reason=AROUND),
+         before="post_feedforward_layernorm", model="ForBlockDiffusion", top=({"vision_config": TOWER},) * 2),
     v3("axk1", "AXK1", settings={**DENSE_FIRST, "rms_norm_eps": 1e-2}),
     Case("inkling", "Inkling", "MoE", V3, {"n_shared_experts": 2, "route_scale": 1.7, **SMALL_INKLING},
          nested="text_config", named="inkling_mm_model", alone="inkling_text"),

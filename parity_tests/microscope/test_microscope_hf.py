@@ -121,3 +121,16 @@ def test_a_flip_at_a_near_tie(folder: Path, tmp_path: Path) -> None:
     assert flips[0].flips[0].margin < 2e-6 < flips[0].noise  # type: ignore[operator]
     assert all({flip.ours, flip.theirs} == {0, 1} for flip in flips[0].flips)
     assert first_divergence(results) is None, "with their choices everything after the flip agrees"
+
+
+def test_a_mixture_whose_weights_are_on_the_input(tmp_path: Path) -> None:
+    """Llama 4: its router hands out scores of all experts, and its experts get no choices. Measured: 1e-15."""
+    place = case_folder("llama4", tmp_path / "llama4")
+    expected = trace_transformers(place, "llama4", tokens(), "float64", False)
+    with settings("float64"):
+        model = jax_moe.load_pretrained(place, dtype="float64")
+        results = compare_traces(model, tokens(), expected, dtype="float64")
+        assert first_divergence(results) is None and max(stage.error for stage in results) <= 1e-14
+        exchange(model)
+        first = first_divergence(compare_traces(model, tokens(), expected, dtype="float64"))
+    assert first is not None and first.name == "layer 1: expert outputs"

@@ -9,6 +9,7 @@ from parity_tests.table.family_cases import (
     COMMON,
     ERNIE,
     EXAONE,
+    GEMMA4,
     GRANITE,
     HUNYUAN,
     LATENT,
@@ -108,6 +109,16 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "attn_temperature_tuning", "floor_scale",
          "attn_scale", "use_qk_norm", "moe_layers", "interleave_moe_layer_step", "intermediate_size_mlp", "layer_types",
          "attention_bias", "num_key_value_heads", "rms_norm_eps"),
+    ),
+    "gemma4": (
+        {**{name: value for name, value in OUTER.items() if name != "rope_parameters"},
+         **sizes(24, 4, 2, LAYERS, **GEMMA4), "head_dim": 6, "model_type": "gemma4_text", "global_head_dim": 8,
+         "layer_types": SEES, "sliding_window": 3, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+         "final_logit_softcapping": 5.0, "rope_parameters": None, "hidden_activation": "gelu_pytorch_tanh"},
+        ("layer_types", "sliding_window", "attention_k_eq_v", "num_global_key_value_heads", "global_head_dim",
+         "final_logit_softcapping", "rope_parameters", "enable_moe_block", "hidden_size_per_layer_input",
+         "num_kv_shared_layers", "use_bidirectional_attention", "attention_bias", "per_layer_config",
+         "hidden_activation", "rms_norm_eps", "use_double_wide_mlp", "tie_word_embeddings", "head_dim"),
     ),
 }
 # Of equal long and short factors, of which transformers 5.24 only takes the short ones

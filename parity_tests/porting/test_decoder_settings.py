@@ -190,3 +190,56 @@ def test_llama4_refuses_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         FAMILIES["llama4"].config(LLAMA4 | changes)
     assert str(caught.value) == message
+
+
+GEMMA4: dict[str, Any] = {
+    "model_type": "gemma4_text", "vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
+    "num_experts": 4, "intermediate_size": 5, "moe_intermediate_size": 6, "top_k_experts": 2, "global_head_dim": 8,
+}
+KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+
+
+def test_gemma4_by_layers() -> None:
+    """Published names and those that transformers writes: layers that see all have heads and rotation of their own."""
+    family, whole = FAMILIES["gemma4"], RopeConfig(kind="proportional", theta=1e6, fraction=0.25, max_positions=131072)
+    single = {"per_layer_config": {"2": {"head_dim": 8, "num_key_value_heads": 1}}, "attention_k_eq_v": True}
+    for more, heads, keys in (
+        ({}, [(4, 2), (4, 2), (8, 2)], [False] * 3),
+        (KEYS, [(4, 2), (4, 2), (8, 1)], [False, False, True]),
+        ({"num_global_key_value_heads": 1}, [(4, 2), (4, 2), (8, 2)], [False] * 3),
+        (single, [(4, 2), (4, 2), (8, 1)], [False, False, True]),
+        (KEYS | {"per_layer_config": None}, [(4, 2)] * 3, [False, False, True]),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"], "final_logit_softcapping": 30.0},
+         [(8, 2), (4, 2), (8, 2)], [False] * 3),
+    ):
+        config = family.config(GEMMA4 | more)
+        found: list[Any] = [layer.attention for layer in config.layers]
+        assert [(one.head_dim, one.num_kv_heads) for one in found] == heads
+        assert [one.value_from_key for one in found] == keys and config.embedding_multiplier == 4
+        assert all((one.rope == whole) == (one.window is None) for one in found) and config.tied_embeddings
+        assert config.logits_softcap == more.get("final_logit_softcapping")
+        assert family.config(family.values(config)) == config
+        assert family.config({"model_type": "gemma4", "text_config": GEMMA4 | more}) == config
+        assert config_from_json(DecoderConfig, config_to_json(config), "config") == config
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hidden_size_per_layer_input": 4},
+     "hidden_size_per_layer_input=4: must be 0 (embeddings of each layer)"),
+    ({"num_kv_shared_layers": 1}, "num_kv_shared_layers=1: must be 0 or absent (nothing else is supported)"),
+    ({"enable_moe_block": False}, "enable_moe_block must be true: without it no layer has a mixture"),
+    ({"use_bidirectional_attention": "all"},
+     "use_bidirectional_attention='all': must be null or 'vision' (a decoder sees what stands before)"),
+    ({"layer_types": ["sliding_attention"] * 3},
+     f"layer_types={['sliding_attention'] * 3}: must be 3 of sliding_attention, full_attention, the last full_"),
+    ({"per_layer_config": {"1": {"num_experts": 3}}},
+     "per_layer_config={'1': {'num_experts': 3}}: must be an object of layer numbers, each with head_dim and "
+     "num_key_value_heads at most"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4}}},
+     "rope_parameters.rope_type='yarn': must be one of default, proportional"),
+])
+def test_gemma4_refuses_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        FAMILIES["gemma4"].config(GEMMA4 | changes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

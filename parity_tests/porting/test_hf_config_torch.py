@@ -44,10 +44,10 @@ PREFIX = {
     "glm4_moe": "Glm4Moe", "dots1": "Dots1", "solar_open": "SolarOpen", "minimax_m2": "MiniMaxM2",
     "flex_olmo": "FlexOlmo", "exaone_moe": "ExaoneMoe", "ernie4_5_moe": "Ernie4_5_Moe",
     "hunyuan_v1_moe": "HunYuanMoEV1", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
-    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss", "llama4": "Llama4",
+    "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss", "llama4": "Llama4", "gemma4": "Gemma4",
     "phimoe": "Phimoe",
 }
-TEXT = ("llama4",)  # the configuration is a text model's
+TEXT = ("llama4", "gemma4")  # the configuration is a text model's
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 # Our loss always includes the balance loss, as transformers' does with the router's logits.
 UNCOMPARED = {"output_router_logits"}
@@ -94,7 +94,8 @@ class Reference:
             tokens = torch.from_numpy(TOKENS)
             with torch.no_grad():
                 output = model(tokens, labels=tokens, use_cache=False)
-                turns = model.model.rotary_emb(output.logits, torch.arange(LENGTH)[None])
+                own = (model.config.layer_types[0],) if self.family == "gemma4" else ()
+                turns = model.model.rotary_emb(output.logits, torch.arange(LENGTH)[None], *own)
                 once = self.family == "gpt_oss" or not isinstance(turns, tuple)
                 turns = doubled(turns) if once else turns
             if not torch.isfinite(output.logits).all():

@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "kernels": ("config", *SHARED, "routing", "dispatch", "experts"),
     "sharding": ("config", *SHARED),
     "attention": ("config", *SHARED),
-    "models": ("config", *SHARED, *SENTENCE, "attention"),
+    "models": ("config", *SHARED, *SENTENCE, "attention", "sharding"),
     "generation": ("config", *SHARED, *SENTENCE, "kernels", "attention", "models"),
     "porting": ("config", *SHARED, *SENTENCE, "attention", "models", "sharding"),
 }

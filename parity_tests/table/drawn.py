@@ -73,12 +73,16 @@ def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
 @st.composite
 def experts(draw: st.DrawFn) -> ExpertConfig:
     """Any expert contract, with or without a shared expert."""
-    gated, shared = draw(st.booleans()), draw(st.sampled_from([0, 3]))
+    gated, shared, activation = draw(st.booleans()), draw(st.sampled_from([0, 3])), draw(one_of(Activation))
+    clamp = draw(st.sampled_from([None, 0.5])) if gated else None
+    soft = st.sampled_from([None, 0.8]) if gated and clamp is None else st.none()
     return ExpertConfig(
-        activation=draw(one_of(Activation)),
+        activation=activation,
         gated=gated,
         bias=draw(st.booleans()),
-        clamp=draw(st.sampled_from([None, 0.5])) if gated else None,
+        clamp=clamp,
+        gate_softcap=draw(soft) if activation == "silu" else None,
+        up_softcap=draw(soft),
         up_offset=draw(st.sampled_from([0.0, 1.0])) if gated else 0.0,
         weight_on=draw(st.sampled_from(["output", "input"])),
         dropout=draw(st.sampled_from([0.0, 0.5])),
@@ -123,15 +127,23 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
     """Any contract of a sparse layer."""
     num_experts = draw(st.integers(1, MOST_EXPERTS))
     router = draw(routers(num_experts))
-    capacity = draw(st.none() | capacities())
+    capacity, expert = draw(st.none() | capacities()), draw(experts())
+    top_k = 2 if router.order == "sparse_mixer" else draw(
+        st.integers(1, router.top_clusters * num_experts // router.num_clusters)
+    )
+    renormalised = capacity is not None and capacity.renormalise_after_drop
+    weighed = router.order == "score_then_select" and router.noise != "learned_gaussian" and not renormalised
+    if weighed and expert.shared_dim and not expert.shared_gate:
+        router = dataclasses.replace(router, shared_experts=draw(st.integers(0, 2)))
     return MoEConfig(
         model_dim=draw(st.integers(1, MOST_WIDTH)),
         expert_dim=draw(st.integers(1, MOST_WIDTH)),
         num_experts=num_experts,
-        top_k=draw(st.integers(1, router.top_clusters * num_experts // router.num_clusters)),
+        top_k=top_k,
+        identity_experts=0 if expert.dropout else draw(st.integers(0, num_experts - top_k)),
         router=router,
         capacity=capacity,
-        expert=draw(experts()),
+        expert=expert,
         answer_bias=draw(st.booleans()),
         balance=draw(balances()),
         dispatcher=draw(st.sampled_from(DROPLESS if capacity is None else DROPPING)),

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jax_moe
 from jax_moe.porting.formats.safetensors import read_safetensors
+from jax_moe.sharding import data_mesh
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.table.family_cases import draw_weights
 from parity_tests.train.test_train_run import numbers
@@ -212,7 +213,7 @@ def test_dtypes_go_back_as_they_came(tmp_path: Path) -> None:
     model.model.norm.weight.data = model.model.norm.weight.data.float() + 1e-5
     model.save_pretrained(tmp_path / "tiny")
     pretrained = Pretrained(tmp_path / "tiny")
-    graphdef, params, rest = pretrained.start(jax.random.key(0), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    graphdef, params, rest = pretrained.start(jax.random.key(0), data_mesh(1))
     assert {value.dtype.name for value in jax.tree.leaves(params)} == {"float32"}
     pretrained.write(nnx.merge(graphdef, params, rest), tmp_path)
     for name in ("config.json", "generation_config.json"):

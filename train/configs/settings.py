@@ -106,6 +106,8 @@ class TrainConfig(Start):
     """Sequences per step."""
     num_devices: int | None = None
     """Devices to split a batch over; by default the most that divide it (JAX only). Changes rounding only."""
+    mesh: str | None = None
+    """Axes of a mesh of devices, such as data=4,expert=2 or data=2,tensor=2, in place of --num-devices (JAX only)."""
     precision: Literal["float32", "mixed"] = "float32"
     """mixed: activations and products in bf16; weights, gradients, optimizer, routing, norms and losses stay fp32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -135,7 +137,7 @@ class TrainConfig(Start):
 # Settings that a resumed run may change; all others decide its numbers. `steps` may grow. The text is identified by its
 # sha256, so that its path may change.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "data", "num_devices", "remat", "checkpoint_every", "logger",
+    "preset", "out", "resume", "data", "num_devices", "mesh", "remat", "checkpoint_every", "logger",
     "sample_length", "sample_temperature", "sample_prompt",
 }
 
@@ -143,6 +145,7 @@ FREE_ON_RESUME = {
 # Settings that runs of the first version did not store, and their values in those runs.
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
+    "mesh": None,
 }
 
 
@@ -196,6 +199,12 @@ def check(config: TrainConfig) -> None:
     require(config.sample_prompt != "", "sample_prompt", "", "at least one character")
     one_device = config.framework == "jax" or config.num_devices in (None, 1)
     require(one_device, "num_devices", config.num_devices, "1 or None with framework='torch'")
+    if config.mesh is not None:
+        from jax_moe.sharding.mesh import read_mesh
+
+        read_mesh(config.mesh)
+        require(config.framework == "jax", "mesh", config.mesh, "None with framework='torch'")
+        require(config.num_devices is None, "num_devices", config.num_devices, "left out with --mesh")
     factor = config.model.capacity_factor
     require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or none (nothing is dropped)")
     fresh = config.pretrained is None

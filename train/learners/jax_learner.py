@@ -1,4 +1,4 @@
-"""The JAX learner: a jitted step over plain trees, whose buffers are donated, with the batch split over devices."""
+"""The JAX learner: a jitted step over plain trees, whose buffers are donated, split over a mesh of devices."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 import jax_moe
 from jax_moe.config.precision import PRECISIONS
@@ -18,9 +19,10 @@ from jax_moe.models.stack import ModelOutput
 from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
-from jax_moe.sharding.mesh import data_mesh, fitting_devices
+from jax_moe.sharding.inside import alone_together
+from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
 from jax_moe.sharding.place import put_batch
-from jax_moe.sharding.rules import replicated
+from jax_moe.sharding.rules import check_divides, replicated, split_tree
 from jax_moe.stored import stored_state
 from train.configs import TrainConfig
 from train.configs.settings import OptimizerSettings
@@ -46,12 +48,11 @@ def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSet
     return loss
 
 
-def choose_devices(config: TrainConfig) -> int:
-    """The number of devices that share a batch; by default the most that divide it."""
-    available = jax.local_device_count()
-    if config.num_devices is None:
-        return fitting_devices(config.batch_size, available)
-    return config.num_devices
+def choose_mesh(config: TrainConfig) -> Mesh:
+    """The mesh of the settings; by default as many devices on the data axis as divide the batch."""
+    if config.mesh is not None:
+        return device_mesh(read_mesh(config.mesh))
+    return data_mesh(config.num_devices or fitting_devices(config.batch_size, jax.local_device_count()))
 
 
 class JaxLearner:
@@ -61,19 +62,23 @@ class JaxLearner:
 
     def __init__(self, config: TrainConfig, model: Model):
         self.config, self.model, self.precision = config, model, PRECISIONS[config.precision]
-        self.mesh = data_mesh(choose_devices(config))
+        self.mesh = choose_mesh(config)
         put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # ValueError if it does not divide
         self.key = jax.random.key(config.seed)
         whole = replicated(self.mesh)
-        self.graphdef, params, rest = model.start(jax.random.fold_in(self.key, INIT), whole)
+        self.graphdef, params, rest = model.start(jax.random.fold_in(self.key, INIT), self.mesh)
         if config.optimizer.bias_update_rate:  # a correction bias that was stored in bf16 would not move
             rest = jax.tree.map(lambda bias: bias.astype(jnp.float32), rest)
         self.rest = jax.device_put(rest, whole)  # what no gradient trains
-        self.optimizer = make_optimizer(config.optimizer, config.steps, declared(self.module(params)))
-        self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=whole)(params)}
+        arrays = declared(self.module(params))
+        check_divides(self.mesh, arrays)
+        self.optimizer = make_optimizer(config.optimizer, config.steps, arrays)
+        parts = split_tree(self.mesh, jax.eval_shape(self.optimizer.init, params), arrays)
+        self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=parts)(params)}
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
         self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
-        self._step = jax.jit(self._update, donate_argnums=0)
+        placed = jax.tree.map(lambda x: x.sharding, self.state)
+        self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(placed, whole, whole))
         self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
 
     def module(self, params: State | None = None, rest: Any = None) -> Any:
@@ -83,7 +88,8 @@ class JaxLearner:
 
     def _run(self, params: State, rest: Any, tokens_BT: Array, **kwargs: Any) -> ModelOutput:
         """What the model computes, in the precision of the settings."""
-        output = cast_to_compute(self.module(params, rest), self.precision).run(tokens_BT, **kwargs)
+        module = cast_to_compute(self.module(params, rest), self.precision)
+        output = alone_together(module).run(tokens_BT, **kwargs)
         return output._replace(logits_BTV=output.logits_BTV.astype(self.precision.output))
 
     def _update(self, state: State, rest: Any, tokens_BT1: Array, step: Array) -> tuple[State, Any, Array]:
@@ -110,7 +116,7 @@ class JaxLearner:
         module = self.module(params, rest)
         tokens_LE = jax.vmap(lambda expert_BTK: tokens_per_expert(expert_BTK, num_experts))(expert_LBTK)
         module.update_correction_biases(tokens_LE, rate, self.config.optimizer.recentre_bias)
-        return jax.lax.with_sharding_constraint(nnx.split(module, nnx.Param, ...)[2], replicated(self.mesh))
+        return nnx.split(module, nnx.Param, ...)[2]
 
     def _add_batch(
         self, params: State, total: State, rest: Any, tokens_BT1: Array, key: Array, number: Array
@@ -122,7 +128,8 @@ class JaxLearner:
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
         tokens = put_batch(tokens_BT1, self.mesh)
-        self.state, self.rest, loss = self._step(self.state, self.rest, tokens, np.uint32(step))
+        with jax.set_mesh(self.mesh):
+            self.state, self.rest, loss = self._step(self.state, self.rest, tokens, np.uint32(step))
         return loss
 
     def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
@@ -134,7 +141,8 @@ class JaxLearner:
         number = -1
         for number, tokens_BT1 in enumerate(batches):
             tokens = put_batch(tokens_BT1, self.mesh)
-            total = self._evaluate(self.state["params"], total, self.rest, tokens, key, np.uint32(number))
+            with jax.set_mesh(self.mesh):
+                total = self._evaluate(self.state["params"], total, self.rest, tokens, key, np.uint32(number))
         mean = jax.tree.map(lambda x: np.asarray(x / max(number + 1, 1)), total)
         return Evaluation(
             loss=float(mean["loss"]),

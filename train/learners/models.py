@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
 import jax_moe
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import MoEConfig
+from jax_moe.parameters import declared
 from jax_moe.porting.formats.hf_folder import open_folder
+from jax_moe.sharding.rules import replicated, split_tree
 from train.run.folder import write_weights
 
 Tree = dict[str, Any]  # plain nested dicts of arrays
@@ -36,8 +38,8 @@ class Model(Protocol):
     def balance_loss_weight(self) -> float:
         """The weight of the balance loss if the settings leave it to the model."""
 
-    def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
-        """(structure, initial weights placed by `sharding`, variables that are not trained)."""
+    def start(self, key: Array, mesh: Mesh) -> tuple[nnx.GraphDef, Tree, Any]:
+        """(structure, initial weights split over the mesh, variables that are not trained)."""
 
     def write(self, module: nnx.Module, folder: Path) -> None:
         """Writes the trained model into a run's folder, whole or not at all."""
@@ -51,17 +53,21 @@ class FreshMakeMoE:
     def __init__(self, config: MakeMoEConfig, weights: jax_moe.MakeMoE | None = None):
         self.config, self.moe, self.num_mixtures, self.weights = config, config.moe, config.num_layers, weights
 
-    def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
+    def start(self, key: Array, mesh: Mesh) -> tuple[nnx.GraphDef, Tree, Any]:
         def make() -> jax_moe.MakeMoE:
             return jax_moe.MakeMoE(self.config, rngs=nnx.Rngs(key), param_dtype=jnp.dtype("float32"))
 
-        graphdef = nnx.graphdef(nnx.eval_shape(make))
+        def split(model: jax_moe.MakeMoE) -> tuple[Tree, Any]:
+            params, rest = nnx.split(model, nnx.Param, ...)[1:]
+            return nnx.to_pure_dict(params), rest
+
+        shapes = nnx.eval_shape(make)
+        parts = split_tree(mesh, split(shapes)[0], declared(shapes))
         if self.weights is None:
-            params, rest = jax.jit(lambda: nnx.split(make(), nnx.Param, ...)[1:], out_shardings=sharding)()
-            return graphdef, nnx.to_pure_dict(params), rest
-        _, stored, rest = nnx.split(self.weights, nnx.Param, ...)
-        params = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.float32), nnx.to_pure_dict(stored)), sharding)
-        return graphdef, params, rest
+            params, rest = jax.jit(lambda: split(make()), out_shardings=(parts, replicated(mesh)))()
+            return nnx.graphdef(shapes), params, rest
+        stored, rest = split(self.weights)
+        return nnx.graphdef(shapes), jax.device_put(jax.tree.map(lambda x: x.astype(jnp.float32), stored), parts), rest
 
     def write(self, module: nnx.Module, folder: Path) -> None:
         write_weights(folder, jax_moe.to_torch(module))
@@ -80,10 +86,10 @@ class Pretrained:
         self.moe, self.num_mixtures = self.config.moe, len(self.config.moe_layers)
         self.balance_loss_weight = self.config.balance_loss_weight
 
-    def start(self, key: Array, sharding: Sharding) -> tuple[nnx.GraphDef, Tree, Any]:
-        model = jax_moe.load_pretrained(self.directory, dtype="float32")
+    def start(self, key: Array, mesh: Mesh) -> tuple[nnx.GraphDef, Tree, Any]:
+        model = jax_moe.load_pretrained(self.directory, dtype="float32", mesh=mesh)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        return graphdef, jax.device_put(nnx.to_pure_dict(params), sharding), rest
+        return graphdef, nnx.to_pure_dict(params), rest
 
     def write(self, module: nnx.Module, folder: Path) -> None:
         graphdef, params, rest = nnx.split(module, nnx.Param, ...)

@@ -80,9 +80,9 @@ def _types(settings: Settings, layers: int) -> list[str]:
 def _heads(settings: Settings, types: list[str]) -> list[Heads]:
     """Of every layer: per_layer_config, or what is said of all that see everything."""
     plain = Heads(settings.integer("head_dim", 256, least=1), settings.integer("num_key_value_heads", 4, least=1))
-    single = settings.values.get("per_layer_config")
-    if single is not None and isinstance(single, dict):
-        found = []
+    if "per_layer_config" in settings.values:  # null is an empty one: then nothing else speaks of single layers
+        said, found = settings.values["per_layer_config"], []
+        single = said if isinstance(said, dict) else {}
         for i in range(len(types)):
             own = Settings(single.get(str(i)) or {}, settings.errors, f"per_layer_config.{i}.")
             found.append(Heads(

@@ -1,0 +1,1 @@
+"""Layers and models on meshes of eight virtual devices against one device."""

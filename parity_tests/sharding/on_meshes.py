@@ -1,0 +1,208 @@
+"""Ten AdamW steps on meshes of up to eight virtual devices against the same steps on one, in fp64.
+
+`python -m parity_tests.sharding.on_meshes NAME [FAULT]` prints a line a mesh: the worst relative error of the first
+step's answers, statistics and losses, of its gradients by name, and of the weights after the last step; choices and
+drops are compared exactly. A process has as many devices as its first use of JAX found, so that it is a program.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jax_moe
+from jax_moe import presets, sharding
+from jax_moe.config.attention import RopeConfig
+from jax_moe.losses import next_token_loss, pool_balance_loss
+from jax_moe.optimizers import adamw_as_torch
+from jax_moe.porting.families import FAMILIES
+from jax_moe.sharding.inside import alone_together
+from parity_tests.shared.compare import check_close, check_exact
+from parity_tests.shared.filled import filled
+from parity_tests.shared.quick import QUICK
+
+STEPS = 10
+OPTIMIZER = adamw_as_torch(1e-2)
+MESHES: dict[str, list[str]] = {
+    "layer": ["data=2,tensor=2", "expert=4", "data=2,expert=2,tensor=2"],
+    "model": ["data=4,tensor=2", "data=2,expert=4"],
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 11, "model_dim": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
+}
+V3 = {
+    "model_type": "deepseek_v3", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 2,
+    "v_head_dim": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "moe_intermediate_size": 6, "intermediate_size": 10, "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5, "rope_scaling": None, "rope_theta": 100.0, "tie_word_embeddings": False,
+}
+
+
+class Case(NamedTuple):
+    """What is trained: how it is made, its inputs [B, T] and whether it is a single layer."""
+
+    make: Callable[[], Any]
+    batch_size: int = 8
+    num_positions: int = 5
+    choices: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # replayed, of a layer
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the inputs are vectors."""
+        return isinstance(jax.eval_shape(self.make), jax_moe.MoE)
+
+
+def layer(config: Any) -> Callable[[], Any]:
+    """Makes a layer."""
+    return lambda: jax_moe.MoE(config, rngs=nnx.Rngs(0))
+
+
+def decoder(**settings: Any) -> Callable[[], Any]:
+    """Makes a decoder with grouped attention."""
+    config = jax_moe.DecoderConfig.grouped(**(SIZES | settings))
+    return lambda: jax_moe.Decoder(config, rngs=nnx.Rngs(0))
+
+
+MAKEMOE = jax_moe.MakeMoEConfig(
+    vocab_size=11, block_size=5, model_dim=8, num_heads=4, num_layers=2, num_experts=4, dropout=0.0, noise=False,
+)
+CASES = {
+    "layer, dropless": Case(layer(presets.mixtral(8, 6, 4, 2)), batch_size=3, num_positions=7),
+    "layer, half of the choices dropped": Case(
+        layer(presets.makemoe(8, 6, 4, 2, noise=False, dropout=0.0).with_capacity("0.5", priority="probability"))
+    ),
+    # experts 0 and 1 stand on the same device of expert=2, and two or all but two of the others have nothing
+    "layer, all tokens on one device": Case(
+        layer(presets.glm4_moe(8, 6, 4, 2, shared_dim=4)),
+        choices=lambda draw, shape: np.stack([draw.permutation(2) for _ in range(np.prod(shape))]).reshape(*shape, 2),
+    ),
+    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0))),
+    "mixtral": Case(decoder(
+        moe=presets.mixtral(8, 6, 4, 2), rope=RopeConfig(theta=1e3), sliding_window=3, sliding_layers=(0, 1),
+        balance_loss_weight=0.1,
+    )),
+    "sigmoid scores and shared experts": Case(decoder(
+        moe=presets.glm4_moe(8, 6, 4, 2, shared_dim=6), dense_layers=(0,), dense_dim=10, qk_norm="per_head",
+        balance_loss_weight=0.1,
+    ), batch_size=4),
+    "latent attention": Case(lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0))),
+}
+
+
+class Outcome(NamedTuple):
+    """Arrays by name, on the host."""
+
+    exact: dict[str, np.ndarray]
+    answers: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+def objective(case: Case, module: Any, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
+    """What is minimised; and choices, answers and statistics."""
+    if case.is_layer:
+        output = module.run(given["x"], expert_BTK=given.get("choices"), mask_BT=given["mask"])
+        loss = (output.y_BTD * given["probe"]).sum() + output.stats.load_balance_loss + output.stats.router_z_loss
+        found = {"y": output.y_BTD}
+    else:
+        output = module.run(given["tokens"][:, :-1])
+        moe = module.config.block.moe if isinstance(module, jax_moe.MakeMoE) else module.config.moe
+        loss = next_token_loss(output.logits_BTV, given["tokens"][:, 1:]) + 0.1 * pool_balance_loss(output.stats, moe)
+        found = {"logits": output.logits_BTV}
+    experts = output.expert_BTK if case.is_layer else output.expert_LBTK
+    return loss, ({"experts": experts}, {**found, "loss": loss, **output.stats._asdict()})
+
+
+def inputs(case: Case) -> dict[str, np.ndarray]:
+    """The batch, equal in every step."""
+    draw = np.random.default_rng(7)
+    shape = case.batch_size, case.num_positions
+    if not case.is_layer:
+        return {"tokens": draw.integers(0, 11, (shape[0], shape[1] + 1))}
+    mask = np.ones(shape, bool)
+    mask[0, -2:] = False
+    given = {"x": draw.normal(size=(*shape, 8)), "probe": draw.normal(size=(*shape, 8)), "mask": mask}
+    return given | ({"choices": case.choices(draw, shape)} if case.choices else {})
+
+
+def wide(tree: Any) -> Any:
+    """Floats as fp64."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "") -> Outcome:
+    """The steps on a mesh, or on one device."""
+    module = filled(case.make)
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    arrays = jax_moe.declared(module)
+    params, rest, given = wide(nnx.to_pure_dict(params)), wide(rest), inputs(case)
+    state = jax.jit(OPTIMIZER.init, compiler_options=QUICK)(params)
+    placed: Any = None
+    if mesh is not None:
+        sharding.check_divides(mesh, arrays)
+        placed = (sharding.split_tree(mesh, params, arrays), sharding.split_tree(mesh, state, arrays))
+        params, state = jax.device_put((params, state), placed)
+        rest = jax.device_put(rest, sharding.replicated(mesh))
+        given = {name: jax.device_put(x, sharding.batch_split(mesh, x.shape[0])) for name, x in given.items()}
+    if fault == "experts swapped":
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, x: jnp.flip(x, axis=x.ndim - 3) if "experts" in str(keys) else x, params
+        )
+
+    def step(params: Any, state: Any, rest: Any, given: dict[str, Any]) -> Any:
+        def loss(params: Any) -> Any:
+            return objective(case, alone_together(nnx.merge(graphdef, params, rest)), given)
+
+        (_, (exact, answers)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        if fault == "gradient scaled" and mesh is not None:
+            gradients = jax.tree_util.tree_map_with_path(
+                lambda keys, x: x * mesh.size if "router" in str(keys) else x, gradients
+            )
+        updates, state = OPTIMIZER.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, exact, answers, gradients
+
+    out = None if placed is None else (*placed, None, None, None)
+    jitted = jax.jit(step, compiler_options=QUICK, out_shardings=out)
+    first: Any = None
+    for _ in range(STEPS):
+        if mesh is None:
+            params, state, *found = jitted(params, state, rest, given)
+        else:
+            with jax.set_mesh(mesh):
+                params, state, *found = jitted(params, state, rest, given)
+        first = first or found
+    assert jitted._cache_size() == 1, "a step must not be compiled again"
+    exact, answers, gradients = (named(tree) for tree in first)
+    answers |= {"dropped": answers.pop("dropped_fraction")}
+    return Outcome(exact, answers, gradients, named(params))
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """{path: array on the host}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="."): np.asarray(leaf) for keys, leaf in leaves}
+
+
+def main(name: str, fault: str = "") -> None:
+    """Prints a line a mesh. Raises MismatchError where choices differ, or an error is above what is promised."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    case = CASES[name]
+    alone = run(case, None)
+    for words in MESHES["layer" if case.is_layer else "model"]:
+        found, where = run(case, sharding.device_mesh(sharding.read_mesh(words)), fault), f"{name} on {words}"
+        check_exact(found.exact, alone.exact, f"{where}: choices")
+        answers = check_close(found.answers, alone.answers, 1e-12, f"{where}: answers")
+        gradients = check_close(found.gradients, alone.gradients, 1e-10, f"{where}: gradients")
+        weights = check_close(found.weights, alone.weights, 1e-10, f"{where}: weights")
+        print(words, answers, gradients, weights, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
