@@ -169,7 +169,7 @@ def _check_rows(mutation: Mutation, folder: Path) -> None:
     for name in mutation.rows:
         runs = Runs(BY_NAME[name])
         for column in (COLUMN[name] for name in mutation.columns or CHECKED):
-            if column.inapplicable(runs.case) is None:
+            if column.is_run(runs.case):
                 column.measure(runs, column.tolerance)
     if mutation.family:
         from parity_tests.table.family_cases import CASES

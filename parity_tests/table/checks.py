@@ -68,6 +68,11 @@ class Column:
     inapplicable: Callable[[Case], str | None]  # why a case has no such cell
     once_per: Callable[[Case], Hashable] | None = None
 
+    def is_run(self, case: Case) -> bool:
+        """Whether tests run the cell of that row."""
+        left_out = self.once_per is not None and not stands_for(case, self.once_per)
+        return not left_out and self.inapplicable(case) is None
+
     @property
     def tolerance(self) -> float:
         """The smaller of the limit and ten times the worst measured error."""
@@ -94,8 +99,7 @@ def check_row(runs: Any, columns: Sequence[Column]) -> None:
     """Raises an error that names every failing column of the case."""
     red = []
     for column in columns:
-        left_out = column.once_per is not None and not stands_for(runs.case, column.once_per)
-        if not left_out and column.inapplicable(runs.case) is None:
+        if column.is_run(runs.case):
             try:
                 column.measure(runs, column.tolerance)
             except MismatchError as error:
