@@ -18,6 +18,7 @@ from jax_moe.shapes import (
     check_choice_values,
     check_holds,
     check_shape,
+    check_table,
     check_token_range,
     check_width,
     dims_of,
@@ -89,7 +90,7 @@ def check_choices(name: str, expert: Any, num_experts: int, mask: Any = None, di
 
 def check_vocabulary(tokens_BT: Any, vocab_size: int) -> None:
     """Raises ValueError for a token outside the vocabulary, where tokens are visible."""
-    values = visible(tokens_BT)  # in numpy, so that a constant inside jit is checked too
+    values = None if tokens_BT is None else visible(tokens_BT)  # in numpy, so that a constant inside jit is checked too
     if values is not None and values.size:
         check_token_range(int(values.min()), int(values.max()), vocab_size)
 
@@ -100,6 +101,12 @@ def moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> tuple[Array, dic
     found = checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
     if "expert_BTK" in found:
         check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))
+    check_table(config.router.table_tokens, "tokens_BT" in found, "expert_BTK" in found)
+    if "tokens_BT" in found:
+        tokens, mask = visible(arrays["tokens_BT"]), arrays.get("mask_BT")
+        real = None if mask is None else visible(mask)
+        if mask is None or real is not None:
+            check_vocabulary(tokens if tokens is None or real is None else tokens[real], config.router.table_tokens)
     return x_BTD, found
 
 

@@ -28,9 +28,13 @@ class CorrectionBias(Kept):
     """The selection-only bias of a router: no Param, so no gradient and no optimizer touches it. Stored, in fp32."""
 
 
+class ExpertTable(Kept):
+    """The K experts of every token, as integers: no Param. Stored."""
+
+
 class Router(nnx.Module):
     """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias], [input_scale] [D] of
-    the norm of what it reads, [expert_scale] [E], [learned_scale].
+    the norm of what it reads, [expert_scale] [E], [learned_scale], and the [expert_table] [V, K].
 
     Logits of shared experts that it weighs stand after those of the E.
     """
@@ -51,6 +55,10 @@ class Router(nnx.Module):
         if config.router.correction_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
             self.correction_bias = parameter(zeros, "E", "correction", CorrectionBias)
+        if config.router.table_tokens:
+            first_V1 = jnp.arange(config.router.table_tokens, dtype=jnp.int32)[:, None]
+            table_VK = (first_V1 + jnp.arange(config.top_k, dtype=jnp.int32)) % config.num_experts
+            self.expert_table = parameter(table_VK, "V K", "correction", ExpertTable)
         if config.router.input_norm:
             self.input_scale = parameter(jnp.ones((config.model_dim,), param_dtype), "D", "router")
         if config.router.expert_scale:
@@ -71,6 +79,7 @@ class MoEArrays(TypedDict, total=False):
     jitter_BTD: Float[Array, "B T D"] | None
     keep_BTKD: Bool[Array, "B T K D"] | None
     expert_BTK: Int[Array, "B T K"] | None
+    tokens_BT: Int[Array, "B T"] | None
     capacity_limit: Int[Array, ""] | None
 
 
@@ -120,6 +129,8 @@ class MoE(nnx.Module):
             if config.expert.shared_gate:
                 init = rounded(jax.nn.initializers.lecun_normal())
                 self.shared_gate = parameter(init(rngs.params(), (config.model_dim, 1), param_dtype), "D 1", "gate")
+        if config.answer_bias:
+            self.answer_bias = parameter(jnp.zeros((config.model_dim,), param_dtype), "D", "shared")
 
         around, D = config.around, config.model_dim
         if around.latent_dim:
@@ -147,6 +158,7 @@ class MoE(nnx.Module):
         jitter_BTD: Float[Array, "B T D"] | None = None,
         keep_BTKD: Bool[Array, "B T K D"] | None = None,
         expert_BTK: Int[Array, "B T K"] | None = None,
+        tokens_BT: Int[Array, "B T"] | None = None,
         capacity_limit: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
         """The layer's answer in the input's dtype, and its statistics.
@@ -157,13 +169,14 @@ class MoE(nnx.Module):
         `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives dropout.
         `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in no
         statistic.
-        `expert_BTK` replays choices: K different experts for every real token. No tokens at all give an empty answer
+        `expert_BTK` replays choices: K different experts for every real token. `tokens_BT` are the tokens where a table
+        of them chooses (`table_tokens`): one of the two is needed there. No tokens at all give an empty answer
         and statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that
         is not there, and for a capacity below one slot.
         """
         output = self.run(
             x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
-            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK, capacity_limit=capacity_limit,
+            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK, tokens_BT=tokens_BT, capacity_limit=capacity_limit,
         )
         return output.y_BTD, output.stats
 
@@ -207,6 +220,9 @@ class MoE(nnx.Module):
             y_GSD += shared_GSD
         if self.config.around.output_norm != "none":
             y_GSD = self.output_norm(y_GSD)
+        if self.config.answer_bias:
+            bias_D = self.answer_bias[...].astype(y_GSD.dtype)
+            y_GSD += bias_D if mask_GS is None else jnp.where(mask_GS[..., None], bias_D, 0)
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS, x_BTD.shape[:2])
         output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
         if not watch:
@@ -237,6 +253,11 @@ class MoE(nnx.Module):
         config, router = self.config, self.config.router
         mask_BT, expert_BTK = given.get("mask_BT"), given.get("expert_BTK")
         noise_BTE, jitter_BTD = given.get("noise_BTE"), given.get("jitter_BTD")
+        if router.table_tokens and expert_BTK is None:  # a token that is not in the table gives NaN
+            table_VK = self.router.weight("expert_table")
+            assert table_VK is not None
+            tokens_BT = given["tokens_BT"] if mask_BT is None else jnp.where(mask_BT, given["tokens_BT"], 0)
+            expert_BTK = jnp.take(table_VK, tokens_BT, axis=0, mode="fill", fill_value=-1)
         B, T, _ = x_BTD.shape
         noise_key = fold(key, 0) if training or router.noise_at_evaluation else None
         if router.noise == "learned_gaussian" and noise_BTE is None and noise_key is not None:

@@ -100,6 +100,14 @@ def check_choice_values(name: str, outside: Any, twice: Any, num_experts: int, t
         raise ValueError(f"{name} names expert {int(twice[0])} twice for one token: must be {allowed}")
 
 
+def check_table(table_tokens: int, has_tokens: bool, has_choices: bool) -> None:
+    """Raises ValueError unless a layer has tokens or choices where a table chooses, and no tokens elsewhere."""
+    if table_tokens and not (has_tokens or has_choices):
+        raise ValueError(f"tokens_BT=None: must be given: a table of {table_tokens} tokens chooses their experts")
+    if has_tokens and not table_tokens:
+        raise ValueError("tokens_BT: must be None where no table of tokens chooses (table_tokens=0)")
+
+
 def check_token_range(
     low: int, high: int, vocab_size: int, where: str = "", place: Callable[[int], str] | None = None
 ) -> None:

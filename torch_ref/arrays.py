@@ -11,6 +11,7 @@ from jax_moe.shapes import (
     check_choice_values,
     check_holds,
     check_shape,
+    check_table,
     check_token_range,
     check_width,
     dims_of,
@@ -84,3 +85,7 @@ def check_moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> None:
     checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
     if arrays.get("expert_BTK") is not None:
         check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))
+    tokens_BT, mask_BT = arrays.get("tokens_BT"), arrays.get("mask_BT")
+    check_table(config.router.table_tokens, tokens_BT is not None, arrays.get("expert_BTK") is not None)
+    if tokens_BT is not None:
+        check_vocabulary(tokens_BT if mask_BT is None else tokens_BT[mask_BT], config.router.table_tokens)

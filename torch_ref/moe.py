@@ -54,6 +54,8 @@ class Parts(NamedTuple):
     expert_scale_E: Float[Tensor, " E"] | None = None
     learned_scale: Float[Tensor, " 1"] | None = None
     shared_experts: nn.ModuleList | None = None
+    answer_bias_D: Float[Tensor, " D"] | None = None
+    table_VK: Int[Tensor, "V K"] | None = None
 
 
 class MoEArrays(TypedDict, total=False):
@@ -63,6 +65,7 @@ class MoEArrays(TypedDict, total=False):
     jitter_BTD: Float[Tensor, "B T D"] | None
     keep_BTKD: Bool[Tensor, "B T K D"] | None
     expert_BTK: Int[Tensor, "B T K"] | None
+    tokens_BT: Int[Tensor, "B T"] | None
 
 
 class MoEOutput(NamedTuple):
@@ -158,9 +161,14 @@ def moe_forward(
     """All that a call computes. Arguments as in `MoE.run`."""
     config = parts.config
     check_moe_arrays(config, x_BTD, mask_BT=mask_BT, **arrays)
+    tokens_BT, expert_BTK = arrays.get("tokens_BT"), arrays.get("expert_BTK")
+    if expert_BTK is None and tokens_BT is not None and parts.table_VK is not None:
+        tokens_BT = tokens_BT if mask_BT is None else tokens_BT.where(mask_BT, 0)
+        rows = [parts.table_VK[token] for token in tokens_BT.flatten().tolist()]
+        expert_BTK = torch.stack(rows).reshape(*tokens_BT.shape, -1) if rows else parts.table_VK[tokens_BT.long()]
     x_GSD, routing, slots, capacity, mask_GS = moe_routing(
         x_BTD, parts, training=training, mask_BT=mask_BT, noise_BTE=arrays.get("noise_BTE"),
-        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=arrays.get("expert_BTK"),
+        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=expert_BTK,
     )
     keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
@@ -183,6 +191,9 @@ def moe_forward(
             shared_GSD = shared_GSD.masked_fill(~mask_GS[..., None], 0)
         y_GSD = y_GSD + shared_GSD
     y_GSD = y_GSD if parts.output_norm is None else parts.output_norm(y_GSD)
+    if parts.answer_bias_D is not None:
+        biased_GSD = y_GSD + parts.answer_bias_D.to(y_GSD.dtype)
+        y_GSD = biased_GSD if mask_GS is None else torch.where(mask_GS[..., None], biased_GSD, y_GSD)
     stats = layer_stats(routing, slots, config, capacity, mask_GS, x_BTD.shape[:2])
     output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
     if not watch:
@@ -220,10 +231,11 @@ def after(expert: Callable, norm: Callable | None) -> Callable:
 
 class Router(nn.Module):
     """The router's weights: `linear`, [`noise_linear`], [`input_scale`], [`expert_scale`], [`learned_scale`], and the
-    buffer [`correction_bias`], which no gradient trains.
+    buffers [`correction_bias`] and [`expert_table`], which no gradient trains.
     """
 
     correction_bias: Tensor | None
+    expert_table: Tensor | None
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -237,6 +249,10 @@ class Router(nn.Module):
         self.expert_scale = nn.Parameter(torch.ones(E)) if router.expert_scale else None
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if router.correction_bias else None
         self.register_buffer("correction_bias", bias_E)
+        table_VK = None
+        if router.table_tokens:
+            table_VK = (torch.arange(router.table_tokens)[:, None] + torch.arange(config.top_k)) % config.num_experts
+        self.register_buffer("expert_table", table_VK)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Router":
         """`.to(dtype)` and similar, except that the correction bias stays fp32: in bf16 it would change the choices."""
@@ -258,7 +274,7 @@ class MoE(nn.Module):
     Parameters: `router.linear`, [`router.noise_linear`], [`router.correction_bias`], `experts.{e}.{gate,up,down}`,
     [`shared.{gate,up,down}` or `shared_experts.{y}.{gate,up,down}`], [`shared_gate`], [`latent_in`, `latent_out`],
     [`latent_norm`, `answer_norm`, `output_norm`, `input_norm`, `routed_norm`, `shared_input_norm`, `shared_norm`].
-    Initialised as nn.Linear is.
+    [`answer_bias`]. Initialised as nn.Linear is.
     """
 
     roles: ClassVar[dict[str, Role]] = {
@@ -282,6 +298,7 @@ class MoE(nn.Module):
             self.shared = Expert(config.model_dim, config.expert.shared_dim, config.expert.shared)
             if config.expert.shared_gate:
                 self.shared_gate = nn.Linear(config.model_dim, 1, bias=False)
+        self.answer_bias = nn.Parameter(torch.zeros(config.model_dim)) if config.answer_bias else None
 
         around, expert, D = config.around, config.expert, config.model_dim
         self.latent_in = self.latent_out = None
@@ -304,6 +321,7 @@ class MoE(nn.Module):
             self.shared, self.shared_gate, self.latent_in, self.latent_out, self.latent_norm, self.answer_norm,
             self.output_norm, self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm,
             router.input_scale, router.expert_scale, router.learned_scale, self.shared_experts,
+            self.answer_bias, router.expert_table,
         )
 
     def forward(
@@ -315,6 +333,7 @@ class MoE(nn.Module):
         jitter_BTD: Float[Tensor, "B T D"] | None = None,
         keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
         expert_BTK: Int[Tensor, "B T K"] | None = None,
+        tokens_BT: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
         """The layer's answer in the input's dtype, and its statistics.
 
@@ -323,13 +342,14 @@ class MoE(nn.Module):
         are added to the logits unscaled), `jitter_BTD` factors on the input, `keep_BTKD` True where an answer survives
         dropout. `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in
         no statistic.
-        `expert_BTK` replays choices: K different experts for every real token. Without any tokens the answer is empty
+        `expert_BTK` replays choices: K different experts for every real token. `tokens_BT` are the tokens where a table
+        of them chooses (`table_tokens`): one of the two is needed there. Without any tokens the answer is empty
         and statistics are 0. Raises ValueError, by name, for an array of another kind or shape or with an expert out of
         range, and for a capacity below one slot.
         """
         output = self.run(
             x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD,
-            expert_BTK=expert_BTK,
+            expert_BTK=expert_BTK, tokens_BT=tokens_BT,
         )
         return output.y_BTD, output.stats
 

@@ -55,6 +55,12 @@ def llama3(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
     return (1 - smooth) * kept / config.factor + smooth * kept
 
 
+def longrope(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
+    """Each pair divided by a factor of its own, in texts beyond the trained length by another (arXiv 2402.13753)."""
+    factors = config.long_factors if _is_long(config, length) else config.short_factors
+    return powers(config.theta, head_dim) / np.asarray(factors)
+
+
 def proportional(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
     """The whole head's frequencies for the first pairs, a `fraction` of all, and no turn for the others (Gemma 4)."""
     turned = np.arange(head_dim // 2) < int(config.fraction * head_dim // 2)
@@ -63,6 +69,7 @@ def proportional(config: RopeConfig, head_dim: int, length: int) -> np.ndarray:
 
 FREQUENCIES: dict[RopeKind, Callable[[RopeConfig, int, int], np.ndarray]] = {
     "default": default, "linear": linear, "dynamic": dynamic, "yarn": yarn, "llama3": llama3,
+    "longrope": longrope,
     "proportional": proportional,
 }
 
@@ -72,8 +79,10 @@ def powers(theta: float, head_dim: int) -> np.ndarray:
     return theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
-def attention_factor(config: RopeConfig) -> float:
-    """What cos and sin are multiplied with: 1, or YaRN's 0.1 ln(factor) + 1 in its variants."""
+def attention_factor(config: RopeConfig, length: int = 0) -> float:
+    """What cos and sin are multiplied with: 1, YaRN's 0.1 ln(factor) + 1 in its variants, or longrope's two numbers."""
+    if config.kind == "longrope":
+        return config.long_mscale if _is_long(config, length) else config.short_mscale
     if config.kind != "yarn":
         return 1.0
     if config.attention_factor is not None:
@@ -81,6 +90,11 @@ def attention_factor(config: RopeConfig) -> float:
     if config.mscale and config.mscale_all_dim:
         return yarn_mscale(config.factor, config.mscale) / yarn_mscale(config.factor, config.mscale_all_dim)
     return yarn_mscale(config.factor, 1.0)
+
+
+def _is_long(config: RopeConfig, length: int) -> bool:
+    assert config.original_max_positions is not None
+    return length > config.original_max_positions
 
 
 def _pair_that_turns(turns: float, config: RopeConfig, head_dim: int) -> float:
@@ -95,20 +109,26 @@ def rotations(
     """cos and sin of every pair's angle, each pair twice (as the pairs stand), computed in fp32 or wider; A counts the
     entries of a head that turn.
 
-    "dynamic" frequencies are those of a text of T positions, or of `length`, at most `longest`: in generation that of
-    the longest text, as in transformers. A key keeps the turn it was cached with; texts generated together stretch
-    together.
+    Frequencies of "dynamic" and "longrope" are those of a text of T positions, padding included, or of `length`, at
+    most `longest`: in generation that of the longest text, as in transformers. A key keeps the turn it was cached with
+    ("longrope" lets no text grow to where it would change); texts generated together stretch together.
     """
     frequencies, head_dim = FREQUENCIES[config.kind], config.width(head_dim)
+    T = position_BT.shape[1]
+    factor: float | Array = attention_factor(config, T)
     if config.kind == "dynamic" and length is not None:
         table = np.stack([frequencies(config, head_dim, one) for one in range(longest + 1)])
         frequency = jnp.asarray(table, wide(dtype))[length]
+    elif config.kind == "longrope" and length is not None:
+        most = config.original_max_positions or 0
+        both = [(frequencies(config, head_dim, one), attention_factor(config, one)) for one in (most, most + 1)]
+        place = (length > most).astype(jnp.int32)
+        frequency, factor = (jnp.asarray(np.stack(pair), wide(dtype))[place] for pair in zip(*both, strict=True))
     else:
-        frequency = jnp.asarray(frequencies(config, head_dim, position_BT.shape[1]), wide(dtype))
+        frequency = jnp.asarray(frequencies(config, head_dim, T), wide(dtype))
     half_BTA = position_BT[..., None].astype(wide(dtype)) * frequency
     beside = config.pairs == "neighbours"
     angle_BTA = jnp.repeat(half_BTA, 2, axis=-1) if beside else jnp.concatenate([half_BTA, half_BTA], axis=-1)
-    factor = attention_factor(config)
     return (jnp.cos(angle_BTA) * factor).astype(dtype), (jnp.sin(angle_BTA) * factor).astype(dtype)
 
 

@@ -17,7 +17,7 @@ from jax_moe.config.checks import (
     require,
 )
 
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional", "longrope"]
 Norm = Literal["none", "per_head", "full_width"]
 NormOfHeads = Literal["before_rope", "after_rope"]
 Pairs = Literal["halves", "neighbours"]
@@ -59,7 +59,7 @@ class RopeConfig:
     theta: float = 10000.0
     factor: float = 1.0  # how many times longer texts may become; unused by "default"
     max_positions: int = 2048  # "dynamic" stretches beyond this length
-    original_max_positions: int | None = None  # trained length before stretching; needed by "yarn" and "llama3"
+    original_max_positions: int | None = None  # trained length before stretching; needed by these and "longrope"
     attention_factor: float | None = None  # "yarn": multiplies cos and sin; None: from factor and the two mscales
     beta_fast: float = 32.0  # "yarn": dims that turn more often than this in the trained length are unchanged
     beta_slow: float = 1.0  # "yarn": dims that turn less often are divided by factor
@@ -68,6 +68,12 @@ class RopeConfig:
     truncate: bool = True  # "yarn": whether the two bounds are rounded outwards to whole dims
     low_freq_factor: float = 1.0  # "llama3": wavelengths above original / low are divided by factor ...
     high_freq_factor: float = 4.0  # ... those below original / high are kept, the others interpolated
+    # "longrope": what every pair's frequency is divided by, and cos and sin are multiplied with, in texts of at most
+    # original_max_positions and in longer ones (arXiv 2402.13753; Phi-3.5-MoE)
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    short_mscale: float = 1.0
+    long_mscale: float = 1.0
     pairs: Pairs = "halves"  # entries i and i + A/2, or 2i and 2i + 1 (Ernie 4.5)
     # Of a head's entries, from the first: these are turned, the others pass (GLM-4.5). "proportional": of its pairs,
     # which are those of the whole head, at the whole head's frequencies (Gemma 4)
@@ -85,7 +91,14 @@ class RopeConfig:
         check_within(LEAST, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
         check_within(LEAST, optional=True, attention_factor=self.attention_factor)
         check_within(0.0, optional=True, mscale=self.mscale, mscale_all_dim=self.mscale_all_dim)
-        if self.kind in ("yarn", "llama3") or self.original_max_positions is not None:
+        check_within(LEAST, short_mscale=self.short_mscale, long_mscale=self.long_mscale)
+        for name in ("short_factors", "long_factors"):
+            factors = getattr(self, name)
+            fits = isinstance(factors, tuple) and all(is_number(one) and one > 0 for one in factors)
+            require(fits, name, factors, "a tuple of numbers above 0")
+        alike = len(self.long_factors) == len(self.short_factors)
+        require(alike, "long_factors", self.long_factors, "as many as short_factors, one for each pair")
+        if self.kind in ("yarn", "llama3", "longrope") or self.original_max_positions is not None:
             check_positive_ints(original_max_positions=self.original_max_positions)
         above = self.high_freq_factor > self.low_freq_factor
         require(above, "high_freq_factor", self.high_freq_factor, f"above low_freq_factor={self.low_freq_factor}")
@@ -102,6 +115,19 @@ class RopeConfig:
         require(width % 2 == 0 and width > 0, name, width, "even (rotary embeddings turn pairs)")
         stretched = self.kind not in ("dynamic", "yarn") or width > 2
         require(stretched, name, width, f"above 2 for rope kind {self.kind!r}")
+        paired = self.kind != "longrope" or len(self.short_factors) == width // 2
+        require(paired, name, width, f"twice the number of short_factors, {len(self.short_factors)}")
+
+    def check_growth(self, length: int, more: int) -> None:
+        """Raises ValueError if a text of so many tokens, growing by `more`, would be turned otherwise on the way: keys
+        that were cached would be wrong.
+        """
+        most = self.original_max_positions
+        if self.kind != "longrope" or most is None or length > most:
+            return
+        allowed = f"at most {most + 1 - length} after {length} tokens: rotary embeddings of kind 'longrope' turn texts "
+        allowed += f"of more than original_max_positions={most} otherwise, from their first token on"
+        require(length + more - 1 <= most, "max_new_tokens", more, allowed)  # the last token is not read
 
     def words(self) -> str:
         """The base, the share that turns, and the stretching where there is any."""
@@ -110,6 +136,8 @@ class RopeConfig:
         pairs = "" if self.pairs == "halves" else ", neighbours paired"
         base = f"rotary{part}{pairs}, base {self.theta:,.0f}"
         trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
+        if self.kind == "longrope":
+            return f"{base}, each pair by factors of its own, others beyond {self.original_max_positions:,} (longrope)"
         plain = self.kind == "default" or (self.kind == "proportional" and self.factor == 1)
         return base if plain else f"{base}, stretched {self.factor:g} times{trained} ({self.kind})"
 

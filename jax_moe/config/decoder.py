@@ -69,6 +69,7 @@ class DecoderConfig:
     layer_scale: bool = False  # a stored number per layer, not trained, multiplies the stream after it (Gemma 4)
     logits_softcap: float | None = None  # logits c * tanh(logits / c) (Gemma 4: 30)
     tied_embeddings: bool = False  # the head is the transposed embedding
+    head_bias: bool = False  # added to the logits (Phi-3.5-MoE)
     embedding_multiplier: float = 1.0  # multiplies the embeddings (Granite)
     residual_multiplier: float = 1.0  # multiplies what attention and FFN add to the residual stream (Granite)
     logits_divisor: float = 1.0  # divides the logits (Granite)
@@ -88,7 +89,7 @@ class DecoderConfig:
         sizes = {(moe.num_experts, moe.top_k) for moe in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
         check_literals(self)
-        check_flags(self, "tied_embeddings", "layer_scale")
+        check_flags(self, "tied_embeddings", "layer_scale", "head_bias")
         check_within(LEAST, optional=True, logits_softcap=self.logits_softcap)
         check_within(
             LEAST, norm_eps=self.norm_eps, embedding_multiplier=self.embedding_multiplier,
@@ -274,6 +275,7 @@ class GroupedDecoder:
     sinks: bool = False
     attention_dropout: float = 0.0
     tied_embeddings: bool = False
+    head_bias: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0

@@ -38,6 +38,9 @@ def _sparse(config: MoEConfig) -> list[str]:
     if router.order == "sparse_mixer":
         near = f"at most {2 * router.mixer_eps:g} of its size below the best"
         order = f"{top}, each with its share of a softmax over what is left and {near} (sparse mixer)"
+    if router.table_tokens:
+        chosen = f"{config.top_k} of {config.num_experts}"
+        order = f"a table of {router.table_tokens:,} tokens chooses {chosen}, their {router.score} scores weigh them"
     lines = [f"router: {order}" + (", with bias" if router.bias else "")]
     if router.input_norm:
         lines.append("router's input: x / rms(x) times a learned scale, over the root of its width")
@@ -85,6 +88,8 @@ def _sparse(config: MoEConfig) -> list[str]:
     elif expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
         lines.append(f"shared expert: width {expert.shared_dim}{gate}")
+    if config.answer_bias:
+        lines.append("answer: a bias is added to it")
     rule = config.capacity
     if config.balance.of != "choices":
         what = "softmax of the logits" if config.balance.of == "logits" else "scores"
@@ -125,7 +130,7 @@ def _soft(config: SoftMoEConfig) -> list[str]:
 def _decoder(config: DecoderConfig) -> list[str]:
     mixtures, dense = len(config.moe_layers), config.dense_layers
     kinds = f"{mixtures} with a mixture, {len(dense)} dense of width {config.dense_dim} ({numbers(dense)})"
-    tied = "tied head" if config.tied_embeddings else "untied head"
+    tied = ("tied head" if config.tied_embeddings else "untied head") + (" with bias" if config.head_bias else "")
     lines = [
         f"model: vocabulary {config.vocab_size:,}, width {config.model_dim:,}, {tied}, "
         f"up to {config.max_positions:,} positions",

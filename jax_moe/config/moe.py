@@ -55,6 +55,9 @@ class RouterConfig:
     shared_experts: int = 0  # shared experts that it weighs too: their scores share in the sum (Inkling)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
+    # above 0: a stored table of so many tokens names each token's K experts, and scores only weigh them (DeepSeek-V4's
+    # hash_moe; Hash Layers, arXiv 2106.04426); the layer is called with tokens_BT
+    table_tokens: int = 0
     num_clusters: int = 1  # cluster-limited top-k: number of equal clusters of experts (n_group)
     top_clusters: int = 1  # number of clusters, the best, that experts may be chosen from (topk_group)
     cluster_score: ClusterScore = "top2_sum"  # a cluster's score: its best expert (V2), or the sum of its best two (V3)
@@ -91,6 +94,11 @@ class RouterConfig:
             require(not learned, "noise", self.noise, "'none' or 'input_jitter' with shared_experts")
         if self.selection == "logit":
             require(self.num_clusters == 1, "num_clusters", self.num_clusters, "1 when selection='logit'")
+        tokens = self.table_tokens
+        require(is_int(tokens) and tokens >= 0, "table_tokens", tokens, "an integer of at least 0")
+        if tokens:
+            plain = self.order == "score_then_select" and self.selection == "score" and self.num_clusters == 1
+            require(plain and not self.correction_bias, "table_tokens", tokens, "0 where the router chooses by a rule")
         if self.order != "score_then_select":
             when = f"when order={self.order!r}"
             require(self.score == "softmax", "score", self.score, f"'softmax' {when}")
@@ -288,16 +296,17 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    answer_bias: bool = False  # [D], added to the sum of a token's experts, whatever was dropped (JetMoE)
     around: AroundConfig = field(default_factory=AroundConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     dispatcher: Dispatcher = "auto"  # how JAX moves tokens; the answer is the same
 
     def __post_init__(self) -> None:
         check_literals(self)
+        check_flags(self, "answer_bias")
         E, K = self.num_experts, self.top_k
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")
-        require(self.router.order != "sparse_mixer" or K == 2, "top_k", K, "2 when order='sparse_mixer'")
         self._check_identity()
         shared = self.expert.shared_dim > 0
         for name in ("shared_input_norm", "shared_norm"):

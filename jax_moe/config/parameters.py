@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 Role = Literal[
     "router",  # kernels and biases of a router, of its noise, and Soft MoE's phi: who gets a token depends on them
-    "correction",  # a router's selection-only bias: stored, never trained, kept in fp32
+    "correction",  # a router's selection-only bias, or its table of tokens: stored, never trained, kept in its dtype
     "expert",  # matrices and biases of routed experts
     "shared",  # those of shared experts and of dense layers, laid out as one expert's
     "soft_expert",  # layers of Soft MoE's experts

@@ -68,6 +68,9 @@ def generate_cached(
     moe = model.config.moe
     allowed = "None to generate with a cache (config.moe.with_capacity(None))"
     require(moe.capacity is None, "capacity", moe.capacity, allowed)
+    for rope in dict.fromkeys(getattr(layer.attention, "rope", None) for layer in model.config.layers):
+        if rope is not None:
+            rope.check_growth(int(mask.sum(axis=1).max(initial=0)), max_new_tokens)
     pad_token = pad_token if pad_token is not None else (stop_tokens or (0,))[0]
     prompt_slots, num_slots = bucket(tokens.shape[1]), bucket(bucket(tokens.shape[1]) + max_new_tokens)
     stops = stop_tokens + (-1,) * (bucket(max(len(stop_tokens), 1)) - len(stop_tokens))

@@ -88,6 +88,8 @@ class Decoder(nnx.Module):
         self.final_norm = _norm(config, param_dtype, rngs)
         if not config.tied_embeddings:
             self.head = parameter(init(rngs.params(), shape[::-1], param_dtype), "D V", "head")
+        if config.head_bias:
+            self.head_bias = parameter(jnp.zeros(shape[:1], param_dtype), "V", "head")
 
     def __call__(
         self,
@@ -171,6 +173,8 @@ class Decoder(nnx.Module):
         """Normed vectors compared with every token."""
         kernel_DV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         logits_BTV = x_BTD @ kernel_DV.astype(x_BTD.dtype)
+        if self.config.head_bias:
+            logits_BTV += self.head_bias[...].astype(x_BTD.dtype)
         divisor = self.config.logits_divisor
         logits_BTV = logits_BTV if divisor == 1 else logits_BTV / divisor
         cap = self.config.logits_softcap

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_moe.arrays import check_choices
 from jax_moe.config.checks import is_int
 from jax_moe.config.moe import MoEConfig
 from jax_moe.disk import check_space, same_bits, writing
@@ -38,6 +39,7 @@ from jax_moe.porting.tensors import Header
 from jax_moe.sharding.mesh import mesh_in_use
 from jax_moe.stored import kept_paths, stored_state, stored_variables
 
+TABLE = "router.expert_table"
 Folder = str | os.PathLike[str]
 
 
@@ -107,7 +109,9 @@ class Mixtures:
     def headers(self, layer: int, config: MoEConfig) -> dict[str, Header]:
         """The layer's tensors, to be read: no other file is opened."""
         stored = {part for name in self.names(layer, config) for part in self.tensors[name].values()}
-        return open_tensors(self.path, self.files, stored, self.scheme)
+        sides = self._sides(layer)
+        tables = {within + row.theirs for within, names in sides for row in names.rows if row.ours == TABLE}
+        return open_tensors(self.path, self.files, stored, self.scheme, tables)
 
     def _sides(self, layer: int) -> list[tuple[str, Names]]:
         mixture = self.family.mixture
@@ -188,6 +192,11 @@ def read_mixture(
     arrays = place_all(plan, headers, target, mesh or mesh_in_use(), allow_nonfinite, where, kept_paths(moe))
     filled = [(keys, v.replace(arrays[".".join(map(str, keys))])) for keys, v in nnx.to_flat_state(stored_state(moe))]
     nnx.update(moe, nnx.from_flat_state(filled))
+    if config.router.table_tokens and TABLE in arrays:
+        try:
+            check_choices("the table of tokens", arrays[TABLE], config.num_experts)
+        except ValueError as error:
+            raise PortError(where, wrong=[str(error)]) from None
     return moe
 
 
@@ -210,7 +219,8 @@ def save_moe(moe: MoE, directory: Folder, layer: int, *, cast: bool = False) -> 
     theirs = theirs_from(plan, {path: v[...] for path, v in stored_variables(moe).items()})
     if not cast:
         pairs = {name: (theirs[name].dtype, header.dtype) for name, header in headers.items()}
-        wrong = [f"{name} is {mine}, must be {there}" for name, (mine, there) in pairs.items() if mine != there]
+        differing = {name: pair for name, pair in pairs.items() if {one.kind for one in pair} != {"i"}}  # no table
+        wrong = [f"{name} is {mine}, must be {there}" for name, (mine, there) in differing.items() if mine != there]
         if wrong:
             raise PortError(f"{found.path}, layer {layer}", mistyped=wrong)
     written = {name: _as(theirs[name], header.dtype) for name, header in headers.items()}

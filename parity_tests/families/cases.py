@@ -117,6 +117,15 @@ def granite(model_type: str, prefix: str, **settings: Any) -> Case:
 
 CASES = {one.model_type: one for one in (
     Case("mixtral", "Mixtral", sizes=MIXTRAL, balance=True),
+    Case("switch_transformers", "SwitchTransformers", "SparseMLP", "num_experts d_ff num_experts_per_tok", {
+        "expert_capacity": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_decoder_layers": 2,
+        "dropout_rate": 0.0}, model="ForConditionalGeneration", balance=True, seed=12),
+    Case("nllb_moe", "NllbMoe", "SparseMLP", "num_experts encoder_ffn_dim num_experts_per_tok", {
+        "encoder_sparse_step": 1, "decoder_layers": 1, "decoder_sparse_step": 1, "decoder_ffn_dim": 4,
+        "num_experts_per_tok": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 1},
+        ({"moe_token_dropout": 0.25}, {"router_bias": True}), model="ForConditionalGeneration", balance=True,
+        named="nllb-moe"),
+    Case("jetmoe", "JetMoe", "MoE", MIXTRAL, balance=True),
     Case("phimoe", "Phimoe", sizes=MIXTRAL, others=(
         {"router_jitter_noise": 0.2}, {"num_experts_per_tok": 2}), balance=True),
     Case("qwen2_moe", "Qwen2Moe", settings=GATED, others=NORM, balance=True),

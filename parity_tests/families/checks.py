@@ -156,7 +156,7 @@ def balance(runs: Runs, tolerance: float) -> float:
     for shape in (0, 1):
         logits = runs.theirs(shape, "float64").logits
         assert logits is not None
-        expected = balance_loss(runs.case, logits, runs.contract(shape).top_k)
+        expected = balance_loss(runs.case, logits, shape, runs.contract(shape).top_k)
         found = {"balance": np.float64(runs.ours(shape, "float64")[1])}
         where = f"{runs.case.model_type}: balance loss"
         errors.append(check_close(found, {"balance": np.float64(expected)}, tolerance, where))

@@ -13,9 +13,6 @@ EXPERTS = re.compile(r"Experts$|ExpertGLU$|NaiveMoe$|CDMoE$")
 # Each with the reason in words. A type that is neither here nor in the table turns a test red.
 GAPS: dict[str, str] = {
     "doge": "experts are rows of an embedding, found by product keys: no feed-forward networks",
-    "jetmoe": "a bias on the mixture's answer",
-    "nllb_moe": "transformers 5.24 calls two of its experts only, whatever the router chose",
-    "switch_transformers": "slots: `jax_moe.presets.switch`, compared in parity_tests/layers/test_switch.py",
     "vitpose_backbone": "an expert is the last rows of a linear map, chosen by the data set: no networks, no router",
     "zaya": "the router is a network that reads a state of the layer before and hands one on: a mixture by itself has "
     "none",
@@ -23,7 +20,10 @@ GAPS: dict[str, str] = {
 
 # In the table, and yet not all of it.
 IN_PART: dict[str, str] = {
-    "deepseek_v4": "layers of `hash_moe`, whose choices come from a table of token ids, are refused by name",
+    "nllb_moe": "the encoder's mixtures, at evaluation; transformers 5.24 calls experts 0 and 1 alone, whatever the "
+                "router chose: compared with its router and its experts, put together as in fairseq",
+    "switch_transformers": "the encoder's mixtures; the decoder's, under names of their own, are not read",
+    "jetmoe": "the mixture of feed-forward networks; that of attention (queries and outputs by expert) is not read",
     "ernie4_5_vl_moe": "the mixture of text tokens, with the shared experts; that of vision tokens is not read, and "
     "stays as it is",
     "qwen3_omni_moe": "the thinker's mixture; the talker's is not read",

@@ -1,5 +1,6 @@
 """The mixture in `transformers`: made alone from a tiny configuration, its weights drawn by numpy, and run."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -50,11 +51,15 @@ class Layer(torch.nn.Module):
         config._experts_implementation = "eager"
         modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
         self.names = [case.at or "own", *case.beside]
+        given = {"layer_idx": 1, "ffn_dim": getattr(config, "encoder_ffn_dim", None)}
         self.case, self.prefixed = case, bool(case.at)
         for name, kind in zip(self.names, (f"{case.prefix}{case.module}", *case.beside.values()), strict=True):
             made = getattr(modeling, kind)
             takes = inspect.signature(made.__init__).parameters
-            self.add_module(name, made(config, layer_idx=1) if "layer_idx" in takes else made(config))
+            further = {word: value for word, value in given.items() if word in takes}
+            self.add_module(name, made(config, **further))
+        if case.model_type == "nllb_moe":
+            self.own.experts.forward = functools.partial(every_expert, self.own.experts)
         if case.before:
             self._within(self.own)
 
@@ -86,6 +91,12 @@ def without_spare(case: Case, tensors: dict[str, Any]) -> dict[str, Any]:
     count = case.settings.get("zero_expert_num", 0)
     spare = {name for name in tensors if case.spare and name.endswith(case.spare)}
     return {name: value[:-count] if name in spare else value for name, value in tensors.items()}
+
+
+def every_expert(experts: Any, x: torch.Tensor, first_choice: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What NLLB's experts have to do in evaluation, as in fairseq: each by its weight, 0 where it was not chosen."""
+    answers = [experts[f"expert_{e}"](x) * weights[:, e, None] for e in range(experts.num_experts)]
+    return sum(answers) * (1 - experts.moe_token_dropout)  # type: ignore[return-value]
 
 
 @dataclass
@@ -139,11 +150,17 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
         if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of those that were not chosen
             K = module.top_k
             answers = (answer[1], answer[0].topk(K, dim=-1).indices)
-        tensors = [one for one in (*answers, *given) if one is not None]
+        if type(module).__name__ == "NllbMoeTop2Router":  # the first choices, one-hot, the weights of both, the logits
+            answers = (answer[2], answer[1].topk(2, dim=-1).indices)
+        if type(module).__name__ == "SwitchTransformersTop1Router":  # one-hot, without those that were dropped
+            answers = (answer[2], answer[2].argmax(dim=-1, keepdim=True))
+        if type(module).__name__ == "JetMoeTopKGating":  # tokens sorted by expert, and the logits last
+            answers = (answer[-1], answer[-1].topk(module.top_k, dim=-1).indices)
+        tensors = [one for one in (*answers, *given) if isinstance(one, torch.Tensor)]
         index = [one for one in tensors if not one.is_floating_point()]
         if index:
             found.setdefault("experts", index[0].reshape(-1, index[0].shape[-1]).sort(dim=-1).values.numpy())
-        if any(word in type(module).__name__ for word in ("Router", "Gate")):
+        if any(word in type(module).__name__ for word in ("Router", "Gate", "Gating")):
             found.setdefault("logits", answers[0].detach().reshape(-1, answers[0].shape[-1]).numpy())
 
     hooks = [one.register_forward_hook(routed) for one in layer.modules()]
@@ -161,11 +178,16 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
     return Answer(found["experts"], y.detach().numpy(), {"x": x.grad.numpy(), **named}, found.get("logits"))  # type: ignore
 
 
-def balance_loss(case: Case, logits: np.ndarray, top_k: int) -> float:
+def balance_loss(case: Case, logits: np.ndarray, shape: int, top_k: int) -> float:
     """transformers' own balance loss of one layer."""
     modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
+    given = torch.from_numpy(logits)
+    if case.model_type == "switch_transformers":  # each sequence by itself
+        given = given.reshape(*SHAPES[shape][0], -1)
+        with widened():
+            return float(modeling.load_balancing_loss_func(given.softmax(-1), given.argmax(-1)))
     with widened():
-        return float(modeling.load_balancing_loss_func((torch.from_numpy(logits),), logits.shape[-1], top_k))
+        return float(modeling.load_balancing_loss_func((given,), logits.shape[-1], top_k))
 
 
 def save_model(case: Case, folder: Path) -> Any:

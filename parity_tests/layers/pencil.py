@@ -71,6 +71,7 @@ class Scenario:
     dropped: float = 0.0  # share of choices dropped
     weights: dict = field(default_factory=dict)  # on top of `pencil_weights`
     mask_BT: list | None = None
+    tokens_BT: list | None = None
 
     def all_weights(self) -> dict[str, np.ndarray]:
         return {
@@ -161,6 +162,11 @@ WEIGHTS = [
         "the choice by logits", THREE_ONE, [45, 30, 0],
         dataclasses.replace(SIGMOID, correction_bias=True, selection="logit"),
         weights={"router.correction_bias": [0, 0, 0.6]},
+    ),
+    # token 1 of the table goes to experts 2 and 0, whatever the scores: 1/2 and 1/6 weigh them
+    weight_story(
+        "a table of tokens", HALF_THIRD_SIXTH, [30, 0, 10], RouterConfig(table_tokens=2),
+        weights={"router.expert_table": [[0, 1], [2, 0]]}, tokens_BT=[[1]],
     ),
     # a router bias does count: logits ln 3, 0, 0 + ln 2 -> experts 0 and 2, 3/5 and 2/5
     weight_story(
@@ -299,6 +305,16 @@ EXPERTS = [
         weights={
             "shared.up": [[[0], [0], [0], [1]]], "shared.down": [[[0, 0, 0, 0.5]]], "shared_gate": [[1], [0], [0], [0]]
         },
+    ),
+    # every answer and 7, of a token without a slot too; but nothing at padding
+    Scenario(
+        "bias on the answer", layer(answer_bias=True, capacity=CapacityConfig(factor=1.5)), [sequence(CLEO, ANN)],
+        [[[0] * 4, [16, 17, 7, 7]]], weights={"answer_bias": [7, 7, 7, 7]}, mask_BT=[[False, True]],
+    ),
+    Scenario(
+        "bias on the answer of dropped tokens",
+        layer(answer_bias=True, capacity=CapacityConfig(factor=0.4, below_one="drop_all")), ONE, [[[7, 0, 0, 1]] * 3],
+        1, weights={"answer_bias": [7, 0, 0, 1]},
     ),
     # a token without a slot still meets the shared expert: Cleo loses expert 0 and keeps 60 / 2
     Scenario(

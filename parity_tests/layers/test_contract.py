@@ -318,10 +318,6 @@ BAD = [
         "score='sigmoid': must be 'softmax' when order='sparse_mixer'",
     ),
     (RouterConfig, {"mixer_eps": -0.1}, "mixer_eps=-0.1: must be a number of at least 0 and below 1"),
-    (
-        MoEConfig, {**SIZES, "top_k": 3, "router": RouterConfig(order="sparse_mixer")},
-        "top_k=3: must be 2 when order='sparse_mixer'",
-    ),
     (CapacityConfig, {"factor": 0}, "factor=0: must be a number above 0"),
     (CapacityConfig, {"factor": -1.5}, "factor=-1.5: must be a number above 0"),
     (CapacityConfig, {"factor": "much"}, "factor='much': must be a number above 0"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_moe import Decoder, DecoderConfig, presets
+from jax_moe import Decoder, DecoderConfig, generate, presets
 from jax_moe.attention.rope import FREQUENCIES, attention_factor, powers, rotate, rotations
 from jax_moe.config.attention import RopeConfig
 from jax_moe.models.stack import repeated_units
@@ -110,7 +110,12 @@ def test_rotary_frequencies_by_their_equations() -> None:
     kept = powers(10000.0, 64)
     assert kept[0] == 1 and kept[16] == pytest.approx(0.01)
     make = {"factor": 4.0, "max_positions": 32, "original_max_positions": 32}
+    make |= {"short_factors": (2.0,) * 32, "long_factors": (3.0,) * 32, "short_mscale": 1.1, "long_mscale": 1.2}
     found = {kind: FREQUENCIES[kind](RopeConfig(kind=kind, **make), 64, 128) for kind in FREQUENCIES}
+    long = RopeConfig(kind="longrope", **make)
+    np.testing.assert_allclose(found["longrope"], kept / 3)
+    np.testing.assert_allclose(FREQUENCIES["longrope"](long, 64, 32), kept / 2)
+    assert [attention_factor(long, length) for length in (32, 33)] == [1.1, 1.2]
     np.testing.assert_allclose(found["linear"], kept / 4)
     # dynamic: at factor 4, four times the trained length has base theta * 13^(64/62); up to that length it is unchanged
     np.testing.assert_allclose(found["dynamic"], powers(10000.0 * 13 ** (64 / 62), 64))
@@ -119,6 +124,40 @@ def test_rotary_frequencies_by_their_equations() -> None:
         assert found[kind][0] == pytest.approx(kept[0]) and found[kind][-1] == pytest.approx(kept[-1] / 4)
         assert (np.diff(found[kind]) < 0).all()
     assert attention_factor(RopeConfig(kind="yarn", **make)) == pytest.approx(0.1 * np.log(4) + 1)
+
+
+LONG = RopeConfig(
+    kind="longrope", theta=100.0, original_max_positions=3, short_factors=(2.0, 1.0), long_factors=(4.0, 5.0),
+    short_mscale=2.0, long_mscale=3.0,
+)
+
+
+@pytest.mark.parametrize(("length", "factors", "scale"), [(3, (2.0, 1.0), 2.0), (4, (4.0, 5.0), 3.0)])
+def test_longrope_turns_a_text_by_its_length(length: int, factors: tuple[float, float], scale: float) -> None:
+    """The same positions in a text of three tokens and in one of four, told while tracing and while running."""
+    first, second = 1 / factors[0], 1 / (10 * factors[1])
+    want = scale * np.cos([[0, 0], [first, second], [2 * first, 2 * second]])
+    whole = rotations(jnp.arange(length)[None], LONG, 4, jnp.dtype("float32"))[0]
+    told = jax.jit(lambda length: rotations(jnp.arange(3)[None], LONG, 4, jnp.dtype("float32"), length, 9)[0])
+    for found in (whole[0, :3, :2], told(jnp.asarray(length))[0, :, :2]):
+        check_close({"cos": np.asarray(found)}, {"cos": want}, 5e-7, "longrope")  # measured 8e-8
+
+
+def test_a_text_does_not_grow_to_where_longrope_changes() -> None:
+    """A text of two tokens reads one of two new ones; the longest text decides, and one that is long goes on."""
+    model = decoder(rope=LONG, num_layers=1)
+    short, long = (np.ones((1, length), np.int32) for length in (2, 4))
+    with pytest.raises(ValueError) as caught:
+        generate(model, short, max_new_tokens=3, temperature=0)
+    assert str(caught.value) == (
+        "max_new_tokens=3: must be at most 2 after 2 tokens: rotary embeddings of kind 'longrope' turn texts of more "
+        "than original_max_positions=3 otherwise, from their first token on"
+    )
+    for tokens, more in ((short, 2), (long, 3)):
+        found = np.asarray(generate(model, tokens, max_new_tokens=more, temperature=0))
+        for step in range(more):  # the text again without a cache
+            length = tokens.shape[1] + step
+            assert logits(model, found[:, :length])[0, -1].argmax() == found[0, length]
 
 
 def test_a_part_of_each_head_turns() -> None:
@@ -143,6 +182,7 @@ def test_neighbours_turn_together() -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rope": RopeConfig(fraction=0.75)}, r"head_dim times rope.fraction=0.75=3: must be even"),
+    ({"rope": LONG, "head_dim": 6}, r"head_dim=6: must be twice the number of short_factors, 2"),
     ({"num_kv_heads": 3}, r"num_kv_heads=3: must be a divisor of num_heads=4"),
     ({"head_dim": 5}, r"head_dim=5: must be even"),
     ({"dense_layers": (3,), "dense_dim": 4}, r"dense_layers=\(3,\): must be rising layer numbers of 0 to 2"),

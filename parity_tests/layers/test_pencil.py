@@ -63,7 +63,8 @@ def told(stories: list[Scenario]) -> list:
 def test_story(story: Scenario, dispatcher: str) -> None:
     moe = build(dataclasses.replace(story.config, dispatcher=dispatcher), story.all_weights())
     mask = None if story.mask_BT is None else jnp.asarray(story.mask_BT)
-    y_BTD, stats = moe(jnp.asarray(story.x_BTD, WIDE), mask_BT=mask)
+    tokens = None if story.tokens_BT is None else jnp.asarray(story.tokens_BT, jnp.int32)
+    y_BTD, stats = moe(jnp.asarray(story.x_BTD, WIDE), mask_BT=mask, tokens_BT=tokens)
     agree(y_BTD, story.answer_BTD)
     agree(stats.dropped_fraction, story.dropped)
 

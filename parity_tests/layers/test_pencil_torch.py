@@ -46,14 +46,14 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         kind, ending = (leaf[: -len("_bias")], "bias") if leaf.endswith("_bias") else (leaf, "weight")
         if name == "shared_gate":
             named["shared_gate.weight"] = tensor(value.T)
-        elif part == "router" and leaf.endswith("scale"):
+        elif name == "answer_bias" or (part == "router" and leaf.endswith("scale")):
             named[name] = tensor(value)
         elif part.startswith("latent_") or leaf.endswith("scale"):
             torch_name = {"experts": "answer_norm"}
             named[f"{torch_name.get(part, part)}.weight"] = tensor(value.T)
         elif part == "router":
-            torch_name = {"kernel": "linear.weight", "bias": "linear.bias", "correction_bias": "correction_bias"}[leaf]
-            named[f"router.{torch_name}"] = tensor(value.T)
+            torch_name = {"kernel": "linear.weight", "bias": "linear.bias"}.get(leaf, leaf)
+            named[f"router.{torch_name}"] = tensor(value if leaf == "expert_table" else value.T)
         elif part == "shared":
             named[f"shared.{kind}.{ending}"] = tensor(value[0].T)
         else:
@@ -71,7 +71,8 @@ def build(config: MoEConfig, weights: dict[str, np.ndarray], dtype: torch.dtype 
 @pytest.mark.parametrize("story", [*pencil.WEIGHTS, *pencil.DROPS, *pencil.EXPERTS], ids=lambda story: story.name)
 def test_story(story: Scenario) -> None:
     mask = None if story.mask_BT is None else torch.tensor(story.mask_BT)
-    y_BTD, stats = build(story.config, story.all_weights())(tensor(story.x_BTD), mask_BT=mask)
+    tokens = None if story.tokens_BT is None else torch.tensor(story.tokens_BT)
+    y_BTD, stats = build(story.config, story.all_weights())(tensor(story.x_BTD), mask_BT=mask, tokens_BT=tokens)
     agree(y_BTD, story.answer_BTD)
     agree(stats.dropped_fraction, story.dropped)
 

@@ -12,7 +12,15 @@ from flax import nnx
 
 from jax_moe import Attention, Block, MakeMoE, ModelOutput, MoE, Randomness, SoftMoE
 from parity_tests.layers.bad_arrays import CHOICES, TAKES, TOKENS, X, contracts
-from parity_tests.layers.same_calls import check_form, check_names, check_padding, check_replay, model_arrays, refused
+from parity_tests.layers.same_calls import (
+    TABLE,
+    check_form,
+    check_names,
+    check_padding,
+    check_replay,
+    model_arrays,
+    refused,
+)
 from parity_tests.porting.decoder_cases import decoder
 from parity_tests.shared.filled import filled
 
@@ -41,7 +49,7 @@ def call(layer: Any, x: np.ndarray, **arrays: Any) -> tuple:
 @pytest.mark.parametrize("name", TAKES)
 def test_every_layer(name: str) -> None:
     layer = made(name)
-    takes = {"key", "training", *TAKES["block" if KINDS[name] is Block else name]}
+    takes = {"key", "training", *TAKES["block" if KINDS[name] is Block else name], *TABLE.get(name, ())}
     check_names(layer.__call__, "x_BTD", takes | ({"capacity_limit"} if "expert_BTK" in takes else set()))
     check_form(call, layer, name)
     check_padding(call, layer, name)

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="this leg has no PyTorch")
 import torch_ref  # noqa: E402
 from parity_tests.layers.bad_arrays import TAKES, TOKENS, contracts  # noqa: E402
 from parity_tests.layers.same_calls import (  # noqa: E402
+    TABLE,
     check_form,
     check_names,
     check_padding,
@@ -44,7 +45,8 @@ def call(layer: Any, x: np.ndarray, **arrays: Any) -> tuple:
 @pytest.mark.parametrize("name", TAKES)
 def test_every_layer(name: str) -> None:
     layer = made(name)
-    check_names(layer.forward, "x_BTD", set(TAKES["block" if KINDS[name] is torch_ref.Block else name]))
+    takes = set(TAKES["block" if KINDS[name] is torch_ref.Block else name])
+    check_names(layer.forward, "x_BTD", takes | TABLE.get(name, set()))
     check_form(call, layer, name)
     check_padding(call, layer, name)
 

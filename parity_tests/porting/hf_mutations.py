@@ -14,6 +14,7 @@ from parity_tests.table.family_cases import (
     HUNYUAN,
     LATENT,
     LLAMA4,
+    LONGROPE,
     MIXTRAL,
     MULTIPLIERS,
     OLMOE,
@@ -120,6 +121,14 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "hidden_activation", "rms_norm_eps", "use_double_wide_mlp", "tie_word_embeddings", "head_dim"),
     ),
 }
+# Of equal long and short factors, of which transformers 5.24 only takes the short ones
+TABLES["phimoe"] = (
+    {**sizes(24, 4, 2, LAYERS, **MIXTRAL), "router_jitter_noise": 0.2, "input_jitter_noise": 0.0, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 50.0, **LONGROPE, "long_factor": LONGROPE["short_factor"],
+        "original_max_position_embeddings": 16}},
+    ("attention_bias", "lm_head_bias", "sliding_window", "router_jitter_noise", "input_jitter_noise", "rope_scaling",
+     "num_experts_per_tok", "original_max_position_embeddings", "rope_parameters", "num_key_value_heads"),
+)
 FEW: tuple[Any, ...] = (
     0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], [0, 1], [1, 1], SEES, SEES[::-1], ["dense", "sparse"],
     ["chunked_attention", "full_attention"],

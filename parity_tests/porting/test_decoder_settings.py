@@ -29,6 +29,10 @@ BIASES, SLIDING = {"qkv_bias": True, "output_bias": True}, {"sliding_window": 3,
 MINIMAX = mixture("minimax_m2", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2)
 HUNYUAN = mixture("hunyuan_v1_moe", num_experts=4, intermediate_size=6, moe_topk=2)
 OSS = mixture("gpt_oss", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2)
+PHI = mixture("phimoe", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2, input_jitter_noise=0.1)
+LONG = RopeConfig(
+    kind="longrope", original_max_positions=32, short_factors=(1.0, 2.0), long_factors=(1.5, 4.0), short_mscale=1.1,
+)
 SINKS = {"sinks": True, "norm": "rms_wide"}
 # Contracts that each family can say, and one that it cannot with the field that it has no words for.
 SAID: dict[str, tuple[dict[str, Any], ...]] = {
@@ -39,6 +43,11 @@ SAID: dict[str, tuple[dict[str, Any], ...]] = {
     "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL, **BIASES, "norm_place": "after"},),
     "granitemoeshared": ({"moe": presets.granite_moe(8, 6, 4, 2), "attention_multiplier": 0.3, "logits_divisor": 2.0},),
     "hunyuan_v1_moe": ({"moe": HUNYUAN, **PER_HEAD, **BIASES, "qk_norm_place": "after_rope"},),
+    "phimoe": (
+        {"moe": PHI, "norm": "layer", **BIASES, "head_bias": True, "rope": LONG},
+        {"moe": PHI, "norm": "layer", "tied_embeddings": True, "sliding_window": 3,
+         "sliding_layers": (0, 1, 2, 3)},
+    ),
     "gpt_oss": ({"moe": OSS, **SINKS, **BIASES}, {"moe": OSS, **SINKS, "num_kv_heads": 4, "norm_eps": 1e-3, **SLIDING}),
 }
 UNSAID: dict[str, tuple[dict[str, Any], str]] = {
@@ -48,6 +57,7 @@ UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "minimax_m2": ({"moe": MINIMAX, **FULL, "qk_norm_place": "after_rope"}, "qk_norm_place"),
     "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL}, "norm_place"),
     "gpt_oss": ({"moe": OSS, "norm": "rms_wide"}, "sinks"),
+    "phimoe": ({"moe": PHI}, "norm"),
 }
 
 

@@ -45,6 +45,7 @@ PREFIX = {
     "flex_olmo": "FlexOlmo", "exaone_moe": "ExaoneMoe", "ernie4_5_moe": "Ernie4_5_Moe",
     "hunyuan_v1_moe": "HunYuanMoEV1", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
     "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss", "llama4": "Llama4", "gemma4": "Gemma4",
+    "phimoe": "Phimoe",
 }
 TEXT = ("llama4", "gemma4")  # the configuration is a text model's
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))

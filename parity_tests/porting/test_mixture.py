@@ -85,17 +85,25 @@ def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path, monkeypatc
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_a_layer_of_another_kind_is_refused_by_name() -> None:
-    """DeepSeek-V4's layers that choose by token ids; the others are read."""
+def test_layers_of_several_kinds() -> None:
+    """DeepSeek-V4's that choose by a table of tokens and the others, by a list, a number or neither of them."""
     family = FAMILIES["deepseek_v4"]
     assert family.mixture is not None
     values = {
         "model_type": "deepseek_v4", "hidden_size": 8, "moe_intermediate_size": 6, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "mlp_layer_types": ["hash_moe", "moe"],
+        "num_experts_per_tok": 2, "num_hidden_layers": 5, "vocab_size": 11,
     }
-    assert family.mixture_config(values, 1).router.score == "sqrt_softplus"
-    with pytest.raises(ValueError, match=r"^mlp_layer_types='hash_moe': must be 'moe' or absent"):
-        family.mixture_config(values, 0)
+    for said, by_table in (
+        ({}, {0, 1, 2}), ({"num_hash_layers": 1}, {0}), ({"num_hash_layers": 0}, set()),
+        ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe", "moe"], "num_hash_layers": 4}, {1}),
+    ):
+        found = [family.mixture_config(values | said, layer).router for layer in range(5)]
+        assert {i for i, router in enumerate(found) if router.table_tokens == 11} == by_table
+        assert {i for i, router in enumerate(found) if router.correction_bias} == {0, 1, 2, 3, 4} - by_table
+    with pytest.raises(ValueError, match=r"^mlp_layer_types='dense': must be one of moe, hash_moe$"):
+        family.mixture_config(values | {"mlp_layer_types": ["dense"] * 5}, 0)
+    with pytest.raises(ValueError, match=r"^vocab_size is missing$"):
+        family.mixture_config({name: value for name, value in values.items() if name != "vocab_size"}, 0)
 
 
 def test_missing_and_foreign_tensors_are_named(folder: Path) -> None:

@@ -13,7 +13,7 @@ from jax_moe.config.models import BlockConfig, MakeMoEConfig
 from jax_moe.config.moe import AroundConfig, BalanceConfig, ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 
 Config = MoEConfig | SoftMoEConfig | AttentionConfig | BlockConfig | MakeMoEConfig
-Draw = Literal["noise", "jitter", "keep", "mask", "replay"]
+Draw = Literal["noise", "jitter", "keep", "mask", "replay", "tokens"]
 Logits = Literal["free", "equal", "bfloat16", "unchosen", "one", "two"]
 Mask = Literal["ragged", "row", "all"]
 
@@ -116,12 +116,16 @@ ROUTERS = [
     Case("choice by logits", plain(
         router=RouterConfig(score="sigmoid", selection="logit", correction_bias=True, renormalise="sum"),
     )),
+    Case("a table of tokens", plain(
+        num_experts=6, router=RouterConfig(score="sqrt_softplus", renormalise="eps", table_tokens=11),
+    ), draws=("tokens", "mask")),
     Case("sparse mixer", plain(
         num_experts=6, router=RouterConfig(order="sparse_mixer", mixer_eps=0.3, bias=True, scale=1.5),
     )),
     Case("least sum of weights", plain(router=RouterConfig(
         renormalise="floor", renormalise_eps=0.7, correction_bias=True, weight_dtype="input",
     ))),
+    Case("bias on the answer", plain(answer_bias=True, expert=ExpertConfig(shared_dim=10)), draws=("mask",)),
     Case("squared ReLU", plain(expert=ExpertConfig(activation="relu2", gated=False, shared_dim=10))),
     Case("clamped activation", plain(expert=ExpertConfig(
         clamp=0.7, clamp_on="activation", shared_dim=10, shared_clamp=None, shared_scale=0.5,

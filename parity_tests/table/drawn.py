@@ -42,7 +42,7 @@ def one_of(literal: Any) -> st.SearchStrategy:
 @st.composite
 def routers(draw: st.DrawFn, num_experts: int) -> RouterConfig:
     """Any router contract for E experts."""
-    order = draw(st.sampled_from(get_args(Order)[: 3 if num_experts > 1 else 2]))
+    order = draw(one_of(Order))
     after = order != "score_then_select"
     noise = draw(one_of(Noise))
     router = RouterConfig(
@@ -144,6 +144,7 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
         router=router,
         capacity=capacity,
         expert=expert,
+        answer_bias=draw(st.booleans()),
         balance=draw(balances()),
         dispatcher=draw(st.sampled_from(DROPLESS if capacity is None else DROPPING)),
     )

@@ -1,6 +1,7 @@
 """Tiny random models of every Hugging Face family, and the reference run of `transformers`."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ class Case:
     padding: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # "Text" if the configuration is that of a text model by itself
+    draws: bool = False  # whether the reference draws its choices in training: it then runs as at evaluation
+    mend: Callable[[Any], object] = lambda model: None  # what is wrong in the reference, put right
 
     def config(self) -> Any:
         """transformers' configuration, with a balance loss large enough to matter."""
@@ -41,7 +44,9 @@ class Case:
         import transformers
 
         kind = getattr(transformers, f"{self.family}ForCausalLM")
-        return kind._from_config(config, attn_implementation="eager", experts_implementation="eager")
+        model = kind._from_config(config, attn_implementation="eager", experts_implementation="eager")
+        self.mend(model)
+        return model.train(not self.draws)
 
 
 def sizes(D: int, H: int, J: int, L: int, **own: Any) -> dict[str, Any]:
@@ -77,6 +82,15 @@ ERNIE = {
 HUNYUAN = {"intermediate_size": 14, "num_experts": 6, "moe_topk": 3}
 LATENT = {"kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
 LLAMA4 = {"intermediate_size": 14, "intermediate_size_mlp": 18, "num_local_experts": 4, "num_experts_per_tok": 2}
+LONGROPE = {"short_factor": [1.0, 1.5, 2.5], "long_factor": [1.5, 3.0, 6.0], "short_mscale": 1.1, "long_mscale": 1.3}
+
+
+def long_factors(model: Any) -> None:
+    """Phi's rotation of long texts with the long factors, which transformers 5.24 does not take."""
+    turns, most = model.model.rotary_emb, model.config.rope_parameters["original_max_position_embeddings"]
+    turns.rope_init_fn = functools.partial(turns.rope_init_fn, seq_len=most + 1)
+
+
 GEMMA4 = {
     "intermediate_size": 10, "moe_intermediate_size": 14, "num_experts": 5, "top_k_experts": 2,
     "enable_moe_block": True, "hidden_size_per_layer_input": 0,
@@ -114,6 +128,12 @@ CASES = [
     Case(
         "granitemoe_bias", "GraniteMoe", sizes(22, 1, 1, 2, **GRANITE), "right", {**MULTIPLIERS, "attention_bias": True}
     ),
+    Case("phimoe", "Phimoe", sizes(24, 4, 2, 2, **MIXTRAL), "left", {
+        "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2,
+        **rope("longrope", original_max_position_embeddings=16, **LONGROPE)}, draws=True),
+    Case("phimoe_long", "Phimoe", sizes(18, 3, 1, 2, **MIXTRAL), "right", {
+        "tie_word_embeddings": True, "lm_head_bias": True, "sliding_window": 5,
+        **rope("longrope", original_max_position_embeddings=4, **LONGROPE)}, draws=True, mend=long_factors),
     Case("glm4_moe", "Glm4Moe", sizes(24, 4, 2, 3, **V3, head_dim=12), "left",
          {**CLUSTERS, "use_qk_norm": True, "attention_bias": True}),
     Case("dots1", "Dots1", sizes(24, 4, 2, 2, **V3, head_dim=6), "right",

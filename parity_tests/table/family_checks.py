@@ -111,7 +111,7 @@ class FamilyRuns:
 
     def __init__(self, case: Case, folder: Path):
         self.case, self.room = case, folder
-        self.reference = case.reference(case.config()).train()
+        self.reference = case.reference(case.config())
         draw_weights(self.reference, seed=1)
         self.folder = save_reference(self.reference, folder / "theirs")
         self.model = jax_moe.load_pretrained(self.folder)
@@ -126,7 +126,7 @@ class FamilyRuns:
     def float64(self) -> Outcome:
         """In fp64, with every float32 that the reference names widened."""
         with widened(), jax.enable_x64(True):
-            reference = self.case.reference(self.case.config()).double().train()
+            reference = self.case.reference(self.case.config()).double()
             reference.load_state_dict(self.reference.state_dict())
             return Outcome(self, by_einsum(jax_moe.load_pretrained(self.folder, dtype="float64")), reference, "float64")
 
@@ -152,7 +152,7 @@ def compared(part: str, dtype: str, limit: float, name: str) -> Column:
 
 def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
     """Losses of AdamW steps on the same batches."""
-    reference = runs.case.reference(runs.case.config()).train()
+    reference = runs.case.reference(runs.case.config())
     reference.load_state_dict(runs.reference.state_dict())
     theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE)
     graphdef, params, rest = nnx.split(runs.model, nnx.Param, ...)

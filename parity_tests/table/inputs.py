@@ -37,6 +37,9 @@ def parameter(case: Case, path: Path, shape: tuple[int, ...], rounded: bool = Fa
 
     `rounded`: for a run in bf16 and its truth, in which units must keep away from zero.
     """
+    if path[-1] == "expert_table" and case.moe is not None:
+        experts = np.broadcast_to(np.arange(case.moe.num_experts), (shape[0], case.moe.num_experts))
+        return generator(case, "table").permuted(experts, axis=-1)[:, : shape[1]]
     value = generator(case, "/".join(map(str, path))).normal(size=shape)
     name, in_router = path[-1], "router" in path
     if rounded and not isinstance(case.config, MoEConfig) and "experts" in path:
@@ -121,6 +124,8 @@ def draws(case: Case) -> Arrays:
             given["noise_BTE"] = ladder
         if "keep" in case.draws:
             given["keep_BTKD"] = rng.random((*stack, B, T, K, D)) >= moe.expert.dropout
+        if "tokens" in case.draws:
+            given["tokens_BT"] = rng.integers(0, moe.router.table_tokens, (B, T)).astype(np.int32)
         if "replay" in case.draws:
             order_BTE = rng.permuted(np.broadcast_to(np.arange(E), (B, T, E)), axis=-1)
             given["expert_BTK"] = order_BTE[..., :K].astype(np.int32)

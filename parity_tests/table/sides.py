@@ -35,7 +35,7 @@ TORCH_MODULES = {
     MoEConfig: torch_ref.MoE, SoftMoEConfig: torch_ref.SoftMoE, AttentionConfig: torch_ref.Attention,
     BlockConfig: torch_ref.Block, MakeMoEConfig: torch_ref.MakeMoE,
 }
-ROUTING = ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK")
+ROUTING = ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK", "tokens_BT")
 
 
 @dataclass
@@ -124,9 +124,15 @@ def _width(case: Case) -> int:
     return config.model_dim  # type: ignore[union-attr]
 
 
+def first_of(given: Mapping[str, Any]) -> str:
+    """The name of the main input: a layer's vectors, or a model's tokens."""
+    return "x_BTD" if "x_BTD" in given else "tokens_BT"
+
+
 def arguments(case: Case, given: Mapping[str, Any], randomness: Any) -> dict[str, Any]:
     """Keyword arguments of a call: as they are, or the draws of a model packed into its Randomness."""
-    rest = {name: value for name, value in given.items() if name not in ("x_BTD", "tokens_BT")}
+    first = "tokens_BT" if isinstance(case.config, MakeMoEConfig) else "x_BTD"
+    rest = {name: value for name, value in given.items() if name != first}
     if not isinstance(case.config, MakeMoEConfig):
         return rest
     drawn = {name: rest.pop(name) for name in randomness._fields if name in rest}
@@ -179,7 +185,7 @@ def jax_arrays(given: Arrays, dtype: str) -> dict[str, jax.Array]:
 
 def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> tuple:
     """(output, statistics, pooled balance loss, (experts, slots)); None for parts that the case lacks."""
-    first = given["tokens_BT" if "tokens_BT" in given else "x_BTD"]
+    first = given[first_of(given)]
     y, stats = call(case, layer, first, arguments(case, given, jax_moe.Randomness))
     pooled = None if stats is None else pooled_loss(case, stats, pool_balance_loss)
     routing = None
@@ -310,7 +316,7 @@ class TorchSide:
     def losses(self, given: Arrays, probe: np.ndarray) -> tuple:
         """(output, statistics, sum(probe * output), router losses or None, input tensor or None), with a graph."""
         arrays = torch_arrays(given, self.dtype)
-        first = arrays.pop("tokens_BT" if "tokens_BT" in arrays else "x_BTD")
+        first = arrays.pop(first_of(arrays))
         if first.is_floating_point():
             first.requires_grad_()
         y, stats = call(self.case, self.module, first, arguments(self.case, arrays, torch_ref.Randomness))

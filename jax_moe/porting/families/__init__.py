@@ -22,7 +22,7 @@ from jax_moe.porting.families.olmoe import OLMOE
 from jax_moe.porting.families.qwen2_moe import QWEN2_MOE
 from jax_moe.porting.families.qwen3_moe import QWEN3_MOE
 from jax_moe.porting.families.soft_moe import SOFT_MOE
-from jax_moe.porting.families.switch import SWITCH
+from jax_moe.porting.families.switch import SWITCH, SWITCH_TRANSFORMERS
 from jax_moe.porting.families.torch_ref import PARTS, TORCH_REF
 from jax_moe.porting.table.rows import Table
 
@@ -30,6 +30,7 @@ from jax_moe.porting.table.rows import Table
 FAMILIES: dict[str, Family] = {
     one.name: one for one in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
+        SWITCH_TRANSFORMERS,
         *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL, *AROUND, *GEMMAS,
     )
 }

@@ -12,7 +12,8 @@ from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
 from jax_moe.config.checks import is_number
 from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families.family import GROUPED, LAYER, Whole, read_decoder, write_decoder
+from jax_moe.porting.families.family import AFTER as LAST
+from jax_moe.porting.families.family import GROUPED, LAYER, NORMS, Whole, read_decoder, write_decoder
 from jax_moe.porting.families.granitemoe import read as read_granite
 from jax_moe.porting.families.granitemoe import write as write_granite
 from jax_moe.porting.families.rope_settings import read_rope
@@ -292,5 +293,36 @@ GPT_OSS = grouped(
             "self_attn.sinks", "self_attn.", "mlp.router.", "mlp.experts.gate_up_proj", "mlp.experts.",
             "input_layernorm.", "post_attention_layernorm.",
         ),
+    },
+)
+
+
+def read_window(settings: Settings) -> dict[str, Any]:
+    """One window, in all layers."""
+    window, layers = settings.integer("sliding_window", None, least=1), settings.size("num_hidden_layers")
+    return {"sliding_window": window, "sliding_layers": () if window is None else tuple(range(layers))}
+
+
+def with_biases(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Rows of layer norms: each scale and, next to it, its bias."""
+    return tuple(
+        replace(row, theirs=row.theirs.replace(".weight", word), ours=row.ours.replace(".scale", ours))
+        for row in rows for word, ours in ((".weight", ".scale"), (".bias", ".bias"))
+    )
+
+
+# transformers 5.24 turns long texts with the short factors and only exchanges mscale; as published, and here, they have
+# the long factors (parity_tests/families/test_findings.py)
+PHI = grouped(
+    "PhimoeForCausalLM", BIASES, always(norm="layer"),
+    Part(read_window, lambda config: {"sliding_window": config.sliding_window}),
+    Part(
+        lambda settings: {"head_bias": settings.flag("lm_head_bias", False)},
+        lambda config: {"lm_head_bias": config.head_bias},
+    ),
+    kv_heads=8, null_kv_heads=False, theta=1e6, max_positions=131072, norm_eps=1e-5, kinds=("default", "longrope"),
+    names={
+        "norms": with_biases(NORMS),
+        "after": (*with_biases(LAST[:1]), LAST[1], Row("lm_head.bias", "V", "head_bias", "V")),
     },
 )

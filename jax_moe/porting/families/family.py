@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from jax_moe.config.attention import RopeKind
 from jax_moe.config.checks import require
 from jax_moe.config.decoder import DecoderConfig, differences
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.choices import StateDict
 from jax_moe.porting.families.rope_settings import read_rope, write_rope
-from jax_moe.porting.families.settings import ACTIVATIONS, REFUSED, Settings
+from jax_moe.porting.families.settings import ACTIVATIONS, REFUSED, ROPE_KINDS, Settings
 from jax_moe.porting.table.plan import Plan
 from jax_moe.porting.table.rows import Row, Table, stacked, under
 
@@ -96,6 +97,7 @@ class Mixture:
     types: Mapping[str, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ("model.",)  # what may stand before `layers.` in a file
     by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
+    each_layer: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # with such a list where none stands
     by_number: tuple[str, ...] = ()  # settings that per_layer_config may give single layers: none is of the mixture
     # What begins the names of tensors in the module that are not the mixture's, and stay as they are; {e} is the number
     # of an expert beyond the contract's
@@ -147,7 +149,7 @@ class Family:
     def mixture_config(self, values: Mapping[str, Any], layer: int = 0) -> MoEConfig:
         """The contract of a layer's mixture. Raises ValueError as `config`."""
         assert self.mixture is not None
-        values = self.text_settings(values)
+        values = self.mixture.each_layer(self.text_settings(values))
         lists = {name: values[name] for name in self.mixture.by_layer if isinstance(values.get(name), list)}
         own = {name: value[layer] for name, value in lists.items() if layer < len(value)}
         return self._contract({**values, **own}, self.mixture.read)
@@ -295,12 +297,12 @@ def read_around(
 def read_decoder(
     settings: Settings, moe: MoEConfig, *, kv_heads: int | None = None, null_kv_heads: bool = True, theta: float = 1e4,
     max_positions: int = 2048, norm_eps: float = 1e-6, aux: float | None = 0.001, fraction: float | None = None,
-    head_dim: int | None = None, tied: bool = False, **own: Any,
+    head_dim: int | None = None, tied: bool = False, kinds: tuple[RopeKind, ...] = ROPE_KINDS, **own: Any,
 ) -> DecoderConfig:
     """A decoder of grouped-query attention; `own` are the family's fields of `GroupedDecoder`. May raise ValueError.
 
     The other arguments are transformers' defaults for missing fields: `kv_heads` None gives each query head its own,
-    and so does null in config.json if `null_kv_heads`; `fraction` as in `read_rope`.
+    and so does null in config.json if `null_kv_heads`; `fraction` and `kinds` as in `read_rope`.
     """
     around = read_around(settings, max_positions=max_positions, norm_eps=norm_eps, aux=aux, tied=tied)
     heads = settings.size("num_attention_heads")
@@ -311,7 +313,7 @@ def read_decoder(
         "num_kv_heads": settings.integer("num_key_value_heads", kv_heads or heads, null=null),
         "head_dim": settings.integer("head_dim", head_dim or own_dim, null=own_dim),
         "moe": moe,
-        "rope": read_rope(settings, theta, around["max_positions"], fraction),
+        "rope": read_rope(settings, theta, around["max_positions"], fraction, kinds),
         "attention_dropout": settings.number("attention_dropout", 0.0),
     } | own)
 

@@ -19,11 +19,11 @@ def read_rope(
     kinds: tuple[RopeKind, ...] = ROPE_KINDS,
 ) -> RopeConfig:
     """The contract of rope_parameters, or of the older rope_scaling; `theta` is the family's default, and so is
-    `fraction`, the share of a head that turns: None in a family that turns whole heads.
+    `fraction`, the share of a head that turns: None in a family that turns whole heads; `kinds` are those it may have.
 
     Of two objects transformers takes rope_scaling whole, unless it is empty. What the object does not say of theta
-    stands at the top level; the trained length of yarn and llama3 is taken from the top level first. `kinds` are those
-    that the family may have.
+    stands at the top level; the trained length of yarn and llama3 is taken from the top level first, that of longrope
+    from the object alone. `kinds` are those that the family may have.
     """
     name, raw = rope_object(settings)
     inner = Settings(raw, settings.errors, f"{name}.")
@@ -52,11 +52,14 @@ def _stretching(settings: Settings, inner: Settings, kind: str, max_positions: i
     if kind == "proportional":
         return {"factor": inner.number("factor", 1.0)}
     found: dict[str, Any] = {}
-    if kind in ("yarn", "llama3"):
-        top = "original_max_position_embeddings" in settings.values
+    if kind in ("yarn", "llama3", "longrope"):
+        top = "original_max_position_embeddings" in settings.values and kind != "longrope"
         original = (settings if top else inner).integer("original_max_position_embeddings", max_positions, least=1)
         found["original_max_positions"] = original
     required = ["factor"]
+    if kind == "longrope":
+        required = ["short_mscale", "long_mscale"]
+        found |= {f"{name}s": inner.numbers(name) for name in ("short_factor", "long_factor")}
     if kind == "yarn":
         found |= {name: inner.number(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim")}
         found |= {
@@ -80,7 +83,10 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.fraction != 1:
         written["partial_rotary_factor"] = rope.fraction
-    if rope.kind != "default":
+    if rope.kind == "longrope":
+        written |= {"short_factor": [*rope.short_factors], "long_factor": [*rope.long_factors]}
+        written |= {"short_mscale": rope.short_mscale, "long_mscale": rope.long_mscale}
+    elif rope.kind != "default":
         written["factor"] = rope.factor
     if rope.original_max_positions is not None:
         written["original_max_position_embeddings"] = rope.original_max_positions

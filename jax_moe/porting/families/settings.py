@@ -88,6 +88,15 @@ class Settings:
         """A list of strings, or None."""
         return self._list(name, str)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A required list of finite numbers."""
+        found = self.take(name, list, None)
+        if name not in self.values:
+            self.errors.append(f"{self.prefix}{name} is missing")
+        elif found is not None and not all(map(is_number, found)):
+            self.wrong(name, "a list, each a finite number")
+        return tuple(map(float, filter(is_number, found or ())))
+
     def _list(self, name: str, kind: type) -> list | None:
         found = self.take(name, list, None, None)
         if found is not None and not all(isinstance(one, kind) and not isinstance(one, bool) for one in found):

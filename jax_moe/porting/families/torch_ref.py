@@ -20,6 +20,7 @@ ROUTER = (
     *linear("router.linear", "router.", "D E"),
     *linear("router.noise_linear", "router.", "D E", "noise_kernel", "noise_bias"),
     Row("router.correction_bias", "E", "router.correction_bias", "E"),
+    Row("router.expert_table", "V K", "router.expert_table", "V K"),
 )
 EXPERT = tuple(row for name in ("gate", "up", "down") for row in linear(name, "", DIMS[name], name, f"{name}_bias"))
 ROWS = (
@@ -36,6 +37,7 @@ ROWS = (
     ),
     Row("router.input_scale", "D", "router.input_scale", "D"),
     Row("router.expert_scale", "E", "router.expert_scale", "E"),
+    Row("answer_bias", "D", "answer_bias", "D"),
 )
 ATTENTION = (
     Row("heads.{h}.key.weight", "A D", "key", "D h A"),

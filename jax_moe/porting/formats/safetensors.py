@@ -19,8 +19,8 @@ from jax_moe.guarded import parse_json, refuse_pointer_file
 from jax_moe.porting.tensors import DTYPES, PACKED, Header
 
 NOT_WHOLE = "must be a whole .safetensors file, it is not one or is cut short"
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-SORTED = ("F64", "F32", "BF16", "F16")  # the order in which the library writes dtypes
+CODES = {dtype: code for code, dtype in {**PACKED, **DTYPES}.items()}
+SORTED = ("I64", "F64", "F32", "I32", "BF16", "F16")  # the order in which the library writes dtypes
 CHECKED_BYTES = 1 << 20  # bytes read back at a time
 BATCH_BYTES = 1 << 26  # bytes read before the file is opened anew
 

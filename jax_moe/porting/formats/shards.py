@@ -1,7 +1,7 @@
 """A folder of weights: `.safetensors` files, read tensor by tensor, or PyTorch `.bin` files, with their index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ def tensor_files(directory: Path) -> dict[str, str]:
 
 
 def open_tensors(
-    directory: Path, files: Mapping[str, str], names: set[str], scheme: Scheme | None = None
+    directory: Path, files: Mapping[str, str], names: set[str], scheme: Scheme | None = None,
+    integers: Collection[str] = (),
 ) -> dict[str, Header]:
     """{name: header} as `open_weights`, of these stored tensors; of the folder's `files` only those that hold them are
-    opened. Raises ValueError.
+    opened; those of `integers` may hold integers. Raises ValueError.
     """
     headers: dict[str, Header] = {}
     errors: list[str] = []
@@ -71,7 +72,8 @@ def open_tensors(
         errors += [f"{file} lacks {shorten(name)}, which the index says it holds" for name in missing]
         headers |= {name: found[name] for name in found if name in wanted}
     headers, wrong = plain(scheme, headers) if not errors else (headers, [])
-    errors += wrong or _unsupported(headers)
+    whole = {name for name in headers.keys() & set(integers) if headers[name].dtype in (PACKED["I32"], PACKED["I64"])}
+    errors += wrong or _unsupported({name: one for name, one in headers.items() if name not in whole})
     if errors:
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}")
     return headers

@@ -29,6 +29,8 @@ def place_all(
     dtypes = {path: dtype or headers[pieces[0].theirs].dtype for path, pieces in by_path.items()}
     for path in by_path.keys() & kept:  # the widest dtype among the layers
         dtypes[path] = max((headers[piece.theirs].dtype for piece in by_path[path]), key=lambda dtype: dtype.itemsize)
+        if dtypes[path].kind == "i":  # numbers of experts: jax holds them in 32 bits
+            dtypes[path] = np.dtype(np.int32)
     narrowed = [
         f"{path} is {dtype}" for path, dtype in dtypes.items() if jax.device_put(np.empty(0, dtype)).dtype != dtype
     ]

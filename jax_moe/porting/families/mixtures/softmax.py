@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from jax_moe.porting.families import decoders
-from jax_moe.porting.families.family import Family, Mixture, Names, Whole
+from jax_moe.porting.families.family import Family, Mixture, Names, Whole, fused_experts
 from jax_moe.porting.families.fields import HUGGING_FACE, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     FORWARD,
@@ -19,6 +19,7 @@ from jax_moe.porting.families.mixtures.layouts import (
     renamed,
     router,
 )
+from jax_moe.porting.table.rows import Row
 
 IN_INPUTS_DTYPE = {"router.dtype": "input", "router.weight_dtype": "input"}
 WIDTH = "moe_intermediate_size"
@@ -44,18 +45,23 @@ HUNYUAN = Contract(
      Field("intermediate_size", "expert.shared_dim")),
     {**HUGGING_FACE, "router.renormalise": "sum"},
 )
-# Of two jitters that training multiplies onto the input of router and experts nothing is here
+# transformers 5.24 draws the jitter of training twice, in the mixture and again in its router; once, as here and as
+# published, in the mixture alone
 PHI = Contract(
     (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
-     Field("router_jitter_noise", "router.mixer_eps", 0.01)),
-    {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "sparse_mixer"},
-    {"input_jitter_noise": 0.0},
+     Field("router_jitter_noise", "router.mixer_eps", 0.01), Field("input_jitter_noise", "router.jitter_eps", 0.0)),
+    {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "sparse_mixer", "router.jitter_scope": "block"},
+    {"num_experts_per_tok": 2},  # transformers does not read it: its router chooses two
 )
 CHOSEN_LOGITS = {**HUGGING_FACE, **IN_INPUTS_DTYPE, "router.order": "select_then_softmax"}
 GRANITE_LIKE = Contract(
     (*sizes("num_local_experts num_experts", "intermediate_size"), activation(),
      Field("shared_intermediate_size", "expert.shared_dim", 0)),
     CHOSEN_LOGITS,
+)
+JET = Contract(
+    (*sizes("num_local_experts num_experts", "intermediate_size"), activation("activation_function")),
+    {**CHOSEN_LOGITS, "answer_bias": True},
 )
 ARIA = Contract(
     (*sizes("moe_num_experts", "intermediate_size", "moe_topk"), activation(),
@@ -101,6 +107,10 @@ ARIA_NAMES = both(
 )
 
 PHI_NAMES = (MIXTRAL[0], replace(JAMBA_NAMES[1], within=MLP))
+JET_NAMES = both("hf_jetmoe", *2 * ((
+    Row("router.layer.weight", "E D", "router.kernel", "D E"), Row("bias", "D", "answer_bias", "D"),
+    *fused_experts("input_linear.weight", "output_linear.weight"),
+),))
 OMNI = {
     "qwen3_omni_moe": "thinker_config.text_config", "qwen3_omni_moe_thinker": "text_config", "qwen3_omni_moe_text": "",
 }
@@ -116,7 +126,7 @@ SOFTMAX = (
     family("lara_mini", LARA, QWEN),
     family("minimax", MIXTRAL_LIKE, MIXTRAL),
     family("jamba", JAMBA, JAMBA_NAMES),
-    family("phimoe", PHI, PHI_NAMES),
+    family("phimoe", PHI, PHI_NAMES, decoder=decoders.PHI),
     family(
         "hunyuan_v1_moe", HUNYUAN, HUNYUAN_NAMES, by_layer=("moe_topk", "num_experts", "intermediate_size"),
         decoder=decoders.HUNYUAN,
@@ -125,4 +135,5 @@ SOFTMAX = (
     family("granitemoehybrid", GRANITE_LIKE.defaults(shared_intermediate_size=1024), GRANITE),
     family("granitemoe_swa", GRANITE_LIKE, GRANITE),
     multimodal("aria", ARIA, ARIA_NAMES),
+    family("jetmoe", JET, JET_NAMES),
 )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jax_moe.config.checks import is_int
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families import decoders
 from jax_moe.porting.families.family import Family, Mixture
@@ -21,7 +22,7 @@ from jax_moe.porting.families.mixtures.layouts import (
 from jax_moe.porting.families.mixtures.sigmoid import SHARED_EXPERT, V3, scale, shared
 from jax_moe.porting.families.mixtures.softmax import IN_INPUTS_DTYPE, QWEN_LIKE, ROOTS, family, multimodal, nested
 from jax_moe.porting.families.settings import Settings
-from jax_moe.porting.table.rows import Row, under
+from jax_moe.porting.table.rows import Row, linear, stacked, under
 
 WIDTH = "moe_intermediate_size"
 KOLIBRI = Contract(
@@ -151,18 +152,81 @@ V4 = Contract(
      Field("scoring_func", "router.score", "sqrtsoftplus", {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}),
      Field("swiglu_limit", "expert.clamp", 10.0), Field(WIDTH, "expert.shared_dim")),
     {**IN_INPUTS_DTYPE, "router.correction_bias": True, "router.renormalise": "eps"},
-    {"mlp_bias": False, "mlp_layer_types": "moe"},  # a table of token ids chooses in layers of hash_moe
-)
+    {"mlp_bias": False},
+).but(**OF_LOGITS)
+HASH, HASH_LAYERS = "hash_moe", 3  # so many where config.json is silent
+
+
+def each_layer(values: dict[str, Any]) -> dict[str, Any]:
+    """mlp_layer_types, where only the number of layers in which a table of tokens chooses is said."""
+    layers, first = values.get("num_hidden_layers"), values.get("num_hash_layers", HASH_LAYERS)
+    if values.get("mlp_layer_types") is not None or not (isinstance(layers, int) and is_int(first)):
+        return values
+    return {**values, "mlp_layer_types": [HASH if i < first else "moe" for i in range(layers)]}
+
+
+def read_v4(settings: Settings) -> MoEConfig:
+    """DeepSeek-V4's contract: in layers of hash_moe a table of tokens in place of the correction bias."""
+    if settings.choice("mlp_layer_types", "moe", ("moe", HASH)) == "moe":
+        return V4.read(settings)
+    tokens = settings.size("vocab_size")
+    return V4.but(router__correction_bias=False, router__table_tokens=tokens).read(settings)
+
+
+def write_v4(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    tokens = moe.router.table_tokens
+    said = {"mlp_layer_types": HASH, "vocab_size": tokens} if tokens else {"mlp_layer_types": "moe"}
+    return V4.write(moe) | said
+
+
+TABLE = Row("gate.tid2eid", "V K", "router.expert_table", "V K")
 W_SHARED = renamed(renamed(renamed(SHARED_EXPERTS, "gate_proj", "w1"), "up_proj", "w3"), "down_proj", "w2")
 V4_NAMES = both(
-    "hf_deepseek_v4", (*router(correction="gate.bias"), *W123, *W_SHARED), DEEPSEEK[1].rows, f"{LAYER}ffn.", MLP,
+    "hf_deepseek_v4", (*router(correction="gate.bias"), TABLE, *W123, *W_SHARED), (*DEEPSEEK[1].rows, TABLE),
+    f"{LAYER}ffn.", MLP,
 )
 
+# At evaluation with a slot for every token (moe_eval_capacity_token_fraction 1), as published
+NLLB = Contract(
+    (Field("d_model", "model_dim"), Field("encoder_ffn_dim", "expert_dim"), Field("num_experts", "num_experts"),
+     activation("activation_function", "relu"), Field("router_bias", "router.bias", False)),
+    {**HUGGING_FACE, "top_k": 2, "router.renormalise": "sum", "router.weight_dtype": "input", "expert.gated": False,
+     "expert.bias": True},
+    {"second_expert_policy": "all", "moe_eval_capacity_token_fraction": 1.0, "router_dtype": "float32"},
+)
+
+
+def read_nllb(settings: Settings) -> MoEConfig:
+    """NLLB's contract: what expert output masking leaves of the sum in the mean."""
+    masked = settings.number("moe_token_dropout", 0.2)
+    if not 0 <= masked < 1:
+        settings.wrong("moe_token_dropout", "a number of at least 0 and below 1")
+        masked = 0.0
+    return NLLB.but(router__scale=1 - masked).read(settings)
+
+
+def write_nllb(moe: MoEConfig) -> dict[str, Any]:
+    """And back."""
+    return NLLB.write(moe) | {"moe_token_dropout": 1 - moe.router.scale}
+
+
+NLLB_NAMES = both("hf_nllb", *2 * ((
+    *linear("router.classifier", "router.", "D E"),
+    *stacked(
+        (*linear("fc1", "", "D F", "up", "up_bias"), *linear("fc2", "", "F D", "down", "down_bias")),
+        "experts.expert_{e}.", "experts.", "e",
+    ),
+),), "model.encoder.layers.{l}.ffn.")
+
 SPECIAL = (
+    Family("nllb_moe", Mixture(read_nllb, write_nllb, *NLLB_NAMES, {"nllb-moe": ""})),
     Family("step3p7", Mixture(
         read_step, write_step, *STEP_NAMES, {"step3p7": "text_config", "step3p5": ""}, ROOTS, LIMITS,
     )),
-    family("deepseek_v4", V4.but(**OF_LOGITS), V4_NAMES, roots=("model.", ""), by_layer=("mlp_layer_types",)),
+    Family("deepseek_v4", Mixture(
+        read_v4, write_v4, *V4_NAMES, {}, ("model.", ""), ("mlp_layer_types",), each_layer,
+    )),
     family("kolibri1", KOLIBRI, KOLIBRI_NAMES),
     family("ernie4_5_moe", ERNIE.but(**OF_LOGITS), both(
         "hf_ernie", (*ernie("moe_statics.e_score_correction_bias"), *each_expert(), *SHARED_EXPERTS),
