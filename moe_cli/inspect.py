@@ -77,7 +77,7 @@ def _inspect_decoder(command: Inspect, found: Found) -> None:
         dtypes = {piece.ours: found.tensors[piece.theirs].dtype.itemsize for piece in found.plan.pieces}
     else:
         where = f"{of_run}an Orbax checkpoint, {len(found.tensors)} arrays"
-        dtypes = {name: one.dtype.itemsize for name, one in found.tensors.items()}
+        dtypes = {name: array.dtype.itemsize for name, array in found.tensors.items()}
     _print(found, dtypes, where, command)
 
 
@@ -116,7 +116,7 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
         whose = "of the models around the text model" if nested else "that predict further tokens"
         print(f"carried: {len(carried)} tensors {whose}; not used here, kept on saving")
     print("\n".join(describe(config)))
-    stored = {name: math.prod(one.shape) * itemsizes[name] for name, one in arrays.items()}
+    stored = {name: math.prod(array.shape) * itemsizes[name] for name, array in arrays.items()}
     experts = sum(size for name, size in stored.items() if arrays[name].role == "expert")
     devices = DEVICES if command.devices is None else (command.devices,)
     rows = memory_rows(counts, sum(stored.values()), experts, config, devices)

@@ -74,7 +74,7 @@ def inspect_layers(command: Inspect, found: Mixtures, layers: tuple[int, ...]) -
     for lines, numbers in together.items():
         headers = [found.headers(layer, found.config(layer)) for layer in numbers]
         scheme = None if found.scheme is None else found.scheme.words
-        sizes = stored_in_words((one for each in headers for one in each.values()), scheme)
+        sizes = stored_in_words((header for each in headers for header in each.values()), scheme)
         which = f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
         print(f"{which}: {sum(map(len, headers)):,} tensors, {sizes}")
         print("\n".join(f"  {line}" for line in lines))

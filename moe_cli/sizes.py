@@ -27,8 +27,8 @@ def count_parameters(arrays: Mapping[str, Declared], config: DecoderConfig) -> P
 
     Experts that return their input have no parameters: a token sent to them has fewer active ones.
     """
-    total = sum(math.prod(one.shape) for one in arrays.values())
-    experts = sum(math.prod(one.shape) for one in arrays.values() if one.role == "expert")
+    total = sum(math.prod(array.shape) for array in arrays.values())
+    experts = sum(math.prod(array.shape) for array in arrays.values() if array.role == "expert")
     E, K = config.moe.num_networks, config.moe.top_k
     return Parameters(total, experts, total - experts // E * (E - K))
 

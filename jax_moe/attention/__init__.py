@@ -32,6 +32,6 @@ KINDS: dict[type[LayerAttention], Any] = {
 def kind_of(contract: LayerAttention) -> Any:
     """The module of a contract. Raises ValueError for a kind that is not in the list."""
     if type(contract) not in KINDS:
-        known = ", ".join(one.__name__ for one in KINDS)
+        known = ", ".join(kind.__name__ for kind in KINDS)
         raise ValueError(f"attention={type(contract).__name__}: must be one of {known} (jax_moe.attention.KINDS)")
     return KINDS[type(contract)]

@@ -20,7 +20,8 @@ def visible_positions(
     if chunk is None:
         return visible_BTU
     first_B = jnp.zeros(1, jnp.int32) if mask_BU is None else jnp.argmax(mask_BU, axis=1)
-    chunk_BT, chunk_BU = ((one - first_B[:, None]) // chunk for one in (position_T, jnp.arange(num_positions)))
+    both = (position_T, jnp.arange(num_positions))
+    chunk_BT, chunk_BU = ((position - first_B[:, None]) // chunk for position in both)
     return visible_BTU & (chunk_BT[:, :, None] == chunk_BU[:, None])
 
 

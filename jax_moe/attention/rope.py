@@ -117,11 +117,12 @@ def rotations(
     T = position_BT.shape[1]
     factor: float | Array = attention_factor(config, T)
     if config.kind == "dynamic" and length is not None:
-        table = np.stack([frequencies(config, head_dim, one) for one in range(longest + 1)])
+        table = np.stack([frequencies(config, head_dim, number) for number in range(longest + 1)])
         frequency = jnp.asarray(table, wide(dtype))[length]
     elif config.kind == "longrope" and length is not None:
         most = config.original_max_positions or 0
-        both = [(frequencies(config, head_dim, one), attention_factor(config, one)) for one in (most, most + 1)]
+        sides = (most, most + 1)
+        both = [(frequencies(config, head_dim, number), attention_factor(config, number)) for number in sides]
         place = (length > most).astype(jnp.int32)
         frequency, factor = (jnp.asarray(np.stack(pair), wide(dtype))[place] for pair in zip(*both, strict=True))
     else:

@@ -37,7 +37,7 @@ def empty_cache(config: DecoderConfig, start_B: Int[Array, " B"], num_slots: int
 def cache_bytes(config: DecoderConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> int:
     """The memory that a cache takes."""
     cache = jax.eval_shape(lambda: empty_cache(config, jnp.zeros(batch_size, jnp.int32), num_slots, dtype))
-    return sum(math.prod(one.shape) * one.dtype.itemsize for one in jax.tree.leaves(cache))
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(cache))
 
 
 def prefill(

@@ -28,7 +28,7 @@ from jax_moe.porting.table.rows import Table
 
 # The first whose state dict is of a module is the one that any contract of the module is saved under.
 FAMILIES: dict[str, Family] = {
-    one.name: one for one in (
+    record.name: record for record in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
         SWITCH_TRANSFORMERS,
         *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL, *AROUND, *GEMMAS,
@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
 
 def decoder_names() -> list[str]:
     """The model types whose whole decoder is known."""
-    return [name for name, one in FAMILIES.items() if one.decoder is not None]
+    return [name for name, record in FAMILIES.items() if record.decoder is not None]
 
 
 def family_named(model_type: object) -> Family:
@@ -57,7 +57,8 @@ def family_named(model_type: object) -> Family:
 
 def mixture_types() -> dict[str, tuple[str, ...]]:
     """{family: the model types that have its mixture}, of every family with one."""
-    return {one.name: (one.name, *one.mixture.types) for one in FAMILIES.values() if one.mixture is not None}
+    known = [record for record in FAMILIES.values() if record.mixture is not None]
+    return {record.name: (record.name, *record.mixture.types) for record in known}  # type: ignore[union-attr]
 
 
 def has_mixture(model_type: object) -> bool:
@@ -84,20 +85,22 @@ def recognise(names: Iterable[str]) -> Family | None:
 
 def families_of(module: nnx.Module) -> list[Family]:
     """Those whose state dicts are of such a module, the one that can hold every contract of it first."""
-    return [one for one in FAMILIES.values() if one.state is not None and isinstance(module, one.state.module)]
+    stored = [record for record in FAMILIES.values() if record.state is not None]
+    return [record for record in stored if isinstance(module, record.state.module)]  # type: ignore[union-attr]
 
 
 def tables_of(module: nnx.Module) -> tuple[Table, ...]:
     """The module's tables, the first being the one written by default. Raises ValueError for a module that has none."""
     if isinstance(module, Decoder):
         types = decoder_names() if module.origin is None else [module.origin.model_type]
-        decoders = [family_named(one) for one in types]
-        return tuple(table for one in decoders for table in (one.on_disk(module.config), one.in_memory(module.config)))
-    found = [*PARTS.get(type(module), ()), *(one.state.table for one in families_of(module) if one.state is not None)]
+        decoders, config = [family_named(name) for name in types], module.config
+        return tuple(table for record in decoders for table in (record.on_disk(config), record.in_memory(config)))
+    stored = [record.state.table for record in families_of(module) if record.state is not None]
+    found = [*PARTS.get(type(module), ()), *stored]
     if isinstance(module, MoE):
         found += layer_tables()
     if not found:
-        kinds: list[type] = [one.state.module for one in FAMILIES.values() if one.state is not None]
+        kinds: list[type] = [record.state.module for record in FAMILIES.values() if record.state is not None]
         known = ", ".join(dict.fromkeys(kind.__name__ for kind in (*kinds, *PARTS, Decoder)))
         raise ValueError(f"{type(module).__name__} has no porting table: must be one of {known}")
     return tuple(found)
@@ -110,9 +113,9 @@ def default_table(module: nnx.Module) -> Table:
 
 def layer_tables() -> list[Table]:
     """A mixture by itself, named as in the reference's memory and as in files; equal tables appear once."""
-    mixtures = [one.mixture for one in FAMILIES.values() if one.mixture is not None]
-    names = [names for one in mixtures for names in (one.in_memory, one.on_disk)]
-    own = {one.state.table.name for one in FAMILIES.values() if one.state is not None}
+    mixtures = [record.mixture for record in FAMILIES.values() if record.mixture is not None]
+    names = [names for record in mixtures for names in (record.in_memory, record.on_disk)]
+    own = {record.state.table.name for record in FAMILIES.values() if record.state is not None}
     return list({names.layer: names.table for names in names if names.layer not in own}.values())
 
 

@@ -39,7 +39,8 @@ class Choices:
 
     def given(self) -> dict[str, Any]:
         """Those that are set."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
+        made = {choice.name: getattr(self, choice.name) for choice in fields(self)}
+        return {name: value for name, value in made.items() if value is not None}
 
 
 @dataclass(frozen=True)

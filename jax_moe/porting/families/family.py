@@ -184,7 +184,7 @@ class Family:
         mixture, decoder = self._parts()
         values = self.text_settings(values)
         lists = {name: values[name] for name in mixture.by_layer if isinstance(values.get(name), list)}
-        alike = {name: each[0] for name, each in lists.items() if each and all(one == each[0] for one in each)}
+        alike = {name: each[0] for name, each in lists.items() if each and all(value == each[0] for value in each)}
         return self._contract(
             {**values, **alike}, lambda settings: decoder.read(settings, mixture.read(settings))
         )

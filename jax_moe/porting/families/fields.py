@@ -38,7 +38,7 @@ class Field:
         if self.default is REQUIRED:
             found: Any = settings.size(*names)
         else:
-            name = next((one for one in names if one in settings.values), names[0])
+            name = next((entry for entry in names if entry in settings.values), names[0])
             found = settings.take(name, type(self.default), self.default, self.null)
             if self.words is not None and found not in self.words:
                 settings.wrong(name, f"one of {', '.join(str(word).lower() for word in self.words)}")
@@ -70,21 +70,21 @@ class Contract:
         """Another family's: these settings in the place of those that say the same; `router__score="sigmoid"` is
         fixed.
         """
-        said = {one.ours for one in fields} | {name.replace("__", ".") for name in fixed} | set(without.split())
-        kept = tuple(one for one in self.fields if one.ours not in said)
+        said = {entry.ours for entry in fields} | {name.replace("__", ".") for name in fixed} | set(without.split())
+        kept = tuple(entry for entry in self.fields if entry.ours not in said)
         other = {name.replace("__", "."): value for name, value in fixed.items()}
         return Contract((*kept, *fields), {**self.fixed, **other}, {**self.refused, **(refused or {})})
 
     def defaults(self, **values: Any) -> "Contract":
         """The same settings, under these names with another default."""
-        changed = (replace(one, default=values.get(one.theirs.split()[0], one.default)) for one in self.fields)
+        changed = (replace(entry, default=values.get(entry.theirs.split()[0], entry.default)) for entry in self.fields)
         return replace(self, fields=tuple(changed))
 
     def read(self, settings: Settings) -> MoEConfig:
         """The contract. Raises ValueError, in config.json's words, if its parts do not go together."""
         for name, allowed in self.refused.items():
             settings.must_be(name, allowed, "nothing else is supported")
-        values = {**self.fixed, **{one.ours: one.read(settings) for one in self.fields}}
+        values = {**self.fixed, **{entry.ours: entry.read(settings) for entry in self.fields}}
         if values.get("router.jitter_eps"):
             values["router.noise"] = "input_jitter"
         parts: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
@@ -99,8 +99,8 @@ class Contract:
             raise ValueError(self._in_their_words(str(error))) from None
 
     def _in_their_words(self, message: str) -> str:
-        for one in self.fields:
-            message = re.sub(rf"\b{one.ours.rpartition('.')[2]}=", f"{one.theirs.split()[0]}=", message)
+        for entry in self.fields:
+            message = re.sub(rf"\b{entry.ours.rpartition('.')[2]}=", f"{entry.theirs.split()[0]}=", message)
         return message
 
     def write(self, moe: MoEConfig) -> dict[str, Any]:
@@ -108,12 +108,12 @@ class Contract:
         back.
         """
         written: dict[str, Any] = {}
-        for one in self.fields:
-            part, _, leaf = one.ours.rpartition(".")
+        for entry in self.fields:
+            part, _, leaf = entry.ours.rpartition(".")
             value = getattr(getattr(moe, part) if part else moe, leaf)
-            if one.times is not None:
-                written.setdefault(one.times, value)
-            written[one.theirs.split()[0]] = one.write(value, written)
+            if entry.times is not None:
+                written.setdefault(entry.times, value)
+            written[entry.theirs.split()[0]] = entry.write(value, written)
         return written
 
 

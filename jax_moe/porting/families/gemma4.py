@@ -90,7 +90,7 @@ def _heads(settings: Settings, types: list[str]) -> list[Heads]:
                 own.integer("num_key_value_heads", plain.num_kv_heads, least=1),
             ))
         for kind in dict.fromkeys(types):
-            alike = {one.head_dim for one, other in zip(found, types, strict=True) if other == kind}
+            alike = {entry.head_dim for entry, other in zip(found, types, strict=True) if other == kind}
             if len(alike) > 1:
                 settings.wrong("per_layer_config", f"of one head_dim in all layers of {kind}")
         return found
@@ -116,20 +116,20 @@ def _rope(settings: Settings, kind: str, max_positions: int) -> RopeConfig:
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The reverse of `read`."""
     found: list[Any] = [layer.attention for layer in config.layers]
-    types = [WHOLE if one.window is None else SLIDES for one in found]
+    types = [WHOLE if entry.window is None else SLIDES for entry in found]
     first = found[0]
-    plain = next((one for one in found if one.window is not None), first)
+    plain = next((entry for entry in found if entry.window is not None), first)
     written = write_around(config) | {
         "num_attention_heads": first.num_heads, "attention_bias": first.qkv_bias, "attention_dropout": first.dropout,
         "num_key_value_heads": plain.num_kv_heads, "head_dim": plain.head_dim, "layer_types": types,
         "per_layer_config": {
-            str(i): {"head_dim": one.head_dim, "num_key_value_heads": one.num_kv_heads}
-            for i, one in enumerate(found) if one.window is None
+            str(i): {"head_dim": entry.head_dim, "num_key_value_heads": entry.num_kv_heads}
+            for i, entry in enumerate(found) if entry.window is None
         },
         "rope_parameters": {
-            kind: write_rope(one.rope) for kind, one in zip(types, found, strict=True) if one.rope is not None
+            kind: write_rope(entry.rope) for kind, entry in zip(types, found, strict=True) if entry.rope is not None
         },
-        "attention_k_eq_v": any(one.value_from_key for one in found), "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": any(entry.value_from_key for entry in found), "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": config.logits_softcap, "num_kv_shared_layers": 0,
     }
     if plain.window is not None:

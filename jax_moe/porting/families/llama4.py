@@ -61,31 +61,31 @@ def _turning(settings: Settings, layers: int) -> list[bool]:
     if said and (len(said) != layers or not {0, 1}.issuperset(said)):
         settings.wrong("no_rope_layers", f"null or {layers} of 1 (turns) and 0")
         said = ()
-    return [bool(one) for one in said] or [(i + 1) % every != 0 for i in range(layers)]
+    return [bool(entry) for entry in said] or [(i + 1) % every != 0 for i in range(layers)]
 
 
 def _chunked(settings: Settings, turns: list[bool], some: bool) -> list[bool]:
     """Of each layer whether it sees its own chunk alone: layer_types, or those that turn."""
     named = settings.strings("layer_types")
     if named is None:
-        return [some and one for one in turns]
+        return [some and entry for entry in turns]
     allowed = {WHOLE, CHUNKS} if some else {WHOLE}
     if len(named) != len(turns) or not allowed.issuperset(named):
         settings.errors.append(f"layer_types={named!r}: must be {len(turns)} of {', '.join(sorted(allowed))}")
         return [False for _ in turns]
-    return [one == CHUNKS for one in named]
+    return [entry == CHUNKS for entry in named]
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The reverse of `read`."""
     attentions: list[Any] = [layer.attention for layer in config.layers]
-    growing = [one for one in attentions if one.temperature]
+    growing = [entry for entry in attentions if entry.temperature]
     written = write_decoder(config) | {
         "attention_bias": attentions[0].qkv_bias, "intermediate_size_mlp": config.dense_dim or 16384,
-        "moe_layers": list(config.moe_layers), "no_rope_layers": [int(one.rope is not None) for one in attentions],
-        "layer_types": [WHOLE if one.chunk is None else CHUNKS for one in attentions],
-        "attention_chunk_size": next((one.chunk for one in attentions if one.chunk is not None), None),
-        "use_qk_norm": any(one.qk_norm != "none" for one in attentions), "attn_temperature_tuning": bool(growing),
+        "moe_layers": list(config.moe_layers), "no_rope_layers": [int(entry.rope is not None) for entry in attentions],
+        "layer_types": [WHOLE if entry.chunk is None else CHUNKS for entry in attentions],
+        "attention_chunk_size": next((entry.chunk for entry in attentions if entry.chunk is not None), None),
+        "use_qk_norm": any(entry.qk_norm != "none" for entry in attentions), "attn_temperature_tuning": bool(growing),
     }
     if growing:
         written |= {"attn_scale": growing[0].temperature, "floor_scale": growing[0].temperature_step}

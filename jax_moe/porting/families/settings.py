@@ -99,7 +99,7 @@ class Settings:
 
     def _list(self, name: str, kind: type) -> list | None:
         found = self.take(name, list, None, None)
-        if found is not None and not all(isinstance(one, kind) and not isinstance(one, bool) for one in found):
+        if found is not None and not all(isinstance(value, kind) and not isinstance(value, bool) for value in found):
             self.wrong(name, f"a list, each {_WORDS[kind]}")
             return None
         return found

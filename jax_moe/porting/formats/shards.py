@@ -73,7 +73,7 @@ def open_tensors(
         headers |= {name: found[name] for name in found if name in wanted}
     headers, wrong = plain(scheme, headers) if not errors else (headers, [])
     whole = {name for name in headers.keys() & set(integers) if headers[name].dtype in (PACKED["I32"], PACKED["I64"])}
-    errors += wrong or _unsupported({name: one for name, one in headers.items() if name not in whole})
+    errors += wrong or _unsupported({name: header for name, header in headers.items() if name not in whole})
     if errors:
         raise ValueError(f"{directory}: {'; '.join(errors[:20])}")
     return headers
@@ -82,7 +82,8 @@ def open_tensors(
 def _unsupported(headers: Mapping[str, Header]) -> list[str]:
     """A message if some tensors have a dtype that is not read."""
     codes = {dtype: code for code, dtype in PACKED.items()}
-    odd = ((name, codes.get(one.dtype, one.dtype)) for name, one in headers.items() if one.dtype not in DTYPES.values())
+    dtypes = ((name, header.dtype) for name, header in headers.items() if header.dtype not in DTYPES.values())
+    odd = ((name, codes.get(dtype, dtype)) for name, dtype in dtypes)
     wrong = [f"{shorten(name)} is {dtype}" for name, dtype in odd]
     more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
     return [f"tensors must be one of {', '.join(DTYPES)}: {', '.join(wrong[:20])}{more}"] if wrong else []

@@ -54,7 +54,7 @@ def read_compressed_tensors(settings: Settings, dtype: np.dtype) -> Scheme:
         settings.wrong("config_groups", "an object with at least one group")
     read = [_group(settings, name, values, fallback) for name, values in groups.items()]
     ignored = settings.strings("ignore") or []
-    words = dict.fromkeys(f"{one.format} of {one.bits} bits, a scale a {_each(one)}" for one in read)
+    words = dict.fromkeys(f"{scheme.format} of {scheme.bits} bits, a scale a {_each(scheme)}" for scheme in read)
     return Scheme(
         words=f"compressed-tensors: {' and '.join(words)}",
         endings={f".weight_{part}": (".weight", part) for part in ("packed", "scale", "shape", "zero_point")},
@@ -101,8 +101,8 @@ def _named(patterns: list[str] | tuple[str, ...], module: str) -> bool:
 
 def _quantised(groups: list[Group], dtype: np.dtype, name: str, parts: Parts) -> Header:
     module = name.rpartition(".")[0]
-    classes = (one for one in groups if any(not target.startswith("re:") for target in one.targets))
-    group = next((one for one in groups if _named(one.targets, module)), next(classes, groups[0]))
+    classes = (scheme for scheme in groups if any(not target.startswith("re:") for target in scheme.targets))
+    group = next((scheme for scheme in groups if _named(scheme.targets, module)), next(classes, groups[0]))
     packed = group.format == "pack-quantized"
     stored = {"packed": (INT32,), "shape": (INT32, INT64)} if packed else {"weight": (NUMBERS[group.format],)}
     optional = ("zero_point",) if group.symmetric else ()
