@@ -44,6 +44,7 @@ from .config import ExpertConfig as ExpertConfig
 from .config import GroupedAttentionConfig as GroupedAttentionConfig
 from .config import LatentAttentionConfig as LatentAttentionConfig
 from .config import LayerConfig as LayerConfig
+from .config import LinearAttentionConfig as LinearAttentionConfig
 from .config import MakeMoEConfig as MakeMoEConfig
 from .config import MoEConfig as MoEConfig
 from .config import Precision as Precision

@@ -12,20 +12,23 @@ from typing import Any
 
 from jax_moe.attention.grouped import GroupedAttention
 from jax_moe.attention.latent import LatentAttention
+from jax_moe.attention.linear import LinearAttention
 from jax_moe.attention.masks import visible_positions
 from jax_moe.attention.multihead import Attention
 from jax_moe.attention.positions import Positions
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention
 from jax_moe.config.latent import LatentAttentionConfig
+from jax_moe.config.linear import LinearAttentionConfig
 
 __all__ = [
-    "KINDS", "Attention", "GroupedAttention", "LatentAttention", "Positions", "kind_of", "rotate", "rotations",
-    "visible_positions",
+    "KINDS", "Attention", "GroupedAttention", "LatentAttention", "LinearAttention", "Positions", "kind_of", "rotate",
+    "rotations", "visible_positions",
 ]
 
 KINDS: dict[type[LayerAttention], Any] = {
     GroupedAttentionConfig: GroupedAttention, LatentAttentionConfig: LatentAttention,
+    LinearAttentionConfig: LinearAttention,
 }
 
 

@@ -4,6 +4,7 @@ from jax_moe.config.attention import AttentionConfig, GroupedAttentionConfig, La
 from jax_moe.config.checks import require
 from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
 from jax_moe.config.latent import LatentAttentionConfig
+from jax_moe.config.linear import LinearAttentionConfig
 from jax_moe.config.models import BlockConfig, MakeMoEConfig, Origin
 from jax_moe.config.moe import (
     Activation,
@@ -34,6 +35,7 @@ __all__ = [
     "LatentAttentionConfig",
     "LayerAttention",
     "LayerConfig",
+    "LinearAttentionConfig",
     "MakeMoEConfig",
     "MixtureNorm",
     "MoEConfig",

@@ -61,7 +61,7 @@ def test_stacks_and_json() -> None:
     assert layers == {"blocks": (0, 3), "blocks_mean": (1, 2, 4, 5), "moe": (0, 2, 3, 5), "dense": (1, 4)}
     assert config.shorthand is None and config.sliding_layers == (0,)
     assert config_from_json(DecoderConfig, json.loads(json.dumps(config_to_json(config))), "config") == config
-    with pytest.raises(ValueError, match="kind='mena': must be one of 'grouped', 'latent', 'mean'"):
+    with pytest.raises(ValueError, match="kind='mena': must be one of 'grouped', 'latent', 'linear', 'mean'"):
         text = json.dumps(config_to_json(config)).replace('"grouped"', '"mena"')
         config_from_json(DecoderConfig, json.loads(text), "config")
 
