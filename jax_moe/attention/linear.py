@@ -125,14 +125,15 @@ class LinearAttention(nnx.Module):
         self.config, kernel_init = config, rounded(kernel_init)
         D, J, G, A, M = config.model_dim, config.num_key_heads, config.served, config.key_dim, config.value_dim
         O, C = G * M, config.taps  # noqa: E741
-        shapes = {
-            "query": ("D J A", (D, J, A)), "key": ("D J A", (D, J, A)), "value": ("D J O", (D, J, O)),
-            "gate": ("D J O", (D, J, O)), "beta": ("D J G", (D, J, G)), "decay": ("D J G", (D, J, G)),
-            "query_taps": ("J A C", (J, A, C)), "key_taps": ("J A C", (J, A, C)), "value_taps": ("J O C", (J, O, C)),
-            "out": ("J O D", (J, O, D)),
-        }
-        for name, (dims, shape) in shapes.items():
-            setattr(self, name, parameter(kernel_init(rngs.params(), shape, param_dtype), dims, "attention"))
+
+        def made(dims: str, *shape: int) -> nnx.Param:
+            return parameter(kernel_init(rngs.params(), shape, param_dtype), dims, "attention")
+
+        self.query, self.key = made("D J A", D, J, A), made("D J A", D, J, A)
+        self.value, self.gate = made("D J O", D, J, O), made("D J O", D, J, O)
+        self.beta, self.decay = made("D J G", D, J, G), made("D J G", D, J, G)
+        self.query_taps, self.key_taps = made("J A C", J, A, C), made("J A C", J, A, C)
+        self.value_taps, self.out = made("J O C", J, O, C), made("J O D", J, O, D)
         # as the reference draws them: exp(decay_log) uniform up to 16
         drawn = jax.random.uniform(rngs.params(), (J, G), wide(param_dtype), 0.01, 16.0)
         self.decay_log = parameter(jnp.log(drawn).astype(param_dtype), "J G", "attention")

@@ -1160,6 +1160,27 @@ OPTIMIZERS = [
         "own_steps = {}",
         tests=STATE,
     ),
+    Mutation(
+        "linear attention: the state does not decay from chunk to chunk",
+        "jax_moe/attention/linear.py",
+        "state_BJGAM = state_BJGAM * kept_BJGT[..., -1, None, None]\n",
+        "state_BJGAM = state_BJGAM * 1.0\n",
+        tests=("parity_tests/layers/test_linear.py::test_chunks_give_what_steps_give",),
+    ),
+    Mutation(
+        "linear attention: the convolution forgets the tokens before a call",
+        "jax_moe/attention/linear.py",
+        "jnp.concatenate([before_BCO, x_BTO], axis=1)",
+        "jnp.concatenate([0 * before_BCO, x_BTO], axis=1)",
+        tests=("parity_tests/layers/test_linear.py::test_with_a_cache_the_answer_is_that_of_one_call",),
+    ),
+    Mutation(
+        "meshes: a batch is split over the tensor axis",
+        "jax_moe/sharding/rules.py",
+        "BATCH = (DATA_AXIS, EXPERT_AXIS)",
+        "BATCH = (DATA_AXIS, TENSOR_AXIS)",
+        tests=("parity_tests/porting/test_pretrained_mesh.py::test_a_dim_is_split_by_its_letter",),
+    ),
 ]
 
 MUTATIONS = [*OPTIMIZERS, *CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]

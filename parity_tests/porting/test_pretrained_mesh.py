@@ -134,6 +134,9 @@ def test_a_dim_is_split_by_its_letter() -> None:
         (None, (8, 8), None, whole),
     ):
         assert sharding.weight_split(mesh, Declared(shape, dims, role)).spec == expected, dims  # type: ignore[arg-type]
+    for size, axes in ((8, ("data", "expert")), (6, ("data",)), (3, None)):
+        split = sharding.batch_split(mesh, size).spec
+        assert split == (whole if axes is None else PartitionSpec(axes)), size
     tensor = Declared((8, 4, 4), "E D F", "expert")
     split = sharding.weight_split(mesh, tensor, {"E": "expert", "F": "data"})
     assert split.spec == PartitionSpec("expert", None, "data")
