@@ -1,8 +1,9 @@
 """Ten AdamW steps on meshes of up to eight virtual devices against the same steps on one, in fp64.
 
-`python -m parity_tests.sharding.on_meshes NAME [FAULT]` prints a line a mesh: the worst relative error of the first
-step's answers, statistics and losses, of its gradients by name, and of the weights after the last step; choices and
-drops are compared exactly. A process has as many devices as its first use of JAX found, so that it is a program.
+`python -m parity_tests.sharding.on_meshes NAME` prints a line a mesh: the worst relative error of the first step's
+answers, statistics and losses, of its gradients by name, and of the weights after the last step; choices are compared
+exactly. Of a case with planted faults, a line a fault, too. A process has as many devices as its first use of JAX
+found, so that it is a program.
 """
 
 import sys
@@ -22,15 +23,15 @@ from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import FAMILIES
 from jax_moe.sharding.inside import alone_together
-from parity_tests.shared.compare import check_close, check_exact
+from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.shared.filled import filled
 from parity_tests.shared.quick import QUICK
 
 STEPS = 10
 OPTIMIZER = adamw_as_torch(1e-2)
 MESHES: dict[str, list[str]] = {
-    "layer": ["data=2,tensor=2", "expert=4", "data=2,expert=2,tensor=2"],
-    "model": ["data=4,tensor=2", "data=2,expert=4"],
+    "layer": ["data=2,expert=4", "data=2,expert=2,tensor=2"],
+    "model": ["data=2,expert=2,tensor=2"],
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 11, "model_dim": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
@@ -51,6 +52,7 @@ class Case(NamedTuple):
     batch_size: int = 8
     num_positions: int = 5
     choices: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # replayed, of a layer
+    faults: tuple[tuple[str, str], ...] = ()  # planted, and what the message must name
 
     @property
     def is_layer(self) -> bool:
@@ -75,7 +77,8 @@ MAKEMOE = jax_moe.MakeMoEConfig(
 CASES = {
     "layer, dropless": Case(layer(presets.mixtral(8, 6, 4, 2)), batch_size=3, num_positions=7),
     "layer, half of the choices dropped": Case(
-        layer(presets.makemoe(8, 6, 4, 2, noise=False, dropout=0.0).with_capacity("0.5", priority="probability"))
+        layer(presets.makemoe(8, 6, 4, 2, noise=False, dropout=0.0).with_capacity("0.5", priority="probability")),
+        faults=(("experts swapped", "answers"), ("gradient scaled", "gradients: error 7 at router.")),
     ),
     # experts 0 and 1 stand on the same device of expert=2, and two or all but two of the others have nothing
     "layer, all tokens on one device": Case(
@@ -189,19 +192,32 @@ def named(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(keys, simple=True, separator="."): np.asarray(leaf) for keys, leaf in leaves}
 
 
-def main(name: str, fault: str = "") -> None:
-    """Prints a line a mesh. Raises MismatchError where choices differ, or an error is above what is promised."""
+def compared(found: Outcome, alone: Outcome, where: str) -> tuple[float, float, float]:
+    """The errors of answers, gradients and weights.
+
+    Raises MismatchError where choices differ, or an error is above what is promised.
+    """
+    check_exact(found.exact, alone.exact, f"{where}: choices")
+    answers = check_close(found.answers, alone.answers, 1e-12, f"{where}: answers")
+    gradients = check_close(found.gradients, alone.gradients, 1e-10, f"{where}: gradients")
+    return answers, gradients, check_close(found.weights, alone.weights, 1e-10, f"{where}: weights")
+
+
+def main(name: str) -> None:
+    """Prints a line a mesh, and a line for each fault that is found. Raises MismatchError as `compared`."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
     case = CASES[name]
     alone = run(case, None)
     for words in MESHES["layer" if case.is_layer else "model"]:
-        found, where = run(case, sharding.device_mesh(sharding.read_mesh(words)), fault), f"{name} on {words}"
-        check_exact(found.exact, alone.exact, f"{where}: choices")
-        answers = check_close(found.answers, alone.answers, 1e-12, f"{where}: answers")
-        gradients = check_close(found.gradients, alone.gradients, 1e-10, f"{where}: gradients")
-        weights = check_close(found.weights, alone.weights, 1e-10, f"{where}: weights")
-        print(words, answers, gradients, weights, flush=True)
+        mesh = sharding.device_mesh(sharding.read_mesh(words))
+        print(words, *compared(run(case, mesh), alone, f"{name} on {words}"), flush=True)
+    for fault, names in case.faults:
+        try:
+            compared(run(case, mesh, fault), alone, fault)
+        except MismatchError as error:
+            assert names in str(error), error
+            print("found:", fault, flush=True)
 
 
 if __name__ == "__main__":

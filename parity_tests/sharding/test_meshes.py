@@ -12,7 +12,7 @@ from parity_tests.shared.quick import LEVEL
 
 ROOT = Path(__file__).parents[2]
 # Of the answers, the gradients and the weights after ten steps: relative, in fp64
-TOLERANCES = (1e-13, 9e-14, 3e-14)  # measured: 1.2e-14, 9.5e-15, 2.4e-15
+TOLERANCES = (1.2e-13, 2.9e-14, 5.4e-14)  # measured: 1.2e-14, 2.9e-15, 5.4e-15
 
 
 def on_meshes(*words: str) -> subprocess.CompletedProcess[str]:
@@ -27,18 +27,18 @@ def on_meshes(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_numbers_of_one_device(name: str) -> None:
-    done = on_meshes(name)
+    """On every mesh of its kind; planted faults are found."""
+    done, case = on_meshes(name), CASES[name]
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] in MESHES.values()
-    for mesh, *errors in lines:
-        assert all(float(error) <= limit for error, limit in zip(errors, TOLERANCES, strict=True)), (mesh, errors)
+    lines = done.stdout.splitlines()
+    meshes = MESHES["layer" if case.is_layer else "model"]
+    assert [line.split()[0] for line in lines[: len(meshes)]] == meshes
+    assert lines[len(meshes) :] == [f"found: {fault}" for fault, _ in case.faults]
+    for line in lines[: len(meshes)]:
+        errors = map(float, line.split()[1:])
+        assert all(error <= limit for error, limit in zip(errors, TOLERANCES, strict=True)), line
 
 
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [("experts swapped", "dropless on data=2,tensor=2: answers"), ("gradient scaled", "router.kernel")],
-)
-def test_a_fault_on_the_mesh_is_found(fault: str, says: str) -> None:
-    done = on_meshes("layer, dropless", fault)
-    assert done.returncode == 1 and says in done.stderr.splitlines()[-1], done.stderr
+def test_faults_are_planted() -> None:
+    """At least two, in some case: without them a comparison that never fails would pass."""
+    assert sum(len(case.faults) for case in CASES.values()) >= 2
