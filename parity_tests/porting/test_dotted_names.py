@@ -42,7 +42,7 @@ def resolved(*dotted: str) -> subprocess.CompletedProcess[str]:
 
 def test_names_of_the_documents_resolve() -> None:
     found = names()
-    assert "jax_moe.sharding.expert_mesh" in found
+    assert "jax_moe.sharding.device_mesh" in found
     if importlib.util.find_spec("torch") is None:
         found = [name for name in found if not name.startswith("torch_ref.")]
     done = resolved(*found)

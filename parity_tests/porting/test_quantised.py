@@ -41,7 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
 
 def tensors(folder: Path, layer: int) -> dict[str, Header]:
     """A layer's mixture, or with 0 of a known decoder all of it, still to be read."""
-    return open_mixtures(folder).headers(layer)
+    found = open_mixtures(folder)
+    return found.headers(layer, found.config(layer))
 
 
 def arrays(folder: Path, whole: bool) -> State:

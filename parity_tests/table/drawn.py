@@ -128,9 +128,7 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
     num_experts = draw(st.integers(1, MOST_EXPERTS))
     router = draw(routers(num_experts))
     capacity, expert = draw(st.none() | capacities()), draw(experts())
-    top_k = 2 if router.order == "sparse_mixer" else draw(
-        st.integers(1, router.top_clusters * num_experts // router.num_clusters)
-    )
+    top_k = draw(st.integers(1, router.top_clusters * num_experts // router.num_clusters))
     renormalised = capacity is not None and capacity.renormalise_after_drop
     weighed = router.order == "score_then_select" and router.noise != "learned_gaussian" and not renormalised
     if weighed and expert.shared_dim and not expert.shared_gate:
