@@ -66,5 +66,6 @@ def _on_host(array: jax.Array) -> bool:
 def put_batch(batch: np.ndarray, mesh: Mesh) -> Any:
     """A batch on its devices. Raises ValueError if those of the data axis do not divide it."""
     devices = mesh.shape[DATA_AXIS]
-    require(batch.shape[0] % devices == 0, "batch_size", batch.shape[0], f"a multiple of num_devices={devices}")
+    allowed = f"a multiple of {devices}, the number of devices that share a batch"
+    require(batch.shape[0] % devices == 0, "batch_size", batch.shape[0], allowed)
     return jax.device_put(batch, batch_split(mesh, batch.shape[0]))

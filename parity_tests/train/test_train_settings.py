@@ -122,6 +122,7 @@ def test_the_largest_seed_is_a_seed(text: Path) -> None:
         ("--data short.txt", {"block_size": 3, "sample_prompt": "z"}),
         ("--data short.txt --batch-size 1", {"block_size": 3, "capacity_factor": 1.5, "sample_prompt": "z"}),
         ("--num-devices 3", {"batch_size": 18}),
+        ("--mesh data=3,expert=2", {"batch_size": 18}),
         ("--preset published --steps 3", {"warmup_steps": 0, "final_learning_rate": 0.0}),
     ],
 )

@@ -48,10 +48,19 @@ def fit_settings(config: TrainConfig, free: Free) -> TrainConfig:
             most = min(model.num_heads, model.model_dim)
             values["num_heads"] = next(n for n in range(most, 0, -1) if model.model_dim % n == 0)
         values["top_k"] = min(model.top_k, max(model.num_experts, 1))
-    devices = config.num_devices or 1
+    devices = config.num_devices or _on_data_axis(config.mesh)
     if 1 < devices <= MOST_DEVICES and config.batch_size % devices:
         values["batch_size"] = -(-config.batch_size // devices) * devices
     return changed(config, free, **values)
+
+
+def _on_data_axis(mesh: str | None) -> int:
+    """The devices that share a batch."""
+    if mesh is None:
+        return 1
+    from jax_moe.sharding.mesh import DATA_AXIS, read_mesh
+
+    return read_mesh(mesh).get(DATA_AXIS, 1)
 
 
 def fit_block(config: TrainConfig, free: Free, longest: int) -> TrainConfig:
