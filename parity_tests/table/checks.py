@@ -268,8 +268,8 @@ COLUMNS = [
     Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always, kind_of_program),
     Column("round trip", "float32", 0, round_trip, always),
     Column("ten AdamW steps", "float64", 1e-10, ten_adamw_steps, always),
-    Column("fp32 forward", "float32", 1e-5, float32_forward, always),
-    Column("fp32 gradients", "float32", 1e-5, float32_gradients, always),
+    Column("fp32 forward", "float32", 1e-5, float32_forward, always, kind_of_dispatch),
+    Column("fp32 gradients", "float32", 1e-5, float32_gradients, always, kind_of_dispatch),
     Column("bf16 forward", "bfloat16", 0.1, bfloat16_forward, always),
     Column("bf16 gradients", "bfloat16", 0.2, bfloat16_gradients, always),
 ]
