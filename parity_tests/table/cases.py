@@ -248,6 +248,7 @@ CASES = [*ROUTERS, *EXTREMES, *LAYERS]
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "case names must be unique: they seed the numbers"
 
+SHARED = [field.name for field in dataclasses.fields(ExpertConfig) if field.name.startswith("shared_")]
 EVERY_CELL = "PARITY_TABLE_EVERY_CELL"  # set while the table is measured: no cell is left to another row
 
 
@@ -257,12 +258,20 @@ def kind_of_program(case: Case) -> Hashable:
 
 
 def kind_of_dispatch(case: Case) -> Hashable:
-    """What a dispatcher sees: all but the settings that end in the router's choices and weights."""
-    if case.moe is None or case.config is not case.moe:
+    """What a dispatcher sees of a row: its experts, its groups, which places are filled, and the draws it applies.
+
+    Routers, the order in which choices take their places, norms, maps and shared experts are outside of it.
+    """
+    moe = case.moe
+    if moe is None or case.config is not moe:
         return case
-    seen = dataclasses.replace(case.moe, router=RouterConfig(), balance=BalanceConfig(), dispatcher="auto")
-    draws = tuple(draw for draw in case.draws if draw not in ("noise", "jitter"))
-    return seen, case.batch_size, case.num_positions, draws, case.mask, case.logits
+    experts = dataclasses.replace(moe.expert, **{name: getattr(ExpertConfig(), name) for name in SHARED})
+    tokens = case.batch_size * case.num_positions
+    groups = moe.capacity and moe.group_size(case.batch_size, case.num_positions) < tokens
+    load = case.logits if case.logits in ("unchosen", "one", "two") else "free"
+    draws = tuple(draw for draw in case.draws if draw in ("keep", "mask"))
+    sizes = moe.num_experts, moe.top_k, moe.identity_experts, case.batch_size, case.num_positions
+    return experts, groups, load, draws, case.mask, sizes
 
 
 @functools.cache

@@ -185,13 +185,15 @@ def jax_arrays(given: Arrays, dtype: str) -> dict[str, jax.Array]:
 
 def jax_forward(case: Case, layer: nnx.Module, given: dict[str, jax.Array]) -> tuple:
     """(output, statistics, pooled balance loss, (experts, slots)); None for parts that the case lacks."""
-    first = given[first_of(given)]
-    y, stats = call(case, layer, first, arguments(case, given, jax_moe.Randomness))
-    pooled = None if stats is None else pooled_loss(case, stats, pool_balance_loss)
+    first, rest = given[first_of(given)], arguments(case, given, jax_moe.Randomness)
     routing = None
     if isinstance(case.config, MoEConfig):
-        routed = layer.run(first, **{name: value for name, value in given.items() if name in ROUTING})
-        routing = (routed.routing.expert_GSK, routed.slots.slot_GSK)
+        output = layer.run(first, **rest)
+        y, stats = output.y_BTD, output.stats
+        routing = (output.routing.expert_GSK, output.slots.slot_GSK)
+    else:
+        y, stats = call(case, layer, first, rest)
+    pooled = None if stats is None else pooled_loss(case, stats, pool_balance_loss)
     return y, stats, pooled, routing
 
 
@@ -255,9 +257,13 @@ class JaxSide:
         return outcome
 
     def forward_eagerly(self, given: Arrays) -> Outcome:
-        """The outcome without jit and without gradients."""
+        """The outcome without jit and without gradients; the answer and the statistics are those of a plain call."""
         with precision(self.dtype):
-            return self._forward(*jax_forward(self.case, self.module, jax_arrays(given, self.dtype)))
+            arrays = jax_arrays(given, self.dtype)
+            _, _, pooled, routing = jax_forward(self.case, self.module, arrays)
+            rest = arguments(self.case, arrays, jax_moe.Randomness)
+            y, stats = call(self.case, self.module, arrays[first_of(arrays)], rest)
+            return self._forward(y, stats, pooled, routing)
 
     def _forward(self, y: jax.Array, stats: Any, pooled: Any, routing: Any) -> Outcome:
         outcome = Outcome(forward={"y": _numpy(y)})
