@@ -33,7 +33,7 @@ from jax_moe.porting.state_dict import abstract_decoder  # noqa: E402
 from jax_moe.porting.tensors import Header  # noqa: E402
 from parity_tests.porting.hf_mutations import BASES, TABLES, base_of, mutations, without  # noqa: E402
 from parity_tests.shared.compare import MismatchError, check_close  # noqa: E402
-from parity_tests.shared.quick import QUICK  # noqa: E402
+from parity_tests.shared.quick import by_operation  # noqa: E402
 from parity_tests.table.family_cases import LENGTH, MULTIPLIERS, VOCABULARY, draw_weights  # noqa: E402
 from parity_tests.table.family_checks import training_loss  # noqa: E402
 
@@ -120,18 +120,20 @@ def silent() -> Any:
 
 
 def ours(config: DecoderConfig, state: dict[str, Any], family: str) -> dict[str, np.ndarray]:
-    """Logits and loss of our decoder with these weights, by the dispatcher whose program is the smallest."""
+    """Logits and loss of our decoder with these weights, by the dispatcher with the fewest operations.
+
+    Operation by operation: these are compiled once for all contracts, a whole program would be compiled for each.
+    """
     model = abstract_decoder(config.with_moe(dataclasses.replace(config.moe, dispatcher="einsum")))
-    zeros = [(keys, v.replace(jnp.zeros(v.shape, v.dtype))) for keys, v in nnx.to_flat_state(nnx.state(model))]
+    zeros = [(keys, v.replace(np.zeros(v.shape, v.dtype))) for keys, v in nnx.to_flat_state(nnx.state(model))]
     nnx.update(model, nnx.from_flat_state(zeros))
     if config.tied_embeddings:
         state = {name: value for name, value in state.items() if name != "lm_head.weight"}
     memory = FAMILIES[family].in_memory(config).name
     jax_moe.from_torch(model, state, layout=memory)
-    graphdef, params = nnx.split(model)
     batch = {"tokens": jnp.asarray(TOKENS), "mask": None, "labels": jnp.asarray(TOKENS)}
-    run = jax.jit(lambda params: training_loss(nnx.merge(graphdef, params), batch), compiler_options=QUICK)
-    loss, output = run(params)
+    with by_operation():
+        loss, output = training_loss(model, batch)
     return {"logits": np.asarray(output.logits_BTV), "loss": np.asarray(loss)}
 
 

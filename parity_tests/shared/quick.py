@@ -1,5 +1,6 @@
 """Compiler options for tests, whose programs run once or twice: most of their time is compilation."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -21,3 +22,11 @@ QUICK = known({**LEVEL, "xla_cpu_use_fusion_emitters": False}) or known(LEVEL)  
 # XLA's defaults, for the fp32 columns of the parity table.
 USUAL = {"xla_backend_optimization_level": 3}
 AS_USERS = known({**USUAL, "xla_cpu_use_fusion_emitters": True}) or known(USUAL)
+
+
+def by_operation() -> AbstractContextManager:
+    """For programs that run once: their operations one by one, loops unrolled, nothing compiled as a whole.
+
+    Operations are compiled too, but each once for all programs of a process, and the workers share them.
+    """
+    return jax.disable_jit()
