@@ -101,6 +101,26 @@ def quick() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module")
+def small_programs() -> Iterator[None]:
+    """For tests of other matters than dispatch: what is "auto" dispatches by einsums, a third of the grouped program.
+
+    The other name of the highest precision keeps the programs apart from those of other modules.
+    """
+    from jax_moe import kernels
+
+    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("float32"):
+        patch.setattr(kernels, "grouped_dispatch", kernels.einsum_dispatch)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_folder(request: pytest.FixtureRequest) -> None:
+    """`small_programs` in the folders that test other matters than dispatch."""
+    if request.path.parent.name in ("cli", "families", "microscope", "porting", "train"):
+        request.getfixturevalue("small_programs")
+
+
 # jax_moe is imported inside functions: this file is read before jaxtyping's hook is installed.
 
 

@@ -1,4 +1,4 @@
-"""Four thousand damaged files (`make fuzz`: more), and the fuzzer notices a reader that lets an exception through."""
+"""Two thousand damaged files (`make fuzz`: more), and the fuzzer notices a reader that lets an exception through."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from parity_tests.fuzz.__main__ import Kind, damaged, finding, fuzz, kinds, write_files
 
-COUNT = int(os.environ.get("FUZZ", "4000"))
+COUNT = int(os.environ.get("FUZZ", "2000"))
 
 
 def test_no_reader_lets_an_exception_through() -> None:

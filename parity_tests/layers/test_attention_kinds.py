@@ -21,7 +21,7 @@ from parity_tests.shared.compare import check_close
 from parity_tests.shared.filled import filled
 from parity_tests.shared.mean_family import MeanConfig, add
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 
 
 MEAN = MeanConfig(model_dim=12, width=6)

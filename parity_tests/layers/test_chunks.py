@@ -14,7 +14,7 @@ from jax_moe.attention import GroupedAttention, visible_positions
 from jax_moe.attention.positions import Positions, whole_call
 from jax_moe.config.attention import GroupedAttentionConfig
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 BARE = GroupedAttentionConfig(model_dim=1, num_heads=1, num_kv_heads=1, head_dim=2, rope=None)
 
 

@@ -21,7 +21,7 @@ from parity_tests.layers.test_decoder import SIZES, decoder
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.shared.filled import filled
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 START, PROMPT, LENGTH = (2, 0, 1), 5, 12
 TEXT = np.random.default_rng(1).integers(0, 19, (3, LENGTH)).astype(np.int32)
 MASK = np.arange(LENGTH) >= np.asarray(START)[:, None]

@@ -17,7 +17,7 @@ import jax_moe  # noqa: E402
 from parity_tests.shared.compare import MismatchError, check_exact  # noqa: E402
 from parity_tests.table.family_cases import CASES, TEXTS, VOCABULARY, Case, draw_weights, save_reference  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 PROMPT, NEW, PAD = 7, 14, 36
 MASK = np.arange(PROMPT) >= np.asarray([0, 3, 1])[:, None]
 NAMES = (

@@ -17,7 +17,7 @@ from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
 from parity_tests.layers.test_decoder import SIZES
 from parity_tests.shared.filled import filled
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 BARE = GroupedAttentionConfig(model_dim=1, num_heads=1, num_kv_heads=1, head_dim=2, rope=None)
 
 

@@ -20,7 +20,7 @@ from parity_tests.layers.test_decoder_generation import cached_logits, whole_log
 from parity_tests.shared.compare import MismatchError, check_close
 from parity_tests.shared.filled import filled
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 LATENT = LatentAttentionConfig(
     model_dim=12, num_heads=3, plain_dim=4, rope_dim=2, value_dim=5, rank=6, query_rank=7, bias=True, temperature=0.3,
     rope=RopeConfig(original_max_positions=4, pairs="neighbours"),

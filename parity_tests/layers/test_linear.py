@@ -13,7 +13,7 @@ from jax_moe.attention.positions import Positions, whole_call
 from jax_moe.models.decoder import Decoder
 from parity_tests.shared.compare import MismatchError, check_close
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 B, J, G, A, M = 2, 2, 3, 4, 5
 TOLERANCE = 2e-14  # relative, in fp64; measured: 2.3e-15
 

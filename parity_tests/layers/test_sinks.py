@@ -11,7 +11,7 @@ from jax_moe.attention.positions import whole_call
 from jax_moe.config.attention import GroupedAttentionConfig
 from jax_moe.norms import make_norm, rms_norm
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 
 
 def test_a_sink_takes_its_share() -> None:

@@ -32,7 +32,7 @@ from parity_tests.shared.compare import MismatchError, check_close  # noqa: E402
 from parity_tests.shared.filled import filled  # noqa: E402
 from parity_tests.shared.state_dicts import check_same_state, check_same_weights  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 CONFIG = jax_moe.presets.switch(4, 6, 5)  # top-1 with a capacity
 STEPS, TOKENS = 8, 3
 

@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

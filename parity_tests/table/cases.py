@@ -282,6 +282,11 @@ def _firsts(kind: Callable[[Case], Hashable]) -> frozenset[str]:
     return frozenset(first.values())
 
 
+def every_cell() -> bool:
+    """Whether no cell is left to another row."""
+    return bool(os.environ.get(EVERY_CELL))
+
+
 def stands_for(case: Case, kind: Callable[[Case], Hashable]) -> bool:
     """Whether a check that depends on the kind alone runs on this row: the kind's first, and drawn rows."""
-    return bool(os.environ.get(EVERY_CELL)) or case.name not in BY_NAME or case.name in _firsts(kind)
+    return every_cell() or case.name not in BY_NAME or case.name in _firsts(kind)

@@ -7,7 +7,7 @@ Tolerances: exact, or the smaller of the project's limit and ten times the worst
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Runs:
 class Column:
     """A check. `measure` takes the runs and the tolerance, raises above it and returns the error.
 
-    With `once_per` the tests check the first row of each kind only; `make table` measures every row.
+    The tests check the rows that `stands` names; `make table` measures every row.
     """
 
     name: str
@@ -66,12 +66,11 @@ class Column:
     limit: float  # the project's limit; 0: exact
     measure: Callable[[Runs, float], float]
     inapplicable: Callable[[Case], str | None]  # why a case has no such cell
-    once_per: Callable[[Case], Hashable] | None = None
+    stands: Callable[[Any], bool] = lambda case: True
 
     def is_run(self, case: Case) -> bool:
         """Whether tests run the cell of that row."""
-        left_out = self.once_per is not None and not stands_for(case, self.once_per)
-        return not left_out and self.inapplicable(case) is None
+        return self.stands(case) and self.inapplicable(case) is None
 
     @property
     def tolerance(self) -> float:
@@ -257,6 +256,8 @@ def ten_adamw_steps(runs: Runs, tolerance: float) -> float:
     return check_close(ours, theirs, tolerance, f"{runs.case.name}: after {STEPS} AdamW steps")
 
 
+by_dispatch = functools.partial(stands_for, kind=kind_of_dispatch)
+by_program = functools.partial(stands_for, kind=kind_of_program)
 COLUMNS = [
     compared("choices", "float64", 0, "experts and slots", needs_layer),
     compared("forward", "float64", 1e-12, "forward", always),
@@ -264,12 +265,12 @@ COLUMNS = [
     compared("input_gradient", "float64", 1e-10, "input gradient", needs_vectors),
     compared("parameter_gradients", "float64", 1e-10, "parameter gradients", always),
     compared("loss_gradients", "float64", 1e-10, "loss gradients", needs_mixture),
-    Column("every dispatcher", "float64", 1e-10, every_dispatcher, needs_sparse_layer, kind_of_dispatch),
-    Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always, kind_of_program),
+    Column("every dispatcher", "float64", 1e-10, every_dispatcher, needs_sparse_layer, by_dispatch),
+    Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always, by_program),
     Column("round trip", "float32", 0, round_trip, always),
     Column("ten AdamW steps", "float64", 1e-10, ten_adamw_steps, always),
-    Column("fp32 forward", "float32", 1e-5, float32_forward, always, kind_of_dispatch),
-    Column("fp32 gradients", "float32", 1e-5, float32_gradients, always, kind_of_dispatch),
+    Column("fp32 forward", "float32", 1e-5, float32_forward, always, by_dispatch),
+    Column("fp32 gradients", "float32", 1e-5, float32_gradients, always, by_dispatch),
     Column("bf16 forward", "bfloat16", 0.1, bfloat16_forward, always),
     Column("bf16 gradients", "bfloat16", 0.2, bfloat16_gradients, always),
 ]

@@ -16,7 +16,7 @@ from parity_tests.table.checks import check_row
 from parity_tests.table.family_cases import CASES, Case, batch
 from parity_tests.table.family_checks import FAMILY_COLUMNS, OPTIMIZER, FamilyRuns, stepper, to_jax
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "small_programs")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,6 +1,6 @@
 """Contracts beyond the table: Hypothesis draws any legal one and both sides must agree, choices exactly, in fp64.
 
-50 contracts of sparse layers, equal on every run; `HYPOTHESIS_PROFILE=nightly` draws 600 new contracts each time. A
+25 contracts of sparse layers, equal on every run; `HYPOTHESIS_PROFILE=nightly` draws 600 new contracts each time. A
 failure is shrunk and printed as the code of the smallest failing contract.
 """
 
@@ -27,7 +27,7 @@ from parity_tests.table.checks import COLUMN, Runs
 from parity_tests.table.drawn import as_code, attentions, blocks, moe_cases, soft_layers
 
 CHECKED = ("experts and slots", "forward", "statistics", "input gradient", "parameter gradients", "loss gradients")
-EXAMPLES = {"ci": (50, 15), "nightly": (600, 200)}  # of sparse layers, of the others
+EXAMPLES = {"ci": (25, 8), "nightly": (600, 200)}  # of sparse layers, of the others
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 if PROFILE not in EXAMPLES:
     raise ValueError(f"HYPOTHESIS_PROFILE={PROFILE!r}: must be one of {', '.join(EXAMPLES)}")

@@ -35,7 +35,7 @@ from parity_tests.table.run_checks import (
     to_jax,
 )
 
-pytestmark = pytest.mark.usefixtures("quick", "unchecked")
+pytestmark = pytest.mark.usefixtures("quick", "unchecked", "small_programs")
 
 
 @pytest.mark.parametrize("case", RUN_CASES, ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""Twenty kills (`make kills`: more): a training run ends as if never killed, and a port leaves one complete target.
+"""Eight kills (`make kills`: more): a training run ends as if never killed, and a port leaves one complete target.
 
 Each kill is at a moment drawn from a seed, most of them while a checkpoint or the target is being written.
 """
@@ -17,7 +17,7 @@ from parity_tests.train.test_train_run import TEXT, numbers
 from train.run import checkpoint
 from train.run import folder as run_folder
 
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "8"))
 STEPS = KILLS + 4  # a kill comes before the second checkpoint that is written after a start
 SETTINGS = (
     f"--data text.txt --steps {STEPS} --eval-every 50 --eval-batches 1 --checkpoint-every 1 --batch-size 4 "
