@@ -67,18 +67,21 @@ def make_norm(
     """The norm of that kind over D; a layer norm has a bias."""
     if kind == "layer":
         return layer_norm(width, rngs, param_dtype, eps)
-    return RMSNorm(width, eps, param_dtype, wide_scale=kind == "rms_wide")
+    return RMSNorm(width, eps, param_dtype, kind=kind)
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with a learned scale."""
+    """`rms_norm` with a learned scale; "rms_centered": stored less 1, and applied before rounding (Qwen3-Next)."""
 
     def __init__(
-        self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32, dim: str = "D", wide_scale: bool = False
+        self, width: int, eps: float, param_dtype: DTypeLike = jnp.float32, dim: str = "D", kind: NormKind = "rms"
     ):
-        self.eps, self.wide_scale = eps, wide_scale
-        self.scale = parameter(jnp.ones((width,), param_dtype), dim, "norm")
+        self.eps, self.kind = eps, kind
+        self.scale = parameter(jnp.full((width,), float(kind != "rms_centered"), param_dtype), dim, "norm")
 
     def __call__(self, x: Float[Array, "*any D"]) -> Float[Array, "*any D"]:
         """The normed input, in its dtype."""
-        return rms_norm(x, self.scale[...], self.eps, self.wide_scale)
+        scale_D = self.scale[...]
+        if self.kind == "rms_centered":
+            scale_D = 1 + scale_D.astype(wide(x.dtype))
+        return rms_norm(x, scale_D, self.eps, self.kind != "rms")

@@ -181,12 +181,12 @@ def route(
     """Choices and weights, each times its expert's `scale_E` and `learned_scale`, if given. A given `expert_GSK`
     replays another run's choices: the weights are theirs.
 
-    Logits of shared experts that the router weighs stand after those of the E.
+    Logits of shared experts that the router weighs stand after those of the E, and a softmax for weights is over all.
     """
     logits_GSE, shared_GSY = logits_GSX[..., : config.num_experts], None
+    weighed_GSE = score_GSE = expert_scores(logits_GSE, config.router)
     if config.router.shared_experts:
-        shared_GSY = expert_scores(logits_GSX, config.router)[..., config.num_experts :]
-    score_GSE = expert_scores(logits_GSE, config.router)
+        weighed_GSE, shared_GSY = jnp.split(expert_scores(logits_GSX, config.router), [config.num_experts], axis=-1)
     compared_GSE = logits_GSE if config.router.selection == "logit" else None
     if config.router.table_tokens:  # the choices of a table come as if replayed
         assert expert_GSK is not None
@@ -194,7 +194,7 @@ def route(
     else:
         own_GSK = select_experts(score_GSE, config, correction_bias_E, compared_GSE)
     expert_GSK = own_GSK if expert_GSK is None else expert_GSK
-    weight_GSX = choice_weights(score_GSE, expert_GSK, config.router, shared_GSY)
+    weight_GSX = choice_weights(weighed_GSE, expert_GSK, config.router, shared_GSY)
     if learned_scale is not None:
         weight_GSX = weight_GSX * learned_scale.astype(weight_GSX.dtype)
     weight_GSK, K = weight_GSX[..., : config.top_k], config.top_k

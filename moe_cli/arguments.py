@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jax_moe.arguments import registry
-from jax_moe.porting.families.choices import Choices
+from jax_moe.config.choices import Choices
 
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
 

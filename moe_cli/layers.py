@@ -10,12 +10,12 @@ import jax
 from flax import nnx
 
 from jax_moe.config.checks import require
+from jax_moe.config.choices import Choices
 from jax_moe.config.describe import describe
 from jax_moe.disk import writing
 from jax_moe.moe import MoE
 from jax_moe.porting.checkpoint import Checkpoint, save
 from jax_moe.porting.errors import MixtureOnlyError
-from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.families.torch_ref import TORCH_REF
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.open import open_path

@@ -1,5 +1,6 @@
 """The command line of train.py: its settings, which of them the user gave, and their names in other tools."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -39,6 +40,13 @@ ALIASES = {
     "warmup": "warmup-steps", "warmup-iters": "warmup-steps", "wd": "weight-decay",
     "z-loss-weight": "router-z-loss-weight",
 }
+
+
+def answer_help(arguments: list[str]) -> None:
+    """Prints the settings and ends the process if --help is asked for: before jax is imported, which takes seconds."""
+    if {"-h", "--help"} & set(arguments):
+        with contextlib.suppress(ValueError):  # a wrong option is reported as in a run
+            read_settings(arguments)
 
 
 def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path, Free]:

@@ -8,7 +8,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
     try:
-        import train.run.interrupt  # first: an interrupt during the next import needs it
+        import train.run.interrupt  # first: an interrupt during the next imports needs it
+        from train.options import answer_help
+
+        answer_help(sys.argv[1:])
         from train.loop import main
 
         status = main()

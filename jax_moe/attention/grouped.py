@@ -40,7 +40,7 @@ class GroupedAttention(nnx.Module):
     """Self-attention of H query heads over J key/value heads.
 
     Parameters `query` [D, H, A], `key` and `value` [D, J, A] (no `value` where values are the keys), `out` [H, A, D];
-    by contract `*_bias`, `sinks` [H], `query_norm`, `key_norm`.
+    by contract `*_bias`, `sinks` [H], `gate` [D, H, A], `query_norm`, `key_norm`.
     """
 
     def __init__(
@@ -58,11 +58,15 @@ class GroupedAttention(nnx.Module):
         self.out = parameter(kernel_init(rngs.params(), (H, A, D), param_dtype), "H A D", "attention")
         if config.output_bias:
             self.out_bias = parameter(jnp.zeros((D,), param_dtype), "D", "attention")
+        if config.output_gate:
+            self.gate = parameter(kernel_init(rngs.params(), (D, H, A), param_dtype), "D H A", "attention")
+            if config.qkv_bias:
+                self.gate_bias = parameter(jnp.zeros((H, A), param_dtype), "H A", "attention")
         if config.sinks:
             self.sinks = parameter(jnp.zeros((H,), param_dtype), "H", "attention")
         if config.qk_norm != "none" and config.qk_norm_scale:
             widths = (A, A) if config.qk_norm == "per_head" else (H * A, J * A)
-            kwargs: dict[str, Any] = {"dim": "W", "wide_scale": config.qk_norm_wide}
+            kwargs: dict[str, Any] = {"dim": "W", "kind": config.qk_norm_kind}
             self.query_norm, self.key_norm = (RMSNorm(each, config.norm_eps, param_dtype, **kwargs) for each in widths)
 
     @staticmethod
@@ -111,7 +115,9 @@ class GroupedAttention(nnx.Module):
             if not positions.whole:
                 k_BUJA, v_BUJA = (jax.lax.dynamic_index_in_dim(each, layer, keepdims=False) for each in cache)
         key = key if training else None
-        return self.attend(q_BTHA, k_BUJA, v_BUJA, positions.visible(self.config.window, self.config.chunk), key), cache
+        visible_BTU = positions.visible(self.config.window, self.config.chunk)
+        gate_BTHA = jax.nn.sigmoid(self._project(x_BTD, "gate")) if self.config.output_gate else None
+        return self.attend(q_BTHA, k_BUJA, v_BUJA, visible_BTU, key, gate_BTHA), cache
 
     def project(self, x_BTD: Float[Array, "B T D"], shared: Shared) -> Heads:
         """Queries, keys and values of these positions, the first two turned and normed."""
@@ -141,8 +147,9 @@ class GroupedAttention(nnx.Module):
         v_BUJA: Float[Array, "B U J A"],
         visible_BTU: Bool[Array, "b T U"],
         key: PRNGKeyArray | None = None,
+        gate_BTHA: Float[Array, "B T H A"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """What the queries find among the keys."""
+        """What the queries find among the keys, times the gate where there is one."""
         config, dtype = self.config, q_BTHA.dtype
         B, T, H, A = q_BTHA.shape
         q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, H // config.num_kv_heads, A)
@@ -150,6 +157,8 @@ class GroupedAttention(nnx.Module):
         scores_BJGTU = hidden(scores_BJGTU, visible_BTU[:, None, None])
         weights_BJGTU = dropout(self._softmax(scores_BJGTU).astype(dtype), config.dropout, key)
         heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
+        if gate_BTHA is not None:
+            heads_BTHA *= gate_BTHA
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
         return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD
 

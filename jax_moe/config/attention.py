@@ -19,6 +19,7 @@ from jax_moe.config.checks import (
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional", "longrope"]
 Norm = Literal["none", "per_head", "full_width"]
+NormKind = Literal["rms", "rms_wide", "rms_centered", "layer"]
 NormOfHeads = Literal["before_rope", "after_rope"]
 Pairs = Literal["halves", "neighbours"]
 
@@ -189,9 +190,11 @@ class GroupedAttentionConfig(LayerAttention):
     qk_norm: Norm = "none"  # RMSNorm of queries and keys: each head (Qwen3), or before the split into heads (OLMoE)
     qk_norm_place: NormOfHeads = "before_rope"  # after: HunYuan
     qk_norm_scale: bool = True  # these norms have a learned scale (False: Llama 4)
-    qk_norm_wide: bool = False  # rounded after their scale (Gemma 4), not before
+    # Rounded before their scale, after it (Gemma 4), or after 1 + their scale (Qwen3-Next)
+    qk_norm_kind: Literal["rms", "rms_wide", "rms_centered"] = "rms"
     value_norm: bool = False  # RMSNorm of each head's values, without a scale (Gemma 4)
     value_from_key: bool = False  # values are the keys before norm and rotation: no map of their own (Gemma 4)
+    output_gate: bool = False  # what every head found times sigmoid(x gate), before the output's map (Qwen3-Next)
     norm_eps: float = 1e-6  # of these norms
     clip_qkv: float | None = None  # queries, keys and values to within +- this (OLMoE)
     multiplier: float | None = None  # on q.k (None: head_dim**-0.5)
@@ -215,7 +218,7 @@ class GroupedAttentionConfig(LayerAttention):
         require(chunk is None or (is_int(chunk) and chunk >= 1), "chunk", chunk, "None or an integer of at least 1")
         require(chunk is None or window is None, "chunk", chunk, "None beside a window")
         check_flags(
-            self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale", "qk_norm_wide", "value_norm", "value_from_key"
+            self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale", "value_norm", "value_from_key", "output_gate"
         )
         plain = self.qk_norm_scale or self.qk_norm == "per_head"
         require(plain, "qk_norm_scale", self.qk_norm_scale, "True unless qk_norm='per_head'")
@@ -239,7 +242,7 @@ class GroupedAttentionConfig(LayerAttention):
         """The contract with only its heads, biases, sinks and norms."""
         plain: dict = {
             "rope": None, "window": None, "chunk": None, "clip_qkv": None, "multiplier": None, "temperature": 0.0,
-            "temperature_step": 8192, "qk_norm_scale": True, "qk_norm_wide": False, "value_norm": False, "dropout": 0.0,
+            "temperature_step": 8192, "qk_norm_scale": True, "qk_norm_kind": "rms", "value_norm": False, "dropout": 0.0,
         }
         qk_norm = self.qk_norm if self.qk_norm_scale else "none"
         return dataclasses.replace(self, qk_norm=qk_norm, qk_norm_place="before_rope", **plain)
@@ -269,6 +272,7 @@ class GroupedAttentionConfig(LayerAttention):
             + " without a scale" * (not self.qk_norm_scale): self.qk_norm in norms,
             "values normed without a scale": self.value_norm,
             "values that are the keys before norm and rotation": self.value_from_key,
+            "a gate on what each head found": self.output_gate,
             f"queries growing by {self.temperature:g} every {self.temperature_step:,} positions": self.temperature > 0,
             f"queries, keys and values clipped to +-{self.clip_qkv or 0:g}": self.clip_qkv is not None,
         }

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, NormOfHeads, RopeConfig
+from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, NormKind, NormOfHeads, RopeConfig
 from jax_moe.config.checks import LEAST, check_flags, check_literals, check_positive_ints, check_within, is_int, require
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 
-NormKind = Literal["rms", "rms_wide", "layer"]
 NormPlace = Literal["before", "after", "around", "around_attention"]
 
 
@@ -61,7 +60,8 @@ class DecoderConfig:
     model_dim: int
     layers: tuple[LayerConfig, ...]
     max_positions: int = 2048  # the trained length; longer texts are not refused
-    norm: NormKind = "rms"  # "rms_wide": the scale is applied before the answer is rounded (gpt-oss)
+    # "rms_wide": the scale is applied before the answer is rounded (gpt-oss); "rms_centered": so is 1 + what is stored
+    norm: NormKind = "rms"
     # Each half of a layer: x + f(norm(x)), x + norm(f(x)), or both; "around_attention": both, but for the FFN
     # x + norm(f(x)) alone (Gemma 4, whose FFN norms what its parts read)
     norm_place: NormPlace = "before"

@@ -12,6 +12,8 @@ _PRIORITY = {
 }
 _GROUP = {"batch": "the whole batch", "sequence": "one sequence"}
 
+NORMS = {"rms_wide": "rms (rounded after the scale)", "rms_centered": "rms (the scale is 1 + what is stored)"}
+
 
 @singledispatch
 def describe(config: object) -> list[str]:
@@ -142,7 +144,7 @@ def _decoder(config: DecoderConfig) -> list[str]:
             "around": "before and after each half of a layer",
             "around_attention": "before and after attention, after the feed-forward network",
         }.get(config.norm_place, f"{config.norm_place} each half of a layer")
-        kind = {"rms_wide": "rms (rounded after the scale)"}.get(config.norm, config.norm)
+        kind = NORMS.get(config.norm, config.norm)
         lines.append(f"norms: {kind} norms {places}")
     if config.layer_scale:
         lines.append("layers: each multiplies the stream by a stored number, which is not trained")

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jax_moe.config.choices import Choices
 from jax_moe.disk import verify, writing
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting.families import FAMILIES, family_named
-from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.formats.carried import write_carried
 from jax_moe.porting.formats.found import Found

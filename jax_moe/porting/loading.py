@@ -10,11 +10,11 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from jax_moe.config.choices import Choices
 from jax_moe.models.decoder import Decoder
 from jax_moe.porting import checkpoint
 from jax_moe.porting.checkpoint import Checkpoint
 from jax_moe.porting.families import families_of
-from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.formats.own_folder import is_folder

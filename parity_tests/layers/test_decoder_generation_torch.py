@@ -24,7 +24,7 @@ NAMES = (
     "mixtral", "mixtral_window", "qwen2_moe_tied", "qwen3_moe_dense", "olmoe", "granitemoe", "glm4_moe", "exaone_moe",
     "ernie4_5_moe", "hunyuan_v1_moe", "flex_olmo", "dots1", "solar_open", "minimax_m2", "granitemoeshared",
     "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "gpt_oss", "llama4", "llama4_dense",
-    "gemma4", "gemma4_whole", "phimoe_long",
+    "gemma4", "gemma4_whole", "phimoe_long", "qwen3_next", "qwen3_5_moe",
 )
 # transformers counts the padding among the positions that its queries grow with: each text by itself, without any
 BY_ITSELF = ("llama4",)

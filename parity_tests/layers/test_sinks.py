@@ -1,4 +1,7 @@
-"""gpt-oss's attention sinks and its norm, by hand. The whole decoder is in parity_tests/table. No torch."""
+"""gpt-oss's attention sinks and its norm, Qwen3-Next's gate and its norm, by hand. No torch.
+
+The whole decoders are in parity_tests/table.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,27 @@ def test_the_norm_is_rounded_after_its_scale() -> None:
     norm = make_norm("rms_wide", 2, 1e-12, jnp.float32, nnx.Rngs(0))
     norm.scale[...] = scale_D
     assert norm(x_D).dtype == jnp.bfloat16 and norm(x_D).tolist() == [163 / 64, 217 / 64]
+
+
+def test_a_gate_on_what_each_head_found() -> None:
+    """One token finds its own value, 6, in both heads; the gates are sigmoid(ln 2) = 2/3 and sigmoid(-ln 5) = 1/6.
+
+    Measured: 8e-8.
+    """
+    config = GroupedAttentionConfig(model_dim=1, num_heads=2, num_kv_heads=1, head_dim=2, rope=None, output_gate=True)
+    layer = GroupedAttention(config, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros)
+    layer.value[...], layer.out[...] = jnp.full((1, 1, 2), 3.0), jnp.asarray([[[1.0], [0.0]], [[0.0], [10.0]]])
+    layer.gate[...] = jnp.log(jnp.asarray([[[2.0, 1.0], [1.0, 1 / 5]]])) / 2
+    y_BTD, _ = layer(jnp.asarray([[[2.0]]]), whole_call(1, jnp.zeros((1, 1), jnp.int32), None), Shared(None))
+    np.testing.assert_allclose(y_BTD, [[[6 * 2 / 3 + 10 * 6 / 6]]], rtol=8e-7)
+
+
+def test_the_stored_scale_is_less_1() -> None:
+    """As above, and with 2 stored for 3."""
+    norm = make_norm("rms_centered", 2, 1e-12, jnp.float32, nnx.Rngs(0))
+    assert norm.scale[...].tolist() == [0, 0]
+    norm.scale[...] = jnp.asarray([2.0, 2.0])
+    assert norm(jnp.asarray([3.0, 4.0], jnp.bfloat16)).tolist() == [163 / 64, 217 / 64]
 
 
 def test_words() -> None:

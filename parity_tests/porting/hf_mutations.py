@@ -17,6 +17,7 @@ from parity_tests.table.family_cases import (
     LONGROPE,
     MIXTRAL,
     MULTIPLIERS,
+    NEXT,
     OLMOE,
     QWEN2,
     QWEN3,
@@ -121,6 +122,22 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "hidden_activation", "rms_norm_eps", "use_double_wide_mlp", "tie_word_embeddings", "head_dim"),
     ),
 }
+OF_NETS = (
+    "layer_types", "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_conv_kernel_dim", "attention_bias", "num_key_value_heads", "head_dim",
+    "partial_rotary_factor", "rms_norm_eps", "hidden_act",
+)
+TABLES["qwen3_next"] = (
+    {**sizes(24, 4, 2, LAYERS, **NEXT), "head_dim": 8, "intermediate_size": 18, "norm_topk_prob": True,
+     "full_attention_interval": 2, "partial_rotary_factor": 0.5, "rope_parameters": None},
+    (*OF_NETS, "mlp_only_layers", "decoder_sparse_step"),
+)
+TABLES["qwen3_5_moe"] = (
+    {**sizes(24, 4, 2, LAYERS, **NEXT), "head_dim": 8, "model_type": "qwen3_5_moe_text",
+     "layer_types": ["linear_attention", "full_attention"],
+     "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    ("layer_types", "full_attention_interval", "attention_bias", "rope_parameters", "num_key_value_heads"),
+)
 # Of equal long and short factors, of which transformers 5.24 only takes the short ones
 TABLES["phimoe"] = (
     {**sizes(24, 4, 2, LAYERS, **MIXTRAL), "router_jitter_noise": 0.2, "input_jitter_noise": 0.0, "rope_parameters": {
@@ -131,7 +148,8 @@ TABLES["phimoe"] = (
 )
 FEW: tuple[Any, ...] = (
     0, 1, 2, 0.5, "2", True, [], [2, 2], [2, 3], [0, 1], [1, 1], SEES, SEES[::-1], ["dense", "sparse"],
-    ["chunked_attention", "full_attention"],
+    ["chunked_attention", "full_attention"], ["linear_attention", "full_attention"],
+    ["full_attention", "linear_attention"], ["linear_attention", "linear_attention"],
 )
 # Values tried for every field.
 ANY: tuple[Any, ...] = (

@@ -25,10 +25,14 @@ VISION: dict[str, dict[str, Any]] = {
     "gemma4": {
         **HEADS, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 8, "position_embedding_size": 8,
     },
+    "qwen3_5_moe": {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 22,
+        "num_position_embeddings": 16,
+    },
 }
 # The text model with its head; transformers 5.24's whole Llama 4 fails without images
-TEXT = {"llama4": lambda model: model.language_model, "gemma4": lambda model: model}
-AROUND = {"llama4": 26, "gemma4": 16}  # tensors that are carried
+TEXT = {"llama4": lambda model: model.language_model, "gemma4": lambda model: model, "qwen3_5_moe": lambda model: model}
+AROUND = {"llama4": 26, "gemma4": 16, "qwen3_5_moe": 21}  # tensors that are carried
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -37,9 +41,9 @@ def test_the_whole_folder_goes_through(name: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == name)
     text = case.config().to_dict() | {"pad_token_id": 0}
     kind = getattr(transformers, f"{case.family}Config")
+    config = kind(text_config=text, vision_config=VISION[name], tie_word_embeddings=text["tie_word_embeddings"])
     model = getattr(transformers, f"{case.family}ForConditionalGeneration")._from_config(
-        kind(text_config=text, vision_config=VISION[name]), attn_implementation="eager",
-        experts_implementation="eager",
+        config, attn_implementation="eager", experts_implementation="eager",
     ).eval()
     draw_weights(model, seed=1)
     model.save_pretrained(tmp_path / "theirs")

@@ -93,13 +93,17 @@ def test_a_source_that_is_gone(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("family", "name"), [
-    ("exaone_moe", "mtp.layers.0.q.weight"), ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
+    ("exaone_moe", "mtp.layers.0.q.weight"), ("qwen3_next", "mtp.fc.weight"),
+    ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
 ])
 def test_families_with_names_of_their_own(family: str, name: str, tmp_path: Path) -> None:
     values = {
         "model_type": family, "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 4, "moe_intermediate_size": 6, "intermediate_size": 5,
         "num_experts": 4, "num_experts_per_tok": 2, "moe_num_experts": 4, "moe_k": 2, "sliding_window": 3,
+        "shared_expert_intermediate_size": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 3, "linear_value_head_dim": 5, "full_attention_interval": 2,
+        **({"partial_rotary_factor": 0.5} if family == "qwen3_next" else {}),
     }
     config = jax_moe.porting.families.FAMILIES[family].config(values)
     made = filled(lambda: Decoder(config, rngs=nnx.Rngs(0)))

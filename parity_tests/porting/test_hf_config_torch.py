@@ -44,9 +44,9 @@ PREFIX = {
     "flex_olmo": "FlexOlmo", "exaone_moe": "ExaoneMoe", "ernie4_5_moe": "Ernie4_5_Moe",
     "hunyuan_v1_moe": "HunYuanMoEV1", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
     "glm4_moe_lite": "Glm4MoeLite", "mistral4": "Mistral4", "gpt_oss": "GptOss", "llama4": "Llama4", "gemma4": "Gemma4",
-    "phimoe": "Phimoe",
+    "phimoe": "Phimoe", "qwen3_next": "Qwen3Next", "qwen3_5_moe": "Qwen3_5Moe",
 }
-TEXT = ("llama4", "gemma4")  # the configuration is a text model's
+TEXT = ("llama4", "gemma4", "qwen3_5_moe")  # the configuration is a text model's
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 # Our loss always includes the balance loss, as transformers' does with the router's logits.
 UNCOMPARED = {"output_router_logits"}
@@ -141,10 +141,20 @@ def turned(config: DecoderConfig) -> list[np.ndarray]:
     if config.rope is None:
         return []
     rope = dataclasses.replace(config.rope, pairs="halves")
-    attention: Any = config.layers[0].attention
+    attention: Any = next(layer.attention for layer in config.layers if getattr(layer.attention, "rope", None))
     width = getattr(attention, "rope_dim", attention.head_dim)
     turns = rotations(jnp.arange(LENGTH)[None], rope, width, jnp.dtype("float32"))
     return [np.asarray(values) for values in turns]
+
+
+def has(config: DecoderConfig, name: str) -> bool:
+    """Whether some layer's attention has the field."""
+    return any(hasattr(layer.attention, name) for layer in config.layers)
+
+
+def with_rope(config: DecoderConfig, rope: RopeConfig | None) -> DecoderConfig:
+    """The same decoder with this rotation, where any layer turns."""
+    return config.with_attention(rope=rope) if has(config, "rope") else config
 
 
 class Comparison:
@@ -159,7 +169,7 @@ class Comparison:
 
     def numbers(self, config: DecoderConfig, state: dict[str, Any]) -> dict[str, np.ndarray]:
         """Our numbers, a run per contract (without rotary settings and training settings)."""
-        plain = config.with_attention(dropout=0.0)
+        plain = config.with_attention(dropout=0.0) if has(config, "dropout") else config
         router = plain.moe.router
         if router.jitter_eps:
             silent = dataclasses.replace(router, noise="none", jitter_eps=0.0)
@@ -187,7 +197,7 @@ class Comparison:
         check_close(mine, {i: turns[i] for i in mine}, LIMIT, where)
         if changes.keys() & UNCOMPARED:
             return "same"
-        rope = dataclasses.replace(config.with_attention(rope=self.base.rope), max_positions=self.base.max_positions)
+        rope = dataclasses.replace(with_rope(config, self.base.rope), max_positions=self.base.max_positions)
         if rope == self.base and config != self.base:
             return "same rotation"
         try:

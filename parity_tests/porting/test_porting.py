@@ -17,13 +17,13 @@ from flax import nnx
 import jax_moe
 from jax_moe import presets
 from jax_moe.config.as_json import config_from_json, config_to_json
+from jax_moe.config.choices import Choices
 from jax_moe.config.parameters import Declared
 from jax_moe.disk import verify
 from jax_moe.parameters import declared
 from jax_moe.porting import PortError, from_torch_tree
 from jax_moe.porting.checkpoint import Checkpoint, load, save
 from jax_moe.porting.families import tables_of
-from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.formats.safetensors import write_safetensors
 from jax_moe.porting.formats.state_file import read_state, write_state
 from jax_moe.porting.table.plan import check, make_plan, to_ours, to_theirs
@@ -218,6 +218,33 @@ def test_engine_takes_fused_and_interleaved_parts() -> None:
     check(plan, theirs, "fused")
     back = to_ours(plan, theirs)
     assert all((back[name] == ours[name]).all() for name in ours)
+
+
+def test_engine_takes_stretches_of_unlike_lengths() -> None:
+    """One tensor of theirs holds several of ours one after the other, as a whole or head by head."""
+    rng = np.random.default_rng(0)
+    D, J, A, O, C = 4, 2, 3, 5, 2  # noqa: E741
+    ours = {name: rng.standard_normal((D, J, width)) for name, width in (("q", A), ("k", A), ("v", O))}
+    ours |= {f"{name}_taps": rng.standard_normal((J, width, C)) for name, width in (("q", A), ("v", O))}
+    named = (("q", "A"), ("k", "A"), ("v", "O"))
+    table = Table("stretched", (
+        *(Row("by_head", f"(J {i}|A+A+O) D", name, f"D J {width}") for i, (name, width) in enumerate(named)),
+        Row("taps", "0|J*A+J*O 0/1 C", "q_taps", "J A C"), Row("taps", "1|J*A+J*O 0/1 C", "v_taps", "J O C"),
+    ))
+    plan = make_plan(table, {name: Declared(value.shape) for name, value in ours.items()})
+    theirs = to_theirs(plan, ours)
+    assert theirs["by_head"].shape == (J * (2 * A + O), D) and theirs["taps"].shape == (J * (A + O), 1, C)
+    for j in range(J):
+        start = j * (2 * A + O)
+        np.testing.assert_array_equal(theirs["by_head"][start : start + A], ours["q"][:, j].T)
+        np.testing.assert_array_equal(theirs["by_head"][start + 2 * A : start + 2 * A + O], ours["v"][:, j].T)
+    np.testing.assert_array_equal(theirs["taps"][J * A :, 0], ours["v_taps"].reshape(J * O, C))
+    check(plan, theirs, "stretched")
+    back = to_ours(plan, theirs)
+    assert all((back[name] == ours[name]).all() for name in ours)
+    assert plan.held("by_head").all() and not plan.partial
+    short = Table("short", (Row("taps", "0|J*A+J*O 0/1 C", "q_taps", "J A C"), *table.rows[4:]))
+    assert make_plan(short, {name: Declared(ours[name].shape) for name in ("q_taps", "v_taps")}).partial == frozenset()
 
 
 def test_a_table_that_covers_a_weight_in_part_is_refused() -> None:

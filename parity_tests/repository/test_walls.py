@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax_moe", "torch_ref", "moe_parity", "moe_cli", "train")
+FRAMEWORKS = ("jax", "flax", "torch")
 HEAVY = ("jax", "jaxlib", "flax", "torch", "optax", "orbax", "safetensors", "tyro", "matplotlib", "rich", "tokenizers")
 STDLIB = set(sys.stdlib_module_names)
 CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
@@ -204,7 +205,7 @@ def test_torch_is_read_in_its_own_files_only() -> None:
 
 def loaded_by(statement: str) -> set[str]:
     """Heavy packages in sys.modules after a statement in a fresh interpreter."""
-    code = f"import sys; {statement}; print(' '.join(name for name in {HEAVY!r} if name in sys.modules))"
+    code = f"import sys\n{statement}\nprint(' '.join(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -215,6 +216,17 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_contracts_cost_no_framework(statement: str) -> None:
     assert loaded_by(statement) == set()
+
+
+@pytest.mark.parametrize("statement", [
+    "from moe_cli.main import main; main(['--version'])",
+    "from moe_cli.arguments import parse; parse(['inspect', 'x'])",
+    "from train.options import read_settings; read_settings(['--steps', '2'])",
+])
+def test_commands_are_read_without_a_framework(statement: str) -> None:
+    """So that --help and a wrong option are answered at once."""
+    quiet = f"import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()): {statement}\n"
+    assert loaded_by(quiet).isdisjoint(FRAMEWORKS)
 
 
 def test_jax_moe_loads_no_torch_and_no_tool() -> None:

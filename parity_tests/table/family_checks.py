@@ -34,12 +34,12 @@ from parity_tests.table.family_cases import (
     watching_routers,
 )
 
-LEARNING_RATE, STEPS = 3e-3, 20
+STEPS = 20
 UNORDERED = ("DeepseekV2", "Mistral4")  # transformers hands choices out in any order, as with a correction bias
 MARGIN = 1e-4  # least gap between chosen and unchosen router logits: rounding cannot change a choice
 
 
-OPTIMIZER = adamw_as_torch(LEARNING_RATE)
+OPTIMIZER = adamw_as_torch(3e-3)  # its state is that of any learning rate
 
 
 def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Array, Any]:
@@ -53,8 +53,9 @@ def training_loss(model: jax_moe.Decoder, batch: dict[str, Any]) -> tuple[jax.Ar
 
 
 @functools.cache
-def stepper(graphdef: Any, wide: bool) -> Any:
+def stepper(graphdef: Any, wide: bool, learning_rate: float) -> Any:
     """One jitted step: loss, output, gradients, new weights and optimizer. `wide` keeps fp64 programs apart."""
+    optimizer = adamw_as_torch(learning_rate)
 
     @partial(jax.jit, compiler_options=QUICK)
     def step(params: Any, rest: Any, state: Any, batch: dict[str, Any]) -> Any:
@@ -62,7 +63,7 @@ def stepper(graphdef: Any, wide: bool) -> Any:
             return training_loss(nnx.merge(graphdef, params, rest), batch)
 
         (value, output), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = OPTIMIZER.update(gradients, state, params)
+        updates, state = optimizer.update(gradients, state, params)
         return value, output, gradients, optax.apply_updates(params, updates), state
 
     return step
@@ -87,7 +88,7 @@ class Outcome:
         spread = all(len(np.unique(layer)) == model.config.moe.num_experts for layer in choices)
         assert spread, f"{runs.case.name}: some expert was never chosen"
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64")(
+        loss, output, gradients, _, _ = stepper(graphdef, dtype == "float64", runs.case.learning_rate)(
             params, rest, OPTIMIZER.init(params), to_jax(data)
         )
         chosen = np.asarray(output.expert_LBTK)[:, mask]
@@ -153,9 +154,9 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
     """Losses of AdamW steps on the same batches."""
     reference = runs.case.reference(runs.case.config())
     reference.load_state_dict(runs.reference.state_dict())
-    theirs = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=runs.case.learning_rate)
     graphdef, params, rest = nnx.split(runs.model, nnx.Param, ...)
-    state = OPTIMIZER.init(params)
+    state, step = OPTIMIZER.init(params), stepper(graphdef, False, runs.case.learning_rate)
     curves: tuple[list[float], list[float]] = ([], [])
     for number in range(STEPS):
         data = batch(runs.case, seed=100 + number % 4)
@@ -163,7 +164,7 @@ def twenty_steps(runs: FamilyRuns, tolerance: float) -> float:
         loss = run_reference(reference, data).loss
         loss.backward()
         theirs.step()
-        value, _, _, params, state = stepper(graphdef, False)(params, rest, state, to_jax(data))
+        value, _, _, params, state = step(params, rest, state, to_jax(data))
         curves[0].append(float(value))
         curves[1].append(loss.item())
     assert curves[1][-1] < curves[1][3], f"{runs.case.name}: nothing was learned"

@@ -57,6 +57,6 @@ def test_planted_fault_is_caught(runs: FamilyRuns, fault: Any) -> None:
     fault(model)
     data = batch(runs.case, seed=2)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    output = stepper(graphdef, False)(params, rest, OPTIMIZER.init(params), to_jax(data))[1]
+    output = stepper(graphdef, False, runs.case.learning_rate)(params, rest, OPTIMIZER.init(params), to_jax(data))[1]
     with pytest.raises(MismatchError, match="logits"):
         check_close({"logits": output.logits_BTV[data["mask"]]}, runs.float32.logits[1], 1e3 * limit, fault.__name__)

@@ -13,14 +13,14 @@ import pytest
 
 pytest.importorskip("torch", reason="drawn contracts are compared with PyTorch: install the extra `test`")
 
-from hypothesis import Phase, given, note, settings
+from hypothesis import Phase, example, given, note, settings
 from hypothesis import strategies as st
 
 import jax_moe.routing
 from jax_moe import config as contracts
 from jax_moe.config.attention import AttentionConfig
 from jax_moe.config.models import BlockConfig
-from jax_moe.config.moe import SoftMoEConfig
+from jax_moe.config.moe import ExpertConfig, MoEConfig, RouterConfig, SoftMoEConfig
 from parity_tests.shared.compare import MismatchError
 from parity_tests.table.cases import Case, Draw, Mask
 from parity_tests.table.checks import COLUMN, Runs
@@ -35,21 +35,34 @@ SPARSE, OTHERS = (settings(max_examples=number, derandomize=PROFILE == "ci") for
 MASKS = st.sampled_from([None, "ragged", "row", "all"])
 
 
-def check(case: Case) -> None:
-    """Raises MismatchError where the two sides differ."""
+def show(case: Case) -> Case:
+    """The case; if it fails, Hypothesis prints the code that checks it."""
     note("from fractions import Fraction\nfrom jax_moe.config.moe import *\n"
          "from parity_tests.table.cases import Case\nfrom parity_tests.table.test_hypothesis import check\n"
          f"check({as_code(case)})")
+    return case
+
+
+def check(case: Case) -> None:
+    """Raises MismatchError where the two sides differ."""
     runs = Runs(case)
     for name in CHECKED:
         if COLUMN[name].inapplicable(case) is None:
             COLUMN[name].measure(runs, COLUMN[name].limit)
 
 
+# Found by drawing: with a softmax the weights of routed experts left the shared experts out of it
+SHARED_IN_SOFTMAX = MoEConfig(
+    model_dim=4, expert_dim=3, num_experts=3, top_k=1, router=RouterConfig(shared_experts=1),
+    expert=ExpertConfig(shared_dim=3),
+)
+
+
 @SPARSE
+@example(Case("drawn 1", SHARED_IN_SOFTMAX, num_positions=3, margin=0.0))
 @given(moe_cases())
 def test_any_sparse_layer(case: Case) -> None:
-    check(case)
+    check(show(case))
 
 
 @OTHERS
@@ -60,7 +73,7 @@ def test_any_soft_layer_attention_or_block(
 ) -> None:
     draws: tuple[Draw, ...] = ("mask",) if mask else ()
     made = config() if callable(config) else config
-    check(Case(f"drawn {seed}", made, batch_size, num_positions, draws, mask or "ragged", margin=0.0))
+    check(show(Case(f"drawn {seed}", made, batch_size, num_positions, draws, mask or "ragged", margin=0.0)))
 
 
 @settings(max_examples=200, derandomize=True)
@@ -75,7 +88,7 @@ def test_a_fault_is_found_and_its_contract_printed() -> None:
     @settings(max_examples=10, derandomize=True, phases=[Phase.generate])
     @given(moe_cases())
     def planted(case: Case) -> None:
-        check(case)
+        check(show(case))
 
     wrong = mock.patch.object(jax_moe.routing, "choice_weights", lambda *args: 1.001 * right(*args))
     with wrong, pytest.raises(MismatchError) as caught:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_moe.config.choices import Choices
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.porting.checkpoint import load
-from jax_moe.porting.families.choices import Choices
 from train.configs.adapt import Free, changed
 from train.configs.settings import TrainConfig
 

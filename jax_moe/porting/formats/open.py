@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from jax_moe.config.checks import shorten
+from jax_moe.config.choices import Choices
 from jax_moe.guarded import read_text_and_json
 from jax_moe.porting.families import recognise
-from jax_moe.porting.families.choices import Choices
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import is_hf_config, open_folder
 from jax_moe.porting.formats.own_folder import RUN, checked_about, instead, open_own

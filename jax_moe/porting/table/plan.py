@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_moe.config.parameters import Declared
 from jax_moe.porting.errors import PortError, check_names
-from jax_moe.porting.table.rows import Constant, Row, Table, dim, name_indices, part, words
+from jax_moe.porting.table.rows import Constant, Row, Table, dim, name_indices, part, stretch, words
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,15 +26,25 @@ _BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # ml_dtypes' own copying is 
 class Piece:
     """A rectangle of an array of ours, and the rectangle of a tensor of theirs that holds the same numbers.
 
-    theirs.reshape(split)[their_index].transpose(order) == ours[our_index]
+    theirs.reshape(split)[their_index].reshape(within).transpose(order) == ours[our_index]
     """
 
     theirs: str
     ours: str
     split: tuple[int, ...]
     their_index: tuple
+    within: tuple[int, ...]
     our_index: tuple
     order: tuple[int, ...]
+
+    def of_theirs(self, tensor: np.ndarray) -> np.ndarray:
+        """The rectangle of their tensor, which is contiguous, as a view."""
+        return tensor.reshape(self.split)[(*self.their_index, ...)].reshape(self.within)  # the ellipsis: also a scalar
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.within)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Plan:
         """Their tensors that hold more than ours."""
         filled = dict.fromkeys(self.their_shapes, 0)
         for piece in self.pieces:
-            filled[piece.theirs] += _elements(piece)
+            filled[piece.theirs] += piece.size
         return frozenset(name for name, count in filled.items() if count != math.prod(self.their_shapes[name]))
 
     def blank(self, name: str, dtype: np.dtype) -> np.ndarray:
@@ -74,7 +84,7 @@ class Plan:
         mask = np.zeros(self.their_shapes[name], bool)
         for piece in self.pieces:
             if piece.theirs == name:
-                mask.reshape(piece.split)[(*piece.their_index, ...)] = True
+                piece.of_theirs(mask)[...] = True
         return mask
 
 
@@ -87,21 +97,32 @@ def make_plan(table: Table, ours: Mapping[str, Declared]) -> Plan:
     their_shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int] = {}
     filled = dict.fromkeys(ours, 0)
+    beside = _sizes_beside(table, ours)
     for row in table.rows:
         for path, in_path in _matches(row.ours, ours):
             _check_dims(table, row, path, ours[path])
             local = _bind(row.our_dims, ours[path].shape)
             sizes |= local
-            for piece, their_shape in _pieces(row, path, local, in_path, table.numbers):
+            for piece, their_shape in _pieces(row, path, beside[row.theirs] | local, in_path, table.numbers):
                 if their_shapes.setdefault(piece.theirs, their_shape) != their_shape:
                     raise PortError(f"layout {table.name}", wrong=[f"{piece.theirs} would have two shapes"])
                 pieces.append(piece)
-                filled[path] += _elements(piece)
+                filled[path] += piece.size
     uncovered = [path for path, declared in ours.items() if filled[path] != math.prod(declared.shape)]
     if uncovered:
         raise PortError(f"layout {table.name} has no names for", missing=uncovered)
     constants = {name: value for constant in table.constants for name, value in _constants(constant, sizes)}
     return Plan(table, dict(ours), tuple(pieces), their_shapes, constants)
+
+
+def _sizes_beside(table: Table, ours: Mapping[str, Declared]) -> dict[str, dict[str, int]]:
+    """{their name: sizes of the letters of all rows of that name}: a stretch is placed by the sizes of the others."""
+    found: dict[str, dict[str, int]] = {row.theirs: {} for row in table.rows}
+    for row in table.rows:
+        if any(map(stretch, itertools.chain(*words(row.their_dims)))):
+            for path, _ in _matches(row.ours, ours):
+                found[row.theirs] |= _bind(row.our_dims, ours[path].shape)
+    return found
 
 
 def _check_dims(table: Table, row: Row, path: str, ours: Declared) -> None:
@@ -150,8 +171,7 @@ def to_ours(plan: Plan, state: Arrays) -> dict[str, np.ndarray]:
 
 def assemble(piece: Piece, theirs: np.ndarray, ours: np.ndarray, window: tuple[slice, ...] | None = None) -> None:
     """Copies the piece from their tensor into our array; with a window, `ours` is that part of our array."""
-    # the ellipsis keeps a scalar a view
-    value = theirs.reshape(piece.split)[(*piece.their_index, ...)].transpose(piece.order)
+    value = piece.of_theirs(theirs).transpose(piece.order)
     if window is None:
         _copy(ours[(*piece.our_index, ...)], value)
         return
@@ -168,7 +188,7 @@ def take_apart(piece: Piece, ours: np.ndarray, theirs: np.ndarray) -> None:
 
 def put(piece: Piece, part: np.ndarray, theirs: np.ndarray) -> None:
     """As `take_apart`, given `part`, which is ours[piece.our_index]."""
-    _copy(theirs.reshape(piece.split)[(*piece.their_index, ...)], part.transpose(np.argsort(piece.order)))
+    _copy(piece.of_theirs(theirs), part.transpose(np.argsort(piece.order)))
 
 
 def memory_order(piece: Piece) -> tuple[int, ...]:
@@ -239,24 +259,42 @@ def _pieces(
     shape = tuple(math.prod(_size(word, sizes) for word in axis) for axis in their_axes)
     ranged = [letter for letter in name_indices(row.theirs) if letter not in in_path]
     kept = [word for word in ours if part(word) is None and word not in ranged]
-    free = [word for word in theirs if part(word) is None]
+    free = [letter for word in theirs for letter in _letters(word)]
     order = tuple(free.index(word) for word in kept)
-    their_index = tuple(slice(None) if part(word) is None else part(word)[0] for word in theirs)  # type: ignore[index]
+    their_index = tuple(_index(word, sizes) for word in theirs)
+    within = tuple(sizes[letter] for letter in free)
     for values in itertools.product(*(range(sizes[letter]) for letter in ranged)):
         index = dict(zip(ranged, values, strict=True))
         parts = ((word, part(word)) for word in ours)
         our_index = tuple(index.get(word, slice(None)) if of is None else of[0] for word, of in parts)
         printed = {letter: numbers[letter][i] if letter in numbers else i for letter, i in index.items()}
-        yield Piece(row.theirs.format(**printed, **in_path), path, split, their_index, our_index, order), shape
+        yield Piece(row.theirs.format(**printed, **in_path), path, split, their_index, within, our_index, order), shape
 
 
 def _size(word: str, sizes: dict[str, int]) -> int:
-    fixed = part(word)
+    """Of the axis that a word of theirs is, or is a part of."""
+    fixed, stretched = part(word), stretch(word)
+    if stretched is not None:
+        return sum(math.prod(sizes[letter] for letter in letters) for letters in stretched[1])
     return sizes[word] if fixed is None else fixed[1]
 
 
-def _elements(piece: Piece) -> int:
-    return math.prod(n for n, index in zip(piece.split, piece.their_index, strict=True) if isinstance(index, slice))
+def _letters(word: str) -> list[str]:
+    """The letters of ours that a word of theirs holds."""
+    stretched = stretch(word)
+    if stretched is not None:
+        return stretched[1][stretched[0]]
+    return [word] if part(word) is None else []
+
+
+def _index(word: str, sizes: dict[str, int]) -> int | slice:
+    """What a word picks of its axis."""
+    fixed, stretched = part(word), stretch(word)
+    if stretched is not None:
+        lengths = [math.prod(sizes[letter] for letter in letters) for letters in stretched[1]]
+        start = sum(lengths[: stretched[0]])
+        return slice(start, start + lengths[stretched[0]])
+    return slice(None) if fixed is None else fixed[0]
 
 
 def _constants(constant: Constant, sizes: dict[str, int]) -> Iterable[tuple[str, np.ndarray]]:

@@ -1,7 +1,8 @@
 """The language of porting tables: rows of (their name, their dims, our path, our dims), and how rows compose.
 
 "Theirs" is the side of files and PyTorch modules, "ours" that of jax_moe. Dims are words separated by spaces. A word is
-a letter (`D`), a group stored as one axis (`(H A)`, last fastest) or a part of an axis (`0/2`: index 0 of 2). An index
+a letter (`D`), a group stored as one axis (`(H A)`, last fastest) or a part of an axis: `0/2` is index 0 of 2, and
+`1|A+A+J*O` the second of three stretches, of A, A and J * O entries, whose letters are those of the stretch. An index
 in a name (`experts.{e}.up.weight`) is either a dim of ours (`e D F`: our array stacks their E tensors) or an index in
 our path (`fcs.{i}.kernel`). Sizes come from our shapes. Our dims must be those that the parameter declares
 (`jax_moe/parameters.py`).
@@ -58,6 +59,12 @@ def part(word: str) -> tuple[int, int] | None:
     """(index, count) of a word like `0/2`; None for a letter."""
     found = re.fullmatch(r"(\d+)/(\d+)", word)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def stretch(word: str) -> tuple[int, list[list[str]]] | None:
+    """(index, the letters of every stretch) of a word like `1|A+A+J*O`; None for another."""
+    found = re.fullmatch(r"(\d+)\|([A-Z0-9+*]+)", word)
+    return (int(found[1]), [each.split("*") for each in found[2].split("+")]) if found else None
 
 
 def dim(word: str) -> str:

@@ -19,6 +19,7 @@ from jax_moe.porting.families.mixtures.layouts import (
     renamed,
     router,
 )
+from jax_moe.porting.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from jax_moe.porting.table.rows import Row
 
 IN_INPUTS_DTYPE = {"router.dtype": "input", "router.weight_dtype": "input"}
@@ -118,8 +119,8 @@ OMNI = {
 SOFTMAX = (
     family("flex_olmo", FLEX, QWEN, decoder=decoders.FLEX_OLMO),
     family("mellum", QWEN_LIKE.but(*sizes("num_local_experts num_experts", WIDTH)).defaults(norm_topk_prob=True), QWEN),
-    family("qwen3_next", NEXT, QWEN),
-    multimodal("qwen3_5_moe", NEXT.but(router__renormalise="sum"), QWEN),
+    family("qwen3_next", NEXT, QWEN, decoder=QWEN3_NEXT),
+    multimodal("qwen3_5_moe", NEXT.but(router__renormalise="sum"), QWEN, decoder=QWEN3_5),
     multimodal("qwen4_exp", NEXT, QWEN),
     multimodal("qwen3_vl_moe", ALWAYS.but(*sizes("num_local_experts num_experts", WIDTH)), TRANSPOSED),
     family("qwen3_omni_moe", QWEN_LIKE.defaults(norm_topk_prob=True), QWEN, OMNI, ("thinker.model.", "model.")),
