@@ -190,8 +190,8 @@ class GroupedAttentionConfig(LayerAttention):
     qk_norm: Norm = "none"  # RMSNorm of queries and keys: each head (Qwen3), or before the split into heads (OLMoE)
     qk_norm_place: NormOfHeads = "before_rope"  # after: HunYuan
     qk_norm_scale: bool = True  # these norms have a learned scale (False: Llama 4)
-    # Rounded before their scale, after it (Gemma 4), or after 1 + their scale (Qwen3-Next)
-    qk_norm_kind: Literal["rms", "rms_wide", "rms_centered"] = "rms"
+    qk_norm_wide: bool = False  # rounded after their scale (Gemma 4), not before
+    qk_norm_centered: bool = False  # rounded after their scale, which is 1 + what is stored (Qwen3-Next)
     value_norm: bool = False  # RMSNorm of each head's values, without a scale (Gemma 4)
     value_from_key: bool = False  # values are the keys before norm and rotation: no map of their own (Gemma 4)
     output_gate: bool = False  # what every head found times sigmoid(x gate), before the output's map (Qwen3-Next)
@@ -218,8 +218,11 @@ class GroupedAttentionConfig(LayerAttention):
         require(chunk is None or (is_int(chunk) and chunk >= 1), "chunk", chunk, "None or an integer of at least 1")
         require(chunk is None or window is None, "chunk", chunk, "None beside a window")
         check_flags(
-            self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale", "value_norm", "value_from_key", "output_gate"
+            self, "qkv_bias", "output_bias", "sinks", "qk_norm_scale", "qk_norm_wide", "qk_norm_centered", "value_norm",
+            "value_from_key", "output_gate",
         )
+        both = self.qk_norm_wide and self.qk_norm_centered
+        require(not both, "qk_norm_centered", self.qk_norm_centered, "False beside qk_norm_wide")
         plain = self.qk_norm_scale or self.qk_norm == "per_head"
         require(plain, "qk_norm_scale", self.qk_norm_scale, "True unless qk_norm='per_head'")
         check_positive_ints(temperature_step=self.temperature_step)
@@ -227,6 +230,11 @@ class GroupedAttentionConfig(LayerAttention):
         check_within(0.0, temperature=self.temperature)
         check_within(LEAST, norm_eps=self.norm_eps)
         check_within(LEAST, optional=True, clip_qkv=self.clip_qkv, attention_multiplier=self.multiplier)
+
+    @property
+    def qk_norm_kind(self) -> NormKind:
+        """How queries and keys are normed, where they are."""
+        return "rms_centered" if self.qk_norm_centered else "rms_wide" if self.qk_norm_wide else "rms"
 
     @property
     def room(self) -> str:
@@ -242,7 +250,8 @@ class GroupedAttentionConfig(LayerAttention):
         """The contract with only its heads, biases, sinks and norms."""
         plain: dict = {
             "rope": None, "window": None, "chunk": None, "clip_qkv": None, "multiplier": None, "temperature": 0.0,
-            "temperature_step": 8192, "qk_norm_scale": True, "qk_norm_kind": "rms", "value_norm": False, "dropout": 0.0,
+            "temperature_step": 8192, "qk_norm_scale": True, "qk_norm_wide": False,
+            "qk_norm_centered": False, "value_norm": False, "dropout": 0.0,
         }
         qk_norm = self.qk_norm if self.qk_norm_scale else "none"
         return dataclasses.replace(self, qk_norm=qk_norm, qk_norm_place="before_rope", **plain)

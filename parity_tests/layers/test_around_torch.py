@@ -14,6 +14,7 @@ import torch_ref  # noqa: E402
 from jax_moe.config.moe import AroundConfig, MoEConfig  # noqa: E402
 from jax_moe.porting.state_dict import abstract_module  # noqa: E402
 from parity_tests.shared.compare import check_close, check_exact  # noqa: E402
+from parity_tests.shared.quick import QUICK  # noqa: E402
 from parity_tests.table.cases import NORMED, WEIGHED, plain  # noqa: E402
 
 TOLERANCE = 9e-15  # measured: 9.7e-16
@@ -56,6 +57,5 @@ def stages(config: MoEConfig, state: dict, x_BTD: np.ndarray, mask_BT: np.ndarra
     with jax.enable_x64(True):
         moe = abstract_module(jax_moe.MoE, config, np.dtype(np.float64))
         moe = jax_moe.from_torch(moe, state, cast=True)
-        found = moe.run(jnp.asarray(x_BTD), mask_BT=jnp.asarray(mask_BT), watch=True).stages
-    assert found is not None
-    return found
+        run = jax.jit(lambda moe, x, mask: moe.run(x, mask_BT=mask, watch=True).stages, compiler_options=QUICK)
+        return run(moe, jnp.asarray(x_BTD), jnp.asarray(mask_BT))

@@ -24,7 +24,7 @@ BARE = GroupedAttentionConfig(model_dim=1, num_heads=1, num_kv_heads=1, head_dim
 def test_values_are_the_keys_before_their_norm() -> None:
     """The key map says (3, 4): keys are normed and scaled by (10, 20), values normed alone, over sqrt(12.5)."""
     config = dataclasses.replace(
-        BARE, value_from_key=True, value_norm=True, qk_norm="per_head", qk_norm_kind="rms_wide", multiplier=1.0
+        BARE, value_from_key=True, value_norm=True, qk_norm="per_head", qk_norm_wide=True, multiplier=1.0
     )
     layer = GroupedAttention(config, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.ones)
     assert not hasattr(layer, "value") and layer.query_norm.kind == "rms_wide"

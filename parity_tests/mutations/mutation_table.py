@@ -226,9 +226,9 @@ JAX_ROUTING = [
     Mutation(
         "jax: the correction bias stays in the weights",
         "jax_moe/routing.py",
-        "weight_GSX = choice_weights(score_GSE, expert_GSK, config.router, shared_GSY)",
-        "score_GSE = score_GSE + (0 if correction_bias_E is None else correction_bias_E)\n"
-        "    weight_GSX = choice_weights(score_GSE, expert_GSK, config.router, shared_GSY)",
+        "weight_GSX = choice_weights(weighed_GSE, expert_GSK, config.router, shared_GSY)",
+        "weighed_GSE = weighed_GSE + (0 if correction_bias_E is None else correction_bias_E)\n"
+        "    weight_GSX = choice_weights(weighed_GSE, expert_GSK, config.router, shared_GSY)",
         rows=("deepseek_v3",),
     ),
     Mutation(

@@ -42,7 +42,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
         return GroupedAttentionConfig(
             model_dim=around["model_dim"], num_heads=settings.size("num_attention_heads"), head_dim=own.head_dim,
             num_kv_heads=own.num_kv_heads, rope=ropes[kind], window=window if kind == SLIDES else None, qkv_bias=bias,
-            output_bias=bias, qk_norm="per_head", qk_norm_kind="rms_wide", value_norm=True,
+            output_bias=bias, qk_norm="per_head", qk_norm_wide=True, value_norm=True,
             value_from_key=shared and kind == WHOLE, norm_eps=around["norm_eps"], multiplier=1.0,
             dropout=settings.number("attention_dropout", 0.0, null=0.0),
         )

@@ -37,14 +37,14 @@ def read(dense: bool, settings: Settings, moe: MoEConfig) -> DecoderConfig:
         num_kv_heads=settings.integer("num_key_value_heads", 2, least=1),
         head_dim=settings.integer("head_dim", 256, least=1),
         rope=read_rope(_without_sections(settings), 1e4, around["max_positions"], 0.25),
-        qkv_bias=bias, output_bias=bias, output_gate=True, qk_norm="per_head", qk_norm_kind="rms_centered",
+        qkv_bias=bias, output_bias=bias, output_gate=True, qk_norm="per_head", qk_norm_centered=True,
         norm_eps=around["norm_eps"], dropout=settings.number("attention_dropout", 0.0),
     )
     linear = LinearAttentionConfig(
         model_dim=around["model_dim"], activation=settings.activation(), norm_eps=around["norm_eps"],
         **{ours: settings.integer(theirs, usual, least=1) for ours, (theirs, usual) in SIZES.items()},
     )
-    without = dense_layers(settings) if dense else {"dense_layers": (), "dense_dim": 0}
+    without: dict[str, Any] = dense_layers(settings) if dense else {"dense_layers": (), "dense_dim": 0}
     beside = DenseConfig.beside(moe, without["dense_dim"]) if without["dense_layers"] else moe
     layers = tuple(
         LayerConfig(attention=linear if kind == LINEAR else whole, ffn=beside if i in without["dense_layers"] else moe)
