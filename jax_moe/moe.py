@@ -21,6 +21,7 @@ from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.norms import MixtureScale, rms_norm
 from jax_moe.parameters import parameter
 from jax_moe.routing import Routing, noise_scale, route, router_logits
+from jax_moe.sharding.expert_parallel import exchange_in_use
 from jax_moe.stored import Kept
 
 
@@ -209,7 +210,8 @@ class MoE(nnx.Module):
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
         rounded, shared_GSD = round_weights(slots, self.config, x_BTD.dtype), None
-        dispatcher = choose_dispatcher(self.config)
+        exchange = exchange_in_use(self.config) if first_expert is None else None  # XLA splits what decodes
+        dispatcher = exchange or choose_dispatcher(self.config)
         inner_GSD = self._to_experts(x_GSD)
         y_GSD = dispatcher(inner_GSD, routing, rounded, moves)
         if self.config.around.latent_dim:

@@ -1,5 +1,6 @@
 """Meshes of devices, and how weights and batches are split over them."""
 
+from jax_moe.sharding.expert_parallel import EXCHANGES, check_exchange, exchange, exchange_in_use
 from jax_moe.sharding.mesh import (
     AXES,
     DATA_AXIS,
@@ -25,13 +26,17 @@ from jax_moe.sharding.rules import (
 __all__ = [
     "AXES",
     "DATA_AXIS",
+    "EXCHANGES",
     "EXPERT_AXIS",
     "RULES",
     "TENSOR_AXIS",
     "batch_split",
     "check_divides",
+    "check_exchange",
     "data_mesh",
     "device_mesh",
+    "exchange",
+    "exchange_in_use",
     "expert_mesh",
     "fetch",
     "fitting_devices",

@@ -25,7 +25,7 @@ SENTENCE = ("routing", "dispatch", "experts", "losses", "moe", "soft_moe")
 ROOMS: dict[str, tuple[str, ...]] = {
     "config": (),
     "kernels": ("config", *SHARED, "routing", "dispatch", "experts"),
-    "sharding": ("config", *SHARED),
+    "sharding": ("config", *SHARED, "routing", "dispatch", "experts", "kernels"),
     "attention": ("config", *SHARED),
     "models": ("config", *SHARED, *SENTENCE, "attention", "sharding"),
     "generation": ("config", *SHARED, *SENTENCE, "kernels", "attention", "models"),

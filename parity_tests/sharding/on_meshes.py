@@ -22,6 +22,7 @@ from jax_moe.config.attention import RopeConfig
 from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import FAMILIES
+from jax_moe.sharding import expert_parallel
 from jax_moe.sharding.inside import alone_together
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.shared.filled import filled
@@ -29,6 +30,7 @@ from parity_tests.shared.quick import QUICK
 
 STEPS = 10
 OPTIMIZER = adamw_as_torch(1e-2)
+EXCHANGES = ("all_to_all", "padded", "ring")  # ragged is not on CPU
 MESHES: dict[str, list[str]] = {
     "layer": ["data=2,expert=4", "data=2,expert=2,tensor=2"],
     "model": ["data=2,expert=2,tensor=2"],
@@ -139,7 +141,7 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "") -> Outcome:
+def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: str = "xla") -> Outcome:
     """The steps on a mesh, or on one device."""
     module = filled(case.make)
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
@@ -177,7 +179,7 @@ def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "") -> Outcome:
         if mesh is None:
             params, state, *found = jitted(params, state, rest, given)
         else:
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), sharding.exchange(exchange):
                 params, state, *found = jitted(params, state, rest, given)
         first = first or found
     assert jitted._cache_size() == 1, "a step must not be compiled again"
@@ -212,6 +214,12 @@ def main(name: str) -> None:
     for words in MESHES["layer" if case.is_layer else "model"]:
         mesh = sharding.device_mesh(sharding.read_mesh(words))
         print(words, *compared(run(case, mesh), alone, f"{name} on {words}"), flush=True)
+    expert_parallel.SLACK = 1  # so that padded buffers are too small where all tokens are on one device
+    for exchange in EXCHANGES if case.is_layer else ():
+        try:
+            print(exchange, *compared(run(case, mesh, exchange=exchange), alone, f"{name} by {exchange}"), flush=True)
+        except ValueError as error:
+            print("refused:", error, flush=True)
     for fault, names in case.faults:
         try:
             compared(run(case, mesh, fault), alone, fault)
