@@ -16,13 +16,14 @@ region, where each of its devices takes its share of the tokens.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_moe.config.checks import require
+from jax_moe.config.exchange import Exchange
 from jax_moe.config.moe import MoEConfig, RouterConfig
 from jax_moe.dims import Array, Bool, Float, Int
 from jax_moe.dispatch import Moves, Slots, queue_positions, with_identity
@@ -47,7 +48,7 @@ def exchange(name: str) -> Any:
 
 def check_exchange(name: str) -> str:
     """The name. Raises ValueError for an unknown one."""
-    known = ("xla", *EXCHANGES, "auto")
+    known = get_args(Exchange)
     require(name in known, "exchange", name, f"one of {', '.join(known)}")
     return name
 
@@ -73,10 +74,15 @@ def exchange_in_use(config: MoEConfig) -> Callable | None:
     require(auto, "exchange", name, "'xla' on a mesh with axes that are not Auto")
     fits = name != "all_to_all" or config.capacity is not None
     require(fits, "exchange", name, "padded, ring, ragged, xla or auto for a contract without a capacity")
-    here = name != "ragged" or jax.default_backend() != "cpu"
-    require(here, "exchange", name, "all_to_all, padded, ring, xla or auto on CPU, where XLA has no ragged all-to-all")
+    without = "all_to_all, padded, ring, xla or auto on CPU, where XLA has no ragged all-to-all"
+    require(name != "ragged" or has_ragged(), "exchange", name, without)
     dispatch = exchanged(EXCHANGES[name])
     return with_identity(dispatch) if config.identity_experts else dispatch
+
+
+def has_ragged() -> bool:
+    """Whether XLA has a ragged all-to-all for the devices here."""
+    return jax.default_backend() != "cpu"
 
 
 def exchanged(inside: Callable) -> Callable:

@@ -169,11 +169,12 @@ def test_resumed_after_a_crash_is_the_same_run(place: Place, whole: tuple[Path, 
 def test_eight_devices_give_the_same_drops_and_curve(place: Place, whole: tuple[Path, str]) -> None:
     """On a mesh of eight devices; then its last checkpoint is lost, and another mesh goes on from the one before."""
     eight = place.folder / "eight"
-    out = place.run(*SETTINGS.split(), "--mesh", "data=4,expert=2", "--out", "eight", devices=8)
+    one, other = "data=4,expert=2 --exchange all_to_all", "data=2,expert=2,tensor=2 --exchange padded"
+    out = place.run(*SETTINGS.split(), "--mesh", *one.split(), "--out", "eight", devices=8)
     same_curve(whole[0], eight)
     shutil.rmtree(eight / "checkpoints" / "12")
     (eight / "checkpoints" / "12.sha256").unlink()
-    out += place.run("--resume", "--mesh", "data=2,expert=2,tensor=2", "--out", "eight", devices=8)
+    out += place.run("--resume", "--mesh", *other.split(), "--out", "eight", devices=8)
     assert out.count("8 of 8 cpu devices") == 2
     same_curve(whole[0], eight)
 

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any, Literal
 
 from jax_moe.config.checks import require
+from jax_moe.config.exchange import Exchange
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import Dispatcher
 from train.configs.values import check_values, in_single, with_floats
@@ -108,6 +109,9 @@ class TrainConfig(Start):
     """Devices to split a batch over; by default the most that divide it (JAX only). Changes rounding only."""
     mesh: str | None = None
     """Axes of a mesh of devices, such as data=4,expert=2 or data=2,tensor=2, in place of --num-devices (JAX only)."""
+    exchange: Exchange = "xla"
+    """How tokens get to the devices of their experts: xla splits the program of one device; the others are exchanges of
+    our own for a mesh with expert devices, all_to_all for a capacity, padded and ring for any model."""
     precision: Literal["float32", "mixed"] = "float32"
     """mixed: activations and products in bf16; weights, gradients, optimizer, routing, norms and losses stay fp32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -137,7 +141,7 @@ class TrainConfig(Start):
 # Settings that a resumed run may change; all others decide its numbers. `steps` may grow. The text is identified by its
 # sha256, so that its path may change.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "data", "num_devices", "mesh", "remat", "checkpoint_every", "logger",
+    "preset", "out", "resume", "data", "num_devices", "mesh", "exchange", "remat", "checkpoint_every", "logger",
     "sample_length", "sample_temperature", "sample_prompt",
 }
 
@@ -145,7 +149,7 @@ FREE_ON_RESUME = {
 # Settings that runs of the first version did not store, and their values in those runs.
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
-    "mesh": None,
+    "mesh": None, "exchange": "xla",
 }
 
 
@@ -205,6 +209,11 @@ def check(config: TrainConfig) -> None:
         read_mesh(config.mesh)
         require(config.framework == "jax", "mesh", config.mesh, "None with framework='torch'")
         require(config.num_devices is None, "num_devices", config.num_devices, "left out with --mesh")
+    if config.exchange != "xla":
+        from jax_moe.sharding.mesh import EXPERT_AXIS, read_mesh
+
+        split = read_mesh(config.mesh).get(EXPERT_AXIS, 1) > 1 if config.mesh else False
+        require(split, "exchange", config.exchange, "'xla' without expert devices, such as --mesh data=4,expert=2")
     factor = config.model.capacity_factor
     require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or none (nothing is dropped)")
     fresh = config.pretrained is None

@@ -1,5 +1,6 @@
 """The JAX learner: a jitted step over plain trees, whose buffers are donated, split over a mesh of devices."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jax_moe.models.stack import ModelOutput
 from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
+from jax_moe.sharding.expert_parallel import exchange, exchange_in_use
 from jax_moe.sharding.inside import alone_together
 from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
 from jax_moe.sharding.place import put_batch
@@ -63,6 +65,8 @@ class JaxLearner:
     def __init__(self, config: TrainConfig, model: Model):
         self.config, self.model, self.precision = config, model, PRECISIONS[config.precision]
         self.mesh = choose_mesh(config)
+        with self._on_mesh():
+            exchange_in_use(model.moe)  # ValueError if the exchange cannot run the model
         put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # ValueError if it does not divide
         self.key = jax.random.key(config.seed)
         whole = replicated(self.mesh)
@@ -126,9 +130,16 @@ class JaxLearner:
         loss = next_token_loss(output.logits_BTV, tokens_BT1[:, 1:])
         return jax.tree.map(jnp.add, total, {"loss": loss, "stats": output.stats})
 
+    def _on_mesh(self) -> contextlib.ExitStack:
+        """The context of the run's programs: its mesh, and how tokens get to their experts."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(jax.set_mesh(self.mesh))
+        stack.enter_context(exchange(self.config.exchange))
+        return stack
+
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
         tokens = put_batch(tokens_BT1, self.mesh)
-        with jax.set_mesh(self.mesh):
+        with self._on_mesh():
             self.state, self.rest, loss = self._step(self.state, self.rest, tokens, np.uint32(step))
         return loss
 
@@ -141,7 +152,7 @@ class JaxLearner:
         number = -1
         for number, tokens_BT1 in enumerate(batches):
             tokens = put_batch(tokens_BT1, self.mesh)
-            with jax.set_mesh(self.mesh):
+            with self._on_mesh():
                 total = self._evaluate(self.state["params"], total, self.rest, tokens, key, np.uint32(number))
         mean = jax.tree.map(lambda x: np.asarray(x / max(number + 1, 1)), total)
         return Evaluation(
