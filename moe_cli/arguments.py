@@ -56,6 +56,9 @@ class Inspect:
     path: tyro.conf.Positional[Path]
     devices: int | None = None
     """For Hugging Face models: print the memory needed on this number of devices; by default on 1, 2, 4 and 8."""
+    mesh: str | None = None
+    """For Hugging Face models, in place of --devices: print the memory needed on each device of a mesh such as
+    data=2,expert=4, split as train.py and load_pretrained split it."""
     names: bool = False
     """Also print the name, dtype and shape of every tensor."""
     layers: str | None = None

@@ -19,10 +19,20 @@ from jax_moe.porting.formats.hf_folder import weight_files
 from jax_moe.porting.formats.quantised import computed_dtype, read_scheme
 from jax_moe.porting.formats.state_file import read_state
 from jax_moe.porting.state_dict import abstract_decoder
+from jax_moe.sharding.mesh import read_mesh
 from moe_cli.arguments import Inspect
 from moe_cli.common import assumed_in_words, summary
 from moe_cli.layers import inspect_layers, opened
-from moe_cli.sizes import bytes_by_dtype, count_parameters, memory_rows, name_lines, readable, stored_in_words
+from moe_cli.sizes import (
+    Parameters,
+    bytes_by_dtype,
+    count_parameters,
+    memory_on_mesh,
+    memory_rows,
+    name_lines,
+    readable,
+    stored_in_words,
+)
 
 DEVICES = (1, 2, 4, 8)
 
@@ -30,6 +40,9 @@ DEVICES = (1, 2, 4, 8)
 def inspect(command: Inspect) -> int:
     """Prints what a checkpoint holds. Of a file of no known family, prints its tensors and raises ValueError."""
     require(command.devices is None or command.devices >= 1, "devices", command.devices, "at least 1")
+    require(command.mesh is None or command.devices is None, "devices", command.devices, "left out with --mesh")
+    if command.mesh is not None:
+        read_mesh(command.mesh)
     if command.path.suffix == ".json" and command.path.is_file():
         _print_config(command)
         return 0
@@ -116,6 +129,23 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
         whose = "of the models around the text model" if nested else "that predict further tokens"
         print(f"carried: {len(carried)} tensors {whose}; not used here, kept on saving")
     print("\n".join(describe(config)))
+    _print_memory(found, itemsizes, counts, command)
+    if command.names:
+        print("\n".join(name_lines(tensors)))
+
+
+def _print_memory(found: Found, itemsizes: Mapping[str, int], counts: Parameters, command: Inspect) -> None:
+    """Prints what each device holds: on a mesh, or on N devices with and without the experts split."""
+    config, arrays = found.config, declared(found.model)
+    kept = "computed" if found.quantised else "stored"
+    training = "training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments)"
+    if command.mesh is not None:
+        print(f"memory per device, on the mesh {command.mesh}")
+        for what, size in memory_on_mesh(arrays, itemsizes, read_mesh(command.mesh)).items():
+            print(f"  {what:28} {readable(size):>11}")
+        print(f"  weights as {kept}; {training};")
+        print("  activations, caches and the layer that is put together for its use are extra")
+        return
     stored = {name: math.prod(array.shape) * itemsizes[name] for name, array in arrays.items()}
     experts = sum(size for name, size in stored.items() if arrays[name].role == "expert")
     devices = DEVICES if command.devices is None else (command.devices,)
@@ -123,11 +153,8 @@ def _print(found: Found, itemsizes: Mapping[str, int], where: str, command: Insp
     print(f"{'memory per device, for N =':30}" + "".join(f"{n:>12,}" for n in devices))
     for what, sizes in rows.items():
         print(f"  {what:28}" + "".join(f" {readable(size):>11}" for size in sizes))
-    kept = "computed" if found.quantised else "stored"
-    print(f"  weights as {kept}; training in fp32 with AdamW, 16 bytes per parameter (weight, gradient, two moments);")
+    print(f"  weights as {kept}; {training};")
     print("  split: each device has its share of every layer's experts, and all else; activations and caches are extra")
-    if command.names:
-        print("\n".join(name_lines(tensors)))
 
 
 def _counted(files: list[Path]) -> str:

@@ -5,9 +5,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.parameters import Declared
 from jax_moe.porting.tensors import Header
+from jax_moe.sharding.mesh import AXES
+from jax_moe.sharding.rules import check_divides, weight_split
 
 ADAMW_BYTES = 16  # fp32: weight, gradient and two moments, 4 bytes each
 GIB = 2**30
@@ -81,6 +85,20 @@ def memory_rows(
         "training, on every device": [float(training * parameters.total)] * len(shares),
         "training, experts split": [training * (other + parameters.experts * share) for share in shares],
     }
+
+
+def memory_on_mesh(
+    arrays: Mapping[str, Declared], itemsizes: Mapping[str, int], axes: Mapping[str, int]
+) -> dict[str, int]:
+    """{what is held: bytes on each device of the mesh}, without activations and caches.
+
+    Raises ValueError for a mesh that does not divide the experts or the attention heads.
+    """
+    mesh = AbstractMesh(tuple(axes.get(axis, 1) for axis in AXES), AXES)
+    check_divides(mesh, arrays)
+    parts = {name: math.prod(weight_split(mesh, array).shard_shape(array.shape)) for name, array in arrays.items()}
+    weights = sum(number * itemsizes[name] for name, number in parts.items())
+    return {"weights": weights, "training": ADAMW_BYTES * sum(parts.values())}
 
 
 def readable(size: int | float) -> str:

@@ -52,6 +52,18 @@ if family == "qwen2_moe":
     tokens = jnp.arange(12).reshape(2, 6) % 11
     ours, logits = (np.asarray(jax.jit(lambda m, t: m(t))(model, tokens)) for model in (split, plain))
     print(relative_error(ours, logits))
+from jax_moe.optimizers import adamw_as_torch
+from moe_cli.sizes import memory_on_mesh
+declared = jax_moe.declared(both)
+said = memory_on_mesh(declared, dict.fromkeys(declared, 4), {"data": 2, "expert": 2})
+def held(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+params = nnx.to_pure_dict(nnx.state(both, nnx.Param))
+assert held(params) == said["weights"], (held(params), said)
+init, mesh = adamw_as_torch(1e-3).init, sharding.expert_mesh(2, 2)
+parts = sharding.split_tree(mesh, jax.eval_shape(init, params), declared)
+state = held(jax.jit(init, out_shardings=parts)(params)) + 2 * held(params)  # the gradients lie as the weights
+assert abs(state / said["training"] - 1) < 0.001, (state, said)
 saved(split, "split")
 saved(both, "both")
 data = arrays(jax_moe.load_pretrained(folder, mesh=sharding.data_mesh(4)))
