@@ -123,9 +123,8 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
 }
 OF_NETS = (
-    "layer_types", "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-    "linear_value_head_dim", "linear_conv_kernel_dim", "attention_bias", "num_key_value_heads", "head_dim",
-    "partial_rotary_factor", "rms_norm_eps", "hidden_act",
+    "layer_types", "full_attention_interval", "linear_num_key_heads", "linear_conv_kernel_dim", "attention_bias",
+    "partial_rotary_factor", "rms_norm_eps",
 )
 TABLES["qwen3_next"] = (
     {**sizes(24, 4, 2, LAYERS, **NEXT), "head_dim": 8, "intermediate_size": 18, "norm_topk_prob": True,

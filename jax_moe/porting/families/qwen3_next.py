@@ -104,8 +104,8 @@ GATED = tuple(by_head(row, part) for row in QUERIES for part in ("0/2", "1/2"))
 ATTENTION = (*GATED, *(row for row in GROUPED if ".q_proj." not in row.theirs))
 
 
-def delta(*maps: Row) -> tuple[Row, ...]:
-    """The rows of a gated delta net, given those of its maps from the input."""
+def delta(*maps: Row, last: tuple[Row, ...] = ()) -> tuple[Row, ...]:
+    """The rows of a gated delta net, given those of its maps from the input, which Qwen3.5 numbers last."""
     channels, net = "J*A+J*A+J*O", "linear_attn."
     taps = (("query_taps", "A"), ("key_taps", "A"), ("value_taps", "O"))
     return (
@@ -118,6 +118,7 @@ def delta(*maps: Row) -> tuple[Row, ...]:
         *maps,
         Row(f"{net}norm.weight", "M", "attention.out_norm.scale", "M"),
         Row(f"{net}out_proj.weight", "D (J O)", "attention.out", "J O D"),
+        *last,
     )
 
 
@@ -147,6 +148,6 @@ QWEN3_NEXT = Whole(
 )
 QWEN3_5 = Whole(
     "Qwen3_5MoeForCausalLM", partial(read, False), partial(write, False),
-    attention={"grouped": ATTENTION, "linear": delta(*SPLIT_MAPS)}, order=ORDER, carried=("mtp.",),
+    attention={"grouped": ATTENTION, "linear": delta(last=SPLIT_MAPS)}, order=ORDER, carried=("mtp.",),
     inside=("model.", "model.language_model."),
 )
