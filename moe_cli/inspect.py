@@ -48,6 +48,10 @@ def inspect(command: Inspect) -> int:
         return 0
     try:
         found = opened(command.path, command.layers, command.choices)
+        for name in ("devices", "mesh"):
+            whole = not isinstance(found, tuple) and found.decoder
+            allowed = "left out: the memory on devices is printed of a whole Hugging Face model"
+            require(whole or getattr(command, name) is None, name, getattr(command, name), allowed)
         if isinstance(found, tuple):
             return inspect_layers(command, *found)
         if found.decoder:

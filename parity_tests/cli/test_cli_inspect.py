@@ -142,6 +142,8 @@ def test_inspect_on_chosen_devices_and_with_names(whole: Path, capsys: pytest.Ca
     assert re.search(rf"training +{16 * (total - experts * 3 / 4) / 1024:.1f} KiB\n", split)
     assert "mesh expert=3: must be a divisor of 4, the experts" in fails(capsys, "inspect", whole, "--mesh", "expert=3")
     assert "mesh='experts=2': must be of the axes" in fails(capsys, "inspect", whole, "--mesh", "experts=2")
+    for words in (("--mesh", "expert=2"), ("--devices", "2")):
+        assert f"{words[0][2:]}=" in fails(capsys, "inspect", whole, "--layers", "0", *words)
     both = fails(capsys, "inspect", whole, "--mesh", "expert=2", "--devices", "2")
     assert "devices=2: must be left out with --mesh" in both
     assert "top_k: must be left out for a folder" in fails(capsys, "inspect", whole, "--top-k", "1")
