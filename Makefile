@@ -26,8 +26,8 @@ families: $(VENV)/.test
 
 # Every cell of the parity table, and more drawn contracts, new on every run.
 nightly: $(VENV)/.test
-	PARITY_TABLE_EVERY_CELL=1 $(BIN)/python -m pytest -n 2 parity_tests/table/test_parity.py parity_tests/table/test_hf_families.py
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest parity_tests/table/test_hypothesis.py
+	PARITY_TABLE_EVERY_CELL=1 SHAPES_EVERYWHERE=1 $(BIN)/python -m pytest -n 2 parity_tests/table/test_parity.py parity_tests/table/test_hf_families.py
+	HYPOTHESIS_PROFILE=nightly SHAPES_EVERYWHERE=1 $(BIN)/python -m pytest parity_tests/table/test_hypothesis.py
 
 # Damaged files for every reader: make fuzz ARGS="--count 1000000 --seed 7"
 fuzz: $(VENV)/.test

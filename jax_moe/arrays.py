@@ -18,6 +18,7 @@ from jax_moe.shapes import (
     check_choice_values,
     check_holds,
     check_shape,
+    check_state,
     check_table,
     check_token_range,
     check_width,
@@ -98,7 +99,8 @@ def check_vocabulary(tokens_BT: Any, vocab_size: int) -> None:
 def moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> tuple[Array, dict[str, Any]]:
     """The checked input of a sparse layer and by name those of its other arrays that are not None."""
     x_BTD, sizes = checked_input("x_BTD", x_BTD, config.model_dim)
-    found = checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
+    found = checked(sizes | dims_of_settings(config, E="num_experts", K="top_k", I="network_dim"), **arrays)
+    check_state(config.router.takes_state, "router_state_BTI" in found)
     if "expert_BTK" in found:
         check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))
     check_table(config.router.table_tokens, "tokens_BT" in found, "expert_BTK" in found)

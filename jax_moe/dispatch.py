@@ -220,16 +220,20 @@ def _answers(x_GECD: Float[Array, "G E C D"], keep_GECD: Array | None, moves: Mo
 
 
 def with_identity(dispatch: Callable) -> Callable:
-    """The dispatcher for a layer whose last experts return their input: it moves tokens to the others alone."""
+    """The dispatcher for a layer whose last experts return their input, or answer nothing: tokens are moved to the
+    others alone.
+    """
 
     def both(x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves) -> Float[Array, "G S D"]:
         config, expert_GSK = moves.config, routing.expert_GSK
         E = config.num_networks
         same_GSK = expert_GSK >= E
         others = Slots(jnp.where(same_GSK, moves.capacity, slots.slot_GSK), jnp.where(same_GSK, 0, slots.weight_GSK))
-        inside = replace(config, num_experts=E, identity_experts=0, router=RouterConfig())
+        inside = replace(config, num_experts=E, identity_experts=0, identity_answer="input", router=RouterConfig())
         to_others = routing._replace(expert_GSK=jnp.where(same_GSK, 0, expert_GSK))
         y_GSD = dispatch(x_GSD, to_others, others, moves._replace(config=inside))
+        if config.identity_answer == "nothing":
+            return y_GSD
         kept_GSK = same_GSK & (slots.slot_GSK < moves.capacity)
         weight_GS1 = jnp.where(kept_GSK, slots.weight_GSK, 0).sum(axis=-1, keepdims=True)
         compute = weight_GS1.dtype

@@ -20,7 +20,8 @@ from jax_moe.kernels.chosen import are_few, experts_in_place
 from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.norms import MixtureScale, rms_norm
 from jax_moe.parameters import parameter
-from jax_moe.routing import Routing, noise_scale, route, router_logits
+from jax_moe.router_network import RouterNetwork
+from jax_moe.routing import Routing, noise_scale, product_logits, route, router_logits
 from jax_moe.sharding.expert_parallel import exchange_in_use
 from jax_moe.stored import Kept
 
@@ -35,7 +36,8 @@ class ExpertTable(Kept):
 
 class Router(nnx.Module):
     """The router's weights: kernel [D, E], [bias], [noise_kernel, noise_bias], [correction_bias], [input_scale] [D] of
-    the norm of what it reads, [expert_scale] [E], [learned_scale], and the [expert_table] [V, K].
+    the norm of what it reads, [expert_scale] [E], [learned_scale], and the [expert_table] [V, K]. In the place of the
+    kernel may stand `keys` [D, O], of product keys, or a `network`.
 
     Logits of shared experts that it weighs stand after those of the E.
     """
@@ -47,7 +49,13 @@ class Router(nnx.Module):
         init = rounded(kernel_init or jax.nn.initializers.lecun_normal())
         learned = config.router.noise == "learned_gaussian"
         bound = config.model_dim**-0.5
-        for prefix in ("", "noise_") if learned else ("",):
+        if config.router.network_dim:
+            self.network = RouterNetwork(config, rngs=rngs, param_dtype=param_dtype, kernel_init=kernel_init)
+        if config.router.product_keys != "none":
+            keys = init(rngs.params(), (config.model_dim, config.router_outputs), param_dtype)
+            self.keys = parameter(keys, "D O", "router")
+        linear = not config.router.network_dim and config.router.product_keys == "none"
+        for prefix in ("", "noise_") if learned else ("",) if linear else ():
             kernel = init(rngs.params(), (config.model_dim, config.num_logits), param_dtype)
             setattr(self, f"{prefix}kernel", parameter(kernel, "D E", "router"))
             if config.router.bias:
@@ -81,6 +89,7 @@ class MoEArrays(TypedDict, total=False):
     keep_BTKD: Bool[Array, "B T K D"] | None
     expert_BTK: Int[Array, "B T K"] | None
     tokens_BT: Int[Array, "B T"] | None
+    router_state_BTI: Float[Array, "B T I"] | None
     capacity_limit: Int[Array, ""] | None
 
 
@@ -93,6 +102,7 @@ class MoEOutput(NamedTuple):
     slots: Slots
     capacity: int  # C: a choice at slot C was dropped
     stages: dict[str, Array] | None = None  # every intermediate value [B, T, ...] by name, where asked for
+    router_state_BTI: Float[Array, "B T I"] | None = None  # of a router that is a network, for the next mixture's
 
     @property
     def expert_BTK(self) -> Int[Array, "B T K"]:
@@ -160,6 +170,7 @@ class MoE(nnx.Module):
         keep_BTKD: Bool[Array, "B T K D"] | None = None,
         expert_BTK: Int[Array, "B T K"] | None = None,
         tokens_BT: Int[Array, "B T"] | None = None,
+        router_state_BTI: Float[Array, "B T I"] | None = None,
         capacity_limit: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
         """The layer's answer in the input's dtype, and its statistics.
@@ -171,13 +182,17 @@ class MoE(nnx.Module):
         `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in no
         statistic.
         `expert_BTK` replays choices: K different experts for every real token. `tokens_BT` are the tokens where a table
-        of them chooses (`table_tokens`): one of the two is needed there. No tokens at all give an empty answer
-        and statistics of 0. Raises ValueError, by name, for an array of another kind or shape or with an expert that
-        is not there, and for a capacity below one slot.
+        of them chooses (`table_tokens`): one of the two is needed there.
+        `router_state_BTI` is what `run` of the mixture before returned, for a router that takes it (`takes_state`);
+        without it nothing is added to the router's own.
+        No tokens at all give an empty answer and statistics of 0.
+        Raises ValueError, by name, for an array of another kind or shape or with an expert out of range, and for a
+        capacity below one slot.
         """
         output = self.run(
             x_BTD, key=key, training=training, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD,
-            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK, tokens_BT=tokens_BT, capacity_limit=capacity_limit,
+            keep_BTKD=keep_BTKD, expert_BTK=expert_BTK, tokens_BT=tokens_BT, router_state_BTI=router_state_BTI,
+            capacity_limit=capacity_limit,
         )
         return output.y_BTD, output.stats
 
@@ -199,7 +214,7 @@ class MoE(nnx.Module):
         """
         limit = arrays.pop("capacity_limit", None)
         x_BTD, given = moe_arrays(self.config, x_BTD, mask_BT=mask_BT, **arrays)
-        x_GSD, routing, slots, capacity, mask_GS = self._route(x_BTD, given, limit, key, training)
+        x_GSD, routing, slots, capacity, mask_GS, state_BTI = self._route(x_BTD, given, limit, key, training)
         keep_BTKD = given.get("keep_BTKD")
         rate = self.config.expert.dropout
         apply, weights = self._experts(x_BTD.shape[0] * x_BTD.shape[1], first_expert)
@@ -226,7 +241,8 @@ class MoE(nnx.Module):
             bias_D = self.answer_bias[...].astype(y_GSD.dtype)
             y_GSD += bias_D if mask_GS is None else jnp.where(mask_GS[..., None], bias_D, 0)
         stats = layer_stats(routing, slots, self.config, capacity, mask_GS, x_BTD.shape[:2])
-        output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
+        y_BTD = merge_groups(y_GSD, *x_BTD.shape[:2])
+        output = MoEOutput(y_BTD, stats, routing, slots, capacity, router_state_BTI=state_BTI)
         if not watch:
             return output
         answers_GSKD = single_answers(dispatcher, inner_GSD, routing, rounded, moves)
@@ -250,8 +266,10 @@ class MoE(nnx.Module):
 
     def _route(
         self, x_BTD: Array, given: dict[str, Array], limit: Array | None, key: PRNGKeyArray | None, training: bool
-    ) -> tuple[Array, Routing, Slots, int, Array | None]:
-        """The first half of a call: grouped tokens, choices, slots, the capacity C and the mask of real tokens."""
+    ) -> tuple[Array, Routing, Slots, int, Array | None, Array | None]:
+        """The first half of a call: grouped tokens, choices, slots, the capacity C, the mask of real tokens and the
+        router's state.
+        """
         config, router = self.config, self.config.router
         mask_BT, expert_BTK = given.get("mask_BT"), given.get("expert_BTK")
         noise_BTE, jitter_BTD = given.get("noise_BTE"), given.get("jitter_BTD")
@@ -279,7 +297,10 @@ class MoE(nnx.Module):
             router_input_BTD = (x_BTD.astype(wide(x_BTD.dtype)) * jitter_BTD).astype(x_BTD.dtype)
         if router.jitter_scope == "block":
             x_BTD = router_input_BTD
-        logits_BTE = self._logits(router_input_BTD, noise_BTE)
+        before_BTI = given.get("router_state_BTI")
+        if before_BTI is not None and mask_BT is not None:
+            before_BTI = jnp.where(mask_BT[..., None], before_BTI, 0)
+        logits_BTE, state_BTI = self._logits(router_input_BTD, noise_BTE, before_BTI)
         if expert_BTK is not None and mask_BT is not None:  # padding may name anything
             expert_BTK = jnp.where(mask_BT[..., None], expert_BTK, jnp.clip(expert_BTK, 0, config.num_experts - 1))
         if expert_BTK is not None:  # a traced -1 would count from the end: beyond the last one it gives NaN
@@ -289,25 +310,36 @@ class MoE(nnx.Module):
         scales = weight("expert_scale"), weight("learned_scale")
         routing = route(split_groups(logits_BTE, S), config, weight("correction_bias"), replay, *scales)
         slots = assign_slots(routing, config, capacity, mask_GS, limit)
-        return split_groups(x_BTD, S), routing, slots, capacity, mask_GS
+        return split_groups(x_BTD, S), routing, slots, capacity, mask_GS, state_BTI
 
-    def _logits(self, x_BTD: Array, noise_BTE: Array | None) -> Array:
-        weight, dtype = self.router.weight, self.config.router.dtype
-        kernel = weight("kernel")
+    def _clean_logits(self, x_BTD: Array, before_BTI: Array | None) -> tuple[Array, Array | None]:
+        """The logits before noise, and the state of a router that is a network."""
+        if self.config.router.network_dim:
+            return self.router.network(x_BTD, before_BTI)
+        weight, keys = self.router.weight, self.config.router.product_keys
+        kernel = weight("kernel" if keys == "none" else "keys")
         assert kernel is not None
+        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), self.config.router.dtype)
+        return logits_BTE if keys == "none" else product_logits(logits_BTE, keys), None
+
+    def _logits(
+        self, x_BTD: Array, noise_BTE: Array | None, before_BTI: Array | None
+    ) -> tuple[Array, Array | None]:
+        weight, dtype = self.router.weight, self.config.router.dtype
         if self.config.router.input_norm:
             scale_D = self.router.input_scale[...].astype(x_BTD.dtype)
             x_BTD = rms_norm(x_BTD, None, self.config.router.input_norm_eps) * scale_D * self.config.model_dim**-0.5
-        logits_BTE = router_logits(x_BTD, kernel, weight("bias"), dtype) * self.config.router.logit_scale
+        logits_BTE, state_BTI = self._clean_logits(x_BTD, before_BTI)
+        logits_BTE = logits_BTE * self.config.router.logit_scale
         if noise_BTE is None:
-            return logits_BTE
+            return logits_BTE, state_BTI
         of_shared = (0, self.config.router.shared_experts)
         noise_BTE = jnp.pad(noise_BTE.astype(logits_BTE.dtype), ((0, 0), (0, 0), of_shared))
         if self.config.router.noise == "learned_gaussian":
             noise_kernel = weight("noise_kernel")
             assert noise_kernel is not None
             noise_BTE = noise_BTE * noise_scale(router_logits(x_BTD, noise_kernel, weight("noise_bias"), dtype))
-        return logits_BTE + noise_BTE
+        return logits_BTE + noise_BTE, state_BTI
 
     def _experts(self, num_tokens: int, first_expert: Array | None) -> tuple[Callable, Weights]:
         """The layer's experts as a dispatcher applies them, and their parameters."""

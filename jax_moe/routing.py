@@ -40,6 +40,21 @@ def router_logits(
     return logits_GSE.astype(compute).astype(accumulate)  # rounded once, as by a fused linear map
 
 
+def product_logits(
+    half_BTO: Float[Array, "B T O"], keys: Literal["own", "flat"]
+) -> Float[Array, "B T E"]:
+    """The logits of n * n experts, expert (i, j) at i * n + j: the sums of two of 2n numbers, `RouterConfig` says which
+    (product keys, arXiv 1907.05242, section 3.1; "flat" as Doge in transformers).
+    """
+    B, T, width = half_BTO.shape
+    n = width // 2
+    if keys == "own":
+        first, second = jnp.split(half_BTO, 2, axis=-1)
+    else:
+        first, second = half_BTO.reshape(2, B, T, n)
+    return (first[..., :, None] + second[..., None, :]).reshape(B, T, n * n)
+
+
 def noise_scale(noise_logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
     """Standard deviation of the learned noise, softplus(x W_noise) (Shazeer et al. 2017, arXiv 1701.06538, eq. 4)."""
     return jax.nn.softplus(noise_logits_GSE)

@@ -108,6 +108,12 @@ def check_table(table_tokens: int, has_tokens: bool, has_choices: bool) -> None:
         raise ValueError("tokens_BT: must be None where no table of tokens chooses (table_tokens=0)")
 
 
+def check_state(takes_state: bool, given: bool) -> None:
+    """Raises ValueError for a router's state where the router takes none."""
+    if given and not takes_state:
+        raise ValueError("router_state_BTI: must be None where the router takes no state (takes_state=False)")
+
+
 def check_token_range(
     low: int, high: int, vocab_size: int, where: str = "", place: Callable[[int], str] | None = None
 ) -> None:

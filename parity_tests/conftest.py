@@ -4,6 +4,7 @@ fp64 in JAX is switched on only around tests that need it (`sides.precision`): t
 PyTorch, tests that compare with it are skipped with that reason.
 """
 
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -83,14 +85,20 @@ def few_compiled_programs() -> Iterator[None]:
         gc.collect()
 
 
+@contextlib.contextmanager
+def without_shapes() -> Iterator[None]:
+    """Without the checks of annotated shapes and types."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Turns off the type checks of pytest, so that our own errors are raised, as for users, and long loops are fast."""
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with without_shapes():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +123,16 @@ def small_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def by_folder(request: pytest.FixtureRequest) -> None:
-    """`small_programs` in the folders that test other matters than dispatch."""
-    if request.path.parent.name in ("cli", "families", "microscope", "porting", "train"):
+def by_folder(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`small_programs` in the folders that test other matters than dispatch. Annotated shapes are checked in `layers`,
+    which calls every function that has them: the checks are a fifth of the others' time (`make nightly` has all).
+    """
+    folder = request.path.parent.name
+    if folder in ("cli", "families", "microscope", "porting", "train"):
         request.getfixturevalue("small_programs")
+    everywhere = folder == "layers" or os.environ.get("SHAPES_EVERYWHERE")
+    with contextlib.nullcontext() if everywhere else without_shapes():
+        yield
 
 
 # jax_moe is imported inside functions: this file is read before jaxtyping's hook is installed.

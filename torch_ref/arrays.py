@@ -11,6 +11,7 @@ from jax_moe.shapes import (
     check_choice_values,
     check_holds,
     check_shape,
+    check_state,
     check_table,
     check_token_range,
     check_width,
@@ -82,7 +83,8 @@ def check_vocabulary(tokens_BT: Tensor, vocab_size: int) -> None:
 def check_moe_arrays(config: MoEConfig, x_BTD: Any, **arrays: Any) -> None:
     """Raises ValueError unless the input of a sparse layer and its other arrays fit."""
     sizes = checked_input("x_BTD", x_BTD, config.model_dim)
-    checked(sizes | dims_of_settings(config, E="num_experts", K="top_k"), **arrays)
+    checked(sizes | dims_of_settings(config, E="num_experts", K="top_k", I="network_dim"), **arrays)
+    check_state(config.router.takes_state, arrays.get("router_state_BTI") is not None)
     if arrays.get("expert_BTK") is not None:
         check_choices("expert_BTK", arrays["expert_BTK"], config.num_experts, arrays.get("mask_BT"))
     tokens_BT, mask_BT = arrays.get("tokens_BT"), arrays.get("mask_BT")

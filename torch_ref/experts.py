@@ -1,5 +1,6 @@
 """The feed-forward network of one expert, as three linear maps."""
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,7 +63,16 @@ class Expert(nn.Module):
         return expert_ffn(x_RD, self.up, self.down, self.gate, self.config)
 
 
+class Nothing(nn.Module):
+    """An expert that answers nothing."""
+
+    def forward(self, x_RD: Float[Tensor, "*any D"]) -> Float[Tensor, "*any D"]:
+        """Zeros."""
+        return torch.zeros_like(x_RD)
+
+
 def make_experts(config: MoEConfig) -> nn.ModuleList:
-    """The routed experts of a layer; the last may return their input."""
+    """The routed experts of a layer; the last may return their input, or answer nothing."""
     experts = (Expert(config.inner_dim, config.expert_dim, config.expert) for _ in range(config.num_networks))
-    return nn.ModuleList([*experts, *(nn.Identity() for _ in range(config.identity_experts))])
+    same = nn.Identity if config.identity_answer == "input" else Nothing
+    return nn.ModuleList([*experts, *(same() for _ in range(config.identity_experts))])

@@ -25,17 +25,18 @@ from torch_ref.dispatch import (
     single_answers,
     split_groups,
 )
-from torch_ref.experts import Expert, linear, make_experts
+from torch_ref.experts import Expert, Nothing, linear, make_experts
 from torch_ref.losses import MoEStats, layer_stats
 from torch_ref.norms import MixtureScale
-from torch_ref.routing import Routing, noise_scale, route, router_logits
+from torch_ref.router_network import RouterNetwork
+from torch_ref.routing import Routing, noise_scale, product_logits, route, router_logits
 
 
 class Parts(NamedTuple):
     """The weights of a layer, whatever their names in the module."""
 
     config: MoEConfig
-    router: nn.Linear
+    router: nn.Linear | RouterNetwork
     noise_router: nn.Linear | None
     correction_bias_E: Float[Tensor, " E"] | None
     experts: Sequence[Callable]
@@ -66,6 +67,7 @@ class MoEArrays(TypedDict, total=False):
     keep_BTKD: Bool[Tensor, "B T K D"] | None
     expert_BTK: Int[Tensor, "B T K"] | None
     tokens_BT: Int[Tensor, "B T"] | None
+    router_state_BTI: Float[Tensor, "B T I"] | None
 
 
 class MoEOutput(NamedTuple):
@@ -77,6 +79,7 @@ class MoEOutput(NamedTuple):
     slots: Slots
     capacity: int  # C: a choice at slot C was dropped
     stages: dict[str, Tensor] | None = None  # every intermediate value [B, T, ...] by name, where asked for
+    router_state_BTI: Float[Tensor, "B T I"] | None = None  # of a router that is a network, for the next mixture's
 
     @property
     def expert_BTK(self) -> Int[Tensor, "B T K"]:
@@ -85,26 +88,35 @@ class MoEOutput(NamedTuple):
 
 
 def moe_logits(
-    x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts
-) -> Float[Tensor, "B T X"]:
-    """The router's logits plus the noise, which is scaled by softplus(x W_noise) if the contract has learned noise."""
+    x_BTD: Float[Tensor, "B T D"], noise_BTE: Float[Tensor, "B T E"] | None, parts: Parts,
+    before_BTI: Float[Tensor, "B T I"] | None = None,
+) -> tuple[Float[Tensor, "B T X"], Float[Tensor, "B T I"] | None]:
+    """The router's logits plus the noise, which is scaled by softplus(x W_noise) if the contract has learned noise; and
+    the state of a router that is a network.
+    """
 
     def logits_of(layer: nn.Linear) -> Tensor:
         return router_logits(x_BTD, layer.weight.T, layer.bias, parts.config.router.dtype)
 
-    router = parts.config.router
+    router, state_BTI = parts.config.router, None
     if parts.router_scale_D is not None:
         wide_x = x_BTD.to(wide(x_BTD.dtype))
         rms = (wide_x.square().mean(dim=-1, keepdim=True) + router.input_norm_eps).sqrt()
         scale_D = parts.router_scale_D.to(x_BTD.dtype)
         x_BTD = (wide_x / rms).to(x_BTD.dtype) * scale_D / parts.config.model_dim**0.5
-    logits_BTE = logits_of(parts.router) * parts.config.router.logit_scale
+    if isinstance(parts.router, RouterNetwork):
+        logits_BTE, state_BTI = parts.router(x_BTD, before_BTI)
+    else:
+        logits_BTE = logits_of(parts.router)
+    if router.product_keys != "none":
+        logits_BTE = product_logits(logits_BTE, router.product_keys)
+    logits_BTE = logits_BTE * router.logit_scale
     if noise_BTE is None:
-        return logits_BTE
+        return logits_BTE, state_BTI
     noise_BTE = F.pad(noise_BTE.to(logits_BTE.dtype), (0, parts.config.router.shared_experts))
     if parts.noise_router is not None:
         noise_BTE = noise_BTE * noise_scale(logits_of(parts.noise_router))
-    return logits_BTE + noise_BTE
+    return logits_BTE + noise_BTE, state_BTI
 
 
 def moe_routing(
@@ -116,8 +128,10 @@ def moe_routing(
     noise_BTE: Float[Tensor, "B T E"] | None = None,
     jitter_BTD: Float[Tensor, "B T D"] | None = None,
     expert_BTK: Int[Tensor, "B T K"] | None = None,
-) -> tuple[Tensor, Routing, Slots, int, Tensor | None]:
-    """Grouped tokens, choices, slots, the capacity C and the mask of real tokens (None: all are real).
+    router_state_BTI: Float[Tensor, "B T I"] | None = None,
+) -> tuple[Tensor, Routing, Slots, int, Tensor | None, Tensor | None]:
+    """Grouped tokens, choices, slots, the capacity C, the mask of real tokens (None: all are real) and the router's
+    state.
 
     The tensors are those of `MoE`, already checked.
     """
@@ -140,13 +154,17 @@ def moe_routing(
     if mask_BT is not None or B * T % S != 0 or B * T == 0:
         real_BT = torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if mask_BT is None else mask_BT
         mask_GS = split_groups(real_BT, S)
-    logits_GSE = split_groups(moe_logits(router_input_BTD, noise_BTE, parts), S)
+    if router_state_BTI is not None and mask_BT is not None:
+        router_state_BTI = router_state_BTI.where(mask_BT[..., None], 0)
+    logits_BTE, state_BTI = moe_logits(router_input_BTD, noise_BTE, parts, router_state_BTI)
+    logits_GSE = split_groups(logits_BTE, S)
     if expert_BTK is not None and mask_BT is not None:  # choices of padding may be out of range
         expert_BTK = expert_BTK.where(mask_BT[..., None], expert_BTK.clamp(0, config.num_experts - 1))
     replay = None if expert_BTK is None else split_groups(expert_BTK, S)
     scales = parts.expert_scale_E, parts.learned_scale
     routing = route(logits_GSE, config, parts.correction_bias_E, replay, *scales)
-    return split_groups(x_BTD, S), routing, assign_slots(routing, config, capacity, mask_GS), capacity, mask_GS
+    slots = assign_slots(routing, config, capacity, mask_GS)
+    return split_groups(x_BTD, S), routing, slots, capacity, mask_GS, state_BTI
 
 
 def moe_forward(
@@ -166,9 +184,9 @@ def moe_forward(
         tokens_BT = tokens_BT if mask_BT is None else tokens_BT.where(mask_BT, 0)
         rows = [parts.table_VK[token] for token in tokens_BT.flatten().tolist()]
         expert_BTK = torch.stack(rows).reshape(*tokens_BT.shape, -1) if rows else parts.table_VK[tokens_BT.long()]
-    x_GSD, routing, slots, capacity, mask_GS = moe_routing(
+    x_GSD, routing, slots, capacity, mask_GS, state_BTI = moe_routing(
         x_BTD, parts, training=training, mask_BT=mask_BT, noise_BTE=arrays.get("noise_BTE"),
-        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=expert_BTK,
+        jitter_BTD=arrays.get("jitter_BTD"), expert_BTK=expert_BTK, router_state_BTI=arrays.get("router_state_BTI"),
     )
     keep_BTKD = arrays.get("keep_BTKD")
     keep_GSKD = None if keep_BTKD is None or config.expert.dropout == 0 else split_groups(keep_BTKD, x_GSD.shape[1])
@@ -195,7 +213,8 @@ def moe_forward(
         biased_GSD = y_GSD + parts.answer_bias_D.to(y_GSD.dtype)
         y_GSD = biased_GSD if mask_GS is None else torch.where(mask_GS[..., None], biased_GSD, y_GSD)
     stats = layer_stats(routing, slots, config, capacity, mask_GS, x_BTD.shape[:2])
-    output = MoEOutput(merge_groups(y_GSD, *x_BTD.shape[:2]), stats, routing, slots, capacity)
+    y_BTD = merge_groups(y_GSD, *x_BTD.shape[:2])
+    output = MoEOutput(y_BTD, stats, routing, slots, capacity, router_state_BTI=state_BTI)
     if not watch:
         return output
     with torch.no_grad():
@@ -224,14 +243,15 @@ def weighed(x_GSD: Float[Tensor, "G S D"], routing: Routing, parts: Parts) -> Fl
 
 def after(expert: Callable, norm: Callable | None) -> Callable:
     """The expert with a norm of its answer; one that returns its input has none."""
-    if norm is None or isinstance(expert, nn.Identity):
+    if norm is None or isinstance(expert, nn.Identity | Nothing):
         return expert
     return lambda x_RD: norm(expert(x_RD))
 
 
 class Router(nn.Module):
     """The router's weights: `linear`, [`noise_linear`], [`input_scale`], [`expert_scale`], [`learned_scale`], and the
-    buffers [`correction_bias`] and [`expert_table`], which no gradient trains.
+    buffers [`correction_bias`] and [`expert_table`], which no gradient trains. In the place of `linear` may stand
+    `keys`, of product keys, or a `network`.
     """
 
     correction_bias: Tensor | None
@@ -240,7 +260,13 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         router = config.router
-        self.linear = nn.Linear(config.model_dim, config.num_logits, bias=router.bias)
+        self.linear = self.keys = self.network = None
+        if router.network_dim:
+            self.network = RouterNetwork(config)
+        elif router.product_keys != "none":
+            self.keys = nn.Linear(config.model_dim, config.router_outputs, bias=False)
+        else:
+            self.linear = nn.Linear(config.model_dim, config.num_logits, bias=router.bias)
         self.learned_scale = nn.Parameter(torch.ones(1)) if router.learned_scale else None
         learned = router.noise == "learned_gaussian"
         self.noise_linear = nn.Linear(config.model_dim, config.num_experts, bias=router.bias) if learned else None
@@ -316,8 +342,9 @@ class MoE(nn.Module):
     def parts(self) -> Parts:
         """The weights, for `moe_forward`."""
         router = self.router
+        maps = next(each for each in (router.linear, router.keys, router.network) if each is not None)
         return Parts(
-            self.config, router.linear, router.noise_linear, router.correction_bias, list(self.experts),
+            self.config, maps, router.noise_linear, router.correction_bias, list(self.experts),
             self.shared, self.shared_gate, self.latent_in, self.latent_out, self.latent_norm, self.answer_norm,
             self.output_norm, self.input_norm, self.routed_norm, self.shared_input_norm, self.shared_norm,
             router.input_scale, router.expert_scale, router.learned_scale, self.shared_experts,
@@ -334,6 +361,7 @@ class MoE(nn.Module):
         keep_BTKD: Bool[Tensor, "B T K D"] | None = None,
         expert_BTK: Int[Tensor, "B T K"] | None = None,
         tokens_BT: Int[Tensor, "B T"] | None = None,
+        router_state_BTI: Float[Tensor, "B T I"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], MoEStats]:
         """The layer's answer in the input's dtype, and its statistics.
 
@@ -343,13 +371,16 @@ class MoE(nn.Module):
         dropout. `mask_BT` is False at padding, which may hold anything, takes no slot, gets a zero answer and counts in
         no statistic.
         `expert_BTK` replays choices: K different experts for every real token. `tokens_BT` are the tokens where a table
-        of them chooses (`table_tokens`): one of the two is needed there. Without any tokens the answer is empty
-        and statistics are 0. Raises ValueError, by name, for an array of another kind or shape or with an expert out of
-        range, and for a capacity below one slot.
+        of them chooses (`table_tokens`): one of the two is needed there.
+        `router_state_BTI` is what `run` of the mixture before returned, for a router that takes it (`takes_state`);
+        without it nothing is added to the router's own.
+        Without any tokens the answer is empty and statistics are 0.
+        Raises ValueError, by name, for an array of another kind or shape or with an expert out of range, and for a
+        capacity below one slot.
         """
         output = self.run(
             x_BTD, mask_BT=mask_BT, noise_BTE=noise_BTE, jitter_BTD=jitter_BTD, keep_BTKD=keep_BTKD,
-            expert_BTK=expert_BTK, tokens_BT=tokens_BT,
+            expert_BTK=expert_BTK, tokens_BT=tokens_BT, router_state_BTI=router_state_BTI,
         )
         return output.y_BTD, output.stats
 

@@ -39,6 +39,17 @@ def softplus(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return F.softplus(x, threshold=40)
 
 
+def product_logits(half_BTO: Float[Tensor, "B T O"], keys: str) -> Float[Tensor, "B T E"]:
+    """The logits of n * n experts, the sums of two of 2n numbers: of the token's own ("own"), or of the numbers of all
+    tokens in a row, of which the first half and the second are told off token by token ("flat").
+    """
+    n = half_BTO.shape[-1] // 2
+    if keys == "flat":
+        row, count = half_BTO.flatten(), half_BTO[..., :n].numel()
+        half_BTO = torch.cat([row[:count].view(-1, n), row[count:].view(-1, n)], dim=-1).view(half_BTO.shape)
+    return torch.cat([half_BTO[..., i, None] + half_BTO[..., n:] for i in range(n)], dim=-1)
+
+
 def noise_scale(noise_logits_GSE: Float[Tensor, "G S E"]) -> Float[Tensor, "G S E"]:
     """Standard deviation of the learned noise, softplus(x W_noise) (Shazeer et al. 2017, arXiv 1701.06538, eq. 4)."""
     return softplus(noise_logits_GSE)

@@ -86,6 +86,8 @@ class DecoderConfig:
                     part.model_dim == self.model_dim, f"{name}.model_dim", part.model_dim, f"model_dim={self.model_dim}"
                 )
         require(bool(self.moe_layers), "dense_layers", self.dense_layers, "fewer than all layers")
+        for moe in dict.fromkeys(self.mixtures):
+            moe.check_alone()
         sizes = {(moe.num_experts, moe.top_k) for moe in self.mixtures}
         require(len(sizes) == 1, "layers", sorted(sizes), "of one num_experts and top_k: their statistics are stacked")
         check_literals(self)

@@ -52,6 +52,12 @@ def _sparse(config: MoEConfig) -> list[str]:
         lines.append("weights: divided by their sum" + (f", times {router.scale:g}" if router.scale != 1 else ""))
     elif router.scale != 1:
         lines.append(f"weights: times {router.scale:g}")
+    if router.network_dim:
+        state = ", with the state of the mixture before" if router.takes_state else ""
+        lines.append(f"router: a network of width {router.network_dim}{state}")
+    if router.product_keys != "none":
+        whose = "its own numbers" if router.product_keys == "own" else "the numbers of all tokens in a row"
+        lines.append(f"router: product keys, each logit the sum of two of {whose}")
     if router.expert_scale:
         lines.append("weights: times a learned factor of each expert")
     if router.correction_bias:
@@ -65,7 +71,8 @@ def _sparse(config: MoEConfig) -> list[str]:
     capacity = "none, nothing is dropped" if config.capacity is None else _capacity(config, config.capacity)
     lines.append(f"capacity: {capacity}")
     kind = f"gated {expert.activation}" if expert.gated else expert.activation
-    same = f" and {config.identity_experts} that return their input" if config.identity_experts else ""
+    does = "return their input" if config.identity_answer == "input" else "answer nothing"
+    same = f" and {config.identity_experts} that {does}" if config.identity_experts else ""
     lines.append(
         f"experts: {config.num_networks}{same} of {config.inner_dim} -> {config.expert_dim} -> {config.inner_dim}, "
         f"{kind}, {'with' if expert.bias else 'no'} biases, dropout {expert.dropout:g}"

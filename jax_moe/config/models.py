@@ -37,6 +37,8 @@ class BlockConfig:
         leaks = self.attention.causal and isinstance(self.moe, SoftMoEConfig)
         allowed = "a MoEConfig in a causal block: Soft MoE mixes every position into every other"
         require(not leaks, "moe", "SoftMoEConfig", allowed)
+        if isinstance(self.moe, MoEConfig):
+            self.moe.check_alone()
 
     def used(self, **arrays: Any) -> dict[str, Any]:
         """A sparse layer's arrays that are not None, by name. Raises ValueError for any if the mixture is soft."""

@@ -6,6 +6,7 @@ those of `dims.py`. The file is longer than most so that a whole contract can be
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -55,6 +56,15 @@ class RouterConfig:
     shared_experts: int = 0  # shared experts that it weighs too: their scores share in the sum (Inkling)
     bias: bool = False  # a bias in the router's linear map
     correction_bias: bool = False  # [E], added to what is compared, for the choice alone (DeepSeek-V3); not trained
+    # above 0: logits of a network of that width in place of a linear map: a map with bias, a norm, two maps with bias
+    # and GELU, a map (ZAYA1). What its first map answers is its state, which a call also returns
+    network_dim: int = 0
+    network_norm_eps: float = 1e-5
+    takes_state: bool = False  # to its own state it adds that of the mixture before, times learned factors (ZAYA1)
+    # logits of E = n * n experts are sums of two of 2n numbers: expert (i, j) has first half's i plus second half's j
+    # (product keys, arXiv 1907.05242, section 3.1). "flat": the halves are not those of a token's own 2n numbers but
+    # of all tokens' 2n numbers in a row, so that a token's choice depends on others (Doge, as it was trained)
+    product_keys: Literal["none", "own", "flat"] = "none"
     # above 0: a stored table of so many tokens names each token's K experts, and scores only weigh them (DeepSeek-V4's
     # hash_moe; Hash Layers, arXiv 2106.04426); the layer is called with tokens_BT
     table_tokens: int = 0
@@ -75,11 +85,12 @@ class RouterConfig:
         limit = self.num_clusters
         require(self.top_clusters <= limit, "top_clusters", self.top_clusters, f"at most num_clusters={limit}")
         check_flags(
-            self, "bias", "correction_bias", "noise_at_evaluation", "input_norm", "expert_scale", "learned_scale"
+            self, "bias", "correction_bias", "noise_at_evaluation", "input_norm", "expert_scale", "learned_scale",
+            "takes_state",
         )
         check_above_zero(
             renormalise_eps=self.renormalise_eps, scale=self.scale, logit_scale=self.logit_scale,
-            input_norm_eps=self.input_norm_eps,
+            input_norm_eps=self.input_norm_eps, network_norm_eps=self.network_norm_eps,
         )
         check_rates(jitter_eps=self.jitter_eps, mixer_eps=self.mixer_eps)
         jitters = self.noise == "input_jitter"
@@ -99,11 +110,27 @@ class RouterConfig:
         if tokens:
             plain = self.order == "score_then_select" and self.selection == "score" and self.num_clusters == 1
             require(plain and not self.correction_bias, "table_tokens", tokens, "0 where the router chooses by a rule")
+        self._check_maps()
         if self.order != "score_then_select":
             when = f"when order={self.order!r}"
             require(self.score == "softmax", "score", self.score, f"'softmax' {when}")
             require(not self.correction_bias, "correction_bias", True, f"False {when}")
             require(self.num_clusters == 1, "num_clusters", self.num_clusters, f"1 {when}")
+
+    def _check_maps(self) -> None:
+        """What stands in the place of one linear map has no parts of such a map."""
+        width = self.network_dim
+        require(is_int(width) and width >= 0, "network_dim", width, "an integer of at least 0")
+        state = width > 0 or not self.takes_state
+        require(state, "takes_state", True, "False without a network (network_dim=0)")
+        keys = self.product_keys != "none"
+        require(not (keys and width), "product_keys", self.product_keys, "'none' with a network_dim")
+        words = "a network_dim" if width else "product_keys"
+        for name, plain in (("bias", False), ("input_norm", False), ("shared_experts", 0), ("table_tokens", 0)):
+            value = getattr(self, name)
+            require(value == plain or not (keys or width), name, value, f"{plain!r} with {words}")
+        linear = self.noise != "learned_gaussian" or not (keys or width)
+        require(linear, "noise", self.noise, f"'none' or 'input_jitter' with {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +211,7 @@ class ExpertConfig:
     shared_dim: int = 0
     shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
     shared_clamp: float | Literal["same"] | None = "same"  # its own bound (HY-V4: None)
+    shared_gated: bool | Literal["same"] = "same"  # whether it is gated (Doge: True beside experts that are not)
     shared_scale: float = 1.0  # multiplies its answer (Cohere: 1/2)
 
     def __post_init__(self) -> None:
@@ -210,6 +238,9 @@ class ExpertConfig:
         require(gated, "shared_gate", True, "False without a shared expert (shared_dim=0)")
         plain = width > 0 or (self.shared_clamp == "same" and self.shared_scale == 1)
         require(plain, "shared_dim", width, "above 0 for a shared expert's own clamp or scale")
+        require(self.shared_gated in (True, False, "same"), "shared_gated", self.shared_gated, "'same', True or False")
+        other = width > 0 or self.shared_gated == "same"
+        require(other, "shared_gated", self.shared_gated, "'same' without a shared expert (shared_dim=0)")
         gated = self.gated or self.shared_clamp in ("same", None)
         require(gated, "shared_clamp", self.shared_clamp, "'same' or None unless gated")
 
@@ -217,9 +248,10 @@ class ExpertConfig:
     def shared(self) -> "ExpertConfig":
         """The contract of the shared expert by itself."""
         clamp = self.clamp if self.shared_clamp == "same" else self.shared_clamp
+        gated = self.gated if self.shared_gated == "same" else self.shared_gated
         own: dict[str, Any] = {"shared_dim": 0, "shared_gate": False, "shared_clamp": "same", "shared_scale": 1.0}
-        own["answer_norm"] = "none"
-        return dataclasses.replace(self, clamp=clamp, dropout=0.0, **own)
+        own |= {"answer_norm": "none", "shared_gated": "same"}
+        return dataclasses.replace(self, clamp=clamp, gated=gated, dropout=0.0, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +325,7 @@ class MoEConfig:
     # Of num_experts, the last so many return their input (LongCat's zero-computation experts): choices as any other, in
     # capacity's E and in the load, but without weights, queue or drops
     identity_experts: int = 0
+    identity_answer: Literal["input", "nothing"] = "input"  # or they answer nothing at all (ZAYA1's skip expert)
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
@@ -308,6 +341,7 @@ class MoEConfig:
         check_positive_ints(model_dim=self.model_dim, expert_dim=self.expert_dim, num_experts=E, top_k=K)
         require(K <= E, "top_k", K, f"at most num_experts={E}")
         self._check_identity()
+        self._check_keys()
         shared = self.expert.shared_dim > 0
         for name in ("shared_input_norm", "shared_norm"):
             norm = getattr(self.around, name)
@@ -335,6 +369,13 @@ class MoEConfig:
         plain = self.expert.dropout == 0
         require(same == 0 or plain, "dropout", self.expert.dropout, "0 with identity_experts")
         require(self.around.latent_dim == 0 or plain, "dropout", self.expert.dropout, "0 with a latent_dim")
+        answer = same > 0 or self.identity_answer == "input"
+        require(answer, "identity_answer", self.identity_answer, "'input' without identity_experts")
+
+    def _check_keys(self) -> None:
+        keys, E = self.router.product_keys, self.num_experts
+        square = keys == "none" or math.isqrt(E) ** 2 == E
+        require(square, "num_experts", E, f"a square number with product_keys={keys!r}")
 
     def _check_shared(self) -> None:
         router, weighed = self.router, self.router.shared_experts
@@ -346,10 +387,26 @@ class MoEConfig:
         words = "False with shared_experts or a learned_scale"
         require(not after or plain, "renormalise_after_drop", True, words)
 
+    def check_alone(self) -> None:
+        """Raises ValueError for a mixture that reads more than vectors, which blocks and decoders do not hand it."""
+        tokens, state = self.router.table_tokens, self.router.takes_state
+        require(tokens == 0, "table_tokens", tokens, "0 in a block or decoder: it hands its mixtures no tokens")
+        require(not state, "takes_state", state, "False in a block or decoder: it hands on no router's state")
+
     @property
     def num_logits(self) -> int:
         """The router's logits: of all experts, then of shared experts that it weighs."""
         return self.num_experts + self.router.shared_experts
+
+    @property
+    def network_dim(self) -> int:
+        """The width of the router's state; 0 for a router without one."""
+        return self.router.network_dim
+
+    @property
+    def router_outputs(self) -> int:
+        """What the router's linear map answers: the logits, or the 2n numbers whose sums are n * n logits."""
+        return self.num_logits if self.router.product_keys == "none" else 2 * math.isqrt(self.num_experts)
 
     @property
     def inner_dim(self) -> int:

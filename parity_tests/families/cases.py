@@ -38,6 +38,7 @@ class Case:
     at: str = ""  # the mixture's own name in the layer, where something stands beside it
     beside: dict[str, str] = field(default_factory=dict)  # {name: class} of modules whose answers are added
     before: str = ""  # of a whole layer as the module: its child that reads the answer
+    state: str = ""  # the setting that is the width of a state which its router reads and hands on
 
     def values(self, shape: int, alone: bool = False) -> dict[str, Any]:
         """The settings of a tiny whole model, or of its text model alone."""
@@ -226,6 +227,12 @@ CASES = {one.model_type: one for one in (
     v3("hy_v4", "HYV4", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}),
     v3("hy_v4_vl", "HYV4VL", nested="text_config", settings={"swiglu_limit": 0.6, "num_key_value_heads": 2}, model="",
        reason=AROUND),
+    Case("zaya", "Zaya", others=(
+        {"num_experts_per_tok": 1, "num_experts": 3, "router_hidden_size": 7},
+        {"num_experts_per_tok": 1, "num_experts": 4, "router_hidden_size": 9}), state="router_hidden_size",
+        seed=42),
+    Case("doge", "Doge", "CDMoE", PLAIN, {"is_moe": True}, (
+        {"num_experts": 4}, {"num_experts": 9}), balance=True),
     v3("deepseek_v2", "DeepseekV2", "Moe", others=GREEDY),
     v3("deepseek_ocr2", "DeepseekOcr2Text", "Moe", nested="text_config", settings=ONE_HEAD, others=GREEDY, model="",
        reason=AROUND),

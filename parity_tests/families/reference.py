@@ -74,8 +74,10 @@ class Layer(torch.nn.Module):
         getattr(layer, self.case.before).register_forward_pre_hook(lambda module, args: found.update(y=args[0]))
         layer.register_forward_hook(lambda module, args, answer: found["y"])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of their answers."""
+    def forward(self, x: torch.Tensor, state: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of their answers; beside it, in the last dim, the state that a router hands on."""
+        if state is not None:
+            return torch.cat(self.own(x, state), dim=-1)
         found = [getattr(self, name)(x) for name in self.names]
         return sum((one[0] if isinstance(one, tuple) else one).reshape(x.shape) for one in found)  # type: ignore[return-value]
 
@@ -134,11 +136,17 @@ def make_layer(case: Case, shape: int, dtype: str) -> Layer:
     return layer
 
 
-def inputs(shape: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors, and what the answer is multiplied by before its sum is differentiated."""
+def inputs(case: Case, shape: int, dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Vectors and, where its router reads one, a state; and what the answer, with the state that the router hands on,
+    is multiplied by before its sum is differentiated.
+    """
     generator = np.random.default_rng(100 + shape)
     (B, T), (D, *_) = SHAPES[shape]
-    return tuple(generator.normal(size=(B, T, D)).astype(dtype) for _ in range(2))  # type: ignore[return-value]
+    x, cotangent = (generator.normal(size=(B, T, D)).astype(dtype) for _ in range(2))
+    if not case.state:
+        return {"x": x}, cotangent
+    state, of_state = (generator.normal(size=(B, T, case.values(shape)[case.state])).astype(dtype) for _ in range(2))
+    return {"x": x, "state": state}, np.concatenate([cotangent, of_state], axis=-1)
 
 
 def run(layer: Layer, shape: int, dtype: str) -> Answer:
@@ -156,6 +164,12 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
             answers = (answer[2], answer[2].argmax(dim=-1, keepdim=True))
         if type(module).__name__ == "JetMoeTopKGating":  # tokens sorted by expert, and the logits last
             answers = (answer[-1], answer[-1].topk(module.top_k, dim=-1).indices)
+        if type(module).__name__ == "ZayaRouter":  # its extra expert is named 0, with weight 0
+            biased = answers[0].softmax(dim=-1) + module.balancing_biases
+            answers = (answers[0], biased.topk(module.top_k, dim=-1).indices)
+        if type(module).__name__ == "DogeCDMoE":
+            found["logits"] = answers[1].detach().numpy()  # [2, tokens, n]
+            answers = (doge_choices(module, answers[1]),)
         tensors = [one for one in (*answers, *given) if isinstance(one, torch.Tensor)]
         index = [one for one in tensors if not one.is_floating_point()]
         if index:
@@ -164,24 +178,38 @@ def run(layer: Layer, shape: int, dtype: str) -> Answer:
             found.setdefault("logits", answers[0].detach().reshape(-1, answers[0].shape[-1]).numpy())
 
     hooks = [one.register_forward_hook(routed) for one in layer.modules()]
-    x, cotangent = (torch.from_numpy(one.copy()) for one in inputs(shape, dtype))
-    x.requires_grad_()
+    arrays, of_answer = inputs(layer.case, shape, dtype)
+    read = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in arrays.items()}
+    cotangent = torch.from_numpy(of_answer)
     layer.zero_grad()
     with widened() if dtype == "float64" else nullcontext():
-        y = layer(x)
+        y = layer(**read)
         (y * cotangent).sum().backward()
     for hook in hooks:
         hook.remove()
     trained = [(name, value) for name, value in layer.named_parameters() if value.requires_grad]
     gradients = [(n, torch.zeros_like(p) if p.grad is None else p.grad) for n, p in trained]
     named = {name: value.numpy() for name, value in layer.named(gradients).items()}
-    return Answer(found["experts"], y.detach().numpy(), {"x": x.grad.numpy(), **named}, found.get("logits"))  # type: ignore
+    of_inputs = {name: value.grad.numpy() for name, value in read.items()}  # type: ignore[union-attr]
+    return Answer(found["experts"], y.detach().numpy(), {**of_inputs, **named}, found.get("logits"))
+
+
+def doge_choices(module: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The experts of every token, as in Doge's forward, of which only the logits come out."""
+    first, second = logits
+    n = first.shape[-1]
+    sums = torch.stack([first[:, i] + second[:, j] for i in range(n) for j in range(n)], dim=-1)
+    return sums.topk(module.top_k, dim=-1).indices
 
 
 def balance_loss(case: Case, logits: np.ndarray, shape: int, top_k: int) -> float:
     """transformers' own balance loss of one layer."""
     modeling = importlib.import_module(f"transformers.models.{case.model_type}.modeling_{case.model_type}")
     given = torch.from_numpy(logits)
+    if case.model_type == "doge":
+        n = logits.shape[-1]
+        with widened():
+            return float(modeling.load_balancing_loss_func((given,), n * n, n, top_k))
     if case.model_type == "switch_transformers":  # each sequence by itself
         given = given.reshape(*SHAPES[shape][0], -1)
         with widened():

@@ -136,3 +136,29 @@ def test_nllb_masks_single_numbers_in_training() -> None:
     kept = experts.token_dropout.train()(torch.ones(50, 10))
     torch.testing.assert_close(kept.unique(), torch.tensor([0.0, 1 / (1 - experts.moe_token_dropout)]))
     assert ((kept == 0).any(dim=1) & (kept > 0).any(dim=1)).any()
+
+
+def test_doge_mixes_the_tokens_in_its_router() -> None:
+    """What routes a token are halves of other tokens' numbers: a later token changes an earlier one's answer, so that a
+    text at once and the same text token by token differ. Ours follows, as checkpoints were trained so
+    (`product_keys="flat"`); each token by itself agrees with both.
+    """
+    layer = make_layer(CASES["doge"], 0, "float32")
+    moe = jax_moe.MoE(mixture_of("doge").mixture_config(as_file(configuration(CASES["doge"], 0)), 1))
+    moe = jax_moe.from_torch(moe, layer.named(layer.state_dict().items()), layout="hf_doge_in_memory")
+    x = torch.randn(1, 4, 10, generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[:, -1] += 1
+    with torch.no_grad():
+        whole, changed, first = layer(x), layer(other), layer(x[:, :1])
+    assert not torch.allclose(whole[:, 2], changed[:, 2]) and not torch.allclose(whole[:, 0], first[:, 0])
+    for given, wanted in ((x, whole), (other, changed), (x[:, :1], first)):
+        np.testing.assert_allclose(moe(jnp.asarray(given.numpy()))[0], wanted.numpy(), atol=3e-6)
+
+
+def test_doge_with_normalised_weights_has_no_gradient() -> None:
+    """transformers divides the softmax in place, which its gradient needs."""
+    layer = make_layer(CASES["doge"], 0, "float32")
+    layer.own.norm_topk_prob = True
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        layer(torch.randn(1, 4, 10)).sum().backward()

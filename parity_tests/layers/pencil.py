@@ -54,7 +54,9 @@ def pencil_weights(config: MoEConfig) -> dict[str, np.ndarray]:
     up_EDF, down_EFD = np.zeros((E, D, 1)), np.zeros((E, 1, D))
     up_EDF[:, D - 1, 0] = 1
     down_EFD[np.arange(E), 0, np.arange(E)] = 1
-    weights = {"router.kernel": np.eye(D, config.num_experts), "experts.up": up_EDF, "experts.down": down_EFD}
+    weights = {"experts.up": up_EDF, "experts.down": down_EFD}
+    if not config.router.network_dim and config.router.product_keys == "none":
+        weights["router.kernel"] = np.eye(D, config.num_experts)
     if config.router.bias:
         weights["router.bias"] = np.zeros(config.num_experts)
     return weights
@@ -72,6 +74,7 @@ class Scenario:
     weights: dict = field(default_factory=dict)  # on top of `pencil_weights`
     mask_BT: list | None = None
     tokens_BT: list | None = None
+    state_BTI: list | None = None  # the router's, of the mixture before
 
     def all_weights(self) -> dict[str, np.ndarray]:
         return {
@@ -167,6 +170,11 @@ WEIGHTS = [
     weight_story(
         "a table of tokens", HALF_THIRD_SIXTH, [30, 0, 10], RouterConfig(table_tokens=2),
         weights={"router.expert_table": [[0, 1], [2, 0]]}, tokens_BT=[[1]],
+    ),
+    # product keys: halves (ln 3, 0) and (ln 2, 0) make ln 6, ln 3, ln 2, 0: shares 6, 3, 2, 1 of 12, and of 60
+    weight_story(
+        "product keys", [log(3.0), 0.0, log(2.0), 0.0], [30, 15, 0, 0], RouterConfig(product_keys="own"),
+        weights={"router.keys": np.eye(5, 4)},
     ),
     # a router bias does count: logits ln 3, 0, 0 + ln 2 -> experts 0 and 2, 3/5 and 2/5
     weight_story(
@@ -436,7 +444,36 @@ WEIGHED = Scenario(
         "shared_experts.down": [[[0, 0, 0, 0.5]], [[0, 0, 0, 0.25]]],
     },
 )
-EXPERTS += [*IDENTITY, *AROUND, WEIGHED]
+# A network of two numbers. The token named 60 gives (3, 0) and a bias (3, 1); the state before it, (2, 6) times
+# (0, 1/2), makes that (3, 4), whose mean square is 25/2 and 100 with the eps: over 10 and times 1000 it is (300, 400).
+# GELU leaves what is far above 0 and takes what is far below: (300, 400 - 1000) becomes (300, 0), and (300 - 200, 50)
+# stays. So the logits are (100, 50) times the last map: shares 1/2, 1/3 and 1/6, and by the bias the second choice is
+# the last expert, which answers nothing.
+NETWORK = Scenario(
+    "a network with a state, and an expert that answers nothing",
+    layer(
+        identity_experts=1, identity_answer="nothing",
+        router=RouterConfig(network_dim=2, network_norm_eps=87.5, takes_state=True, correction_bias=True),
+    ),
+    [[[0, 0, 0, 60.0]]], [[[30, 0, 0, 0]]],
+    weights={
+        "router.network.down": [[0, 0], [0, 0], [0, 0], [0.05, 0]], "router.network.down_bias": [0, 1],
+        "router.network.state_scale": [0, 0.5], "router.network.norm": [1000, 1000],
+        "router.network.first": [[1, 0], [0, 1]], "router.network.first_bias": [0, -1000],
+        "router.network.second": [[1, 0], [0, 0]], "router.network.second_bias": [-200, 50],
+        "router.network.out": [[log(1 / 2) / 100, log(1 / 3) / 100, 0], [0, 0, log(1 / 6) / 50]],
+        "router.correction_bias": [0, -1, 0],
+    },
+    state_BTI=[[[2.0, 6.0]]],
+)
+# Of all tokens' numbers in a row the first half is (ln 3, 0), (0, 0) and the second (ln 2, 0), (0, 0): the first token
+# has both of the story of product keys, the second none, and goes to the lowest two with a quarter each
+IN_A_ROW = Scenario(
+    "product keys of all tokens in a row", layer(4, router=RouterConfig(product_keys="flat")),
+    [[[log(3.0), 0, 0, 0, 60.0], [log(2.0), 0, 0, 0, 40.0]]], [[[30, 15, 0, 0, 0], [10, 10, 0, 0, 0]]],
+    weights={"router.keys": np.eye(5, 4)},
+)
+EXPERTS += [*IDENTITY, *AROUND, WEIGHED, NETWORK, IN_A_ROW]
 
 # One expert, so its weight is 1. A token is (gate, up); clamp 2, offset 1: min(gate, 2) * (clip(up, -2, 2) + 1).
 # Columns: gate, up, answer, d answer / d gate, d answer / d up. AT the bound the gradient is the inner one.

@@ -13,7 +13,7 @@ import numpy as np
 from parity_tests.layers.bad_arrays import CHOICES, GIVEN, TAKES, E, X
 
 Call = Callable[..., tuple[np.ndarray, tuple[np.ndarray, ...]]]
-TABLE = {"moe": {"tokens_BT"}}  # what a contract may ask for that the layers here do not have
+TABLE = {"moe": {"tokens_BT", "router_state_BTI"}}  # what a contract may ask for that the layers here do not have
 OTHER = (CHOICES + 1) % E  # the choices of another run
 
 

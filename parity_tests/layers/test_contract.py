@@ -177,6 +177,7 @@ def test_frozen_and_hashable(config: object) -> None:
 SIZES = {"model_dim": 4, "expert_dim": 8, "num_experts": 8, "top_k": 2}
 SOFT = {"model_dim": 4, "num_experts": 2, "num_slots": 1}
 HEADS = {"model_dim": 4, "num_heads": 2}
+STATE, BY_TABLE = RouterConfig(network_dim=2, takes_state=True), RouterConfig(table_tokens=4)
 CLUSTERS = RouterConfig(score="sigmoid", num_clusters=4, top_clusters=1)
 KINDS = "'none', 'rms', 'rms_wide', 'rms_centered', 'rms_of_scaled'"  # of norms in a mixture
 BAD = [
@@ -189,7 +190,35 @@ BAD = [
         MoEConfig, {**SIZES, "identity_experts": 1, "expert": ExpertConfig(dropout=0.1)},
         "dropout=0.1: must be 0 with identity_experts",
     ),
+    (
+        MoEConfig, {**SIZES, "identity_answer": "nothing"},
+        "identity_answer='nothing': must be 'input' without identity_experts",
+    ),
     (RouterConfig, {"learned_scale": 1}, "learned_scale=1: must be True or False"),
+    (RouterConfig, {"network_dim": -1}, "network_dim=-1: must be an integer of at least 0"),
+    (RouterConfig, {"network_norm_eps": 0.0}, "network_norm_eps=0.0: must be a number above 0"),
+    (RouterConfig, {"takes_state": True}, "takes_state=True: must be False without a network (network_dim=0)"),
+    (RouterConfig, {"network_dim": 2, "bias": True}, "bias=True: must be False with a network_dim"),
+    (RouterConfig, {"network_dim": 2, "product_keys": "own"}, "product_keys='own': must be 'none' with a network_dim"),
+    (RouterConfig, {"product_keys": "flat", "input_norm": True}, "input_norm=True: must be False with product_keys"),
+    (
+        RouterConfig, {"product_keys": "own", "noise": "learned_gaussian"},
+        "noise='learned_gaussian': must be 'none' or 'input_jitter' with product_keys",
+    ),
+    (
+        MoEConfig, {**SIZES, "router": RouterConfig(product_keys="own")},
+        "num_experts=8: must be a square number with product_keys='own'",
+    ),
+    (ExpertConfig, {"shared_gated": True}, "shared_gated=True: must be 'same' without a shared expert (shared_dim=0)"),
+    (ExpertConfig, {"shared_dim": 1, "shared_gated": 2}, "shared_gated=2: must be 'same', True or False"),
+    (
+        BlockConfig, {"attention": AttentionConfig(**HEADS), "moe": MoEConfig(**SIZES, router=STATE)},
+        "takes_state=True: must be False in a block or decoder: it hands on no router's state",
+    ),
+    (
+        BlockConfig, {"attention": AttentionConfig(**HEADS), "moe": MoEConfig(**SIZES, router=BY_TABLE)},
+        "table_tokens=4: must be 0 in a block or decoder: it hands its mixtures no tokens",
+    ),
     (RouterConfig, {"shared_experts": -1}, "shared_experts=-1: must be an integer of at least 0"),
     (
         RouterConfig, {"shared_experts": 1, "order": "select_then_softmax"},

@@ -85,6 +85,7 @@ TORCH_ONLY = {
     "experts.py": {
         "Expert.*": "one expert; jax stacks them (Experts)",
         "linear": "computes in the input's dtype, as jax's einsum does",
+        "Nothing.*": "an expert that answers nothing; jax adds nothing (with_identity)",
     },
     "losses.py": {"real_tokens": "picks rows by a mask; jax multiplies by it, for its shapes are fixed"},
     "moe.py": {

@@ -64,7 +64,8 @@ def test_story(story: Scenario, dispatcher: str) -> None:
     moe = build(dataclasses.replace(story.config, dispatcher=dispatcher), story.all_weights())
     mask = None if story.mask_BT is None else jnp.asarray(story.mask_BT)
     tokens = None if story.tokens_BT is None else jnp.asarray(story.tokens_BT, jnp.int32)
-    y_BTD, stats = moe(jnp.asarray(story.x_BTD, WIDE), mask_BT=mask, tokens_BT=tokens)
+    state = None if story.state_BTI is None else jnp.asarray(story.state_BTI, WIDE)
+    y_BTD, stats = moe(jnp.asarray(story.x_BTD, WIDE), mask_BT=mask, tokens_BT=tokens, router_state_BTI=state)
     agree(y_BTD, story.answer_BTD)
     agree(stats.dropped_fraction, story.dropped)
 
@@ -84,10 +85,10 @@ def test_the_three_priorities_drop_three_different_people() -> None:
 @pytest.mark.parametrize("priority", ["token", "choice", "probability", "batch"])
 def test_choices_and_slots(priority: str) -> None:
     config = layer(capacity=CapacityConfig(priority=priority))
-    _, _, routing, slots, capacity, _ = build(config, pencil.pencil_weights(config)).run(jnp.asarray(pencil.ONE, WIDE))
-    assert capacity == 2
-    np.testing.assert_array_equal(routing.expert_GSK[0], pencil.CHOICES)
-    np.testing.assert_array_equal(slots.slot_GSK[0], pencil.SLOTS[priority])
+    found = build(config, pencil.pencil_weights(config)).run(jnp.asarray(pencil.ONE, WIDE))
+    assert found.capacity == 2
+    np.testing.assert_array_equal(found.routing.expert_GSK[0], pencil.CHOICES)
+    np.testing.assert_array_equal(found.slots.slot_GSK[0], pencil.SLOTS[priority])
 
 
 @pytest.mark.parametrize("dtype", [jnp.dtype(name) for name in ("bfloat16", "float16", "float32")], ids=str)

@@ -51,8 +51,11 @@ def torch_names(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         elif part.startswith("latent_") or leaf.endswith("scale"):
             torch_name = {"experts": "answer_norm"}
             named[f"{torch_name.get(part, part)}.weight"] = tensor(value.T)
+        elif part == "router" and leaf.startswith("network"):
+            path, vector = f"router.{kind}", value.ndim == 1
+            named[path if vector and ending == "weight" else f"{path}.{ending}"] = tensor(value.T)
         elif part == "router":
-            torch_name = {"kernel": "linear.weight", "bias": "linear.bias"}.get(leaf, leaf)
+            torch_name = {"kernel": "linear.weight", "bias": "linear.bias", "keys": "keys.weight"}.get(leaf, leaf)
             named[f"router.{torch_name}"] = tensor(value if leaf == "expert_table" else value.T)
         elif part == "shared":
             named[f"shared.{kind}.{ending}"] = tensor(value[0].T)
@@ -72,7 +75,9 @@ def build(config: MoEConfig, weights: dict[str, np.ndarray], dtype: torch.dtype 
 def test_story(story: Scenario) -> None:
     mask = None if story.mask_BT is None else torch.tensor(story.mask_BT)
     tokens = None if story.tokens_BT is None else torch.tensor(story.tokens_BT)
-    y_BTD, stats = build(story.config, story.all_weights())(tensor(story.x_BTD), mask_BT=mask, tokens_BT=tokens)
+    state = None if story.state_BTI is None else tensor(story.state_BTI)
+    moe = build(story.config, story.all_weights())
+    y_BTD, stats = moe(tensor(story.x_BTD), mask_BT=mask, tokens_BT=tokens, router_state_BTI=state)
     agree(y_BTD, story.answer_BTD)
     agree(stats.dropped_fraction, story.dropped)
 

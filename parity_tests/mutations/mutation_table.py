@@ -302,6 +302,42 @@ JAX_LAYERS = [
         rows=("clamped activation",),
     ),
     Mutation(
+        "jax: the expert that answers nothing returns its input", "jax_moe/dispatch.py",
+        'if config.identity_answer == "nothing":', "if False:", rows=("a network for a router, with a state",),
+    ),
+    Mutation(
+        "torch: the expert that answers nothing returns its input", "torch_ref/experts.py",
+        "return torch.zeros_like(x_RD)", "return x_RD", rows=("a network for a router, with a state",),
+    ),
+    Mutation(
+        "jax: the router's state is not scaled", "jax_moe/router_network.py",
+        "* self.state_scale[...].astype(compute)", "", rows=("a network for a router, with a state",),
+    ),
+    Mutation(
+        "torch: the two inner maps of the router's network change places", "torch_ref/router_network.py",
+        "h = F.gelu(mapped(self.second, F.gelu(mapped(self.first, h))))",
+        "h = F.gelu(mapped(self.first, F.gelu(mapped(self.second, h))))",
+        rows=("a network for a router, with a state",),
+    ),
+    Mutation(
+        "jax: GELU of the router's network by tanh", "jax_moe/router_network.py", "approximate=False",
+        "approximate=True", rows=("a network for a router, without a state",),
+    ),
+    Mutation(
+        "jax: product keys, expert (i, j) at j * n + i", "jax_moe/routing.py",
+        "first[..., :, None] + second[..., None, :]", "first[..., None, :] + second[..., :, None]",
+        rows=("product keys",),
+    ),
+    Mutation(
+        "torch: product keys of all tokens are each token's own", "torch_ref/routing.py", 'if keys == "flat":',
+        'if keys == "none":', rows=("product keys, of all tokens in a row",),
+    ),
+    Mutation(
+        "jax: the shared expert is gated as the others are", "jax_moe/config/moe.py",
+        'gated = self.gated if self.shared_gated == "same" else self.shared_gated', "gated = self.gated",
+        tests=("parity_tests/families/test_families.py::test_against_transformers[doge]",),
+    ),
+    Mutation(
         "jax: experts that return their input have a queue",
         "jax_moe/dispatch.py",
         "jnp.where(expert_GSK < config.num_networks, position_GSK, 0)",
@@ -346,8 +382,8 @@ JAX_LAYERS = [
     Mutation(
         "torch: the logits are not scaled",
         "torch_ref/moe.py",
-        "logits_of(parts.router) * parts.config.router.logit_scale",
-        "logits_of(parts.router)",
+        "logits_BTE = logits_BTE * router.logit_scale",
+        "pass",
         rows=("maps around the experts",),
     ),
     Mutation(

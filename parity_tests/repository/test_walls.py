@@ -21,7 +21,7 @@ SHARED = (
     "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters",
     "top_k", "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
 )
-SENTENCE = ("routing", "dispatch", "experts", "losses", "moe", "soft_moe")
+SENTENCE = ("routing", "router_network", "dispatch", "experts", "losses", "moe", "soft_moe")
 ROOMS: dict[str, tuple[str, ...]] = {
     "config": (),
     "kernels": ("config", *SHARED, "routing", "dispatch", "experts"),

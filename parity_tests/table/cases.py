@@ -89,6 +89,11 @@ WEIGHED = plain(
     expert=ExpertConfig(shared_dim=5),
 )
 
+NETWORK = plain(
+    num_experts=5, identity_experts=1, identity_answer="nothing",
+    router=RouterConfig(network_dim=6, takes_state=True, weight_dtype="input"),
+)
+
 ROUTERS = [
     Case("plain top-k", sized("makemoe", noise=False, capacity_factor=None, dropout=0.0)),
     Case("noisy top-k", sized("makemoe", capacity_factor=None, dropout=0.0), draws=("noise",)),
@@ -157,6 +162,15 @@ ROUTERS = [
     Case("soft caps", plain(expert=ExpertConfig(gate_softcap=0.7, up_softcap=0.9, shared_dim=10))),
     Case("shared experts weighed", WEIGHED),
     Case("shared experts weighed, einsum", via(WEIGHED.with_capacity(0.5), "einsum"), draws=("mask", "replay")),
+    Case("a network for a router, with a state", NETWORK),
+    Case("a network for a router, without a state", plain(
+        num_experts=5, identity_experts=1, router=RouterConfig(network_dim=6, dtype="input"),
+    ).with_capacity(0.7), draws=("mask",)),
+    Case("product keys", plain(
+        num_experts=9, expert_dim=1, router=RouterConfig(order="select_then_softmax", product_keys="own"),
+        expert=ExpertConfig(gated=False, shared_dim=10, shared_gated=True),
+    )),
+    Case("product keys, of all tokens in a row", plain(router=RouterConfig(product_keys="flat")), draws=("replay",)),
     Case("replayed choices", MAKEMOE, draws=("noise", "keep", "replay")),
 ]
 
@@ -270,7 +284,7 @@ def kind_of_dispatch(case: Case) -> Hashable:
     groups = moe.capacity and moe.group_size(case.batch_size, case.num_positions) < tokens
     load = case.logits if case.logits in ("unchosen", "one", "two") else "free"
     draws = tuple(draw for draw in case.draws if draw in ("keep", "mask"))
-    sizes = moe.num_experts, moe.top_k, moe.identity_experts, case.batch_size, case.num_positions
+    sizes = moe.num_experts, moe.top_k, moe.identity_experts, moe.identity_answer, case.batch_size, case.num_positions
     return experts, groups, load, draws, case.mask, sizes
 
 

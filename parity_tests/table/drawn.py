@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, get_args
@@ -123,22 +124,37 @@ def balances(draw: st.DrawFn) -> BalanceConfig:
 
 
 @st.composite
+def maps(draw: st.DrawFn, num_experts: int) -> dict[str, Any]:
+    """What a router has in the place of one linear map, most often nothing."""
+    width = draw(st.sampled_from([0, 0, 0, 3]))
+    if width:
+        return {"network_dim": width, "takes_state": draw(st.booleans()), "bias": False}
+    if math.isqrt(num_experts) ** 2 == num_experts and draw(st.booleans()):
+        return {"product_keys": "own", "bias": False}
+    return {}
+
+
+@st.composite
 def moe_configs(draw: st.DrawFn) -> MoEConfig:
     """Any contract of a sparse layer."""
     num_experts = draw(st.integers(1, MOST_EXPERTS))
     router = draw(routers(num_experts))
     capacity, expert = draw(st.none() | capacities()), draw(experts())
     top_k = draw(st.integers(1, router.top_clusters * num_experts // router.num_clusters))
+    identity = 0 if expert.dropout else draw(st.integers(0, num_experts - top_k))
     renormalised = capacity is not None and capacity.renormalise_after_drop
     weighed = router.order == "score_then_select" and router.noise != "learned_gaussian" and not renormalised
     if weighed and expert.shared_dim and not expert.shared_gate:
         router = dataclasses.replace(router, shared_experts=draw(st.integers(0, 2)))
+    if router.noise != "learned_gaussian" and not router.shared_experts:
+        router = dataclasses.replace(router, **draw(maps(num_experts)))
     return MoEConfig(
         model_dim=draw(st.integers(1, MOST_WIDTH)),
         expert_dim=draw(st.integers(1, MOST_WIDTH)),
         num_experts=num_experts,
         top_k=top_k,
-        identity_experts=0 if expert.dropout else draw(st.integers(0, num_experts - top_k)),
+        identity_experts=identity,
+        identity_answer=draw(st.sampled_from(["input", "nothing"])) if identity else "input",
         router=router,
         capacity=capacity,
         expert=expert,

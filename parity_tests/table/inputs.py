@@ -6,6 +6,7 @@ Soft MoE's mixing) the noise spreads the logits, and in the bf16 runs biases kee
 Draws are fp32-representable, so that they mean the same in every dtype.
 """
 
+import math
 import zlib
 
 import ml_dtypes
@@ -58,6 +59,8 @@ def parameter(case: Case, path: Path, shape: tuple[int, ...], rounded: bool = Fa
         return (0.3 * value).astype(np.float32).astype(np.float64)
     if name in ("phi", "embedding"):
         return value
+    if "network" in path:  # so that tokens, not biases, decide their experts
+        return 3 * value * shape[-2] ** -0.5
     if name in ("query", "key", "value", "qkv"):
         return value * shape[-1] ** -0.5
     return value * shape[-2] ** -0.5
@@ -96,6 +99,8 @@ def candidates(case: Case, rng: np.random.Generator) -> Arrays:
     if "jitter" in case.draws:
         eps = config.router.jitter_eps
         pool["jitter_BTD"] = as_float32(rng.uniform(1 - eps, 1 + eps, (rows, config.model_dim)))
+    if config.router.takes_state:
+        pool["router_state_BTI"] = as_float32(rng.normal(size=(rows, config.router.network_dim)))
     return pool
 
 
@@ -191,10 +196,26 @@ def kink_free(config: MoEConfig, experts: Arrays, pool: Arrays, margin: float) -
     return (np.abs(units) >= margin).all(axis=(1, 2))
 
 
+def clean_logits(config: MoEConfig, router: Arrays, x: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+    """The logits [rows, E] before noise; of product keys as if each token's were its own."""
+    if config.router.product_keys != "none":
+        first, second = np.split(x @ router["keys"], 2, axis=-1)
+        return (first[:, :, None] + second[:, None, :]).reshape(len(x), -1)
+    if not config.router.network_dim:
+        return x @ router["kernel"] + router.get("bias", 0.0)
+    h = x @ router["down"] + router["down_bias"]
+    h = h if state is None else h + state * router["state_scale"]
+    h = h / np.sqrt((h**2).mean(axis=-1, keepdims=True) + config.router.network_norm_eps) * router["norm"]
+    for name in ("first", "second"):
+        h = h @ router[name] + router[f"{name}_bias"]
+        h = h * np.vectorize(lambda v: (1 + math.erf(v / math.sqrt(2))) / 2)(h)
+    return h @ router["out"]
+
+
 def choice_scores(config: MoEConfig, router: Arrays, pool: Arrays) -> np.ndarray:
     """The scores [rows, E] by which experts are chosen, precise enough for margins only."""
     x = pool["x_BTD"] * pool.get("jitter_BTD", 1.0)
-    logits = x @ router["kernel"] + router.get("bias", 0.0)
+    logits = clean_logits(config, router, x, pool.get("router_state_BTI"))
     logits = logits[:, : config.num_experts]  # those of shared experts follow
     noise = pool.get("noise_BTE", 0.0)
     if "noise_kernel" in router:

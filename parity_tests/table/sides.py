@@ -36,7 +36,7 @@ TORCH_MODULES = {
     MoEConfig: torch_ref.MoE, SoftMoEConfig: torch_ref.SoftMoE, AttentionConfig: torch_ref.Attention,
     BlockConfig: torch_ref.Block, MakeMoEConfig: torch_ref.MakeMoE,
 }
-ROUTING = ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK", "tokens_BT")
+ROUTING = ("mask_BT", "noise_BTE", "jitter_BTD", "expert_BTK", "tokens_BT", "router_state_BTI")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from jax_moe.porting.families.mixtral import MIXTRAL
 from jax_moe.porting.families.mixtures.around import AROUND
 from jax_moe.porting.families.mixtures.fused import FUSED_FAMILIES
 from jax_moe.porting.families.mixtures.gemma import GEMMAS
+from jax_moe.porting.families.mixtures.routers import ROUTERS
 from jax_moe.porting.families.mixtures.sigmoid import SIGMOID
 from jax_moe.porting.families.mixtures.softmax import SOFTMAX
 from jax_moe.porting.families.mixtures.special import SPECIAL
@@ -31,7 +32,7 @@ FAMILIES: dict[str, Family] = {
     record.name: record for record in (
         TORCH_REF, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, MAKEMOE, MAKEMOE_LAYER, SOFT_MOE, SWITCH,
         SWITCH_TRANSFORMERS,
-        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL, *AROUND, *GEMMAS,
+        *SOFTMAX, *SIGMOID, *FUSED_FAMILIES, *SPECIAL, *AROUND, *GEMMAS, *ROUTERS,
     )
 }
 

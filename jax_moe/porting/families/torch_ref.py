@@ -16,9 +16,19 @@ from jax_moe.porting.families.choices import StateDict
 from jax_moe.porting.families.family import Family
 from jax_moe.porting.table.rows import Row, Table, layer_norm, linear, stacked, under
 
+NETWORK = (
+    *(
+        row
+        for name, dims in (("down", "D I"), ("first", "I O"), ("second", "O I"), ("out", "I E"))
+        for row in linear(f"router.network.{name}", "router.network.", dims, name, f"{name}_bias")
+    ),
+    *(Row(f"router.network.{name}", "I", f"router.network.{name}", "I") for name in ("norm", "state_scale")),
+)
 ROUTER = (
     *linear("router.linear", "router.", "D E"),
     *linear("router.noise_linear", "router.", "D E", "noise_kernel", "noise_bias"),
+    Row("router.keys.weight", "O D", "router.keys", "D O"),
+    *NETWORK,
     Row("router.correction_bias", "E", "router.correction_bias", "E"),
     Row("router.expert_table", "V K", "router.expert_table", "V K"),
 )
@@ -53,7 +63,8 @@ _AROUND = (
     *layer_norm("moe_norm", "moe_norm"),
 )
 
-TORCH_REF = Family("moe", state=StateDict(MoE, MoEConfig, Table("torch_ref", ROWS), r"router\.linear\.weight", None))
+KNOWN_BY = r"router\.(linear|keys|network\.out)\.weight"
+TORCH_REF = Family("moe", state=StateDict(MoE, MoEConfig, Table("torch_ref", ROWS), KNOWN_BY, None))
 # Parts of models, which no checkpoint is of.
 PARTS: dict[type[nnx.Module], tuple[Table, ...]] = {
     Attention: (Table("torch_ref", ATTENTION),),
