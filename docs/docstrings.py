@@ -23,7 +23,7 @@ def as_markdown(text: str) -> str:
     """A docstring in which stars stay, and doctests are code."""
     text, *tests = re.split(r"(?m)^(?=>>> )", text, maxsplit=1)
     pieces = re.split(r"(`[^`]*`)", text)
-    text = "".join(piece if piece.startswith("`") else piece.replace("*", r"\*").replace("<", "&lt;") for piece in pieces)
+    text = "".join(piece if piece[:1] == "`" else piece.replace("*", r"\*").replace("<", "&lt;") for piece in pieces)
     return text + "".join(f"```pycon\n{test.rstrip()}\n```\n" for test in tests)
 
 

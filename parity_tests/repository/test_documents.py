@@ -45,8 +45,8 @@ def run_all(documents: list[Path], folder: Path, capsys: pytest.CaptureFixture[s
     return done
 
 
-@pytest.mark.usefixtures("small_programs")
-@pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
+@pytest.mark.usefixtures("small_programs", "unchecked")
+@pytest.mark.parametrize("page", ALONE, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_page_runs_by_itself(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
