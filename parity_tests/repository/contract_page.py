@@ -6,6 +6,7 @@
 import dataclasses
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -23,6 +24,7 @@ PARTS = {"RouterConfig": "router", "CapacityConfig": "capacity", "ExpertConfig":
 SIZES = {"model_dim", "expert_dim", "num_experts", "top_k"}
 
 
+@cache
 def choices() -> dict[str, Any]:
     """{preset: its contract} at the presets' own defaults."""
     return {name: getattr(presets, name)() for name in presets.__all__}
