@@ -40,11 +40,6 @@ def torch_logits(state: dict, tokens_BT: np.ndarray) -> np.ndarray:
         return original(torch.tensor(tokens_BT), randomness=silent(tokens_BT)).numpy()
 
 
-def jax_logits(model: jax_moe.MakeMoE, tokens_BT: np.ndarray) -> np.ndarray:
-    """The answer of the JAX model: without a key it draws nothing."""
-    return np.asarray(jax.jit(model)(jnp.asarray(tokens_BT)))
-
-
 def main() -> None:
     """Compares both sides before and after the steps in JAX."""
     tokens_BT = np.random.default_rng(0).integers(0, 65, (4, 33))
@@ -53,19 +48,23 @@ def main() -> None:
         make_checkpoint(path)
         # a file holds no top-k, capacity or dropout: without these arguments the published values are assumed, and said
         model = jax_moe.load(path, top_k=2, capacity_factor=1.0, dropout=0.1)
+        graphdef, params, others = nnx.split(model, nnx.Param, ...)
+
+        def logits_of(params: nnx.State) -> jax.Array:  # without a key the model draws nothing
+            return nnx.merge(graphdef, params, others)(jnp.asarray(tokens_BT[:, :-1]))
+
+        jax_logits = jax.jit(logits_of)
         state = torch.load(path, weights_only=True)
-        error = np.abs(jax_logits(model, tokens_BT[:, :-1]) - torch_logits(state, tokens_BT[:, :-1])).max()
+        error = np.abs(jax_logits(params) - torch_logits(state, tokens_BT[:, :-1])).max()
         print(f"{len(state)} tensors; largest difference of a logit {error:.1e}")
         assert error < 1e-4, "the same weights give the same logits"
 
-        graphdef, params, others = nnx.split(model, nnx.Param, ...)
         optimizer = optax.adamw(1e-3)
 
         @jax.jit
         def step(params: nnx.State, state: optax.OptState) -> tuple:
             def loss_of(params: nnx.State) -> jax.Array:
-                logits_BTV = nnx.merge(graphdef, params, others)(jnp.asarray(tokens_BT[:, :-1]))
-                return jax_moe.next_token_loss(logits_BTV, jnp.asarray(tokens_BT[:, 1:]))
+                return jax_moe.next_token_loss(logits_of(params), jnp.asarray(tokens_BT[:, 1:]))
 
             loss, gradients = jax.value_and_grad(loss_of)(params)
             updates, state = optimizer.update(gradients, state, params)
@@ -76,12 +75,11 @@ def main() -> None:
             params, moments, loss = step(params, moments)
             if number % 10 == 0 or number == 29:
                 print(f"step {number:2} in JAX: loss {float(loss):.3f}")
-        model = nnx.merge(graphdef, params, others)
-        jax_moe.save(model, back)
+        jax_moe.save(nnx.merge(graphdef, params, others), back)
 
         trained = torch.load(back, weights_only=True)
         assert trained.keys() == state.keys(), "the names of the original, masks included"
-        error = np.abs(jax_logits(model, tokens_BT[:, :-1]) - torch_logits(trained, tokens_BT[:, :-1])).max()
+        error = np.abs(jax_logits(params) - torch_logits(trained, tokens_BT[:, :-1])).max()
         print(f"back in PyTorch: the same {len(trained)} names; largest difference of a logit {error:.1e}")
         assert error < 1e-4, "the trained model is the same in PyTorch"
 
