@@ -24,9 +24,10 @@ docs: $(VENV)/.docs
 table: $(VENV)/.test
 	$(BIN)/python -m parity_tests.table --update
 
-# docs/families.md: every model type's mixture against transformers, measured anew.
+# docs/families.md: every model type's mixture against transformers, measured anew; and docs/guides/model_contracts.md.
 families: $(VENV)/.test
 	$(BIN)/python -m parity_tests.families --update
+	$(BIN)/python -m parity_tests.families.contracts --update
 
 # Every cell of the parity table, and more drawn contracts, new on every run.
 nightly: $(VENV)/.test
