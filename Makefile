@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check table families nightly fuzz kills mutations precision clean
+.PHONY: train test check docs table families nightly fuzz kills mutations precision clean
 
 train: $(VENV)/.train
 	$(BIN)/python train/train.py $(ARGS)
@@ -16,13 +16,18 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site, in build/site. Warnings are errors: links, names of the reference, pages that the navigation lacks.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # docs/parity.md: the measured parity table, from a fresh run.
 table: $(VENV)/.test
 	$(BIN)/python -m parity_tests.table --update
 
-# docs/families.md: every model type's mixture against transformers, measured anew.
+# docs/families.md: every model type's mixture against transformers, measured anew; and docs/guides/model_contracts.md.
 families: $(VENV)/.test
 	$(BIN)/python -m parity_tests.families --update
+	$(BIN)/python -m parity_tests.families.contracts --update
 
 # Every cell of the parity table, and more drawn contracts, new on every run.
 nightly: $(VENV)/.test
@@ -57,6 +62,10 @@ $(VENV)/.train: $(BIN)/python pyproject.toml
 $(VENV)/.test: $(VENV)/.train
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,check]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 clean:

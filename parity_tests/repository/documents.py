@@ -1,13 +1,18 @@
 """The code blocks of README.md and docs/, and how a test runs them: in order, in one folder and one namespace.
 
+README and the pages that its table lists build on each other; every other page of the site runs by itself.
 Fenced Python and lines of shell commands (indented, or after `$ ` in a fence) are run. `<!-- not run: WHY -->` before a
 block leaves it out, but its options are checked; `<!-- run with: OPTIONS -->` adds options that shorten it.
+`<!-- printed -->` before a fence says that it holds what the block above printed: the words are compared, and of
+numbers how many there are.
 """
 
+import contextlib
+import io
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +25,9 @@ README = ROOT / "README.md"
 # README, then the pages in the order in which it lists them: a page may build on those before it.
 LISTED = re.findall(r"^\| \[(docs/\w+\.md)\]", README.read_text(encoding="utf-8"), re.MULTILINE)
 DOCUMENTS = [README, *(ROOT / page for page in LISTED)]
+# The pages of the site in the order of mkdocs.yml; those that run by themselves.
+SITE = [ROOT / "docs" / page for page in re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)]
+ALONE = [page for page in SITE if page not in DOCUMENTS]
 STARTS = ("make ", "jax-moe ", "python ", ".venv/bin/")  # of a line that is a command
 HEAVY = r"\b(import .*torch|torch_ref|transformers|moe_parity|jax-moe parity|model\.pt)\b"  # needs optional packages
 
@@ -34,6 +42,7 @@ class Block:
     text: str
     left_out: str | None = None  # why it is not run
     added: str = ""
+    printed: str | None = None  # what it prints, where the document shows that
 
     @property
     def heavy(self) -> bool:
@@ -52,6 +61,12 @@ def blocks(document: str, text: str) -> list[Block]:
     while i < len(lines):
         begin, line = i, lines[i]
         note = re.fullmatch(r"<!-- (not run|run with): (.*) -->", line)
+        if line == "<!-- printed -->":
+            begin = lines.index("```text", i + 1)
+            i = lines.index("```", begin + 1)
+            found[-1] = replace(found[-1], printed="\n".join(lines[begin + 1 : i]))
+            i += 1
+            continue
         if note:
             mark = {note[1]: note[2]}
         fenced = re.fullmatch(r"```(\w*)", line)
@@ -80,14 +95,17 @@ def blocks(document: str, text: str) -> list[Block]:
 
 def run(block: Block, names: dict[str, Any], folder: Path) -> None:
     """Runs the block or checks its options. Raises RuntimeError with the line for errors and files written twice."""
-    before = _files(folder)
+    before, printed = _files(folder), io.StringIO()
     try:
-        if block.kind == "python":
-            code = compile("\n" * block.line + block.text, block.document, "exec")
-            if block.left_out is None:
-                exec(code, names)
-        for words in block.commands() if block.kind == "shell" else ():
-            (_run if block.left_out is None else _check)(words)
+        with contextlib.redirect_stdout(printed):
+            if block.kind == "python":
+                code = compile("\n" * block.line + block.text, block.document, "exec")
+                if block.left_out is None:
+                    exec(code, names)
+            for words in block.commands() if block.kind == "shell" else ():
+                (_run if block.left_out is None else _check)(words)
+        if block.printed is not None and _words(block.printed) != _words(printed.getvalue()):
+            raise ValueError(f"prints {printed.getvalue()!r}, not {block.printed!r}")
     except (Exception, SystemExit) as error:
         raise RuntimeError(f"{block.document}, line {block.line}: {type(error).__name__}: {error}") from error
     after = _files(folder)
@@ -96,6 +114,11 @@ def run(block: Block, names: dict[str, Any], folder: Path) -> None:
         raise RuntimeError(
             f"{block.document}, line {block.line}: writes what an earlier block wrote: {', '.join(twice[:5])}"
         )
+
+
+def _words(text: str) -> list[str]:
+    """Words, with a mark in place of each number."""
+    return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", text).split()
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -129,5 +152,7 @@ def _check(words: list[str]) -> None:
         cli.parse(words[1:])
     elif words[1] == "train/train.py":
         loop.read_settings(words[2:])
+    elif words[1].startswith("examples/") and (ROOT / words[1]).exists():
+        pass
     else:
         raise ValueError(f"{' '.join(words)}: must be a command that can be checked")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.repository.documents import DOCUMENTS, ROOT, Block, blocks, run
+from parity_tests.repository.documents import ALONE, DOCUMENTS, ROOT, SITE, Block, blocks, run
 from train.data import text as data
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -26,22 +26,41 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     # The files that `make train` and the blocks marked as long would leave.
     run(Block("runs", 1, "shell", f"python train/train.py {SMALL}"), {}, tmp_path)
     shutil.copytree(tmp_path / "runs" / "001", tmp_path / "runs" / "torch")
+    assert run_all(DOCUMENTS, tmp_path, capsys) >= (20 if TORCH else 4)
+
+
+def run_all(documents: list[Path], folder: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """How many blocks ran, in one namespace."""
     names: dict = {"__name__": "readme"}
     done = 0
-    found = (blocks(document.name, document.read_text(encoding="utf-8")) for document in DOCUMENTS)
+    found = (blocks(document.name, document.read_text(encoding="utf-8")) for document in documents)
     for block in itertools.chain.from_iterable(found):
         if block.heavy and not TORCH:
             break
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings are no errors for users
-            run(block, names, tmp_path)
+            run(block, names, folder)
         capsys.readouterr()
         done += 1
-    assert done >= (20 if TORCH else 4)
+    return done
 
 
-def test_readme_lists_every_page() -> None:
-    assert sorted(DOCUMENTS) == sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+@pytest.mark.usefixtures("small_programs", "unchecked")
+@pytest.mark.parametrize("page", ALONE, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_page_runs_by_itself(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    if "tinyshakespeare.txt" in text:
+        (tmp_path / "tinyshakespeare.txt").write_text(data.plays()[:60_000], encoding="utf-8")
+    run_all([page], tmp_path, capsys)
+
+
+def test_every_page_is_listed() -> None:
+    """In the navigation of the site; those directly in docs/, but for the first page, also in README's table."""
+    assert sorted(SITE) == sorted((ROOT / "docs").rglob("*.md"))
+    assert sorted(DOCUMENTS) == sorted([ROOT / "README.md", *(ROOT / "docs").glob("[!i]*.md")])
 
 
 def test_the_first_python_block_needs_no_torch() -> None:
@@ -63,6 +82,7 @@ WRITES = "```python\nfrom pathlib import Path; Path('a').write_text('1')\n```\n"
         ("<!-- not run: long -->\n    make nonsense", "make nonsense: must be one of train, test"),
         (f"{WRITES}```\n$ python train/plots.py --compare a b.png\n```", "status 2"),
         (WRITES + WRITES, "writes what an earlier block"),
+        ("```python\nprint('a', 1.5)\n```\n\n<!-- printed -->\n```text\nb 2e-7\n```", "prints 'a 1.5.n', not 'b 2e-7'"),
     ],
 )
 def test_a_block_that_is_wrong_is_found(
@@ -81,5 +101,7 @@ def test_marks_and_kinds() -> None:
     (block,) = blocks("d.md", text)
     assert (block.kind, block.left_out, block.line) == ("shell", "why", 7)
     assert block.commands() == [["make", "test"], ["make", "check"]]
+    (block,) = blocks("d.md", "```python\nprint('a', 1.5)\n```\n\n<!-- printed -->\n```text\na 2e-7\n```\n")
+    run(block, {}, Path.cwd())
     with pytest.raises(ValueError, match="a block must follow"):
         blocks("d.md", "<!-- not run: why -->\nprose")
