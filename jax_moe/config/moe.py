@@ -59,7 +59,7 @@ class RouterConfig:
     # above 0: logits of a network of that width in place of a linear map: a map with bias, a norm, two maps with bias
     # and GELU, a map (ZAYA1). What its first map answers is its state, which a call also returns
     network_dim: int = 0
-    network_norm_eps: float = 1e-5
+    network_norm_eps: float = 1e-5  # of the norm of that state
     takes_state: bool = False  # to its own state it adds that of the mixture before, times learned factors (ZAYA1)
     # logits of E = n * n experts are sums of two of 2n numbers: expert (i, j) has first half's i plus second half's j
     # (product keys, arXiv 1907.05242, section 3.1). "flat": the halves are not those of a token's own 2n numbers but
@@ -325,7 +325,7 @@ class MoEConfig:
     # Of num_experts, the last so many return their input (LongCat's zero-computation experts): choices as any other, in
     # capacity's E and in the load, but without weights, queue or drops
     identity_experts: int = 0
-    identity_answer: Literal["input", "nothing"] = "input"  # or they answer nothing at all (ZAYA1's skip expert)
+    identity_answer: Literal["input", "nothing"] = "input"  # what these return; nothing: ZAYA1's skip expert
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig | None = None  # None: dropless
     expert: ExpertConfig = field(default_factory=ExpertConfig)
