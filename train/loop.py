@@ -6,13 +6,14 @@ from pathlib import Path
 
 from jax_moe.disk import write_whole
 from jax_moe.output import any_encoding
-from train.options import read_settings
+from train.options import read_launch, read_settings
 from train.plots import plot_run
 from train.prepare import Run, prepare, removed
 from train.run import folder as run_folder
 from train.run.interrupt import Interrupt
-from train.run.logger import open_logger
-from train.run.progress import display
+from train.run.logger import NoLogger, open_logger
+from train.run.progress import Silent, display
+from train.run.together import AgreedError, InterruptOfAny, Processes, leave_at_once, meet
 from train.steps import DivergedError, Steps
 
 INTERRUPTED = 130
@@ -22,6 +23,39 @@ COMPILING = "compiling: seconds for a small model, minutes for a large one"
 def main() -> int:
     """The command; its exit code. A wrong request and an early end are reported in one line on stderr."""
     any_encoding()
+    try:
+        processes = meet(read_launch(sys.argv[1:]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if processes.count == 1:
+        return run_alone()
+    try:
+        return run_with(processes)
+    except BaseException as error:  # the others would wait for this process
+        leave_at_once(error)
+        raise
+
+
+def run_with(processes: Processes) -> int:
+    """The command in one of several processes. What fails in any of them ends all, and process 0 says why."""
+    run = None
+    try:
+        settings = processes.everywhere(lambda: read_settings(sys.argv[1:]))
+        run = prepare(*settings, processes=processes)
+        return train(run)
+    except (AgreedError, DivergedError) as error:
+        saved = f"; {run_folder.what_is_saved(run.folder)}" if run else ""
+        if processes.first:
+            print(f"error: {error}{saved}", file=sys.stderr)
+        return error.status if isinstance(error, AgreedError) else 1
+    finally:
+        if run:
+            run.lock.release()
+
+
+def run_alone() -> int:
+    """The command in one process."""
     run = None
     try:
         try:
@@ -44,8 +78,10 @@ def main() -> int:
 
 def train(run: Run) -> int:
     """Trains until the last step or a signal; the exit code."""
-    config, logger = run.config, open_logger(run.folder, run.config)
-    with Interrupt() as stop, display(run.start, config.steps) as show:
+    config, processes = run.config, run.processes
+    logger = processes.alone(lambda: open_logger(run.folder, run.config)) or NoLogger()
+    interrupt = Interrupt() if processes.count == 1 else InterruptOfAny(processes)
+    with interrupt as stop, display(run.start, config.steps) if processes.first else Silent() as show:
         learner, text = run.learner, run.text
         show.line(f"{run.folder}: {learner.num_parameters:,} parameters, {learner.device}, {text.source}, {text.size}")
         if run.note:
@@ -53,7 +89,7 @@ def train(run: Run) -> int:
         if learner.compiles and run.start < config.steps:
             show.line(COMPILING)
         done = Steps(run, logger, stop, show).to_end()
-    logger.close(finished=done == config.steps)
+    processes.alone(lambda: logger.close(finished=done == config.steps))
     if done == config.steps:
         finish(run)
         return 0
@@ -65,12 +101,12 @@ def train(run: Run) -> int:
 
 def finish(run: Run) -> None:
     """Writes plots, the trained model and a sample; prints the sample."""
-    config, folder = run.config, run.folder
-    plot_run(folder, run.rows)
+    config, folder, processes = run.config, run.folder, run.processes
+    processes.alone(lambda: plot_run(folder, run.rows))
     run.learner.write(folder)
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
-    write_whole(folder / "sample.txt", sample + "\n")
+    processes.alone(lambda: write_whole(folder / "sample.txt", sample + "\n"))
     run.check_there()
     print(f"\n{sample}\n\nwrote {folder}", flush=True)
 

@@ -35,7 +35,7 @@ _USES = {"eval_train": 0, "eval_val": 1}
 class TorchLearner:
     """`torch_ref.MakeMoE` with torch.optim.AdamW. Draws are torch's own: the curves agree in law, not draw by draw."""
 
-    compiles = False
+    compiles, rows = False, None
 
     def __init__(self, config: TrainConfig, model: MakeMoEConfig, initial: MakeMoE | None = None):
         self.config, self.model_config, self.precision = config, model, PRECISIONS[config.precision]
