@@ -181,10 +181,10 @@ class JaxLearner:
         )
 
     def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
-        checkpoint.save(folder, step, self._stored(), settings)
+        checkpoint.save(folder, step, self._stored(), settings, self.processes)
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
-        step, settings, stored = checkpoint.restore(folder, self._stored(), older=self.state)
+        step, settings, stored = checkpoint.restore(folder, self._stored(), self.state, self.processes)
         module = self.module()
         state = stored_state(module)
         nnx.replace_by_pure_dict(state, stored["params"])
