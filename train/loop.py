@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax_moe.disk import write_whole
 from jax_moe.output import any_encoding
+from train.configs.launch import Launch
 from train.options import read_launch, read_settings
 from train.plots import plot_run
 from train.prepare import Run, prepare, removed
@@ -24,23 +25,25 @@ def main() -> int:
     """The command; its exit code. A wrong request and an early end are reported in one line on stderr."""
     any_encoding()
     try:
-        processes = meet(read_launch(sys.argv[1:]))
+        launch = read_launch(sys.argv[1:])
+        processes = meet(launch)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if processes.count == 1:
         return run_alone()
     try:
-        return run_with(processes)
+        return run_with(processes, launch)
     except BaseException as error:  # the others would wait for this process
         leave_at_once(error)
         raise
 
 
-def run_with(processes: Processes) -> int:
+def run_with(processes: Processes, launch: Launch) -> int:
     """The command in one of several processes. What fails in any of them ends all, and process 0 says why."""
     run = None
     try:
+        processes.agree({"processes": launch.processes})
         settings = processes.everywhere(lambda: read_settings(sys.argv[1:]))
         run = prepare(*settings, processes=processes)
         return train(run)
