@@ -30,13 +30,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if processes.count == 1:
-        return run_alone()
-    try:
-        return run_with(processes, launch)
-    except BaseException as error:  # the others would wait for this process
-        leave_at_once(error)
-        raise
+    return run_alone() if processes.count == 1 else run_with(processes, launch)
 
 
 def run_with(processes: Processes, launch: Launch) -> int:
@@ -48,10 +42,11 @@ def run_with(processes: Processes, launch: Launch) -> int:
         run = prepare(*settings, processes=processes)
         return train(run)
     except (AgreedError, DivergedError) as error:
-        saved = f"; {run_folder.what_is_saved(run.folder)}" if run else ""
         if processes.first:
-            print(f"error: {error}{saved}", file=sys.stderr)
+            print(f"error: {error}{_saved(run)}", file=sys.stderr)
         return error.status if isinstance(error, AgreedError) else 1
+    except BaseException as error:  # the others would wait for this process, and its lock ends with it
+        leave_at_once(error, _saved(run))
     finally:
         if run:
             run.lock.release()
@@ -71,8 +66,7 @@ def run_alone() -> int:
         print(f"error: {_reason(error, run)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        saved = f"; {run_folder.what_is_saved(run.folder)}" if run else ""
-        print(f"stopped at once, nothing more was saved{saved}", file=sys.stderr)
+        print(f"stopped at once, nothing more was saved{_saved(run)}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if run:
@@ -98,7 +92,8 @@ def train(run: Run) -> int:
         return 0
     if config.pretrained is not None:
         run.learner.write(run.folder)
-    print(f"stopped and saved at step {done} of {config.steps}; to go on: {resume_command(run.folder)}", flush=True)
+    go_on = resume_command(run.folder) + ("" if processes.count == 1 else " with the options that start each process")
+    print(f"stopped and saved at step {done} of {config.steps}; to go on: {go_on}", flush=True)
     return INTERRUPTED
 
 
@@ -119,6 +114,11 @@ def resume_command(folder: Path) -> str:
     return f"python {shlex.quote(sys.argv[0])} --resume --out {shlex.quote(str(folder))}"
 
 
+def _saved(run: Run | None) -> str:
+    """The end of a message: which checkpoint is safe."""
+    return f"; {run_folder.what_is_saved(run.folder)}" if run else ""
+
+
 def _reason(error: Exception, run: Run | None) -> str:
     """In one line: what failed, and which checkpoint is safe."""
     reason = " ".join(str(error).split())
@@ -129,4 +129,4 @@ def _reason(error: Exception, run: Run | None) -> str:
         return reason
     if run.lock.lost():
         return removed(run.folder)
-    return f"{reason}; {run_folder.what_is_saved(run.folder)}"
+    return f"{reason}{_saved(run)}"

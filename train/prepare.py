@@ -19,7 +19,7 @@ from train.learners.longer import lengthened
 from train.run import folder as run_folder
 from train.run import metrics
 from train.run.logger import check_logger
-from train.run.together import Processes
+from train.run.together import ALONE, Processes
 from train.task import Task, make_learner, read_task
 
 
@@ -38,7 +38,7 @@ class Run:
     rows: list[metrics.Row]
     lock: Lock | run_folder.Unlocked
     note: str | None = None
-    processes: Processes = Processes()
+    processes: Processes = ALONE
     share: np.ndarray | None = None
 
     def batch(self, use: data.Use, step: int, number: int = 0) -> np.ndarray:
@@ -66,7 +66,7 @@ def removed(folder: Path) -> str:
 
 def prepare(
     config: TrainConfig, saved: TrainConfig | None, folder: Path, free: Free = EXPLICIT,
-    processes: Processes = Processes(),  # noqa: B008
+    processes: Processes = ALONE,
 ) -> Run:
     """The run that the settings describe; `saved` are those of the run to be resumed, None for a new run.
 

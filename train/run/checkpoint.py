@@ -17,13 +17,10 @@ from orbax.checkpoint import v1 as ocp
 
 from jax_moe.disk import put_in_place, same_bits, sync, write_whole
 from jax_moe.porting.formats.orbax import plain, quiet, save_tree
-from train.run.together import Processes
+from train.run.together import ALONE, Processes
 
 KEEP = 2  # if the newest is damaged, the checkpoint before it is left
 BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
-
-
-ALONE = Processes()
 
 
 def save(

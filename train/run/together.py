@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from train.configs.launch import Launch, check_launch
 from train.run.interrupt import Interrupt
@@ -100,6 +100,9 @@ class Processes:
         return [rows[i, :size].tobytes().decode() for i, size in enumerate(sizes)]
 
 
+ALONE = Processes()
+
+
 class InterruptOfAny(Interrupt):
     """With several processes: all stop at the same step, the first at which they meet after a signal to any of them."""
 
@@ -130,7 +133,7 @@ def meet(launch: Launch) -> Processes:
     """
     check_launch(launch)
     if launch.alone:
-        return Processes()
+        return ALONE
     import jax
 
     # It would take SIGTERM from the run, which saves a checkpoint when it is asked to end.
@@ -172,14 +175,17 @@ def _in_time(launch: Launch) -> Iterator[None]:
         timer.cancel()
 
 
-def leave_at_once(error: BaseException) -> None:
-    """Ends a process of several after an error that the others do not know of, without waiting for them."""
+def leave_at_once(error: BaseException, saved: str) -> NoReturn:
+    """Ends a process of several after an error that the others do not know of, without waiting for them.
+
+    Most often it is the end of another process, in the words of what has carried numbers between them.
+    """
     import jax
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     text = " ".join(str(error).split())[:300]
     if not isinstance(error, jax.errors.JaxRuntimeError | KeyboardInterrupt) and "Gloo" not in text:
         traceback.print_exception(error)
-    said = f"the processes cannot go on together ({type(error).__name__}: {text})"
-    print(f"error: {said}", file=sys.stderr, flush=True)
+    said = f"a process has ended or failed, the others cannot go on without it ({type(error).__name__}: {text})"
+    print(f"error: {said}{saved}", file=sys.stderr, flush=True)
     os._exit(FAILED)
