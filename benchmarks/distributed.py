@@ -5,7 +5,7 @@
 Trains a tiny character model on Shakespeare's plays with `train/train.py`: in one process, then in 2 on the mesh
 data=2, then in 4 on data=2,expert=2, all on this machine, one CPU device each. Prints the validation losses side by
 side and the largest relative difference of all training and validation losses. The exit status is 1 if that is above
-1e-5, or if drops or loads of experts differ. XLA compiles fast into slow code: the command compares numbers, not speeds.
+1e-5, or if drops or loads of experts differ. XLA compiles fast, into slow code: no speeds are compared.
 """
 
 import json

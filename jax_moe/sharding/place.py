@@ -86,7 +86,7 @@ def put_share(share: np.ndarray, mesh: Mesh, batch_size: int) -> Any:
     """A batch on the devices of all processes, of which each gives its `rows_here`. Nothing travels between them."""
     rows = rows_here(mesh, batch_size)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        return share[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return share if index is None else share[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
 
     return jax.make_array_from_callback((batch_size, *share.shape[1:]), batch_split(mesh, batch_size), part)

@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from benchmarks import distributed
 from benchmarks.distributed import ends, free_port, launched, start
+from jax_moe.sharding.mesh import device_mesh, read_mesh
 from train import loop
 from train.configs.launch import Launch, check_launch
 from train.data import text as data
@@ -143,13 +146,13 @@ def fail(place: Path, *launches: list[str], timeout: float = 60) -> Ended:
 BAD = [*SETTINGS, "--out", "bad"]
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_others_that_never_come(place: Path, index: int) -> None:
-    port = free_port()
-    words = [*launched(2, port, BAD)[index], "--coordinator-timeout", "3"]
-    ((_, _, error),) = fail(place, words)
-    what = "must be reached by all 2 processes within coordinator_timeout=3 seconds; start them all, or wait longer"
-    assert error == f"error: coordinator='127.0.0.1:{port}': {what}\n"
+def test_others_that_never_come(place: Path) -> None:
+    """Process 0 waits for process 1 at one port, process 1 for process 0 at another."""
+    ports = [free_port(), free_port()]
+    words = [[*launched(2, port, BAD)[index], "--coordinator-timeout", "2"] for index, port in enumerate(ports)]
+    what = "must be reached by all 2 processes within coordinator_timeout=2 seconds; start them all, or wait longer"
+    for port, (_, _, error) in zip(ports, fail(place, *words), strict=True):
+        assert error == f"error: coordinator='127.0.0.1:{port}': {what}\n"
 
 
 def test_processes_that_disagree(place: Path) -> None:
@@ -159,10 +162,19 @@ def test_processes_that_disagree(place: Path) -> None:
     assert "learning_rate=0.003 and 0.5" in error and "seed=1337 and 3" in error
 
 
-def test_a_mesh_that_is_not_of_their_devices(place: Path) -> None:
-    wrong = [*BAD, "--mesh", "data=3", "--batch-size", "9"]
-    (_, _, error), (_, _, silent) = fail(place, *launched(2, free_port(), wrong))
-    assert error == "error: mesh='data=3': must be of 2 devices in all, those of the 2 processes\n" and silent == ""
+def test_one_process_that_cannot_start_ends_both(place: Path) -> None:
+    first, second = launched(2, free_port(), BAD)
+    (_, _, error), (_, _, silent) = fail(place, first, [*second, "--learning-rate", "-1"])
+    assert error == "error: process 1: learning_rate=-1.0: must be above 0\n" and silent == ""
+
+
+def test_a_mesh_that_is_not_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process would see the same; a process without a device of the mesh could not take part."""
+    count = jax.device_count()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for words in (f"data={count + 1}", "data=1" if count > 1 else "data=2,expert=3"):
+        with pytest.raises(ValueError, match=f"mesh='{words}': must be of {count} devices in all, those of the 2 proc"):
+            device_mesh(read_mesh(words))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +212,22 @@ def test_options_that_are_refused(place: Path, words: str, said: str, capsys, mo
     monkeypatch.setattr(sys, "argv", ["train/train.py", *BAD, *words.split()])
     assert loop.main() == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_signal_to_any_process_ends_all_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = [""]
+    monkeypatch.setattr(together.Processes, "gather", lambda self, text: [text, heard[0]])
+    with together.InterruptOfAny(together.Processes(2, 0)) as stop:
+        stop.meet()
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop.requested, "the others do not know of it yet"
+        stop.meet()
+        assert stop.requested
+    with together.InterruptOfAny(together.Processes(2, 0)) as stop:
+        heard[0] = "yes"
+        stop.meet()
+        assert stop.requested
 
 
 def test_a_failure_in_one_is_one_message_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
