@@ -5,7 +5,7 @@
 Trains a tiny character model on Shakespeare's plays with `train/train.py`: in one process, then in 2 on the mesh
 data=2, then in 4 on data=2,expert=2, all on this machine, one CPU device each. Prints the validation losses side by
 side and the largest relative difference of all training and validation losses. The exit status is 1 if that is above
-1e-5, or if drops or loads of experts differ. XLA compiles fast, into slow code: no speeds are compared.
+4e-6, or if drops or loads of experts differ. XLA compiles fast, into slow code: no speeds are compared.
 """
 
 import json
@@ -31,7 +31,7 @@ MODEL = (
     "--eval-batches 2 --sample-length 1 --balance-loss-weight 0.01"
 )
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-SAME = 1e-5  # of losses, relative; measured 2e-7
+SAME = 4e-6  # of losses, relative; measured 4.2e-7
 TIMEOUT = 300
 EXACT = ("dropped_fraction", "expert_load")
 Rows = list[metrics.Row]
@@ -142,9 +142,8 @@ def show(about: dict[str, Any]) -> None:
         print(f"{rows[0]['step']:>6}" + "".join(f"{row['val_loss']:>14.7f}" for row in rows))
     print()
     for number in list(curves)[1:]:
-        difference = f"largest difference from one process {differences[number]:.1e} (relative)"
-        same = "drops and loads of experts the same"
-        print(f"{names[number]}, {MESHES[number]}: {difference}, {same}; {about['seconds'][number]:.0f} s")
+        said = f"within {differences[number]:.1e} of one process (relative), same drops and loads of experts"
+        print(f"{names[number]} on {MESHES[number]}: {said}; {about['seconds'][number]:.0f} s")
 
 
 def main(arguments: list[str] | None = None) -> int:

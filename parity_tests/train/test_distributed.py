@@ -49,7 +49,7 @@ def alone(place: Path, *words: str) -> None:
 
 def both(place: Path, *words: str) -> Ended:
     """Runs the command in two processes; what they print and how they end."""
-    return ends((start(launch, place, flags=flags()) for launch in launched(2, free_port(), words)), timeout=120)
+    return ends((start(launch, place, flags=flags()) for launch in launched(2, free_port(), words)), timeout=300)
 
 
 def flags() -> str:
@@ -134,7 +134,7 @@ def test_a_share_of_a_batch() -> None:
 # What goes wrong
 
 
-def fail(place: Path, *launches: list[str], timeout: float = 60) -> Ended:
+def fail(place: Path, *launches: list[str], timeout: float = 120) -> Ended:
     """Runs the commands, each of which must fail in one line or none, and write nothing."""
     ended = ends((start(words, place, flags=flags()) for words in launches), timeout)
     for status, out, error in ended:
