@@ -145,10 +145,10 @@ def meet(launch: Launch) -> Processes:
                 initialization_timeout=launch.coordinator_timeout + GRACE,
             )
         except (ValueError, RuntimeError) as error:  # no cluster is found; the port is taken
-            where, reason = f"coordinator={launch.coordinator!r}: must be HOST:PORT of process 0", _one_line(error)[:200]
+            where = f"coordinator={launch.coordinator!r}: must be HOST:PORT of process 0, and a free port"
             if launch.distributed:
                 where = "distributed=True: must be used under SLURM, GKE or on a TPU pod, elsewhere --coordinator"
-            raise ValueError(f"{where} (jax: {reason})") from None
+            raise ValueError(f"{where} (jax: {_one_line(error)[:200]})") from None
         processes = Processes(jax.process_count(), jax.process_index())
         if not processes.first:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
