@@ -6,13 +6,15 @@ from pathlib import Path
 
 from jax_moe.disk import write_whole
 from jax_moe.output import any_encoding
-from train.options import read_settings
+from train.configs.launch import Launch
+from train.options import read_launch, read_settings
 from train.plots import plot_run
 from train.prepare import Run, prepare, removed
 from train.run import folder as run_folder
 from train.run.interrupt import Interrupt
-from train.run.logger import open_logger
-from train.run.progress import display
+from train.run.logger import NoLogger, open_logger
+from train.run.progress import Silent, display
+from train.run.together import AgreedError, InterruptOfAny, Processes, leave_at_once, meet
 from train.steps import DivergedError, Steps
 
 INTERRUPTED = 130
@@ -22,6 +24,36 @@ COMPILING = "compiling: seconds for a small model, minutes for a large one"
 def main() -> int:
     """The command; its exit code. A wrong request and an early end are reported in one line on stderr."""
     any_encoding()
+    try:
+        launch = read_launch(sys.argv[1:])
+        processes = meet(launch)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_alone() if processes.count == 1 else run_with(processes, launch)
+
+
+def run_with(processes: Processes, launch: Launch) -> int:
+    """The command in one of several processes. What fails in any of them ends all, and process 0 says why."""
+    run = None
+    try:
+        processes.agree({"processes": launch.processes})
+        settings = processes.everywhere(lambda: read_settings(sys.argv[1:]))
+        run = prepare(*settings, processes=processes)
+        return train(run)
+    except (AgreedError, DivergedError) as error:
+        if processes.first:
+            print(f"error: {error}{_saved(run)}", file=sys.stderr)
+        return error.status if isinstance(error, AgreedError) else 1
+    except BaseException as error:  # the others would wait for this process, and its lock ends with it
+        leave_at_once(error, _saved(run))
+    finally:
+        if run:
+            run.lock.release()
+
+
+def run_alone() -> int:
+    """The command in one process."""
     run = None
     try:
         try:
@@ -34,8 +66,7 @@ def main() -> int:
         print(f"error: {_reason(error, run)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        saved = f"; {run_folder.what_is_saved(run.folder)}" if run else ""
-        print(f"stopped at once, nothing more was saved{saved}", file=sys.stderr)
+        print(f"stopped at once, nothing more was saved{_saved(run)}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if run:
@@ -44,8 +75,10 @@ def main() -> int:
 
 def train(run: Run) -> int:
     """Trains until the last step or a signal; the exit code."""
-    config, logger = run.config, open_logger(run.folder, run.config)
-    with Interrupt() as stop, display(run.start, config.steps) as show:
+    config, processes = run.config, run.processes
+    logger = processes.alone(lambda: open_logger(run.folder, run.config)) or NoLogger()
+    interrupt = Interrupt() if processes.count == 1 else InterruptOfAny(processes)
+    with interrupt as stop, display(run.start, config.steps) if processes.first else Silent() as show:
         learner, text = run.learner, run.text
         show.line(f"{run.folder}: {learner.num_parameters:,} parameters, {learner.device}, {text.source}, {text.size}")
         if run.note:
@@ -53,24 +86,25 @@ def train(run: Run) -> int:
         if learner.compiles and run.start < config.steps:
             show.line(COMPILING)
         done = Steps(run, logger, stop, show).to_end()
-    logger.close(finished=done == config.steps)
+    processes.alone(lambda: logger.close(finished=done == config.steps))
     if done == config.steps:
         finish(run)
         return 0
     if config.pretrained is not None:
         run.learner.write(run.folder)
-    print(f"stopped and saved at step {done} of {config.steps}; to go on: {resume_command(run.folder)}", flush=True)
+    go_on = resume_command(run.folder) + ("" if processes.count == 1 else " with the options that start each process")
+    print(f"stopped and saved at step {done} of {config.steps}; to go on: {go_on}", flush=True)
     return INTERRUPTED
 
 
 def finish(run: Run) -> None:
     """Writes plots, the trained model and a sample; prints the sample."""
-    config, folder = run.config, run.folder
-    plot_run(folder, run.rows)
+    config, folder, processes = run.config, run.folder, run.processes
+    processes.alone(lambda: plot_run(folder, run.rows))
     run.learner.write(folder)
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
-    write_whole(folder / "sample.txt", sample + "\n")
+    processes.alone(lambda: write_whole(folder / "sample.txt", sample + "\n"))
     run.check_there()
     print(f"\n{sample}\n\nwrote {folder}", flush=True)
 
@@ -78,6 +112,11 @@ def finish(run: Run) -> None:
 def resume_command(folder: Path) -> str:
     """What the user types to continue."""
     return f"python {shlex.quote(sys.argv[0])} --resume --out {shlex.quote(str(folder))}"
+
+
+def _saved(run: Run | None) -> str:
+    """The end of a message: which checkpoint is safe."""
+    return f"; {run_folder.what_is_saved(run.folder)}" if run else ""
 
 
 def _reason(error: Exception, run: Run | None) -> str:
@@ -90,4 +129,4 @@ def _reason(error: Exception, run: Run | None) -> str:
         return reason
     if run.lock.lost():
         return removed(run.folder)
-    return f"{reason}; {run_folder.what_is_saved(run.folder)}"
+    return f"{reason}{_saved(run)}"

@@ -29,13 +29,13 @@ def check_memory(config: TrainConfig, parameters: int, num_layers: int, width: i
     sizes = f"{config.batch_size:,} x {config.model.block_size:,}"
     what = f"training {parameters:,} parameters on batches of {sizes} tokens"
     if jax.default_backend() == "cpu":
-        require_memory(STATE * parameters + batch + host, what)
+        require_memory((STATE * parameters + batch) // jax.process_count() + host, what)
         return
     require_memory(host, what)
     from train.learners.jax_learner import choose_mesh
 
-    devices = choose_mesh(config).local_devices
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
-    needed, limit = (STATE * parameters + batch) // len(devices), min(limits, default=0)
+    mesh = choose_mesh(config)
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in mesh.local_devices]
+    needed, limit = (STATE * parameters + batch) // mesh.size, min(limits, default=0)
     if limit and needed > limit:
         raise ValueError(f"{shorten(what)} needs about {needed:,} bytes a device: must be at most {limit:,}")

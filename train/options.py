@@ -7,8 +7,10 @@ from pathlib import Path
 import tyro
 
 from jax_moe.arguments import registry
+from jax_moe.config.checks import require
 from train.configs import PRESETS
 from train.configs.adapt import EXPLICIT, Free, fit_settings, given
+from train.configs.launch import Launch
 from train.configs.settings import Start, TrainConfig, flat
 from train.run import folder as run_folder
 
@@ -18,7 +20,8 @@ ALIASES = {
     "aux-loss-weight": "balance-loss-weight", "batch": "batch-size",
     "bf16": "precision", "bias-rate": "bias-update-rate", "bias-update-speed": "bias-update-rate",
     "block": "block-size", "bs": "batch-size", "checkpoint-interval": "checkpoint-every", "ckpt": "init-from",
-    "context-length": "block-size", "d-model": "model-dim", "dataset": "data", "dim": "model-dim",
+    "context-length": "block-size", "coordinator-address": "coordinator", "d-model": "model-dim",
+    "dataset": "data", "dim": "model-dim",
     "dtype": "precision", "eval-batch": "eval-batches", "eval-interval": "eval-every", "eval-iters": "eval-batches",
     "eval-steps": "eval-every", "gpus": "num-devices", "grad-clip": "clip-norm",
     "gradient-checkpointing": "remat", "heads": "num-heads", "hidden-dim": "model-dim",
@@ -32,7 +35,8 @@ ALIASES = {
     "n-embd": "model-dim", "n-embed": "model-dim", "n-experts": "num-experts",
     "n-head": "num-heads", "n-heads": "num-heads", "n-layer": "num-layers", "n-layers": "num-layers",
     "num-experts-per-tok": "top-k", "num-hidden-layers": "num-layers", "num-iterations": "steps",
-    "num-local-experts": "num-experts", "num-steps": "steps", "num-train-steps": "steps", "out-dir": "out",
+    "num-local-experts": "num-experts", "num-processes": "processes", "num-steps": "steps",
+    "num-train-steps": "steps", "out-dir": "out",
     "output": "out", "output-dir": "out", "prompt": "sample-prompt", "router-aux-loss-coef": "balance-loss-weight",
     "save-every": "checkpoint-every", "save-interval": "checkpoint-every", "save-steps": "checkpoint-every",
     "seq-len": "block-size", "seq-length": "block-size", "sequence-length": "block-size",
@@ -49,6 +53,12 @@ def answer_help(arguments: list[str]) -> None:
             read_settings(arguments)
 
 
+def read_launch(arguments: list[str]) -> Launch:
+    """How the processes of the run find each other: read before all else, as jax must not look for devices before."""
+    check_names(arguments)
+    return tyro.cli(Launch, args=arguments, add_help=False, return_unknown_args=True)[0]
+
+
 def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None, Path, Free]:
     """(the settings, those of the run to be resumed or None, the run's folder, the names that the user did not give).
 
@@ -58,6 +68,8 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     check_names(arguments)
     asks_help = {"-h", "--help"} & set(arguments)
     start, _ = tyro.cli(Start, args=arguments, add_help=False, return_unknown_args=True)
+    one = asks_help or start.out is not None or read_launch(arguments).alone
+    require(bool(one), "out", None, "given with several processes, as one folder that all of them reach")
     folder = Path() if asks_help else run_folder.choose(start)
     saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
     preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")

@@ -12,6 +12,7 @@ from train.run.logger import Logger
 from train.run.progress import Display, Meter, clock
 
 SHOW_EVERY = 10  # steps between reads of the loss: the device need not wait for the host at every step
+MEET_EVERY = 10  # steps after which several processes ask each other for signals
 
 
 class DivergedError(Exception):
@@ -45,6 +46,8 @@ class Steps:
         self.evaluate()
         while self.step < self.config.steps and not self.stop.requested:
             self.train_step()
+            if self.step % MEET_EVERY == 0:
+                self.stop.meet()
             self.look_at_loss()
             if self.due(self.config.checkpoint_every):
                 self.save()
@@ -95,10 +98,14 @@ class Steps:
         row = evaluate(self.run, self.step, self.meter.rate(), self.stop)
         if row is not None:
             self.run.rows.append(row)
-            metrics.append(self.run.folder, row)
-            self.logger.log(row)
+            self.run.processes.alone(lambda: self._write(row))
             self.display.line(describe(row, self.meter, self.config))
         self.meter.clear()
+
+
+    def _write(self, row: metrics.Row) -> None:
+        metrics.append(self.run.folder, row)
+        self.logger.log(row)
 
 
 def evaluate(run: Run, step: int, rate: float | None, stop: Interrupt) -> metrics.Row | None:

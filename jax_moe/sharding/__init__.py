@@ -13,7 +13,7 @@ from jax_moe.sharding.mesh import (
     mesh_in_use,
     read_mesh,
 )
-from jax_moe.sharding.place import fetch, put_batch
+from jax_moe.sharding.place import check_batch, fetch, put_batch, put_share, rows_here
 from jax_moe.sharding.rules import (
     RULES,
     batch_split,
@@ -31,6 +31,7 @@ __all__ = [
     "RULES",
     "TENSOR_AXIS",
     "batch_split",
+    "check_batch",
     "check_divides",
     "check_exchange",
     "data_mesh",
@@ -42,8 +43,10 @@ __all__ = [
     "fitting_devices",
     "mesh_in_use",
     "put_batch",
+    "put_share",
     "read_mesh",
     "replicated",
+    "rows_here",
     "split_tree",
     "weight_split",
 ]

@@ -42,31 +42,36 @@ def read_mesh(text: str) -> dict[str, int]:
 
 
 def device_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """The mesh with so many devices on each axis; 1 on those not named. It takes this process's first devices.
+    """The mesh with so many devices on each axis; 1 on those not named. It takes the first devices.
 
-    Raises ValueError for an axis that is not here, a size below 1, and more devices than there are. Axes are Auto:
-    under Explicit ones, jax.make_mesh's default, gathers raise.
+    With several processes it takes all devices of all of them, those of a process together on the last axes. Raises
+    ValueError for an axis that is not here, a size below 1, and more devices than there are, or with several processes
+    fewer. Axes are Auto: under Explicit ones, jax.make_mesh's default, gathers raise.
     """
     require(sizes.keys() <= set(AXES), "mesh", ", ".join(sizes), f"of the axes {', '.join(AXES)}")
-    devices, wanted = jax.local_devices(), 1
+    devices, wanted = jax.devices(), 1
     for axis, size in sizes.items():
         require(size >= 1, axis, size, "at least 1")
         wanted *= size
     words = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-    require(wanted <= len(devices), "mesh", words, f"of at most {len(devices)} devices, those here")
+    allowed = f"of at most {len(devices)} devices, those here"
+    if jax.process_count() > 1:
+        allowed = f"of {len(devices)} devices in all, those of the {jax.process_count()} processes"
+    fits = wanted == len(devices) if jax.process_count() > 1 else wanted <= len(devices)
+    require(fits, "mesh", words, allowed)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
 
 
 def data_mesh(num_devices: int) -> Mesh:
-    """A mesh of this process's first `num_devices` devices, on the data axis. Raises ValueError if there are fewer."""
-    count = jax.local_device_count()
+    """A mesh of the first `num_devices` devices, on the data axis. Raises ValueError if there are fewer."""
+    count = jax.device_count()
     require(1 <= num_devices <= count, "num_devices", num_devices, f"1 to {count}, the devices here")
     return device_mesh({DATA_AXIS: num_devices})
 
 
 def expert_mesh(num_expert_devices: int, num_data_devices: int = 1) -> Mesh:
-    """A mesh [data, expert] of this process's first devices. Raises ValueError if there are fewer."""
+    """A mesh [data, expert] of the first devices. Raises ValueError if there are fewer."""
     return device_mesh({DATA_AXIS: num_data_devices, EXPERT_AXIS: num_expert_devices})
 
 

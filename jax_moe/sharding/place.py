@@ -63,9 +63,30 @@ def _on_host(array: jax.Array) -> bool:
     return all(device.platform == "cpu" for device in array.devices())
 
 
-def put_batch(batch: np.ndarray, mesh: Mesh) -> Any:
-    """A batch on its devices. Raises ValueError if those of the data axis do not divide it."""
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises ValueError if the devices of the data axis do not divide the batch."""
     devices = mesh.shape[DATA_AXIS]
     allowed = f"a multiple of {devices}, the number of devices that share a batch"
-    require(batch.shape[0] % devices == 0, "batch_size", batch.shape[0], allowed)
+    require(batch_size % devices == 0, "batch_size", batch_size, allowed)
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The sequences of a batch that lie on devices of this process, in order: its share of several processes'."""
+    places = batch_split(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index or ...] for index in places]))
+
+
+def put_batch(batch: np.ndarray, mesh: Mesh) -> Any:
+    """A batch on its devices. Raises ValueError if those of the data axis do not divide it."""
+    check_batch(mesh, batch.shape[0])
     return jax.device_put(batch, batch_split(mesh, batch.shape[0]))
+
+
+def put_share(share: np.ndarray, mesh: Mesh, batch_size: int) -> Any:
+    """A batch on the devices of all processes, of which each gives its `rows_here`. Nothing travels between them."""
+    rows = rows_here(mesh, batch_size)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return share if index is None else share[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+    return jax.make_array_from_callback((batch_size, *share.shape[1:]), batch_split(mesh, batch_size), part)

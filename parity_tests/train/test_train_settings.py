@@ -11,6 +11,7 @@ from jax_moe import guarded
 from train import options
 from train.configs import PRESETS
 from train.configs.adapt import fit_settings, given
+from train.configs.launch import Launch
 from train.configs.settings import LATER, TrainConfig, check, flat, from_flat
 from train.run import folder as run_folder
 from train.task import Task, read_task
@@ -151,9 +152,10 @@ def test_the_options_that_a_user_gave() -> None:
 
 
 def test_other_names_are_no_names_here_and_lead_to_some() -> None:
+    names = {*NAMES, *vars(Launch())}
     for other, ours in options.ALIASES.items():
-        assert ours.replace("-", "_") in NAMES, ours
-        assert other.replace("-", "_") not in NAMES, other
+        assert ours.replace("-", "_") in names, ours
+        assert other.replace("-", "_") not in names, other
 
 
 def test_settings_of_the_first_version_are_read(tmp_path: Path) -> None:

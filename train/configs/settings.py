@@ -10,6 +10,7 @@ from jax_moe.config.checks import require
 from jax_moe.config.exchange import Exchange
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import Dispatcher
+from train.configs.launch import Launch
 from train.configs.values import check_values, in_single, with_floats
 
 
@@ -136,6 +137,7 @@ class TrainConfig(Start):
     """The beginning of the sample."""
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    launch: Launch = field(default_factory=Launch)
 
 
 # Settings that a resumed run may change; all others decide its numbers. `steps` may grow. The text is identified by its
@@ -154,8 +156,9 @@ LATER = {
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """All settings by the names of their flags."""
+    """All settings of the run by the names of their flags; `launch` differs from process to process."""
     values = dataclasses.asdict(config)
+    del values["launch"]
     return {**values.pop("model"), **values.pop("optimizer"), **values}
 
 

@@ -113,13 +113,18 @@ def check_length(train: np.ndarray, val: np.ndarray, source: str, block_size: in
 
 
 def batch(
-    text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0
+    text: Corpus, seed: int, use: Use, step: int, batch_size: int, block_size: int, number: int = 0,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Tokens [B, T + 1] from uniform random positions, as in makeMoE; `number` counts the batches of an evaluation."""
+    """Tokens [B, T + 1] from uniform random positions, as in makeMoE; `number` counts the batches of an evaluation.
+
+    With `rows` only those sequences of the batch are read and returned: the share of one of several processes.
+    """
     tokens = text.split(use)
     seeds = np.random.SeedSequence([seed, _USES.index(use), step, number])
     # raw random words: numpy keeps their stream across versions; the bias of the modulo is below 2**-30
     start_B = np.random.Philox(seeds).random_raw(batch_size) % np.uint64(len(tokens) - block_size)
+    start_B = start_B if rows is None else start_B[rows]
     return tokens[start_B.astype(np.int64)[:, None] + np.arange(block_size + 1)].astype(np.int32, copy=False)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import jax_moe
@@ -23,7 +24,7 @@ from jax_moe.shapes import role_and_dims
 from jax_moe.sharding.expert_parallel import exchange, exchange_in_use
 from jax_moe.sharding.inside import alone_together
 from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
-from jax_moe.sharding.place import put_batch
+from jax_moe.sharding.place import check_batch, put_batch, put_share, rows_here
 from jax_moe.sharding.rules import check_divides, replicated, split_tree
 from jax_moe.stored import stored_state
 from train.configs import TrainConfig
@@ -32,6 +33,7 @@ from train.learners.models import Model
 from train.learners.optimizer import make_optimizer
 from train.run import checkpoint
 from train.run.metrics import Evaluation
+from train.run.together import Processes
 
 # Streams of the run's key, one per purpose.
 INIT, STEP, EVALUATE, SAMPLE = range(4)
@@ -51,10 +53,15 @@ def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSet
 
 
 def choose_mesh(config: TrainConfig) -> Mesh:
-    """The mesh of the settings; by default as many devices on the data axis as divide the batch."""
+    """The mesh of the settings; by default as many devices on the data axis as divide the batch.
+
+    With several processes it is of all their devices, on the data axis by default.
+    """
     if config.mesh is not None:
         return device_mesh(read_mesh(config.mesh))
-    return data_mesh(config.num_devices or fitting_devices(config.batch_size, jax.local_device_count()))
+    if jax.process_count() > 1:
+        return data_mesh(config.num_devices or jax.device_count())
+    return data_mesh(config.num_devices or fitting_devices(config.batch_size, jax.device_count()))
 
 
 class JaxLearner:
@@ -67,7 +74,9 @@ class JaxLearner:
         self.mesh = choose_mesh(config)
         with self._on_mesh():
             exchange_in_use(model.moe)  # ValueError if the exchange cannot run the model
-        put_batch(np.zeros((config.batch_size, 1), np.int32), self.mesh)  # ValueError if it does not divide
+        check_batch(self.mesh, config.batch_size)
+        self.processes = Processes(jax.process_count(), jax.process_index())
+        self.rows = rows_here(self.mesh, config.batch_size) if self.processes.count > 1 else None
         self.key = jax.random.key(config.seed)
         whole = replicated(self.mesh)
         self.graphdef, params, rest = model.start(jax.random.fold_in(self.key, INIT), self.mesh)
@@ -80,10 +89,12 @@ class JaxLearner:
         parts = split_tree(self.mesh, jax.eval_shape(self.optimizer.init, params), arrays)
         self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=parts)(params)}
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self.state["params"]))
-        self.device = f"{self.mesh.size} of {jax.local_device_count()} {jax.default_backend()} devices"
+        self.device = f"{self.mesh.size} of {jax.device_count()} {jax.default_backend()} devices"
+        if self.processes.count > 1:
+            self.device += f" in {self.processes.count} processes"
         placed = jax.tree.map(lambda x: x.sharding, self.state)
         self._step = jax.jit(self._update, donate_argnums=0, out_shardings=(placed, whole, whole))
-        self._evaluate = jax.jit(self._add_batch, donate_argnums=1)
+        self._evaluate = jax.jit(self._add_batch, donate_argnums=1, out_shardings=whole)
 
     def module(self, params: State | None = None, rest: Any = None) -> Any:
         """The model as a module, with the current weights or the given ones."""
@@ -137,8 +148,14 @@ class JaxLearner:
         stack.enter_context(exchange(self.config.exchange))
         return stack
 
+    def _put(self, tokens_BT1: np.ndarray) -> Array:
+        """A batch, of which this process may hold its share only, on the devices of the mesh."""
+        if self.rows is None:
+            return put_batch(tokens_BT1, self.mesh)
+        return put_share(tokens_BT1, self.mesh, self.config.batch_size)
+
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
-        tokens = put_batch(tokens_BT1, self.mesh)
+        tokens = self._put(tokens_BT1)
         with self._on_mesh():
             self.state, self.rest, loss = self._step(self.state, self.rest, tokens, np.uint32(step))
         return loss
@@ -151,10 +168,10 @@ class JaxLearner:
         total = jax.device_put(zeros, replicated(self.mesh))
         number = -1
         for number, tokens_BT1 in enumerate(batches):
-            tokens = put_batch(tokens_BT1, self.mesh)
+            tokens = self._put(tokens_BT1)
             with self._on_mesh():
                 total = self._evaluate(self.state["params"], total, self.rest, tokens, key, np.uint32(number))
-        mean = jax.tree.map(lambda x: np.asarray(x / max(number + 1, 1)), total)
+        mean = jax.tree.map(lambda x: np.asarray(x) / max(number + 1, 1), total)
         return Evaluation(
             loss=float(mean["loss"]),
             dropped_fraction_L=mean["stats"].dropped_fraction.tolist(),
@@ -164,10 +181,10 @@ class JaxLearner:
         )
 
     def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
-        checkpoint.save(folder, step, self._stored(), settings)
+        checkpoint.save(folder, step, self._stored(), settings, self.processes)
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
-        step, settings, stored = checkpoint.restore(folder, self._stored(), older=self.state)
+        step, settings, stored = checkpoint.restore(folder, self._stored(), self.state, self.processes)
         module = self.module()
         state = stored_state(module)
         nnx.replace_by_pure_dict(state, stored["params"])
@@ -182,7 +199,10 @@ class JaxLearner:
         return {**self.state, "params": nnx.to_pure_dict(stored_state(self.module()))}
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
-        alone = jax.device_put((self.state["params"], self.rest), jax.local_devices()[0])
+        gathered = self._gathered((self.state["params"], self.rest))
+        if not self.processes.first:
+            return prompt
+        alone = jax.device_put(gathered, jax.local_devices()[0])
         tokens_BT = jax_moe.generate(
             self.module(*alone), np.asarray([prompt], np.int32), max_new_tokens=length, temperature=temperature,
             key=jax.random.fold_in(self.key, SAMPLE),
@@ -193,4 +213,14 @@ class JaxLearner:
         return jax_moe.to_torch(self.module())
 
     def write(self, folder: Path) -> None:
-        self.model.write(self.module(), folder)
+        if self.processes.count == 1:
+            self.model.write(self.module(), folder)
+            return
+        params, rest = self._gathered((self.state["params"], self.rest))
+        self.processes.alone(lambda: self.model.write(self.module(params, rest), folder))
+
+    def _gathered(self, tree: Any) -> Any:
+        """The tree, with several processes as whole arrays in the memory of each of them, one array after another."""
+        if self.processes.count == 1:
+            return tree
+        return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

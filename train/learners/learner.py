@@ -15,6 +15,7 @@ class Learner(Protocol):
     num_parameters: int
     device: str  # in words
     compiles: bool  # whether the first step and evaluation take longer
+    rows: np.ndarray | None  # the sequences of a batch that this process reads, None: all
 
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Any:
         """Takes a step; its loss, for which `float` waits."""

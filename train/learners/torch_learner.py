@@ -36,6 +36,7 @@ class TorchLearner:
     """`torch_ref.MakeMoE` with torch.optim.AdamW. Draws are torch's own: the curves agree in law, not draw by draw."""
 
     compiles = False
+    rows: np.ndarray | None = None
 
     def __init__(self, config: TrainConfig, model: MakeMoEConfig, initial: MakeMoE | None = None):
         self.config, self.model_config, self.precision = config, model, PRECISIONS[config.precision]

@@ -2,7 +2,8 @@
 
 A checkpoint is written to a temporary folder, read back, and renamed; its sums are written last. A checkpoint without
 sums was cut short by a crash: it is skipped, and removed when the next checkpoint is written. Sums are compared before
-Orbax reads, because its own errors on damaged files are pages long.
+Orbax reads, because its own errors on damaged files are pages long. Of several processes each writes and reads back its
+parts of the arrays, and process 0 does the rest; all must see the same folder.
 """
 
 import hashlib
@@ -16,30 +17,48 @@ from orbax.checkpoint import v1 as ocp
 
 from jax_moe.disk import put_in_place, same_bits, sync, write_whole
 from jax_moe.porting.formats.orbax import plain, quiet, save_tree
+from train.run.together import ALONE, Processes
 
 KEEP = 2  # if the newest is damaged, the checkpoint before it is left
 BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
 
 
-def save(folder: Path, step: int, state: Any, settings: dict[str, Any]) -> None:
+def save(
+    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE
+) -> None:
     """Writes folder/step and keeps the newest two. Returns when it is written, as the next step donates `state`.
 
     Raises OSError with one line if it cannot be written; earlier checkpoints stay.
     """
+    part = folder / f".{step}.part"
+    new = part / "new"  # Orbax writes temporary files beside it, which are removed too
+    try:
+        processes.alone(lambda: _begin(folder, part))
+        processes.everywhere(lambda: save_tree(new, state, {"settings": settings}))
+        processes.everywhere(lambda: _verify(new, state, settings))
+        processes.alone(lambda: _put(new, folder, step))
+    finally:
+        if processes.first:
+            shutil.rmtree(part, ignore_errors=True)
+    processes.alone(lambda: _finish(folder, step))
+
+
+def _begin(folder: Path, part: Path) -> None:
     folder.mkdir(exist_ok=True)
     _clear(folder)
-    part, sums = folder / f".{step}.part", folder / f"{step}.sha256"
-    try:
-        part.mkdir()
-        new = part / "new"  # Orbax writes temporary files beside it, which are removed too
-        save_tree(new, state, {"settings": settings})
-        _verify(new, state, settings)
-        sync(new)
-        sums.unlink(missing_ok=True)
-        put_in_place(new, folder / str(step))  # a previous folder is in `part` then
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    write_whole(sums, "".join(f"{digest}  {name}\n" for name, digest in checksums(folder, step).items()))
+    part.mkdir()
+
+
+def _put(new: Path, folder: Path, step: int) -> None:
+    sync(new)
+    (folder / f"{step}.sha256").unlink(missing_ok=True)
+    put_in_place(new, folder / str(step))  # a previous folder is in the part then
+
+
+def _finish(folder: Path, step: int) -> None:
+    """Writes the sums, and removes the checkpoints before the newest two."""
+    digests = checksums(folder, step).items()
+    write_whole(folder / f"{step}.sha256", "".join(f"{digest}  {name}\n" for name, digest in digests))
     for old in saved_steps(folder)[:-KEEP]:
         (folder / f"{old}.sha256").unlink()
         shutil.rmtree(folder / str(old), ignore_errors=True)
@@ -74,16 +93,29 @@ def _verify(path: Path, state: Any, settings: dict[str, Any]) -> None:
             leaves, structure = jax.tree.flatten(state)
             names = list(wanted)
             for batch in [] if wrong else _batches(leaves):
-                like = [
-                    np.empty(leaf.shape, leaf.dtype) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)
-                ]
+                like = [_like(leaf) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
                 read = ocp.load_checkpointables(source, {"state": jax.tree.unflatten(structure, like)})["state"]
                 again = jax.tree.leaves(read, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)
-                wrong += [names[i] for i in batch if not same_bits(np.asarray(leaves[i]), np.asarray(again[i]))]
+                wrong += [names[i] for i in batch if not _same(leaves[i], again[i])]
         except Exception as error:  # Orbax raises exceptions of a dozen classes
             wrong.append(" ".join(str(error).split())[:160] or type(error).__name__)
     if wrong:
         raise OSError(f"{path}: must read back as written; differs in {', '.join(wrong[:5])}")
+
+
+def _like(leaf: Any) -> Any:
+    """What Orbax is to read an array as: on the host, or where a part of it is in other processes, as it lies there."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.empty(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _same(leaf: Any, again: Any) -> bool:
+    """Whether the array, or this process's part of it, has the same bits."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return same_bits(np.asarray(leaf), np.asarray(again))
+    pairs = zip(leaf.addressable_shards, again.addressable_shards, strict=True)
+    return all(same_bits(np.asarray(one.data), np.asarray(other.data)) for one, other in pairs)
 
 
 def _batches(leaves: list[Any]) -> list[list[int]]:
@@ -114,7 +146,9 @@ def check_whole(folder: Path, step: int) -> None:
         raise damaged(folder / str(step), f"{len(wrong)} files differ from {step}.sha256, first {wrong[:1]}")
 
 
-def restore(folder: Path, like: Any, older: Any = None) -> tuple[int, dict[str, Any], Any]:
+def restore(
+    folder: Path, like: Any, older: Any = None, processes: Processes = ALONE
+) -> tuple[int, dict[str, Any], Any]:
     """Step, settings and state of the newest checkpoint; `like` gives names, shapes, dtypes and devices.
 
     `older` is the state as versions before this one saved it, which is read as well. Raises ValueError if there is no
@@ -124,7 +158,8 @@ def restore(folder: Path, like: Any, older: Any = None) -> tuple[int, dict[str, 
     if not steps:
         raise ValueError(f"resume: must find a checkpoint, {folder} has none")
     path = folder / str(steps[-1])
-    check_whole(folder, steps[-1])
+    processes.agree({"step of the newest checkpoint": steps[-1]})
+    processes.alone(lambda: check_whole(folder, steps[-1]))
     with plain(path) as source:
         about = ocp.checkpointables_metadata(source)
         found, wanted = shapes(about.metadata["state"]), shapes(like)

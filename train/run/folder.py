@@ -71,11 +71,22 @@ def lock_run(folder: Path) -> Lock:
         raise _not_writable(folder, error) from None
 
 
+class Unlocked:
+    """In place of the lock in processes that do not write: process 0 holds it for all."""
+
+    def lost(self) -> bool:
+        """False: process 0 looks."""
+        return False
+
+    def release(self) -> None:
+        """Does nothing."""
+
+
 def _not_writable(folder: Path, error: OSError) -> ValueError:
     return ValueError(f"out={str(folder)!r}: must be a folder that can be written ({error.strerror})")
 
 
-def release(folder: Path, lock: Lock) -> None:
+def release(folder: Path, lock: Lock | Unlocked) -> None:
     """Releases a claimed folder, and removes it if it is still empty."""
     lock.release()
     with suppress(OSError):
@@ -142,13 +153,18 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray]) -> None:
         part.write_bytes(to_safetensors(contiguous, metadata={"format": "pt"}))
 
 
-def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
-    """Writes config.json: settings, model, text, and the versions of the packages that made the run."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """The versions of the packages that make a run."""
+    found = {}
     for name in ("jax", "flax", "optax", "torch", "numpy", "jax-moe"):
         with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    content = {"settings": flat(config), **about, "versions": versions}
+            found[name] = version(name)
+    return found
+
+
+def write_config(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
+    """Writes config.json: settings, model, text, and the versions of the packages that made the run."""
+    content = {"settings": flat(config), **about, "versions": versions()}
     write_whole(folder / CONFIG, json.dumps(content, indent=1) + "\n")
 
 

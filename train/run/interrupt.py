@@ -24,6 +24,9 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def meet(self) -> None:
+        """Called between steps, where a signal of another process may be heard of."""
+
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()

@@ -95,8 +95,11 @@ def _shape(value: Any, depth: int) -> tuple[int, ...] | None:
     return None if shapes or inner is None else (len(value), *inner)
 
 
-def keep_until(folder: Path, step: int) -> list[Row]:
-    """The rows up to `step`. Later rows are removed from the file: the resumed run writes them again."""
-    rows = [row for row in read(folder) if row["step"] <= step] if (folder / FILE).exists() else []
+def read_until(folder: Path, step: int) -> list[Row]:
+    """The rows up to `step`."""
+    return [row for row in read(folder) if row["step"] <= step] if (folder / FILE).exists() else []
+
+
+def rewrite(folder: Path, rows: list[Row]) -> None:
+    """Removes all other rows from the file: a resumed run writes them again."""
     write_whole(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows

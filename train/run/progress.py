@@ -92,6 +92,13 @@ class Lines:
         print(text, flush=True)
 
 
+class Silent(Lines):
+    """Shows nothing: of several processes only the first prints."""
+
+    def line(self, text: str) -> None:
+        pass
+
+
 def display(start: int, steps: int) -> Display:
     """A bar if stdout is a terminal, else lines."""
     console = Console()
