@@ -27,7 +27,7 @@ WORDS = (
     "--balance-loss-weight 0.01"
 )
 SETTINGS = WORDS.split()
-SAME = 1e-6  # of losses, relative
+SAME = 1e-6  # of losses, relative; measured: 1.1e-7
 Ended = list[tuple[int, str, str]]
 
 
@@ -81,7 +81,7 @@ def same_curve(first: Path, second: Path) -> None:
     """Raises unless steps, drops and loads are the same, and losses and weights but for rounding."""
     assert distributed.largest_difference(metrics.read(first), metrics.read(second)) < SAME
     for name, value in weights(first).items():
-        np.testing.assert_allclose(weights(second)[name], value, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(weights(second)[name], value, rtol=0, atol=5e-7, err_msg=name)  # measured: 6e-8
 
 
 def test_two_processes_train_as_one(one: Path, two: Path) -> None:
