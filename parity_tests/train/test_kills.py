@@ -17,7 +17,7 @@ from parity_tests.train.test_train_run import TEXT, numbers
 from train.run import checkpoint
 from train.run import folder as run_folder
 
-KILLS = int(os.environ.get("KILLS", "8"))
+KILLS = int(os.environ.get("KILLS", "5"))
 STEPS = KILLS + 4  # a kill comes before the second checkpoint that is written after a start
 SETTINGS = (
     f"--data text.txt --steps {STEPS} --eval-every 50 --eval-batches 1 --checkpoint-every 1 --batch-size 4 "
