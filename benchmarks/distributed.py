@@ -127,6 +127,7 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
     """The curves by number of processes, and how far each is from that of one process."""
     curves, seconds, differences = {}, {}, {}
     for number in (1, *options.numbers):
+        print(f"training in {number} process{'es' if number > 1 else ''}", file=sys.stderr, flush=True)
         curves[number], seconds[number] = curve(number, options, folder)
         differences[number] = largest_difference(curves[1], curves[number])
     return {"steps": options.steps, "curves": curves, "seconds": seconds, "largest_difference": differences}

@@ -8,7 +8,7 @@ N expert clusters      W width of heads' norm  Y shared experts that the router 
 Q compressed queries   Z compressed keys and values                       M width of a head's values
 X entries of a head that do not turn                  P entries that do    (A = X + P)
 in attention: G heads that a key/value head serves, C taps of a convolution
-I input width of a map O output width of a map  (where they have no letter of their own)
+I input width of a map O output width of a map  (where they have no letter of their own); I width of a router's state
 (G * S >= B * T: the last group may be padded)
 
 A tensor is named role + dims (`weight_GSK`); einsum letters, types and suffixes agree. Lower case is this device's

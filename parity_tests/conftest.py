@@ -124,14 +124,14 @@ def small_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def by_folder(request: pytest.FixtureRequest) -> Iterator[None]:
-    """`small_programs` in the folders that test other matters than dispatch. Annotated shapes are checked in `layers`,
-    which calls every function that has them: the checks are a fifth of the others' time (`make nightly` has all).
+    """`small_programs` in the folders that test other matters than dispatch. Annotated shapes are checked in the
+    folders of the packages that have them; elsewhere that takes up to a tenth of the time (`make nightly` has all).
     """
     folder = request.path.parent.name
     if folder in ("cli", "families", "microscope", "porting", "train"):
         request.getfixturevalue("small_programs")
-    everywhere = folder == "layers" or os.environ.get("SHAPES_EVERYWHERE")
-    with contextlib.nullcontext() if everywhere else without_shapes():
+    checked = folder in ("layers", "microscope", "sharding") or os.environ.get("SHAPES_EVERYWHERE")
+    with contextlib.nullcontext() if checked else without_shapes():
         yield
 
 

@@ -102,7 +102,6 @@ class Steps:
             self.display.line(describe(row, self.meter, self.config))
         self.meter.clear()
 
-
     def _write(self, row: metrics.Row) -> None:
         metrics.append(self.run.folder, row)
         self.logger.log(row)

@@ -96,7 +96,8 @@ def _sparse(config: MoEConfig) -> list[str]:
         lines.append(f"shared experts: {router.shared_experts} of width {expert.shared_dim}, weighed by the router")
     elif expert.shared_dim:
         gate = ", behind a sigmoid gate" if expert.shared_gate else ""
-        lines.append(f"shared expert: width {expert.shared_dim}{gate}")
+        form = {"same": "", True: ", gated", False: ", not gated"}[expert.shared_gated]
+        lines.append(f"shared expert: width {expert.shared_dim}{form}{gate}")
     if config.answer_bias:
         lines.append("answer: a bias is added to it")
     rule = config.capacity

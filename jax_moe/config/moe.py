@@ -40,8 +40,9 @@ class RouterConfig:
     """How logits become choices of experts and their weights."""
 
     score: Score = "softmax"  # how a logit becomes a score (sigmoid: DeepSeek-V3; sqrt_softplus: DeepSeek-V4)
-    # or top-k of the logits, then a softmax over the K chosen (makeMoE, gpt-oss), or one for each choice, over the
-    # logits near the best that earlier choices left (the sparse mixer of Phi-3.5-MoE, arXiv 2409.12136, at evaluation)
+    # scores of all experts, then the best K of them; top-k of the logits, then a softmax over the K chosen (makeMoE,
+    # gpt-oss); or a softmax for each choice, over the logits near the best that earlier choices left (the sparse mixer
+    # of Phi-3.5-MoE, arXiv 2409.12136, at evaluation)
     order: Order = "score_then_select"
     mixer_eps: float = 0.01  # "sparse_mixer": near is |best - logit| <= 2 eps max(|logit|, best) (router_jitter_noise)
     selection: Literal["score", "logit"] = "score"  # what the choice compares: scores, or logits (Kolibri, Llama 4)

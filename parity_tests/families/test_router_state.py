@@ -32,8 +32,10 @@ def test_two_layers_in_a_row(tmp_path: Path) -> None:
         found = moe.run(ours, router_state_BTI=before)
         ours, before, mirrored, mirrored_before = found.y_BTD, found.router_state_BTI, said.y_BTD, said.router_state_BTI
         wanted = {"y": theirs.numpy(), "state": state.numpy()}
-        check_close({"y": np.asarray(ours), "state": np.asarray(before)}, wanted, 3e-6, f"layer {i}")  # measured: 5e-7
-        check_close({"y": mirrored.numpy(), "state": mirrored_before.numpy()}, wanted, 3e-6, f"layer {i}, torch_ref")
+        said_ours = {"y": np.asarray(ours), "state": np.asarray(before)}
+        check_close(said_ours, wanted, 4e-6, f"layer {i}")  # measured: 1.1e-6
+        mirror_says = {"y": mirrored.numpy(), "state": mirrored_before.numpy()}
+        check_close(mirror_says, wanted, 2e-6, f"layer {i}, torch_ref")  # measured: 2.3e-7
     alone = layers[1].run(found.y_BTD)  # the state matters
     assert not np.allclose(alone.router_state_BTI, layers[1].run(found.y_BTD, router_state_BTI=before).router_state_BTI)
 

@@ -5,11 +5,9 @@ Long because every field's bad values are here, a row each.
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 
-import jaxtyping
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,13 +24,7 @@ from jax_moe.config.moe import (
     SoftMoEConfig,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def as_users_call_it() -> Iterator[None]:
-    """Turns off the type checks of pytest, so that the contract's own errors are raised, as for users."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("unchecked")  # the contract's own errors are raised, as for users
 
 
 def moe(num_experts: int = 8, top_k: int = 2, **rest: object) -> MoEConfig:

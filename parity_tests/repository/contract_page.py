@@ -48,10 +48,9 @@ def table(kind: str) -> str:
             if part is not None and getattr(part, field.name) != field.default:
                 others.setdefault(_shown(getattr(part, field.name)), []).append(name)
         chosen = "; ".join(f"{value}: {', '.join(names)}" for value, names in others.items())
-        words = COMMENTS[kind][field.name]
-        words = f"as its default says; {words}" if words.startswith("or ") else words
         allowed = _allowed(cls, field.name)
-        text = ". ".join(part for part in (words, f"One of {allowed}" if allowed else "") if part) or "-"
+        parts = COMMENTS[kind][field.name], f"One of {allowed}" if allowed else ""
+        text = ". ".join(filter(None, parts)) or "-"
         rows.append(f"| `{field.name}` | {_shown(field.default)} | {_escaped(text)} | {chosen} |")
     return "\n".join(rows) + "\n"
 

@@ -12,7 +12,7 @@ from jax_moe.porting.families.settings import Settings
 from jax_moe.porting.table.rows import Row, linear
 
 ZAYA = Contract(
-    (*sizes("num_experts num_local_experts", "moe_intermediate_size"), activation(),
+    (*sizes("num_experts", "moe_intermediate_size"), activation(),
      Field("router_hidden_size", "router.network_dim", 256), Field("rms_norm_eps", "router.network_norm_eps", 1e-5)),
     {**IN_INPUTS_DTYPE, "router.correction_bias": True},
     {"num_experts_per_tok": 1},
