@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.command import read_options
 from jax_moe.config.checks import check_positive_ints, require
-from train.run import metrics
+from moe_train.run import metrics
 
 ROOT = Path(__file__).parents[1]
 MESHES = {1: "data=1", 2: "data=2", 4: "data=2,expert=2"}

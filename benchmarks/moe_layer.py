@@ -164,7 +164,7 @@ def draw(dtype: str, rounds: int, only: set[str] | None, rate: float, out: Path)
     """Draws time against E at equal active FLOPs, and against T; the results drawn."""
     from matplotlib.figure import Figure
 
-    from train.plots import save
+    from moe_train.plots import save
 
     sweeps = {
         "experts E (T=2048, D=256, F=128, K=8)": [Shape(2048, 256, 128, E, 8) for E in (8, 16, 32, 64, 128)],

@@ -23,7 +23,7 @@ from rich.table import Table
 import jax_moe
 from benchmarks.command import read_options
 from jax_moe.config.checks import check_positive_ints, require
-from train.data.text import Corpus, batch, load_text
+from moe_train.data.text import Corpus, batch, load_text
 
 BATCH_SIZE, BLOCK_SIZE, BALANCE_WEIGHT, WINDOW = 4, 32, 0.01, 25
 SETTINGS = {

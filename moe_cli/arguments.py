@@ -1,4 +1,4 @@
-"""The options of `jax-moe`: port, inspect, generate, parity."""
+"""The options of `jax-moe`: port, inspect, generate, parity; those of train are in `moe_train.configs`."""
 
 import sys
 from dataclasses import dataclass, field
@@ -95,6 +95,11 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Trains or fine-tunes a model, as python train/train.py does. `jax-moe train --help` lists the settings."""
+
+
+@dataclass(frozen=True)
 class Parity:
     """Runs a checkpoint in JAX and in PyTorch on one batch and compares them stage by stage.
 
@@ -153,12 +158,13 @@ SAID_ELSEWHERE = {
 IN_SHELL = {"overwrite=True": "--overwrite", "allow_nonfinite=True": "--allow-nonfinite"}
 
 
-def parse(words: list[str]) -> Port | Inspect | Generate | Parity:
+def parse(words: list[str]) -> Port | Inspect | Generate | Parity | Train:
     """The command that the words ask for. Raises SystemExit, as tyro does, for anything unknown and for --help."""
     about = "Mixture of Experts in JAX and PyTorch. --version prints the version."
     try:
         return tyro.cli(  # type: ignore
-            Port | Inspect | Generate | Parity, args=words, prog="jax-moe", description=about, registry=registry
+            Port | Inspect | Generate | Parity | Train, args=words, prog="jax-moe", description=about,
+            registry=registry,
         )
     except SystemExit as stopped:
         known = [f"{word} is called {SAID_ELSEWHERE[word]} here" for word in words if word in SAID_ELSEWHERE]

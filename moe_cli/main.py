@@ -6,7 +6,7 @@ import sys
 
 import jax_moe
 from jax_moe.output import any_encoding
-from moe_cli.arguments import Generate, Inspect, Port, in_shell, parse
+from moe_cli.arguments import Generate, Inspect, Parity, Port, in_shell, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +35,10 @@ def run(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"jax-moe {jax_moe.__version__}")
         return 0
+    if words[:1] == ["train"]:  # its settings are read where they are used
+        from moe_cli.train import train
+
+        train(words[1:])
     command = parse(words)
     if isinstance(command, Port):
         from moe_cli.port import port
@@ -48,6 +52,7 @@ def run(words: list[str]) -> int:
         from moe_cli.generate import generate
 
         return generate(command)
+    assert isinstance(command, Parity)
     if command.train is not None:
         from moe_cli.train_parity import train_parity
 

@@ -152,8 +152,8 @@ def kinds() -> dict[str, Kind]:
     from jax_moe.guarded import read_npy
     from jax_moe.porting.checkpoint import load
     from jax_moe.porting.formats.hf_folder import open_folder
-    from train.run import folder as run_folder
-    from train.run import metrics
+    from moe_train.run import folder as run_folder
+    from moe_train.run import metrics
 
     files = _made()
 
@@ -233,9 +233,9 @@ def _made() -> dict[str, Any]:
     from jax_moe.porting.checkpoint import Checkpoint, save
     from jax_moe.porting.formats.safetensors import read_safetensors
     from jax_moe.porting.formats.state_file import write_state
+    from moe_train.configs.settings import TrainConfig, flat
     from parity_tests.porting.decoder_cases import decoder
     from parity_tests.porting.porting_cases import make, mixtral_state
-    from train.configs.settings import TrainConfig, flat
 
     with tempfile.TemporaryDirectory() as place:
         hf, ours = Path(place) / "hf", Path(place) / "ours"

@@ -301,13 +301,13 @@ def test_remat_in_torch_changes_no_number() -> None:
 def test_both_learners_take_both_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps of train.py's learners on a batch, in mixed precision with full remat."""
     pytest.importorskip("torch", reason="one of the two is PyTorch's")
+    from moe_train.configs.settings import model_config
+    from moe_train.data import text as data
+    from moe_train.learners import torch_learner
+    from moe_train.learners.jax_learner import JaxLearner
+    from moe_train.learners.models import FreshMakeMoE
     from parity_tests.train.test_train_torch import CONFIG as RUN
     from parity_tests.train.test_train_torch import TEXT
-    from train.configs.settings import model_config
-    from train.data import text as data
-    from train.learners import torch_learner
-    from train.learners.jax_learner import JaxLearner
-    from train.learners.models import FreshMakeMoE
 
     text = data.tokenize(TEXT, "here", 8)
     config = dataclasses.replace(

@@ -22,7 +22,10 @@ from parity_tests.mutations.mutation_table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "docs" / "mutations.md"
-COPIED = ("jax_moe", "torch_ref", "moe_parity", "moe_cli", "parity_tests", "train", "pyproject.toml", "README.md")
+COPIED = (
+    "jax_moe", "torch_ref", "moe_parity", "moe_cli", "moe_train", "parity_tests", "train", "pyproject.toml",
+    "README.md",
+)
 PRELOADED = ("numpy", "scipy", "jax", "flax.nnx", "optax", "torch", "pytest", "safetensors", "transformers")
 CHECKED = ("experts and slots", "forward", "statistics", "input gradient", "parameter gradients", "loss gradients")
 CAUGHT, SURVIVED = 1, 0

@@ -598,7 +598,7 @@ JAX_LOSSES = [
     ),
     Mutation(
         "train.py: the correction bias moves by the load of the first sequence",
-        "train/learners/jax_learner.py",
+        "moe_train/learners/jax_learner.py",
         "tokens_per_expert(expert_BTK, num_experts)",
         "tokens_per_expert(expert_BTK[:1], num_experts)",
         tests=("parity_tests/train/test_correction_bias_torch.py::test_resumed_split_over_devices_and_worked_by_hand",),

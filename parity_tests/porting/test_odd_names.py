@@ -10,7 +10,7 @@ import pytest
 
 from jax_moe.porting.formats.orbax import plain, read_orbax, verify_orbax, write_orbax
 from moe_cli.main import main
-from train.run import checkpoint
+from moe_train.run import checkpoint
 
 NAMES = [
     "run[1]", "[!a]", "a*b", "a?b", "{a,b}", "a\\b", "a b", "%20", "~", "a:b", "x.orbax-checkpoint-tmp", "line\nbreak",

@@ -15,10 +15,10 @@ from jax_moe import MakeMoE, MakeMoEConfig
 from jax_moe.generation import text
 from jax_moe.porting.checkpoint import Checkpoint
 from moe_cli.common import with_characters
-from train.configs.settings import ModelSettings, TrainConfig
-from train.data import text as data
-from train.data import tokens
-from train.task import read_task
+from moe_train.configs.settings import ModelSettings, TrainConfig
+from moe_train.data import text as data
+from moe_train.data import tokens
+from moe_train.task import read_task
 
 WORDS = "the quick brown fox\njumps over the lazy dog.\n" * 20
 

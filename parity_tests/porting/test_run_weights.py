@@ -17,17 +17,17 @@ from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.formats.state_file import read_state
 from jax_moe.stored import stored_variables
 from moe_cli.main import main
+from moe_train import loop
+from moe_train.configs.settings import flat
+from moe_train.options import read_settings
+from moe_train.run import checkpoint
+from moe_train.run.folder import read_config
 from parity_tests.cli.commands import fails, names
 from parity_tests.layers.test_stored import BIAS, CONFIG, CORRECTED
 from parity_tests.porting.decoder_cases import decoder, weights
 from parity_tests.porting.test_load_save import numbers
 from parity_tests.shared.compare import MismatchError, check_exact
 from parity_tests.shared.filled import filled
-from train import loop
-from train.configs.settings import flat
-from train.options import read_settings
-from train.run import checkpoint
-from train.run.folder import read_config
 
 pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "abcdefghij" * 60

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from moe_cli import arguments as cli
 from moe_cli import main as moe_main
-from train import loop, plots
+from moe_train import loop, plots
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

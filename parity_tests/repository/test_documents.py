@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.data import text as data
 from parity_tests.repository.documents import ALONE, DOCUMENTS, ROOT, SITE, Block, blocks, run
-from train.data import text as data
 
 pytestmark = pytest.mark.usefixtures("quick")
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "tokenizers"))

@@ -56,7 +56,7 @@ def test_what_training_needs_is_at_the_top() -> None:
 
 
 def test_every_shipped_package_is_marked_as_typed() -> None:
-    assert len(SHIPPED) == 4 and all((ROOT / package / "py.typed").exists() for package in SHIPPED)
+    assert len(SHIPPED) == 5 and all((ROOT / package / "py.typed").exists() for package in SHIPPED)
 
 
 def test_type_checkers_see_every_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("jax_moe", "torch_ref", "moe_parity", "moe_cli", "train", "benchmarks")
+PACKAGES = ("jax_moe", "torch_ref", "moe_parity", "moe_cli", "moe_train", "benchmarks")
 
 
 def unread(trees: Iterable[ast.Module]) -> list[str]:

@@ -43,7 +43,7 @@ def training(path: Path) -> dict[str, str]:
 
 def run(folder: Path) -> dict[str, str]:
     """The digests of a stopped run as its framework restores it: weights, moments and step."""
-    from train.loop import prepare, read_settings
+    from moe_train.loop import prepare, read_settings
 
     made = prepare(*read_settings(["--resume", "--out", str(folder)]))
     learner: Any = made.learner

@@ -31,7 +31,7 @@ RUN = (
 )
 SMALL = ("--data", "text.txt", "--sample-prompt", "T", "--model-dim", "8", "--num-heads", "2",
          "--num-layers", "2", "--num-experts", "4")
-STOP = "import os, signal, train.steps as loop\nsteps = loop.evaluate\n" + (
+STOP = "import os, signal, moe_train.steps as loop\nsteps = loop.evaluate\n" + (
     "def evaluate(run, step, *rest):\n    row = steps(run, step, *rest)\n"
     "    os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None\n    return row\nloop.evaluate = evaluate\n"
 )
@@ -41,7 +41,7 @@ def train(*arguments: str, stopped: bool = False) -> None:
     """Runs train.py in a subprocess; `stopped`: a signal ends it after two of its four steps."""
     root = Path(__file__).parent.parent.parent
     code = f"import sys\nsys.argv = ['train.py', *{[*arguments, *RUN, '--steps', '4']!r}]\n"
-    code += (STOP if stopped else "") + "from train.loop import main\nsys.exit(main())"
+    code += (STOP if stopped else "") + "from moe_train.loop import main\nsys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, check=False)
     assert done.returncode == (130 if stopped else 0)
 

@@ -29,6 +29,8 @@ from moe_parity.training.jax_side import JaxTrainer, decoder_loss, makemoe_loss
 from moe_parity.training.runs import Runs, Sides, folder_sides, in_reference, makemoe_sides, run_both
 from moe_parity.training.settings import TrainSettings
 from moe_parity.training.torch_side import TorchTrainer
+from moe_train.configs.settings import OptimizerSettings
+from moe_train.learners.optimizer import make_optimizer
 from parity_tests.layers import originals
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.shared.filled import filled
@@ -36,8 +38,6 @@ from parity_tests.shared.quick import QUICK
 from parity_tests.table.checks import Column, always
 from parity_tests.table.family_cases import case_folder
 from torch_ref.losses import group_balance_loss
-from train.configs.settings import OptimizerSettings
-from train.learners.optimizer import make_optimizer
 
 CONFIG = jax_moe.MakeMoEConfig(vocab_size=11, block_size=8, model_dim=16, num_heads=2, num_layers=2, num_experts=4)
 SETTINGS = TrainSettings(steps=200, num_tokens=8, learning_rate=3e-3, final_learning_rate=3e-4)

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from jax_moe.stored import kept_paths, stored_variables
+from moe_train.configs import PRESETS
+from moe_train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, flat
+from moe_train.learners.jax_learner import JaxLearner
+from moe_train.task import make_learner, read_task
 from parity_tests.shared.compare import MismatchError, check_exact
-from train.configs import PRESETS
-from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, flat
-from train.learners.jax_learner import JaxLearner
-from train.task import make_learner, read_task
 
 RATE, STEPS, STOP, TOKENS = 0.05, 4, 2, 12
 

@@ -17,10 +17,10 @@ import pytest
 from jax_moe import output
 from jax_moe.locks import Lock
 from jax_moe.porting.formats.orbax import quiet
+from moe_train import loop
+from moe_train.run import folder as run_folder
 from parity_tests.shared.zygote import Zygote
 from parity_tests.train.test_train_run import SCRIPT, TEXT, CountingLearner, a_run, numbers
-from train import loop
-from train.run import folder as run_folder
 
 SETTINGS = [
     "--data", "text.txt", "--steps", "6", "--eval-every", "50", "--eval-batches", "1", "--checkpoint-every", "2",
@@ -40,7 +40,7 @@ FULL_DISK = "cannot be written (File too large)"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(TEXT)
-    with Zygote(folder, "train.loop:main", environment(folder)) as zygote:
+    with Zygote(folder, "moe_train.loop:main", environment(folder)) as zygote:
         assert zygote.run(*SETTINGS).status == 0  # runs/001
         yield zygote
 

@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 
 import jax_moe
 from jax_moe.porting.formats.safetensors import read_safetensors
+from moe_train import loop
 from parity_tests.shared.compare import check_exact
 from parity_tests.shared.quick import QUICK
 from parity_tests.table.family_cases import case_folder
-from train import loop
 
 pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parents[2]

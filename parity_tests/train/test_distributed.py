@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from benchmarks import distributed
 from benchmarks.distributed import ends, free_port, launched, start
 from jax_moe.sharding.mesh import device_mesh, read_mesh
-from train import loop
-from train.configs.launch import Launch, check_launch
-from train.data import text as data
-from train.run import metrics, together
+from moe_train import loop
+from moe_train.configs.launch import Launch, check_launch
+from moe_train.data import text as data
+from moe_train.run import metrics, together
 
 pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))

@@ -16,13 +16,13 @@ from flax import nnx
 import jax_moe
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.models.makemoe import MakeMoE
+from moe_train import loop
+from moe_train.run import checkpoint, metrics
+from moe_train.run import folder as run_folder
 from parity_tests import samples
 from parity_tests.cli.commands import names
 from parity_tests.shared.filled import filled
 from parity_tests.train.test_train_run import SETTINGS, CountingLearner, a_run
-from train import loop
-from train.run import checkpoint, metrics
-from train.run import folder as run_folder
 
 pytestmark = pytest.mark.usefixtures("quick")
 FULL = "cannot be written (File too large)"
@@ -91,7 +91,7 @@ def test_the_trained_model(tmp_path: Path, disk: Disk, ends_in_one_line: Ends, m
 def test_a_run_in_pytorch(tmp_path: Path, disk: Disk, ends_in_one_line: Ends) -> None:
     """The previous checkpoint is whole and named, and the run continues from it."""
     pytest.importorskip("torch", reason="trains in PyTorch")
-    from train.learners.torch_learner import TorchLearner
+    from moe_train.learners.torch_learner import TorchLearner
 
     model = MakeMoEConfig(
         vocab_size=30, block_size=4, model_dim=16, num_heads=1, num_layers=1, num_experts=2, top_k=1,

@@ -12,10 +12,10 @@ import pytest
 
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.formats.state_file import write_state
+from moe_train.run import checkpoint
+from moe_train.run import folder as run_folder
 from parity_tests.shared.zygote import Zygote
 from parity_tests.train.test_train_run import TEXT, numbers
-from train.run import checkpoint
-from train.run import folder as run_folder
 
 KILLS = int(os.environ.get("KILLS", "5"))
 STEPS = KILLS + 4  # a kill comes before the second checkpoint that is written after a start
@@ -33,7 +33,7 @@ def runs(tmp_path: Path) -> Iterator[Zygote]:
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
-    with Zygote(tmp_path / "work", "train.loop:main", environment) as zygote:
+    with Zygote(tmp_path / "work", "moe_train.loop:main", environment) as zygote:
         yield zygote
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from jax_moe.config.models import MakeMoEConfig
-from train import loop
-from train.configs import PRESETS
-from train.configs.settings import (
+from moe_train import loop
+from moe_train.configs import PRESETS
+from moe_train.configs.settings import (
     ModelSettings,
     OptimizerSettings,
     TrainConfig,
@@ -172,7 +172,7 @@ def test_unknown_flags_are_answered_with_the_nearest(command, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("words", "missing"), [("--framework torch", "torch"), ("--logger mlflow", "mlflow")])
 def test_missing_extras_are_named(command, monkeypatch: pytest.MonkeyPatch, words: str, missing: str) -> None:
-    for module in ("train.task", "train.run.logger"):
+    for module in ("moe_train.task", "moe_train.run.logger"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
     code, error = command(*words.split(), "--data", "text.txt")
     assert code == 2 and error.count("\n") == 1

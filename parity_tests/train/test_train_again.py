@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 import jax_moe
 from jax_moe.porting.checkpoint import load
+from moe_train import loop, plots
+from moe_train.configs.settings import TrainConfig
+from moe_train.learners.longer import lengthened
+from moe_train.options import read_settings
+from moe_train.run import metrics
+from moe_train.task import make_learner, read_task
 from parity_tests import samples
-from train import loop, plots
-from train.configs.settings import TrainConfig
-from train.learners.longer import lengthened
-from train.options import read_settings
-from train.run import metrics
-from train.task import make_learner, read_task
 
 pytestmark = pytest.mark.usefixtures("quick")
 SAMPLES = Path(samples.__file__).parent / "v0_1_0"

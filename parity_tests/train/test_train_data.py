@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data import text as data
+from moe_train.data import text as data
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 20
 

@@ -14,19 +14,19 @@ import optax
 import pytest
 
 from jax_moe import sharding
-from train import plots
-from train.configs.settings import (
+from moe_train import plots
+from moe_train.configs.settings import (
     ModelSettings,
     OptimizerSettings,
     Start,
     TrainConfig,
 )
-from train.learners.optimizer import learning_rate, make_optimizer
-from train.run import checkpoint, metrics
-from train.run import folder as run_folder
-from train.run.interrupt import Interrupt
-from train.run.metrics import Evaluation
-from train.run.progress import clock
+from moe_train.learners.optimizer import learning_rate, make_optimizer
+from moe_train.run import checkpoint, metrics
+from moe_train.run import folder as run_folder
+from moe_train.run.interrupt import Interrupt
+from moe_train.run.metrics import Evaluation
+from moe_train.run.progress import clock
 
 # Optimizer
 

@@ -27,17 +27,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import jax_moe
 from jax_moe.porting.formats.safetensors import read_safetensors
 from jax_moe.sharding import data_mesh
+from moe_train import loop
+from moe_train.configs import PRESETS
+from moe_train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
+from moe_train.learners.jax_learner import JaxLearner
+from moe_train.learners.models import Pretrained
+from moe_train.learners.optimizer import learning_rate
+from moe_train.run import metrics
+from moe_train.task import make_learner, read_task
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.table.family_cases import draw_weights
 from parity_tests.train.test_train_run import numbers
-from train import loop
-from train.configs import PRESETS
-from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig
-from train.learners.jax_learner import JaxLearner
-from train.learners.models import Pretrained
-from train.learners.optimizer import learning_rate
-from train.run import metrics
-from train.task import make_learner, read_task
 
 pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(80))

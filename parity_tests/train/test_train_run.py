@@ -23,17 +23,18 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
+from moe_train import loop
+from moe_train.configs.settings import ModelSettings, TrainConfig
+from moe_train.data import text as data
+from moe_train.run import folder as run_folder
+from moe_train.run import metrics
+from moe_train.run.logger import open_logger
+from moe_train.run.metrics import Evaluation
 from parity_tests.shared.quick import QUICK
-from train import loop
-from train.configs.settings import ModelSettings, TrainConfig
-from train.data import text as data
-from train.run import folder as run_folder
-from train.run import metrics
-from train.run.logger import open_logger
-from train.run.metrics import Evaluation
 
 pytestmark = pytest.mark.usefixtures("quick")
-SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT, INSTALLED = (str(ROOT / "train" / "train.py"),), ("-m", "jax_moe", "train")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))
 SETTINGS = (
     "--data text.txt --steps 12 --eval-every 4 --eval-batches 2 --checkpoint-every 5 --batch-size 8 "
@@ -49,16 +50,17 @@ class Place:
         self.folder = folder
         (folder / "text.txt").write_text(TEXT)
 
-    def start(self, *words: str, devices: int = 1) -> subprocess.Popen[str]:
+    def start(self, *words: str, devices: int = 1, command: tuple[str, ...] = SCRIPT) -> subprocess.Popen[str]:
         """Starts the command with warnings as errors, and without optimisation, which halves the compile time."""
         flags = " ".join(f"--{name}={str(value).lower()}" for name, value in (QUICK or {}).items())
         environment = {
             **os.environ, "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
-            [sys.executable, "-W", "error", str(SCRIPT), *words], cwd=self.folder, env=environment, text=True,
+            [sys.executable, "-W", "error", *command, *words], cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
 
@@ -69,9 +71,9 @@ class Place:
         assert (process.returncode, error) == (0, "")
         return out
 
-    def stopped(self, number: int, after: str, *words: str) -> str:
+    def stopped(self, number: int, after: str, *words: str, command: tuple[str, ...] = SCRIPT) -> str:
         """The output of a run that gets a signal as soon as it has printed a line beginning with `after`."""
-        with self.start(*words) as process:
+        with self.start(*words, command=command) as process:
             assert process.stdout is not None and process.stderr is not None
             lines = []
             for line in process.stdout:
@@ -141,12 +143,16 @@ def test_a_run_writes_everything(whole: tuple[Path, str]) -> None:
 
 
 def test_stopped_twice_and_resumed_is_the_same_run(place: Place, whole: tuple[Path, str]) -> None:
-    """SIGINT while the first step compiles, SIGTERM at the start of the resumed run, then a run to the end."""
+    """SIGINT while the first step compiles, SIGTERM at the start of the resumed run, then a run to the end.
+
+    The second part is started by the installed command, which names itself in what the user types to go on.
+    """
     out = place.stopped(signal.SIGINT, "step 0:", *SETTINGS.split(), "--out", "parts")
     match = re.search(r"stopped and saved at step (\d+) of 12; to go on: python (\S+) (--resume --out parts)\n", out)
-    assert match and int(match[1]) < 12 and match[2] == str(SCRIPT), out
+    assert match and int(match[1]) < 12 and match[2] == SCRIPT[0], out
     assert "step 4:" not in out
-    place.stopped(signal.SIGTERM, "parts:", *match[3].split())
+    out = place.stopped(signal.SIGTERM, "parts:", *match[3].split(), command=INSTALLED)
+    assert "to go on: jax-moe train --resume --out parts\n" in out
     out = place.run(*match[3].split())
     assert "step 12:" in out
     assert_same_run(whole[0], place.folder / "parts")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from jax_moe import guarded
-from train import options
-from train.configs import PRESETS
-from train.configs.adapt import fit_settings, given
-from train.configs.launch import Launch
-from train.configs.settings import LATER, TrainConfig, check, flat, from_flat
-from train.run import folder as run_folder
-from train.task import Task, read_task
+from moe_train import options
+from moe_train.configs import PRESETS
+from moe_train.configs.adapt import fit_settings, given
+from moe_train.configs.launch import Launch
+from moe_train.configs.settings import LATER, TrainConfig, check, flat, from_flat
+from moe_train.run import folder as run_folder
+from moe_train.task import Task, read_task
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 20
 NAMES = sorted(flat(TrainConfig()))
@@ -206,7 +206,7 @@ def test_a_damaged_run_is_one_line(tmp_path: Path, change: dict[str, Any], said:
 
 def test_memory_is_that_of_the_parameters_and_the_batch(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fits to the byte, and not with a byte less; parameters are counted exactly."""
-    from train.memory import num_parameters
+    from moe_train.memory import num_parameters
 
     task = ask("--num-layers", "2")
     assert not isinstance(task.model, str)

@@ -13,14 +13,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
 
 from moe_parity.training.jax_side import expert_counts  # noqa: E402
-from train import loop  # noqa: E402
-from train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, model_config  # noqa: E402
-from train.data import text as data  # noqa: E402
-from train.learners.jax_learner import JaxLearner  # noqa: E402
-from train.learners.models import FreshMakeMoE  # noqa: E402
-from train.learners.optimizer import make_optimizer  # noqa: E402
-from train.learners.torch_learner import TorchLearner  # noqa: E402
-from train.run import metrics  # noqa: E402
+from moe_train import loop  # noqa: E402
+from moe_train.configs.settings import ModelSettings, OptimizerSettings, TrainConfig, model_config  # noqa: E402
+from moe_train.data import text as data  # noqa: E402
+from moe_train.learners.jax_learner import JaxLearner  # noqa: E402
+from moe_train.learners.models import FreshMakeMoE  # noqa: E402
+from moe_train.learners.optimizer import make_optimizer  # noqa: E402
+from moe_train.learners.torch_learner import TorchLearner  # noqa: E402
+from moe_train.run import metrics  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(60))

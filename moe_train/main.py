@@ -1,0 +1,20 @@
+"""Training as a command: `python train/train.py` and `jax-moe train`."""
+
+import sys
+from typing import NoReturn
+
+
+def command() -> NoReturn:
+    """Trains as sys.argv says, and ends the process."""
+    try:
+        import moe_train.run.interrupt  # first: an interrupt during the next imports needs it
+        from moe_train.options import answer_help
+
+        answer_help(sys.argv[1:])
+        from moe_train.loop import main
+
+        status = main()
+    except KeyboardInterrupt:  # during an import, or a second Ctrl-C while the first is answered
+        print("stopped at once, nothing more was saved", file=sys.stderr)
+        status = 130
+    moe_train.run.interrupt.leave(status)
