@@ -288,6 +288,14 @@ def kind_of_dispatch(case: Case) -> Hashable:
     return experts, groups, load, draws, case.mask, sizes
 
 
+def kind_of_layer(case: Case) -> Hashable:
+    """What a row computes and holds, whoever gets which place: sizes, loads, groups, order and draws are outside."""
+    moe = case.moe
+    if moe is None or case.config is not moe:
+        return case.config
+    return moe.router, moe.expert, moe.around, moe.answer_bias, moe.identity_answer, moe.capacity is None
+
+
 @functools.cache
 def _firsts(kind: Callable[[Case], Hashable]) -> frozenset[str]:
     first: dict[Hashable, str] = {}

@@ -22,7 +22,7 @@ from jax_moe.config.models import BlockConfig, MakeMoEConfig
 from jax_moe.config.moe import MoEConfig
 from parity_tests.shared.compare import MismatchError, check_close, check_exact, check_names
 from parity_tests.table.adamw_steps import STEPS, jax_trajectory, torch_trajectory
-from parity_tests.table.cases import Case, kind_of_dispatch, kind_of_program, stands_for
+from parity_tests.table.cases import Case, kind_of_dispatch, kind_of_layer, kind_of_program, stands_for
 from parity_tests.table.sides import Outcome, Pair, jax_module, make_pair, precision, torch_module
 
 MEASURED = Path(__file__).with_name("measured.json")
@@ -257,6 +257,7 @@ def ten_adamw_steps(runs: Runs, tolerance: float) -> float:
 
 
 by_dispatch = functools.partial(stands_for, kind=kind_of_dispatch)
+by_layer = functools.partial(stands_for, kind=kind_of_layer)
 by_program = functools.partial(stands_for, kind=kind_of_program)
 COLUMNS = [
     compared("choices", "float64", 0, "experts and slots", needs_layer),
@@ -267,11 +268,11 @@ COLUMNS = [
     compared("loss_gradients", "float64", 1e-10, "loss gradients", needs_mixture),
     Column("every dispatcher", "float64", 1e-10, every_dispatcher, needs_sparse_layer, by_dispatch),
     Column("jit equals eager", "float64", 1e-12, jit_equals_eager, always, by_program),
-    Column("round trip", "float32", 0, round_trip, always),
-    Column("ten AdamW steps", "float64", 1e-10, ten_adamw_steps, always),
+    Column("round trip", "float32", 0, round_trip, always, by_layer),
+    Column("ten AdamW steps", "float64", 1e-10, ten_adamw_steps, always, by_layer),
     Column("fp32 forward", "float32", 1e-5, float32_forward, always, by_dispatch),
     Column("fp32 gradients", "float32", 1e-5, float32_gradients, always, by_dispatch),
-    Column("bf16 forward", "bfloat16", 0.1, bfloat16_forward, always),
-    Column("bf16 gradients", "bfloat16", 0.2, bfloat16_gradients, always),
+    Column("bf16 forward", "bfloat16", 0.1, bfloat16_forward, always, by_layer),
+    Column("bf16 gradients", "bfloat16", 0.2, bfloat16_gradients, always, by_layer),
 ]
 COLUMN = {column.name: column for column in COLUMNS}
