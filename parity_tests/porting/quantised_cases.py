@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 
 import jax_moe
-from jax_moe import presets
 from jax_moe.porting.families import FAMILIES
 from jax_moe.porting.tensors import DTYPES, PACKED
 from parity_tests.porting.decoder_cases import decoder, weights
@@ -188,21 +187,24 @@ CASES: dict[str, Case] = {
 }
 
 
+GPT_OSS: dict[str, Any] = {  # blocks of 32 divide what is quantised
+    "vocab_size": 11, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": None, "eos_token_id": None,
+}
+
+
 def plain_folder(case: Case, folder: Path) -> Path:
-    """A whole Mixtral in bf16, or one layer of gpt-oss; the folder that is there, if there is one."""
+    """A whole Mixtral or gpt-oss in bf16; the folder that is there, if there is one."""
     if folder.exists():
         return folder
     if case.family != "gpt_oss":
         jax_moe.save_pretrained(decoder(case.family, BF16), folder, model_type=case.family)
         return folder
-    contract, family = presets.gpt_oss(32, 32, 2, 2), FAMILIES["gpt_oss"].mixture
-    assert family is not None
-    moe = filled(lambda: jax_moe.MoE(contract, param_dtype=BF16, rngs=nnx.Rngs(0)), seed=1)
-    named = jax_moe.to_torch(moe, layout=family.on_disk.layer)
-    folder.mkdir()
-    values = {**family.write(contract), "model_type": "gpt_oss", "num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps(values))
-    write(folder / "model.safetensors", {family.on_disk.within.format(l=0) + name: one for name, one in named.items()})
+    values = {"model_type": "gpt_oss", **GPT_OSS}
+    config = FAMILIES["gpt_oss"].config(values)
+    model = filled(lambda: jax_moe.Decoder(config, param_dtype=BF16, rngs=nnx.Rngs(0)), seed=1)
+    jax_moe.save_pretrained(model, folder, model_type="gpt_oss")
     return folder
 
 

@@ -15,7 +15,6 @@ from jax_moe.porting.formats.hf_folder import open_folder
 from jax_moe.porting.formats.quantised import compressed_tensors, mxfp4
 from jax_moe.porting.formats.quantised import fp8 as fp8_file
 from jax_moe.porting.formats.safetensors import map_tensors
-from jax_moe.porting.mixture import open_mixtures
 from jax_moe.porting.tensors import Header
 from jax_moe.stored import stored_variables
 from moe_cli.main import main
@@ -23,7 +22,7 @@ from parity_tests.cli.commands import fails, run
 from parity_tests.porting.quantised_cases import CASES, State, folders, rewrite
 from parity_tests.shared.compare import MismatchError, check_exact
 
-MXFP4 = "mxfp4"  # of a type whose decoder stands elsewhere: read by layers
+MXFP4 = "mxfp4"
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +38,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     return make
 
 
-def tensors(folder: Path, layer: int) -> dict[str, Header]:
-    """A layer's mixture, or with 0 of a known decoder all of it, still to be read."""
-    found = open_mixtures(folder)
-    return found.headers(layer, found.config(layer))
-
-
-def arrays(folder: Path, whole: bool) -> State:
+def arrays(folder: Path) -> State:
     """Every tensor as it is computed."""
-    headers = open_folder(folder).stored if whole else tensors(folder, 0)
-    return {name: header.read() for name, header in headers.items()}
+    return {name: header.read() for name, header in open_folder(folder).stored.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_scheme(case: str, made: Any) -> None:
     """Every tensor of the folder is the plain folder's, bit for bit; a layer's mixture is that of the plain folder."""
     quantised, plain = made(case)
-    check_exact(arrays(quantised, case != MXFP4), arrays(plain, case != MXFP4), case)
+    check_exact(arrays(quantised), arrays(plain), case)
     one, other = jax_moe.load_moe(quantised, 0), jax_moe.load_moe(plain, 0)
     held = [{path: np.asarray(v[...]) for path, v in stored_variables(moe).items()} for moe in (one, other)]
     check_exact(held[0], held[1], case)
@@ -98,7 +90,7 @@ def test_a_digit_or_a_scale_out_of_place_is_seen(
     quantised, plain = made(case)
     monkeypatch.setattr(module, name, fault)
     with pytest.raises(MismatchError):
-        check_exact(arrays(quantised, case != MXFP4), arrays(plain, case != MXFP4), case)
+        check_exact(arrays(quantised), arrays(plain), case)
 
 
 def test_large_tensors_are_read_in_strips(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,23 +98,24 @@ def test_large_tensors_are_read_in_strips(made: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("jax_moe.porting.formats.quantised.scheme.ROWS", 1)
     for case in ("fp8", "fp4 experts", MXFP4, "int4, zero points"):
         quantised, plain = made(case)
-        check_exact(arrays(quantised, case != MXFP4), arrays(plain, case != MXFP4), case)
+        check_exact(arrays(quantised), arrays(plain), case)
 
 
-def test_a_whole_decoder(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("case", ["fp8", MXFP4])
+def test_a_whole_decoder(case: str, made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Loaded, saved, ported to a folder and to Orbax and back: always the plain folder's weights, and plain."""
-    quantised, plain = made("fp8")
+    quantised, plain = made(case)
     jax_moe.save_pretrained(jax_moe.load_pretrained(quantised), tmp_path / "saved")
     run(capsys, "port", quantised, tmp_path / "orbax")
     run(capsys, "port", tmp_path / "orbax", tmp_path / "back")
     run(capsys, "port", quantised, tmp_path / "hf", "--to", "hf")
     for name in ("saved", "back", "hf"):
-        check_exact(arrays(tmp_path / name, True), arrays(plain, True), name)
+        check_exact(arrays(tmp_path / name), arrays(plain), name)
         values = json.loads((tmp_path / name / "config.json").read_text())
         assert "quantization_config" not in values and values["torch_dtype"] == "bfloat16"
     run(capsys, "port", quantised, tmp_path / "single", "--to", "hf", "--dtype", "float32")
-    wide = {name: value.astype(np.float32) for name, value in arrays(plain, True).items()}
-    check_exact(arrays(tmp_path / "single", True), wide, "float32")
+    wide = {name: value.astype(np.float32) for name, value in arrays(plain).items()}
+    check_exact(arrays(tmp_path / "single"), wide, "float32")
 
 
 def test_inspect_says_both_dtypes(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,11 +225,11 @@ WRONG: dict[str, tuple[str, Edit, str]] = {
     ),
     "blocks of half the size": (
         MXFP4, put(f"{FP4_NAME}_blocks", lambda value: value[..., :8].copy()),
-        r"the shape of its blocks is \[2, 64, 1, 8\], must be \[experts, out, groups, 16\]$",
+        r"the shape of its blocks is \[3, 128, 1, 8\], must be \[experts, out, groups, 16\]$",
     ),
     "exponents of another shape": (
         MXFP4, put(f"{FP4_NAME}_scales", lambda value: value[:, :5].copy()),
-        r"the shape of its scales is \[2, 5, 1\], must be \[2, 64, 1\]",
+        r"the shape of its scales is \[3, 5, 1\], must be \[3, 128, 1\]",
     ),
     "blocks of another dtype": (
         MXFP4, put(f"{FP4_NAME}_blocks", lambda value: value.view(np.int8)), r"its blocks is int8, must be uint8$"
@@ -286,9 +279,7 @@ def test_what_is_wrong_is_said_in_one_line(
     rewrite(folder, state, values)
     monkeypatch.setattr("jax_moe.porting.mixture.place_all", None)
     monkeypatch.setattr("jax_moe.porting.pretrained.place_all", None)
-    read: list[Callable[[], Any]] = [lambda: jax_moe.load_moe(folder, 0)]
-    read += [lambda: jax_moe.load_pretrained(folder)] if case != MXFP4 else []
-    for load in read:
+    for load in (lambda: jax_moe.load_moe(folder, 0), lambda: jax_moe.load_pretrained(folder)):
         with pytest.raises(ValueError, match=said) as caught:
             load()
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)

@@ -11,7 +11,6 @@ import pytest
 
 import jax_moe
 from jax_moe.porting.formats.quantised import read_scheme
-from jax_moe.porting.mixture import open_mixtures
 from jax_moe.porting.tensors import in_memory
 from moe_parity.sides.transformers import load_reference
 from parity_tests.porting.quantised_cases import CASES, folders, fp8, of
@@ -137,20 +136,11 @@ def test_a_whole_fp8_folder(tmp_path: Path, dequantising: None) -> None:
     check_exact(mine, reference(quantised, "MixtralForCausalLM"), "fp8")
 
 
-def test_a_layer_of_mxfp4(tmp_path: Path, dequantising: None) -> None:
-    """gpt-oss: the experts of a whole model that transformers reads."""
-    config = transformers.GptOssConfig(
-        vocab_size=11, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=2, dtype="bfloat16",
-        pad_token_id=None, eos_token_id=None,
-    )
-    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+def test_a_whole_mxfp4_folder(tmp_path: Path, dequantising: None) -> None:
+    """gpt-oss, as it is released."""
     quantised, _ = folders(CASES["mxfp4"], tmp_path)
-    found = open_mixtures(quantised)
-    mine = {name: header.read() for name, header in found.headers(0, found.config(0)).items()}
-    theirs = reference(quantised, "GptOssForCausalLM")
-    assert sum(name in theirs for name in mine) == 6
-    check_exact(mine, {name: theirs[name] for name in mine}, "mxfp4")
+    mine = jax_moe.to_torch(jax_moe.load_pretrained(quantised), layout="hf_gpt_oss")
+    check_exact(mine, reference(quantised, "GptOssForCausalLM"), "mxfp4")
 
 
 def test_the_reference_of_a_quantised_folder(tmp_path: Path) -> None:
