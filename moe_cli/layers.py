@@ -66,7 +66,7 @@ def _numbers(words: str) -> tuple[int, ...]:
 
 def inspect_layers(command: Inspect, found: Mixtures, layers: tuple[int, ...]) -> int:
     """Prints the contract of each layer's mixture, from headers alone; layers of the same contract together."""
-    listed = ", ".join(map(str, found.layers)) or "none"
+    listed = found.in_words or "none"
     print("; ".join(filter(None, (f"{found.family.name}: mixtures in layers {listed}", _alone(found)))))
     together: dict[tuple[str, ...], list[int]] = {}
     for layer in layers:

@@ -1,10 +1,12 @@
 """The batch of a comparison: read from a file, or drawn at random from a seed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jax_moe.config.checks import require
+from jax_moe.config.moe import MoEConfig
 from jax_moe.guarded import read_npy
 from jax_moe.shapes import check_token_range
 
@@ -64,6 +66,20 @@ def random_tokens(vocab_size: int, batch_size: int, num_tokens: int, seed: int) 
 def random_vectors(model_dim: int, batch_size: int, num_tokens: int, seed: int) -> np.ndarray:
     """Standard normal inputs [B, T, D] of a layer."""
     return np.random.default_rng(seed).standard_normal((batch_size, num_tokens, model_dim))
+
+
+def beside(config: Any, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What a mixture reads beside its vectors [B, T, D]: the tokens of a table, the state before a router. Drawn from a
+    seed of their own; empty where it reads none.
+    """
+    generator, found = np.random.default_rng(1), dict[str, np.ndarray]()
+    if not isinstance(config, MoEConfig):
+        return found
+    if config.router.table_tokens:
+        found["tokens_BT"] = generator.integers(0, config.router.table_tokens, shape[:2], dtype=np.int32)
+    if config.router.takes_state:
+        found["router_state_BTI"] = generator.standard_normal((*shape[:2], config.router.network_dim))
+    return found
 
 
 def _read_lines(path: Path) -> list[list[int]]:

@@ -25,7 +25,7 @@ from jax_moe.moe import MoE
 from jax_moe.parameters import declared
 from jax_moe.porting.errors import PortError
 from jax_moe.porting.families import mixture_of
-from jax_moe.porting.families.family import Family, Names
+from jax_moe.porting.families.family import Family, Names, Stack
 from jax_moe.porting.formats.hf_folder import check_weights_name, is_hf
 from jax_moe.porting.formats.quantised import Scheme, parts_of, read_scheme
 from jax_moe.porting.formats.safetensors import copy_with
@@ -57,26 +57,66 @@ class Mixtures:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the layers that have a mixture, those of multi-token prediction left out."""
-        patterns = self._patterns("experts.")
-        found = {int(m[1]) for pattern in patterns for name in self.tensors if (m := pattern.match(name))}
-        return tuple(sorted(i for i in found if self.count is None or i < self.count))
+        """The numbers of the layers that have a mixture, those of multi-token prediction left out.
+
+        The layers of a second stack, such as a decoder's after an encoder's, are numbered on.
+        """
+        found, before = list[int](), 0
+        for stack, count in self.stacks:
+            patterns = self._patterns("experts.", stack)
+            numbers = {int(m[1]) for pattern in patterns for name in self.tensors if (m := pattern.match(name))}
+            found += sorted(before + i for i in numbers if count is None or i < count)
+            before += count or 0
+        return tuple(found)
 
     @property
-    def count(self) -> int | None:
-        """How many layers the decoder has, where config.json says it."""
-        count = self.text.get("num_hidden_layers")
-        return count if isinstance(count, int) else None
+    def stacks(self) -> list[tuple[Stack | None, int | None]]:
+        """The stacks of layers, None for the only one, each with its number of layers where config.json says it.
+
+        Raises ValueError where a model of several does not say it.
+        """
+        mixture, found = self.family.mixture, list[tuple[Stack | None, int | None]]()
+        assert mixture is not None
+        for stack in mixture.stacks or (None,):
+            names = ("num_hidden_layers",) if stack is None else stack.count
+            count: Any = next((self.text[name] for name in names if self.text.get(name) is not None), None)
+            if stack is not None and not (is_int(count) and count >= 0):
+                raise ValueError(f"{self.path / 'config.json'}: {names[0]}={count!r}: must be a number of layers")
+            found.append((stack, count if is_int(count) else None))
+        return found
+
+    def placed(self, layer: int) -> tuple[Stack | None, int]:
+        """The stack of a layer, and its number there."""
+        for stack, count in self.stacks[:-1]:
+            if layer < (count or 0):
+                return stack, layer
+            layer -= count or 0
+        return self.stacks[-1][0], layer
+
+    @property
+    def in_words(self) -> str:
+        """The numbers of the layers that have a mixture; of several stacks, whose they are, and their numbers there."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for layer in self.layers:
+            stack, number = self.placed(layer)
+            found.setdefault("" if stack is None else stack.name, []).append((layer, number))
+        parts = []
+        for name, pairs in found.items():
+            numbers, own = (", ".join(map(str, each)) for each in zip(*pairs, strict=True))
+            parts.append(f"{numbers} (the {name}'s {own})" if name else numbers)
+        return ", ".join(parts)
 
     def config(self, layer: int) -> MoEConfig:
         """The contract of the layer's mixture. Raises ValueError if it has none, or for an unsupported setting."""
         if layer not in self.layers:
-            dense = f"; layer {layer} has no mixture" if is_int(layer) and 0 <= layer < (self.count or 0) else ""
+            count = sum(number or 0 for _, number in self.stacks)
+            dense = f"; layer {layer} has no mixture" if is_int(layer) and 0 <= layer < count else ""
             none = f"a layer with experts: no names here are those of {self.family.name}"
-            listed = ", ".join(map(str, self.layers)) or none
+            listed = self.in_words or none
             raise ValueError(f"{self.path}: layer={layer!r}: must be one of {listed}{dense}")
         try:
-            return self.family.mixture_config(self.values, layer)
+            stack, number = self.placed(layer)
+            return self.family.mixture_config(self.values, number, stack)
         except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from None
 
@@ -117,21 +157,23 @@ class Mixtures:
         mixture = self.family.mixture
         assert mixture is not None
         sides = (mixture.on_disk, mixture.in_memory)
-        return [(within.format(l=layer), names) for names in sides for within in self._within(names)]
+        stack, number = self.placed(layer)
+        return [(within.format(l=number), names) for names in sides for within in self._within(names, stack)]
 
-    def _within(self, names: Names) -> list[str]:
+    def _within(self, names: Names, stack: Stack | None) -> list[str]:
         """Where such a module may stand, the layer's number left open."""
         assert self.family.mixture is not None
-        rest = names.within.removeprefix("model.")
-        return [root + rest for root in (self.family.mixture.roots if rest != names.within else ("",))]
+        within = names.within if stack is None else stack.within
+        rest = within.removeprefix("model.")
+        return [root + rest for root in (self.family.mixture.roots if rest != within else ("",))]
 
-    def _patterns(self, ours: str) -> list[re.Pattern[str]]:
+    def _patterns(self, ours: str, stack: Stack | None) -> list[re.Pattern[str]]:
         """Of the tensors that hold our paths which begin so, the layer's number as a group."""
         assert self.family.mixture is not None
         found = []
         for names in (self.family.mixture.on_disk, self.family.mixture.in_memory):
             for row in names.rows:
-                for within in self._within(names) if row.ours.startswith(ours) else ():
+                for within in self._within(names, stack) if row.ours.startswith(ours) else ():
                     name = re.escape(within + row.theirs).replace(r"\{l\}", r"(\d+)").replace(r"\{e\}", r"\d+")
                     found.append(re.compile(name + "$"))
         return found
@@ -160,8 +202,9 @@ def open_mixtures(directory: Folder, values: Mapping[str, Any] | None = None) ->
 
 
 def moe_layers(directory: Folder) -> tuple[int, ...]:
-    """The numbers of the layers that have a mixture of experts. Raises ValueError for a folder of no known model
-    type.
+    """The numbers of the layers that have a mixture of experts; a decoder's after an encoder's are numbered on.
+
+    Raises ValueError for a folder of no known model type.
     """
     return open_mixtures(directory).layers
 

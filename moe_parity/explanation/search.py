@@ -17,6 +17,7 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
 from moe_parity.explanation.conventions import Convention, changed, conventions_of
 from moe_parity.relative import relative_error
+from moe_parity.sides.jax_moe import beside_vectors
 from moe_parity.stages import Place, Trace
 
 # An error of at most this is rounding, by dtype: ten times the error measured between correct frameworks.
@@ -113,7 +114,9 @@ def explain_traces(module: nnx.Module, x: np.ndarray, theirs: Trace) -> str:
     """`in_words` for a trace of the microscope, which holds logits or a combined output and perhaps a balance loss."""
     output = theirs[Place("logits")] if Place("logits") in theirs else theirs[Place("combined")]
     balance = theirs.get(Place("balance_loss"))
-    return in_words(explain(module, Answer(output, None if balance is None else float(balance)), x))
+    config: Any = getattr(module, "config", None)
+    arrays: dict[str, Any] = {**beside_vectors(config, jnp.asarray(x))}
+    return in_words(explain(module, Answer(output, None if balance is None else float(balance)), x, **arrays))
 
 
 def our_answer(module: nnx.Module, x: Array, arrays: Mapping[str, Array]) -> Answer:

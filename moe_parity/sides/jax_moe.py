@@ -15,6 +15,7 @@ from jax_moe.models.makemoe import MakeMoE
 from jax_moe.moe import MoE
 from jax_moe.routing import expert_scores
 from jax_moe.soft_moe import SoftMoE
+from moe_parity.batch import beside
 from moe_parity.stages import KINDS, Place, places
 
 Replay = Int[Array, "L B T K"] | None
@@ -46,7 +47,14 @@ def tap_layer(layer: MoE | SoftMoE, x_BTD: Float[Any, "B T D"], replay_BTK: Arra
 
 @partial(jax.jit, static_argnums=0)
 def _watched_layer(graphdef: Any, params: Any, x_BTD: Array, replay: dict[str, Array]) -> dict[str, Array]:
-    return nnx.merge(graphdef, params).run(x_BTD, training=False, watch=True, **replay).stages
+    layer = nnx.merge(graphdef, params)
+    return layer.run(x_BTD, training=False, watch=True, **replay, **beside_vectors(layer.config, x_BTD)).stages
+
+
+def beside_vectors(config: Any, x_BTD: Array) -> dict[str, Array]:
+    """What a layer reads beside its vectors, floats in their dtype."""
+    drawn = {name: jnp.asarray(value) for name, value in beside(config, x_BTD.shape).items()}
+    return {name: v.astype(x_BTD.dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for name, v in drawn.items()}
 
 
 def ranked_scores(logits: np.ndarray, config: MoEConfig, correction_bias_E: np.ndarray | None = None) -> np.ndarray:

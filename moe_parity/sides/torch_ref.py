@@ -11,6 +11,7 @@ import numpy as np
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import MoEConfig, SoftMoEConfig
 from jax_moe.porting.torch_tensors import import_torch, numpy_to_tensor
+from moe_parity.batch import beside
 from moe_parity.stages import KINDS, Place, places
 
 
@@ -66,12 +67,13 @@ def _run_layer(layer: Any, x_BTD: Any, cotangent: np.ndarray | None, **arrays: A
 
 
 def _run_moe(layer: Any, x_BTD: Any, cotangent: np.ndarray | None) -> tuple[Any, dict[Place, Any]]:
-    """As `_run_layer`, its learned noise silenced."""
-    config = layer.config
-    if config.router.noise != "learned_gaussian":
-        return _run_layer(layer, x_BTD, cotangent)
-    silence = import_torch("parity").zeros(*x_BTD.shape[:2], config.num_experts)
-    return _run_layer(layer, x_BTD, cotangent, noise_BTE=silence)
+    """As `_run_layer`, its learned noise silenced, with what the layer reads beside its vectors."""
+    config, torch = layer.config, import_torch("parity")
+    drawn = {name: torch.from_numpy(value) for name, value in beside(config, x_BTD.shape).items()}
+    arrays = {name: v.to(x_BTD.dtype) if v.is_floating_point() else v.long() for name, v in drawn.items()}
+    if config.router.noise == "learned_gaussian":
+        arrays["noise_BTE"] = torch.zeros(*x_BTD.shape[:2], config.num_experts)
+    return _run_layer(layer, x_BTD, cotangent, **arrays)
 
 
 # For each kind of contract: the module of torch_ref, and how it is run.

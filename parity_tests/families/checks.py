@@ -19,6 +19,7 @@ import torch_ref
 from jax_moe.config import MoEConfig
 from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.porting.families import mixture_of
+from jax_moe.porting.mixture import open_mixtures
 from jax_moe.porting.state_dict import abstract_module
 from jax_moe.stored import stored_state
 from parity_tests.families.cases import Case
@@ -195,12 +196,22 @@ def folder(runs: Runs) -> float:
     """What the model's own save_pretrained wrote: read to the module's weights, bit for bit, and put back the same."""
     place, where = runs.room / runs.case.model_type, f"{runs.case.model_type}: a folder"
     model = save_model(runs.case, place)
-    layer = jax_moe.moe_layers(place)[-1]
-    moe = jax_moe.load_moe(place, layer)
+    found = open_mixtures(place)
+    assert found.layers == jax_moe.moe_layers(place)
+    last = {found.placed(layer)[0]: layer for layer in found.layers}
+    assert len(last) == len(found.stacks), f"{where}: a stack without a mixture"
+    for layer in last.values():
+        one_layer(runs, model, place, layer, where)
+    return 0.0
+
+
+def one_layer(runs: Runs, model: Any, place: Path, layer: int, where: str) -> None:
+    """Raises unless the folder's layer is read to the model's weights, and put back the same."""
+    moe, (stack, number) = jax_moe.load_moe(place, layer), open_mixtures(place).placed(layer)
     whole = without_spare(runs.case, {name: value.numpy() for name, value in model.state_dict().items()})
     mixture = runs.family.mixture
     assert mixture is not None
-    within = runs.memory.within.format(l=layer)
+    within = (runs.memory.within if stack is None else stack.within).format(l=number)
     for root in mixture.roots:
         prefix = within.replace("model.", root, 1) if within.startswith("model.") else within
         written = {f"{prefix}{name}": value for name, value in jax_moe.to_torch(moe, layout=runs.memory.layer).items()}
@@ -210,7 +221,6 @@ def folder(runs: Runs) -> float:
     before = {file.name: file.read_bytes() for file in place.iterdir()}
     jax_moe.save_moe(moe, place, layer)
     assert before == {file.name: file.read_bytes() for file in place.iterdir()}, f"{where}: put back"
-    return 0.0
 
 
 RUNS = ((0, "float64"), (1, "float64"), (1, "float32"))

@@ -18,9 +18,8 @@ GAPS: dict[str, str] = {
 
 # In the table, and yet not all of it.
 IN_PART: dict[str, str] = {
-    "nllb_moe": "the encoder's mixtures, at evaluation; transformers 5.24 calls experts 0 and 1 alone, whatever the "
+    "nllb_moe": "at evaluation; transformers 5.24 calls experts 0 and 1 alone, whatever the "
                 "router chose: compared with its router and its experts, put together as in fairseq",
-    "switch_transformers": "the encoder's mixtures; the decoder's, under names of their own, are not read",
     "jetmoe": "the mixture of feed-forward networks; that of attention (queries and outputs by expert) is not read",
     "ernie4_5_vl_moe": "the mixture of text tokens, with the shared experts; that of vision tokens is not read, and "
     "stays as it is",

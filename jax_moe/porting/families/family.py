@@ -85,6 +85,16 @@ class Names:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The layers of an encoder or of a decoder, in a model that has both; they are numbered on from one to the next."""
+
+    name: str
+    count: tuple[str, ...]  # the settings that say how many layers it has: the first that there is
+    within: str  # what stands before the names of a mixture's weights
+    renamed: tuple[tuple[str, str], ...] = ()  # a setting that the contract reads, and the name of this stack's
+
+
+@dataclass(frozen=True)
 class Mixture:
     """A layer's mixture: its contract from config.json and back, its names in files and in the reference's memory."""
 
@@ -99,6 +109,7 @@ class Mixture:
     by_layer: tuple[str, ...] = ()  # settings that may be a list with an entry for each layer
     each_layer: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values  # with such a list where none stands
     by_number: tuple[str, ...] = ()  # settings that per_layer_config may give single layers: none is of the mixture
+    stacks: tuple[Stack, ...] = ()  # none: the layers of the one decoder, their names those of `on_disk`
     # What begins the names of tensors in the module that are not the mixture's, and stay as they are; {e} is the number
     # of an expert beyond the contract's
     beside: tuple[str, ...] = ()
@@ -146,10 +157,12 @@ class Family:
     decoder: Whole | None = None
     state: StateDict | None = None
 
-    def mixture_config(self, values: Mapping[str, Any], layer: int = 0) -> MoEConfig:
-        """The contract of a layer's mixture. Raises ValueError as `config`."""
+    def mixture_config(self, values: Mapping[str, Any], layer: int = 0, stack: Stack | None = None) -> MoEConfig:
+        """The contract of a layer's mixture, by its number in the stack. Raises ValueError as `config`."""
         assert self.mixture is not None
         values = self.mixture.each_layer(self.text_settings(values))
+        renamed = () if stack is None else stack.renamed
+        values = {**values, **{name: values[other] for name, other in renamed if other in values}}
         lists = {name: values[name] for name in self.mixture.by_layer if isinstance(values.get(name), list)}
         own = {name: value[layer] for name, value in lists.items() if layer < len(value)}
         return self._contract({**values, **own}, self.mixture.read)

@@ -7,7 +7,7 @@ from jax_moe import presets
 from jax_moe.config.moe import MoEConfig
 from jax_moe.moe import MoE
 from jax_moe.porting.families.choices import StateDict, size_in
-from jax_moe.porting.families.family import Family, Mixture, Names
+from jax_moe.porting.families.family import Family, Mixture, Names, Stack
 from jax_moe.porting.families.settings import ACTIVATIONS, Settings
 from jax_moe.porting.table.plan import Shapes
 from jax_moe.porting.table.rows import Row, Table, linear
@@ -60,7 +60,11 @@ def write_mixture(moe: MoEConfig) -> dict[str, Any]:
 
 
 NAMES = Names(ROWS, "switch", within="encoder.block.{l}.layer.1.mlp.")
-SWITCH_TRANSFORMERS = Family("switch_transformers", Mixture(read_mixture, write_mixture, NAMES, NAMES))
+STACKS = (
+    Stack("encoder", ("num_layers",), NAMES.within),
+    Stack("decoder", ("num_decoder_layers", "num_layers"), "decoder.block.{l}.layer.2.mlp."),
+)
+SWITCH_TRANSFORMERS = Family("switch_transformers", Mixture(read_mixture, write_mixture, NAMES, NAMES, stacks=STACKS))
 SWITCH = Family("switch", state=StateDict(
     MoE, MoEConfig, Table("switch", ROWS), r"router\.classifier\.weight", read, ("expert_capacity", "capacity_factor"),
 ))

@@ -5,7 +5,7 @@ from typing import Any
 from jax_moe.config.checks import is_int
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families import decoders
-from jax_moe.porting.families.family import Family, Mixture
+from jax_moe.porting.families.family import Family, Mixture, Stack
 from jax_moe.porting.families.fields import HUGGING_FACE, OF_LOGITS, Contract, Field, activation, sizes
 from jax_moe.porting.families.mixtures.layouts import (
     DEEPSEEK,
@@ -219,8 +219,13 @@ NLLB_NAMES = both("hf_nllb", *2 * ((
     ),
 ),), "model.encoder.layers.{l}.ffn.")
 
+NLLB_STACKS = (
+    Stack("encoder", ("encoder_layers",), NLLB_NAMES[0].within),
+    Stack("decoder", ("decoder_layers",), "model.decoder.layers.{l}.ffn.", (("encoder_ffn_dim", "decoder_ffn_dim"),)),
+)
+
 SPECIAL = (
-    Family("nllb_moe", Mixture(read_nllb, write_nllb, *NLLB_NAMES, {"nllb-moe": ""})),
+    Family("nllb_moe", Mixture(read_nllb, write_nllb, *NLLB_NAMES, {"nllb-moe": ""}, stacks=NLLB_STACKS)),
     Family("step3p7", Mixture(
         read_step, write_step, *STEP_NAMES, {"step3p7": "text_config", "step3p5": ""}, ROOTS, LIMITS,
     )),
