@@ -5,9 +5,10 @@
 
 Compiles forward with backward of one layer in bf16 for one chip with every dispatcher, and a dense FFN with the same
 active FLOPs. Prints the compiler's estimated cycles as a ratio to the dense FFN's, the bytes accessed and the temporary
-memory. These are estimates, not measurements. The body of a loop counts once if the compiler does not know its trip
-count; custom calls report no cycles, and their number is printed. If a program does not fit the chip's memory, its row
-says so.
+memory. These are estimates, not measurements: custom calls report no cycles, and their number is printed. If a program
+does not fit the chip's memory, its row says so.
+
+With --train MODEL it compiles the whole training step of a published model for a pod: benchmarks/tpu_train.py.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from jax.sharding import SingleDeviceSharding
 
 import jax_moe
 from benchmarks.command import read_names, read_options
+from benchmarks.hlo import count
 from benchmarks.timing import machine
 from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.config.moe import MoEConfig
@@ -130,34 +132,11 @@ def cost(program: Callable, params: Any, num_tokens: int, width: int, device: An
     assert text is not None
     analysis = compiled.cost_analysis()
     return {
-        "cycles": cycles(text), "bytes_accessed": analysis.get("bytes accessed"),
+        "cycles": count(text).cycles, "bytes_accessed": analysis.get("bytes accessed"),
         "compile_s": time.perf_counter() - start,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
         "custom_calls": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
     }
-
-
-def cycles(text: str) -> int:
-    """Estimated cycles of the entry computation, the bodies of loops times their trip count."""
-    own: dict[str, int] = {}
-    loops: dict[str, list[tuple[str, int]]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            name = head[2]
-            entry = name if head[1] else entry
-        found = re.search(r'"estimated_cycles":"?(\d+)', line)
-        own[name] = own.get(name, 0) + (int(found[1]) if found else 0)
-        body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-        if body:
-            count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            loops.setdefault(name, []).append((body[1], int(count[1]) if count else 1))
-
-    def total(computation: str) -> int:
-        return own.get(computation, 0) + sum(times * total(body) for body, times in loops.get(computation, []))
-
-    return total(entry)
 
 
 def compile_rows(options: Options, chip: str) -> dict[str, dict[str, Any]]:
@@ -188,6 +167,10 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """The command."""
+    if any(word.split("=")[0] == "--train" for word in sys.argv[1:]):
+        from benchmarks.tpu_train import main as train
+
+        return train()
     options = read_options(Options, "benchmarks.tpu_compile", __doc__)
     results = {chip: compile_rows(options, chip) for chip in options.chips.split(",")}
     about = {
