@@ -1,7 +1,7 @@
 """Runs a language model over sequences of tokens and keeps what its mixtures hand out about routing."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def observe(model: MakeMoE | Decoder, sequences: Sequence[np.ndarray]) -> Observ
     for part in parts:
         model.check_tokens(part[None])
 
-    def run(weights: nnx.State, token_1T: jax.Array) -> tuple[jax.Array, ...]:
+    def run(weights: Any, token_1T: jax.Array) -> tuple[jax.Array, ...]:
         output = nnx.merge(graph, weights).run(token_1T, training=False, watch=True)
         assert output.stages is not None  # all else that is watched is not used, and not computed
         slot_L1TK, weight_L1TK = output.stages["slots"], output.stages["weights"]
