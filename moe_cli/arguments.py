@@ -117,7 +117,7 @@ class Routing:
     """Print only a JSON object: model, tokens (how many), num_experts, top_k, window (the tokens of a whole window),
     and layers, each with layer (its place), load (each expert's share of choices, before drops), choices, dropped (of
     each expert), dropped_fraction, lost_tokens (which got no expert), entropy (mean, of the router, in nats),
-    entropy_share (of ln E), together (tokens that chose both experts, [E, E]) and taken (for each expert the tokens of
+    entropy_share (of log E), together (tokens that chose both experts, [E, E]) and taken (for each expert the tokens of
     the largest lift: token, text, count, occurrences, lift, share)."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
 

@@ -188,6 +188,6 @@ def _print(observed: Observed, layers: Sequence[LayerNumbers]) -> None:
         load_E = each.load_E
         print(
             f"layer {each.layer}: load {load_E.min():.1%} (expert {load_E.argmin()}) to {load_E.max():.1%} (expert "
-            f"{load_E.argmax()}), entropy {each.entropy:.3f} nats ({each.entropy_share:.0%} of ln {E}), dropped "
+            f"{load_E.argmax()}), entropy {each.entropy:.3f} nats ({each.entropy_share:.0%} of log {E}), dropped "
             f"{each.dropped_fraction:.1%}"
         )

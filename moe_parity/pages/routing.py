@@ -19,6 +19,7 @@ from moe_parity.routing.numbers import LayerNumbers, least_occurrences
 MOST_IN_MATRIX = 16  # experts; of more the strongest pairs are listed
 MOST_PAIRS = 24
 STYLE = """
+.about { margin: 2px 0; }
 .chooser { position: sticky; top: 0; background: var(--paper); padding: 8px 0; z-index: 1; margin: 20px 0 0;
   border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: center; }
 .chooser select { font: inherit; } .legend { display: flex; flex-wrap: wrap; gap: 3px; }
@@ -169,7 +170,7 @@ def _section(layer: LayerNumbers, text: Text, hidden: bool) -> str:
         lost = f"Dropped: {layer.dropped_fraction:.1%} of the choices; {layer.lost_tokens:,} tokens got no expert."
     parts = [
         f'<section{" hidden" if hidden else ""}><h2>Layer {layer.layer}: experts</h2>',
-        f'<p class="note">Mean router entropy {layer.entropy:.3f} nats, {layer.entropy_share:.0%} of ln E. {lost} '
+        f'<p class="note">Mean router entropy {layer.entropy:.3f} nats, {layer.entropy_share:.0%} of log E. {lost} '
         "The line in a bar is the even share; hatched is what was dropped. Taken most: tokens with the largest lift, "
         f"each with how many of its occurrences chose the expert{which}.</p>",
         _experts(layer, text),
@@ -264,7 +265,7 @@ def _overview(layers: Sequence[LayerNumbers]) -> str:
     E = len(layers[0].choices_E)
     head = (
         "<tr><th></th><th>largest load</th><th>smallest load</th><th>unused experts</th><th>entropy, nats</th>"
-        f"<th>of ln {E} = {math.log(E):.3f}</th><th>dropped</th></tr>"
+        f"<th>of log {E} = {math.log(E):.3f}</th><th>dropped</th></tr>"
     )
     return (
         f'<h2>All layers</h2><p class="note">The even load is {1 / E:.1%}.</p><div class="scroll"><table>{head}'
