@@ -16,15 +16,7 @@ from jax_moe.models.decoder import Decoder
 from jax_moe.porting.checkpoint import Checkpoint, load_found
 from jax_moe.porting.formats.open import open_path
 from moe_cli.arguments import Routing
-from moe_cli.common import (
-    check_page_target,
-    say,
-    say_assumed,
-    say_note,
-    summary,
-    with_characters,
-    write_page,
-)
+from moe_cli.common import check_page_target, say, say_assumed, say_note, summary, with_characters, write_page
 from moe_parity.batch import read_tokens
 from moe_parity.routing.numbers import LayerNumbers, numbers
 from moe_parity.routing.observe import Observed, observe, window_length
@@ -71,7 +63,6 @@ class _Words:
 
     def __init__(self, command: Routing, checkpoint: Checkpoint):
         self.path, self.characters, self.tokenizer = command.path, checkpoint.characters, None
-        self.of_characters = checkpoint.of_characters
         if isinstance(checkpoint.module, Decoder):
             assert checkpoint.module.origin is not None
             folder = Path(checkpoint.module.origin.directory)
@@ -122,7 +113,6 @@ def _sequences(command: Routing, words: _Words) -> list[np.ndarray]:
     """The tokens of the file, one or several sequences."""
     where = str(command.text)
     if command.text.suffix == TOKENS:
-        require(command.training_text is None or words.of_characters, "training_text", where, "left out")
         return list(read_tokens(command.text))
     tokens = words.tokens(read_text(command.text, where), where)
     require(bool(tokens), "text", where, "a text of at least one token, is empty")

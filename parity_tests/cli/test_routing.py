@@ -271,19 +271,24 @@ def test_what_has_no_shape_is_written_out() -> None:
     assert visible(whole) == whole and named("a\n") == "'a\u21b5'" and named("\t") == "'\u2409'"
 
 
-def test_many_experts_and_one_choice() -> None:
-    """More than eight colours differ all the same; pairs are listed; one choice has no pairs."""
+@pytest.mark.parametrize("K", [1, 2])
+def test_hostile_tokens_names_and_titles(K: int) -> None:
+    """A whole tag as one token, a name, a title and a line; forty experts, whose pairs are listed."""
+    tag, tokens = "<script src='a'>\"&amp;</script><!--", list(range(20))
+    starts = np.asarray(tokens) == 0
+    text = Text(np.asarray(tokens), starts, ["" if n == 3 else tag for n in tokens], {n: f"{n}{tag}" for n in tokens})
+    layers = numbers(observed(tokens, [[n, n + 1][:K] for n in tokens]), (0,), 40)
+    shown, content = Shown.of(page(tag, [tag], [tag], text, layers))
+    assert shown.pieces == [f"3{tag}" if n == 3 else tag for n in tokens] and shown.classes[3].endswith(" m")
+    assert shown.tips[7].splitlines()[0] == content["names"][7] == f"'7{tag}', token 7"
+    taken = 20 + 20 * (K - 1)  # each of 20 tokens once by each of its experts
+    assert shown.text.count(tag) == 2 + 2 + 20 + taken and shown.tags["script"] == 2
+    assert ("The pairs that most tokens chose" in shown.text) == (K == 2)
+    assert "No choice was dropped." in shown.text and ("experts chosen together" in shown.text) == (K == 2)
+
+
+def test_colours_differ() -> None:
     assert expert_colours(8) == list(EIGHT) and len({*expert_colours(64)}) == 64
-    tokens = list(range(20))
-    text = Text(np.asarray(tokens), np.arange(20) == 0, ["" if n == 3 else str(n) for n in tokens],
-                {n: f"<{n}>" for n in tokens})
-    many = numbers(observed(tokens, [[n % 40, (n + 1) % 40] for n in tokens]), (0,), 40)
-    shown, _ = Shown.of(page("t", ["a<b"], ["c&d"], text, many))
-    assert "The pairs that most tokens chose" in shown.text and "a<b" in shown.text and "c&d" in shown.text
-    assert shown.pieces[3] == "<3>" and shown.classes[3].endswith(" m")
-    single = numbers(observed(tokens, [[n % 40] for n in tokens]), (0,), 40)
-    shown, _ = Shown.of(page("t", [], [], text, single))
-    assert "together" not in shown.text and "No choice was dropped." in shown.text
 
 
 def test_cut_and_characters_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
