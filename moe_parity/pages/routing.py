@@ -36,7 +36,8 @@ STYLE = """
 .bar i { position: absolute; top: 0; bottom: 0; left: 0; }
 .bar i.lost { background: repeating-linear-gradient(45deg, var(--wrong) 0 2px, transparent 2px 5px); }
 .bar b { position: absolute; top: -2px; bottom: -2px; width: 2px; background: var(--ink); }
-td.takes { white-space: normal; min-width: 260px; } .one { white-space: nowrap; margin-right: 9px; }
+td.takes { white-space: normal; min-width: 260px; }
+.one { display: inline-block; white-space: nowrap; margin-right: 9px; }
 .one span { font-family: ui-monospace, monospace; background: var(--card); border-radius: 3px; padding: 0 3px;
   white-space: pre; } .one small { color: var(--soft); }
 table.matrix { width: auto; } table.matrix td { text-align: center; padding: 3px 7px; border: 1px solid var(--paper); }
