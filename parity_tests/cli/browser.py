@@ -39,15 +39,15 @@ def see(page: Path, folder: Path, address: str = "") -> Seen:
     """Opens the file in the browser; `address` is what follows the file's name, like #layer-1."""
     assert BROWSER is not None
     picture, log = folder / "seen.png", folder / "requests.json"
+    picture.unlink(missing_ok=True)
     root = ("--no-sandbox",) if os.getuid() == 0 else ()  # the browser has no sandbox for root
-    common = [BROWSER, *OPTIONS, *root, f"--user-data-dir={folder / 'profile'}"]
-    url = f"{page.as_uri()}{address}"
-    first = [*common, f"--log-net-log={log}", f"--screenshot={picture}", url]
-    drawn = subprocess.run(first, capture_output=True, text=True, timeout=120, errors="replace")
-    dumped = subprocess.run([*common, "--dump-dom", url], capture_output=True, timeout=120)
-    assert picture.exists(), drawn.stderr[-2000:]
-    console = [line for line in drawn.stderr.splitlines() if ":CONSOLE" in line]
-    return Seen(imread(picture), console, _requests(log), dumped.stdout.decode("utf-8"))
+    wanted = (f"--log-net-log={log}", f"--screenshot={picture}", "--dump-dom", f"{page.as_uri()}{address}")
+    command = [BROWSER, *OPTIONS, *root, f"--user-data-dir={folder / 'profile'}", *wanted]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    said = done.stderr.decode("utf-8", "replace")
+    assert picture.exists(), said[-2000:]
+    console = [line for line in said.splitlines() if ":CONSOLE" in line]
+    return Seen(imread(picture), console, _requests(log), done.stdout.decode("utf-8"))
 
 
 def _requests(log: Path) -> list[str]:
