@@ -1,4 +1,4 @@
-"""The options of `jax-moe`: port, inspect, generate, parity; those of train are in `moe_train.configs`."""
+"""The options of `jax-moe`: port, inspect, generate, routing, parity; those of train are in `moe_train.configs`."""
 
 import sys
 from dataclasses import dataclass, field
@@ -95,6 +95,34 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Shows which experts a text uses: load, drops, entropy, pairs, and the tokens that each expert takes most.
+
+    DIR is what `generate` takes: a Hugging Face folder in any form, a makeMoE model, or a run of train.py. The model
+    reads the text without noise, in windows of its block size (makeMoE) or longest text, each window alone. Of a
+    decoder the layers with a mixture are shown.
+    """
+
+    path: tyro.conf.Positional[Path]
+    text: Path
+    """The text: UTF-8, for the model's tokenizer or in its characters; or a .npy file of tokens, a sequence or
+    several [sequences, positions]."""
+    html: Path | None = None
+    """Write the text, coloured by expert, and all numbers to this file as one HTML page."""
+    max_tokens: int = 2048
+    """Read at most this number of tokens; of several sequences the first ones."""
+    training_text: Path | None = None
+    """The training text, if a makeMoE checkpoint does not hold the characters: they are those of the text, sorted."""
+    json: bool = False
+    """Print only a JSON object: model, tokens (how many), num_experts, top_k, window (the tokens of a whole window),
+    and layers, each with layer (its place), load (each expert's share of choices, before drops), choices, dropped (of
+    each expert), dropped_fraction, lost_tokens (which got no expert), entropy (mean, of the router, in nats),
+    entropy_share (of log E), together (tokens that chose both experts, [E, E]) and taken (for each expert the tokens of
+    the largest lift: token, text, count, occurrences, lift, share)."""
+    choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
+
+
+@dataclass(frozen=True)
 class Train:
     """Trains or fine-tunes a model, as python train/train.py does. `jax-moe train --help` lists the settings."""
 
@@ -154,20 +182,22 @@ SAID_ELSEWHERE = {
     "--length": "--max-new-tokens", "--temp": "--temperature", "--steps": "--train", "--bs": "--batch-size",
     "--seq-len": "--num-tokens", "--force": "--overwrite", "--num-experts-per-tok": "--top-k", "--verbose": "--names",
 }
+OF_THEIR_OWN = {("routing", "--max-tokens")}  # where an option has that name
 # How the library's errors name an argument, and the option for it.
 IN_SHELL = {"overwrite=True": "--overwrite", "allow_nonfinite=True": "--allow-nonfinite"}
 
 
-def parse(words: list[str]) -> Port | Inspect | Generate | Parity | Train:
+def parse(words: list[str]) -> Port | Inspect | Generate | Routing | Parity | Train:
     """The command that the words ask for. Raises SystemExit, as tyro does, for anything unknown and for --help."""
     about = "Mixture of Experts in JAX and PyTorch. --version prints the version."
     try:
         return tyro.cli(  # type: ignore
-            Port | Inspect | Generate | Parity | Train, args=words, prog="jax-moe", description=about,
+            Port | Inspect | Generate | Routing | Parity | Train, args=words, prog="jax-moe", description=about,
             registry=registry,
         )
     except SystemExit as stopped:
-        known = [f"{word} is called {SAID_ELSEWHERE[word]} here" for word in words if word in SAID_ELSEWHERE]
+        elsewhere = {word: name for word, name in SAID_ELSEWHERE.items() if (*words[:1], word) not in OF_THEIR_OWN}
+        known = [f"{word} is called {elsewhere[word]} here" for word in words if word in elsewhere]
         if stopped.code not in (0, None) and known:
             print(f"jax-moe: {', '.join(known)}", file=sys.stderr)
         raise

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from jax_moe.config.checks import require
+from jax_moe.disk import writing
 from jax_moe.generation.text import read_text
 from jax_moe.porting.checkpoint import Checkpoint
 from jax_moe.porting.formats.found import Found
@@ -61,6 +62,23 @@ def summary(checkpoint: Checkpoint) -> str:
     dtypes = sorted({str(leaf.dtype) for leaf in leaves})
     of_run = "" if checkpoint.note is None else f", {checkpoint.note}"
     return f"{checkpoint.name}, {sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}{of_run}"
+
+
+def check_page_target(path: Path) -> None:
+    """Raises ValueError if no HTML page can be written there; a file that is there will be replaced."""
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except OSError as error:  # a name that the file system does not allow
+        raise ValueError(f"html={str(path)!r}: cannot be written ({error.strerror})") from None
+    require(not folder, "html", str(path), "the name of a file, is a folder")
+    require(not there or path.is_file(), "html", str(path), "the name of a file")
+    require(path.parent.is_dir(), "html", str(path), f"in a folder that exists, {path.parent} does not")
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes an HTML page whole or not at all."""
+    with writing(path, overwrite=True) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 @contextmanager

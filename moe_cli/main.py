@@ -6,7 +6,7 @@ import sys
 
 import jax_moe
 from jax_moe.output import any_encoding
-from moe_cli.arguments import Generate, Inspect, Parity, Port, in_shell, parse
+from moe_cli.arguments import Generate, Inspect, Parity, Port, Routing, in_shell, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +52,10 @@ def run(words: list[str]) -> int:
         from moe_cli.generate import generate
 
         return generate(command)
+    if isinstance(command, Routing):
+        from moe_cli.routing import routing
+
+        return routing(command)
     assert isinstance(command, Parity)
     if command.train is not None:
         from moe_cli.train_parity import train_parity

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 
 from jax_moe.config.checks import require
-from jax_moe.disk import writing
 from jax_moe.porting.checkpoint import Checkpoint, load_found
 from jax_moe.porting.convert import port_decoder
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.open import open_path
 from jax_moe.porting.pretrained import MAX_SHARD_BYTES
 from moe_cli.arguments import Parity
-from moe_cli.common import progress, say, say_assumed, say_note
+from moe_cli.common import check_page_target, progress, say, say_assumed, say_note, write_page
 from moe_cli.layers import compare_layers, opened
 from moe_parity.batch import check_tokens, random_tokens, random_vectors, read_tokens, read_vectors
 from moe_parity.memory import Work, check_memory
@@ -60,24 +59,13 @@ def _check(command: Parity, least: int) -> None:
     if command.tokens is not None:
         require(command.num_tokens is None, "num_tokens", command.num_tokens, "left out with --tokens")
     if command.html is not None:
-        _check_target(command.html)
-
-
-def _check_target(path: Path) -> None:
-    try:
-        there, folder = path.exists(), path.is_dir()
-    except OSError as error:  # a name that the file system does not allow
-        raise ValueError(f"html={str(path)!r}: cannot be written ({error.strerror})") from None
-    require(not folder, "html", str(path), "the name of a file, is a folder")
-    require(not there or path.is_file(), "html", str(path), "the name of a file")
-    require(path.parent.is_dir(), "html", str(path), f"in a folder that exists, {path.parent} does not")
+        check_page_target(command.html)
 
 
 def _write_page(path: Path, report: Report) -> None:
     from moe_parity.pages.html import page
 
-    with writing(path, overwrite=True) as part:
-        part.write_text(page([report]), encoding="utf-8")
+    write_page(path, page([report]))
 
 
 def _against_torch_ref(command: Parity, found: Found) -> Report:

@@ -4,17 +4,11 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from moe_parity.pages import plots
+from moe_parity.pages.style import document
 from moe_parity.report import Report
 from moe_parity.stages import StageResult
 
 STYLE = """
-:root { color-scheme: light dark; LIGHT --ink: #1d2329; --paper: #ffffff; --card: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa5b1; --line: #39424c; --paper: #14181d;
-  --card: #1c2229; --same: #4fb3a0; --flip: #e0a83c; --wrong: #f56565; --allowed: #a78bfa; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 960px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 36px 0 4px; }
-p { margin: 4px 0 12px; } .about, .note { color: var(--soft); }
 .verdict { border-left: 4px solid var(--same); background: var(--card); padding: 12px 16px; margin: 20px 0;
   overflow-wrap: anywhere; }
 .verdict.wrong { border-color: var(--wrong); } .verdict.flip { border-color: var(--flip); }
@@ -22,13 +16,10 @@ svg { width: 100%; height: auto; display: block; } svg text { font-family: syste
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin: 0 5px 0 14px; }
 .keys { display: block; white-space: nowrap; margin-left: -14px; }
 .key.line { width: 18px; height: 0; border-radius: 0; border-top: 2px dashed var(--allowed); vertical-align: middle; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
-th, td { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.where { color: var(--soft); white-space: normal; }
 tr.wrong td.verdict-word { color: var(--wrong); font-weight: 600; }
 tr.flip td.verdict-word { color: var(--flip); font-weight: 600; }
-""".replace("LIGHT", " ".join(f"--{name}: {colour};" for name, colour in plots.COLOURS.items()))
+"""
 
 # Title, note, meaning of the dashed line, which stages are shown, how they are drawn.
 SECTIONS: list[tuple[str, str, str, Callable[[StageResult], bool], plots.Draw]] = [
@@ -51,11 +42,7 @@ def page(reports: Sequence[Report]) -> str:
     """The whole page, for one or more comparisons."""
     title = f"{reports[0].subject}: jax_moe against {reports[0].reference}"
     body = "".join(_section(report) for report in reports)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main><h1>{escape(title)}</h1>{body}</main></body></html>\n"
-    )
+    return document(title, body, STYLE)
 
 
 def _section(report: Report) -> str:

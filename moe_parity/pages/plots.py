@@ -20,15 +20,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from jax_moe.disk import writing
+from moe_parity.pages.style import COLOURS
 from moe_parity.report import strain
 from moe_parity.stages import KINDS, StageResult, kind_in_words
 from moe_parity.training.runs import MOVED, Runs
 
-# By the names of the page's CSS variables, which replace them in the SVG: the plots follow light and dark mode.
-COLOURS = {
-    "soft": "#5c6670", "line": "#d9dee3", "same": "#2f7d6d", "flip": "#b7791f", "wrong": "#c53030",
-    "allowed": "#6b46c1",
-}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.sans-serif": ["DejaVu Sans"],
     "text.color": COLOURS["soft"],

@@ -1,6 +1,7 @@
-"""Every program of examples/ runs and prints; each asserts its own claim, which a planted fault breaks."""
+"""Every program and notebook of examples/ runs; each asserts its own claims, which a planted fault breaks."""
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +58,42 @@ def test_a_wrong_claim_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, attribute, value)
     with pytest.raises(AssertionError, match=claim):
         quietly(module.main, **arguments)
+
+
+NOTEBOOK = EXAMPLES / "seed_questions.ipynb"
+
+
+def run_notebook(fault: tuple[str, str] = ("", "")) -> int:
+    """Runs the code cells in order in one namespace, `fault` replaced in them; the number of figures they draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names: dict[str, Any] = {"__name__": "notebook"}
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    try:
+        for i, cell in enumerate(cells):
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]).replace(*fault), f"{NOTEBOOK.name}, cell {i}", "exec"), names)
+        return len(plt.get_fignums())
+    finally:
+        plt.close("all")
+
+
+def test_the_notebook_runs() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # warnings are no errors for users
+        assert run_notebook() == 5
+
+
+def test_the_notebook_stores_no_outputs() -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+
+
+def test_a_wrong_claim_of_the_notebook_is_found() -> None:
+    """A router whose weights are not divided by their sum does learn of experts that were not chosen."""
+    with pytest.raises(AssertionError, match="the router learns nothing of the unchosen"):
+        other = "jax_moe.MoE(jax_moe.presets.olmoe(D, 32, E, K), rngs=nnx.Rngs(0))"
+        run_notebook(("nnx.split(mixtral)", f"nnx.split({other})"))
