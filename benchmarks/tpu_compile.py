@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
+from unittest import mock
 
 # set before jax is imported, so that it does not look for a TPU
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -40,9 +41,11 @@ from benchmarks.hlo import count
 from benchmarks.timing import machine
 from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.config.moe import MoEConfig
+from jax_moe.kernels import megablox
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GROUPS = (256, 512, 1024, 2048)
+XLA_ROW, KERNEL_ROW = "ragged_dot, dropless", "kernels, dropless"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Options:
 
 def contracts(config: MoEConfig) -> dict[str, MoEConfig]:
     """{row: contract} of every dispatcher; einsum and gather at capacity factor 1.0, in groups of several sizes."""
-    found = {"ragged, dropless": dataclasses.replace(config, dispatcher="ragged")}
+    found = {name: dataclasses.replace(config, dispatcher="ragged") for name in (XLA_ROW, KERNEL_ROW)}
     found["gather, one group"] = dataclasses.replace(config.with_capacity(1.0, group="batch"), dispatcher="gather")
     for size in GROUPS:
         grouped = config.with_capacity(1.0, group="fixed", group_size=size)
@@ -148,10 +151,26 @@ def compile_rows(options: Options, chip: str) -> dict[str, dict[str, Any]]:
     rows = {"dense FFN": dense}
     for name, contract in options.contracts.items():
         print(f"{chip}: {name}", file=sys.stderr)
-        rows[name] = cost(*layer_program(contract), num_tokens=num_tokens, width=width, device=device)
+        backend = "tpu" if name == KERNEL_ROW else "cpu"  # where the layer takes the kernels that jax ships for TPU
+        with mock.patch.object(jax, "default_backend", lambda: backend):  # noqa: B023
+            rows[name] = cost(*layer_program(contract), num_tokens=num_tokens, width=width, device=device)
+        if name == KERNEL_ROW and "error" not in rows[name]:
+            rows[name]["products"] = products_of_grid(config, num_tokens)
     for row in rows.values():
         row["ratio"] = row["cycles"] / dense["cycles"] if "cycles" in row else None
     return rows
+
+
+def products_of_grid(config: MoEConfig, num_tokens: int) -> float:
+    """Operations of the kernels' nine products over those of the dense FFN, if experts share the rows evenly.
+
+    Counted from the kernels' own grids: a tile for each block of rows and expert that meet, at most E - 1 more than
+    blocks, and columns rounded up to whole tiles.
+    """
+    R, E = num_tokens * config.top_k, config.num_networks
+    tm, td, tf = megablox._tiles(R, config.model_dim, config.expert_dim)
+    D, F = config.model_dim, config.expert_dim
+    return (-(-R // tm) + E - 1) * tm / R * (-(-D // td) * td / D) * (-(-F // tf) * tf / F)
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
@@ -162,7 +181,8 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
             print(f"{name:24}  {row['error']}")
             continue
         print(f"{name:24}{row['cycles']:12,}{row['ratio']:9.2f}{row['bytes_accessed'] / 1e9:13.1f}"
-              f"{row['temporary_bytes'] / 1e9:14.2f}{row['custom_calls']:14}")
+              f"{row['temporary_bytes'] / 1e9:14.2f}{row['custom_calls']:14}"
+              + (f"  products {row['products']:.2f} / dense, from the grids" if "products" in row else ""))
 
 
 def main() -> None:

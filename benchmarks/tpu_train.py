@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 import jax_moe
@@ -188,7 +188,8 @@ def compiled_step(options: Options, config: DecoderConfig) -> Any:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
     sizes = read_mesh(options.mesh)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     as_tpu = mock.patch.object(jax, "default_backend", lambda: "tpu")  # kernels are chosen by it
     with jax.set_mesh(mesh), sharding.exchange(options.exchange), as_tpu:
         step, arguments, where = training_step(config, mesh, options)

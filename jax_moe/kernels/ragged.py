@@ -1,9 +1,7 @@
 """Dropless by sorting, with one grouped product over all rows.
 
-The product is `jax.lax.ragged_dot`, or on TPU that of `tokamax` where it is installed.
+The product is `jax.lax.ragged_dot`, or on TPU that of the kernels that jax ships.
 """
-
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ from jax_moe.config.moe import ExpertConfig
 from jax_moe.dims import Array, Float, Int
 from jax_moe.dispatch import Moves, Slots
 from jax_moe.experts import Weights, answer, hidden_units
+from jax_moe.kernels import devices, megablox
 from jax_moe.kernels.moves import choice_of_place, combine_choices, places_to_choices, tokens_to_places, weight_of_place
 from jax_moe.routing import Routing
 
@@ -50,14 +49,10 @@ def grouped_product(
     """Each expert's rows times its weights; zeros after the last expert's rows.
 
     On TPU, XLA computes the weights' gradient of `jax.lax.ragged_dot` as E masked dense products (docs/performance.md).
-    `tokamax.ragged_dot` has a kernel for it, but leaves the rows after the last expert's undefined.
     """
-    if jax.default_backend() != "tpu" or find_spec("tokamax") is None:
-        return jax.lax.ragged_dot(x_RD, weight_EDF, count_E)
-    import tokamax
-
-    inside_R1 = (jnp.arange(x_RD.shape[0]) < count_E.sum())[:, None]
-    return jnp.where(inside_R1, tokamax.ragged_dot(jnp.where(inside_R1, x_RD, 0), weight_EDF, count_E), 0)
+    if devices.megablox_serves(x_RD.dtype, *weight_EDF.shape[1:]):
+        return megablox.grouped_product(x_RD, weight_EDF, count_E)
+    return jax.lax.ragged_dot(x_RD, weight_EDF, count_E)
 
 
 def ragged_ffn(

@@ -38,7 +38,7 @@ PORTING = (
 )
 # Packages from outside that a room may use beside the core's.
 OUTSIDE = {
-    "jax_moe": {"lazy_loader"}, "jax_moe.arguments": {"tyro"}, "jax_moe.config": set(), "jax_moe.kernels": {"tokamax"},
+    "jax_moe": {"lazy_loader"}, "jax_moe.arguments": {"tyro"}, "jax_moe.config": set(),
     "jax_moe.optimizers": {"optax"}, "jax_moe.unchosen": {"optax"},
     "jax_moe.generation": {"tokenizers"},
     "jax_moe.porting": {"lazy_loader", "optax", "orbax", "safetensors", "tokenizers", "ml_dtypes", "torch"},
@@ -54,7 +54,7 @@ USES = {
 # torch_ref uses those parts of jax_moe that load no framework.
 OF_JAX_MOE = ("jax_moe.config", "jax_moe.presets", "jax_moe.shapes")
 # Imported only inside functions, so that the package can be imported without them.
-LAZY = ("torch", "torch_ref", "transformers", "tokamax")
+LAZY = ("torch", "torch_ref", "transformers")
 LAZY_IN = ("jax_moe", "moe_parity", "moe_cli")
 
 
