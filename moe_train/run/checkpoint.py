@@ -8,39 +8,64 @@ parts of the arrays, and process 0 does the rest; all must see the same folder.
 
 import hashlib
 import shutil
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from jax_moe.disk import put_in_place, same_bits, sync, write_whole
-from jax_moe.porting.formats.orbax import plain, quiet, save_tree
+from jax_moe.porting.formats.orbax import begin_tree, plain, quiet
+from moe_train.run.keep import KEEP, Keep
+from moe_train.run.saving import Saving
 from moe_train.run.together import ALONE, Processes
 
-KEEP = 2  # if the newest is damaged, the checkpoint before it is left
 BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
 
 
-def save(
-    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE
-) -> None:
-    """Writes folder/step and keeps the newest two. Returns when it is written, as the next step donates `state`.
+def begin(
+    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE, keep: Keep = KEEP
+) -> Saving:
+    """Begins to write folder/step; then removes older ones. Returns once `state` may be donated to the next step.
 
-    Raises OSError with one line if it cannot be written; earlier checkpoints stay.
+    Raises OSError with one line if it cannot be written, now or when its end is waited for; earlier checkpoints stay.
     """
     part = folder / f".{step}.part"
     new = part / "new"  # Orbax writes temporary files beside it, which are removed too
-    try:
-        processes.alone(lambda: _begin(folder, part))
-        processes.everywhere(lambda: save_tree(new, state, {"settings": settings}))
-        processes.everywhere(lambda: _verify(new, state, settings))
-        processes.alone(lambda: _put(new, folder, step))
-    finally:
+
+    def undo() -> None:
         if processes.first:
             shutil.rmtree(part, ignore_errors=True)
-    processes.alone(lambda: _finish(folder, step))
+
+    def write() -> None:
+        written()
+        _verify(new, copies, settings)
+
+    def put() -> None:
+        if processes.first:
+            _put(new, folder, step)
+            shutil.rmtree(part, ignore_errors=True)
+            _finish(folder, step, keep)
+
+    try:
+        processes.alone(lambda: _begin(folder, part))
+        copies = _on_host(state)
+        written = processes.everywhere(lambda: begin_tree(new, state, {"settings": settings}))
+    except BaseException:
+        undo()
+        raise
+    return Saving([write, put], processes, undo)
+
+
+def save(
+    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE, keep: Keep = KEEP
+) -> None:
+    """As `begin`; returns when the checkpoint is whole."""
+    begin(folder, step, state, settings, processes, keep).wait()
 
 
 def _begin(folder: Path, part: Path) -> None:
@@ -55,11 +80,11 @@ def _put(new: Path, folder: Path, step: int) -> None:
     put_in_place(new, folder / str(step))  # a previous folder is in the part then
 
 
-def _finish(folder: Path, step: int) -> None:
-    """Writes the sums, and removes the checkpoints before the newest two."""
+def _finish(folder: Path, step: int, keep: Keep) -> None:
+    """Writes the sums, and removes the checkpoints that are not kept."""
     digests = checksums(folder, step).items()
     write_whole(folder / f"{step}.sha256", "".join(f"{digest}  {name}\n" for name, digest in digests))
-    for old in saved_steps(folder)[:-KEEP]:
+    for old in keep.removable(saved_steps(folder)):
         (folder / f"{old}.sha256").unlink()
         shutil.rmtree(folder / str(old), ignore_errors=True)
 
@@ -80,45 +105,81 @@ def _clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _verify(path: Path, state: Any, settings: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Copy:
+    """An array, or this process's parts of it, in host memory; `sharding` if other processes hold the other parts.
+
+    On a CPU the parts are views of the array's own memory, and XLA does not donate memory that has views.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: Sharding | None
+    parts: dict[str, tuple[Any, np.ndarray]]  # {its place in words: its place, the part}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def like(self) -> Any:
+        """What Orbax is to read it as: on the host, or where a part of it is in other processes, as it lies there."""
+        if self.sharding is None:
+            return np.empty(self.shape, self.dtype)
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
+
+    def same(self, again: Any) -> bool:
+        """Whether the array that was read, or this process's parts of it, has the same bits."""
+        if self.sharding is None:
+            read = {place: np.asarray(again)[index] for place, (index, _) in self.parts.items()}
+        else:
+            read = {str(shard.index): np.asarray(shard.data) for shard in again.addressable_shards}
+        return all(same_bits(part, np.asarray(read[place])) for place, (_, part) in self.parts.items())
+
+
+def _on_host(state: Any) -> Any:
+    """The state with a `Copy` in place of every array; one copy of what several devices hold."""
+
+    def shards(leaf: Any) -> dict[str, Any]:
+        return {str(shard.index): shard for shard in leaf.addressable_shards} if isinstance(leaf, jax.Array) else {}
+
+    def copy(leaf: Any) -> Copy:
+        if not isinstance(leaf, jax.Array):
+            return Copy(leaf.shape, leaf.dtype, None, {"": (..., leaf)})
+        parts = {place: (shard.index, np.asarray(shard.data)) for place, shard in shards(leaf).items()}
+        return Copy(leaf.shape, leaf.dtype, None if leaf.is_fully_addressable else leaf.sharding, parts)
+
+    for leaf in jax.tree.leaves(state):
+        for shard in shards(leaf).values():
+            shard.data.copy_to_host_async()  # all of them at once
+    return jax.tree.map(copy, state)
+
+
+def _verify(path: Path, copies: Any, settings: dict[str, Any]) -> None:
     """Raises OSError unless names, shapes, dtypes and bits read back as written, a batch of arrays at a time."""
     wrong: list[str] = []
     with quiet(), plain(path) as source:
         try:
             about = ocp.checkpointables_metadata(source)
-            found, wanted = shapes(about.metadata["state"]), shapes(state)
+            found, wanted = shapes(about.metadata["state"]), shapes(copies)
             wrong += sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
             if about.custom_metadata != {"settings": settings}:
                 wrong.append("settings")
-            leaves, structure = jax.tree.flatten(state)
+            leaves, structure = jax.tree.flatten(copies)
             names = list(wanted)
             for batch in [] if wrong else _batches(leaves):
-                like = [_like(leaf) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+                like = [leaf.like if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
                 read = ocp.load_checkpointables(source, {"state": jax.tree.unflatten(structure, like)})["state"]
                 again = jax.tree.leaves(read, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)
-                wrong += [names[i] for i in batch if not _same(leaves[i], again[i])]
+                wrong += [names[i] for i in batch if not leaves[i].same(again[i])]
         except Exception as error:  # Orbax raises exceptions of a dozen classes
             wrong.append(" ".join(str(error).split())[:160] or type(error).__name__)
     if wrong:
         raise OSError(f"{path}: must read back as written; differs in {', '.join(wrong[:5])}")
 
 
-def _like(leaf: Any) -> Any:
-    """What Orbax is to read an array as: on the host, or where a part of it is in other processes, as it lies there."""
-    if getattr(leaf, "is_fully_addressable", True):
-        return np.empty(leaf.shape, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _same(leaf: Any, again: Any) -> bool:
-    """Whether the array, or this process's part of it, has the same bits."""
-    if getattr(leaf, "is_fully_addressable", True):
-        return same_bits(np.asarray(leaf), np.asarray(again))
-    pairs = zip(leaf.addressable_shards, again.addressable_shards, strict=True)
-    return all(same_bits(np.asarray(one.data), np.asarray(other.data)) for one, other in pairs)
-
-
-def _batches(leaves: list[Any]) -> list[list[int]]:
+def _batches(leaves: list[Copy]) -> list[list[int]]:
     batches: list[list[int]] = []
     size = BATCH_BYTES
     for number, leaf in enumerate(leaves):

@@ -171,7 +171,7 @@ def test_a_run_keeps_a_correction_bias(tmp_path: Path, monkeypatch: pytest.Monke
     run, bias = Path("run"), {BIAS: np.asarray(model.moe.router.correction_bias[...])}
     learner = prepared(f"{TUNED} {SMALL} --out run".replace("prompt a", "prompt 1"))
     settings = flat(read_config(run)["config"])
-    learner.save(run / "checkpoints", 1, settings)
+    learner.save(run / "checkpoints", 1, settings).wait()
     check_exact(found(jax_moe.load(run)), bias, "read from the run's checkpoint")
     model.moe.router.correction_bias[...] += 1
     jax_moe.save_pretrained(model, Path("tiny"), model_type="corrected_moe", overwrite=True)
