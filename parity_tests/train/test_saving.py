@@ -195,7 +195,7 @@ def test_a_failure_in_one_process_is_heard_by_one_that_still_writes(monkeypatch:
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    """Every prefix of a run, with losses that fall and rise; a step without an evaluation is never the best."""
+    """At every step of a run, with losses that fall and rise; a step without an evaluation is never the best."""
     losses = {2: 3.0, 4: 1.5, 6: 2.0, 8: 1.5, 10: 2.5}
     run, learner = slow_run(tmp_path / "run", eval_every=2, checkpoint_every=2, keep_checkpoints=1, keep_best=True)
 
@@ -204,7 +204,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         return metrics.Evaluation(losses.get(step, 9.0), [0.0], [[0.5, 0.5]], [0.5], [1.0])
 
     learner.evaluate = evaluate  # type: ignore[method-assign]
-    kept: dict[int, list[int]] = {}
+    newest: list[int] = []
 
     def on_step(step: int) -> None:
         there = run_folder.saved_steps(run.folder)
@@ -212,13 +212,13 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         if record.exists():
             best = json.loads(record.read_text())
             assert best["step"] in there and best["val_loss"] == losses[best["step"]]
-        kept[step] = there
+        newest.append(max(there, default=0))
 
     learner.on_step = on_step
     assert loop.train(run) == 0
     assert run_folder.saved_steps(run.folder) == [4, 10]
     assert json.loads((run.folder / "best.json").read_text()) == {"step": 4, "val_loss": 1.5}
-    assert {tuple(there) for there in kept.values()} <= {(), (2,), (2, 4), (4,), (4, 6), (4, 8)}
+    assert newest == sorted(newest)
 
 
 def test_the_best_of_rows() -> None:
