@@ -8,23 +8,20 @@ parts of the arrays, and process 0 does the rest; all must see the same folder.
 
 import hashlib
 import shutil
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
-from jax_moe.disk import put_in_place, same_bits, sync, write_whole
-from jax_moe.porting.formats.orbax import begin_tree, plain, quiet
+from jax_moe.disk import put_in_place, sync, write_whole
+from jax_moe.porting.formats.orbax import begin_tree, plain
 from moe_train.run.keep import KEEP, Keep
+from moe_train.run.read_back import on_host, shapes, verify
 from moe_train.run.saving import Saving
 from moe_train.run.together import ALONE, Processes
-
-BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
 
 
 def begin(
@@ -41,9 +38,14 @@ def begin(
         if processes.first:
             shutil.rmtree(part, ignore_errors=True)
 
+    def start() -> Callable[[], None]:
+        with _naming(folder / str(step)):
+            return begin_tree(new, state, {"settings": settings})
+
     def write() -> None:
-        written()
-        _verify(new, copies, settings)
+        with _naming(folder / str(step)):
+            written()
+        verify(new, copies, settings)
 
     def put() -> None:
         if processes.first:
@@ -53,8 +55,8 @@ def begin(
 
     try:
         processes.alone(lambda: _begin(folder, part))
-        copies = _on_host(state)
-        written = processes.everywhere(lambda: begin_tree(new, state, {"settings": settings}))
+        copies = on_host(state)
+        written = processes.everywhere(start)
     except BaseException:
         undo()
         raise
@@ -66,6 +68,17 @@ def save(
 ) -> None:
     """As `begin`; returns when the checkpoint is whole."""
     begin(folder, step, state, settings, processes, keep).wait()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the checkpoint in an error of the system that names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _begin(folder: Path, part: Path) -> None:
@@ -103,92 +116,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(".") and ".sha256." in path.name:
             path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Copy:
-    """An array, or this process's parts of it, in host memory; `sharding` if other processes hold the other parts.
-
-    On a CPU the parts are views of the array's own memory, and XLA does not donate memory that has views.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    sharding: Sharding | None
-    parts: dict[str, tuple[Any, np.ndarray]]  # {its place in words: its place, the part}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole array."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def like(self) -> Any:
-        """What Orbax is to read it as: on the host, or where a part of it is in other processes, as it lies there."""
-        if self.sharding is None:
-            return np.empty(self.shape, self.dtype)
-        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
-
-    def same(self, again: Any) -> bool:
-        """Whether the array that was read, or this process's parts of it, has the same bits."""
-        if self.sharding is None:
-            read = {place: np.asarray(again)[index] for place, (index, _) in self.parts.items()}
-        else:
-            read = {str(shard.index): np.asarray(shard.data) for shard in again.addressable_shards}
-        return all(same_bits(part, np.asarray(read[place])) for place, (_, part) in self.parts.items())
-
-
-def _on_host(state: Any) -> Any:
-    """The state with a `Copy` in place of every array; one copy of what several devices hold."""
-
-    def shards(leaf: Any) -> dict[str, Any]:
-        return {str(shard.index): shard for shard in leaf.addressable_shards} if isinstance(leaf, jax.Array) else {}
-
-    def copy(leaf: Any) -> Copy:
-        if not isinstance(leaf, jax.Array):
-            return Copy(leaf.shape, leaf.dtype, None, {"": (..., leaf)})
-        parts = {place: (shard.index, np.asarray(shard.data)) for place, shard in shards(leaf).items()}
-        return Copy(leaf.shape, leaf.dtype, None if leaf.is_fully_addressable else leaf.sharding, parts)
-
-    for leaf in jax.tree.leaves(state):
-        for shard in shards(leaf).values():
-            shard.data.copy_to_host_async()  # all of them at once
-    return jax.tree.map(copy, state)
-
-
-def _verify(path: Path, copies: Any, settings: dict[str, Any]) -> None:
-    """Raises OSError unless names, shapes, dtypes and bits read back as written, a batch of arrays at a time."""
-    wrong: list[str] = []
-    with quiet(), plain(path) as source:
-        try:
-            about = ocp.checkpointables_metadata(source)
-            found, wanted = shapes(about.metadata["state"]), shapes(copies)
-            wrong += sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-            if about.custom_metadata != {"settings": settings}:
-                wrong.append("settings")
-            leaves, structure = jax.tree.flatten(copies)
-            names = list(wanted)
-            for batch in [] if wrong else _batches(leaves):
-                like = [leaf.like if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
-                read = ocp.load_checkpointables(source, {"state": jax.tree.unflatten(structure, like)})["state"]
-                again = jax.tree.leaves(read, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)
-                wrong += [names[i] for i in batch if not leaves[i].same(again[i])]
-        except Exception as error:  # Orbax raises exceptions of a dozen classes
-            wrong.append(" ".join(str(error).split())[:160] or type(error).__name__)
-    if wrong:
-        raise OSError(f"{path}: must read back as written; differs in {', '.join(wrong[:5])}")
-
-
-def _batches(leaves: list[Copy]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    size = BATCH_BYTES
-    for number, leaf in enumerate(leaves):
-        if size + leaf.nbytes > BATCH_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(number)
-        size += leaf.nbytes
-    return batches
 
 
 def checksums(folder: Path, step: int) -> dict[str, str]:
@@ -233,13 +160,6 @@ def restore(
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         state = ocp.load_checkpointables(source, {"state": target})["state"]
     return steps[-1], about.custom_metadata["settings"], state
-
-
-def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """{path: (shape, dtype)} of every array."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def damaged(path: Path, reason: str) -> ValueError:
