@@ -86,7 +86,7 @@ def test_one_of_two_processes(runs: Zygote) -> None:
         dead, other = ended[victim], ended[1 - victim]
         assert dead.status == -9, ended
         assert other.seconds - dead.seconds < BOUND
-        ended_by_jax = victim == 0 and other.status == -6  # it lost the process that coordinates, and noticed first
+        ended_by_jax = other.status == -6  # process 0 has died, or process 1 before they had connected: jax aborts
         said = [line for line in other.printed.splitlines() if line.startswith("error: ")]
         assert ended_by_jax or (other.status == 1 and len(said) == 1), other
         assert ended_by_jax or said[0].startswith("error: a process has ended or failed, the others cannot go"), other
