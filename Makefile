@@ -38,9 +38,9 @@ nightly: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m parity_tests.fuzz $(ARGS)
 
-# A training run and a port, each killed at 200 moments.
+# A training run and a port, each killed at 200 moments, and a training run in two processes, killed in one at 50.
 kills: $(VENV)/.test
-	KILLS=200 $(BIN)/python -m pytest parity_tests/train/test_kills.py
+	KILLS=200 KILLS_OF_TWO=50 $(BIN)/python -m pytest parity_tests/train/test_kills.py
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m parity_tests.mutations --update

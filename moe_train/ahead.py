@@ -12,7 +12,6 @@ from moe_train.run import folder as run_folder
 from moe_train.task import Task
 
 LONGEST_SAMPLE = 1_000_000  # tokens
-MOST_KEPT = 3  # checkpoints on the disk while the newest is written
 FLOATS = 3  # fp32 numbers a parameter: the weight and two moments
 
 
@@ -35,5 +34,6 @@ def check_end(config: TrainConfig, task: Task, folder: Path) -> None:
 def check_disk(config: TrainConfig, num_parameters: int, folder: Path) -> None:
     """Raises ValueError if the disk has no room for the checkpoints that are kept and the model."""
     due = max(ceil(config.steps / config.checkpoint_every), 1)
-    new = max(min(MOST_KEPT - len(run_folder.saved_steps(folder)), due), 1)
+    most = config.keep_checkpoints + config.keep_best + 1  # on the disk while the newest is written
+    new = max(min(most - len(run_folder.saved_steps(folder)), due), 1)
     check_space(folder / "checkpoints", (new * FLOATS + 1) * 4 * num_parameters)

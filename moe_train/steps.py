@@ -1,18 +1,21 @@
 """The training loop: steps, with evaluations and checkpoints between them. No framework is named here."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_train.configs.settings import TrainConfig, flat
+from moe_train.configs.settings import TrainConfig
 from moe_train.prepare import Run
 from moe_train.run import metrics
 from moe_train.run.interrupt import Interrupt
 from moe_train.run.logger import Logger
 from moe_train.run.progress import Display, Meter, clock
+from moe_train.run.together import AgreedError
+from moe_train.saves import Saves
 
 SHOW_EVERY = 10  # steps between reads of the loss: the device need not wait for the host at every step
-MEET_EVERY = 10  # steps after which several processes ask each other for signals
+MEET_EVERY = 10  # steps after which several processes ask each other for signals, and whether a checkpoint is whole
 
 
 class DivergedError(Exception):
@@ -21,20 +24,19 @@ class DivergedError(Exception):
 
 @dataclass
 class Steps:
-    """A run between two steps: `step` steps are done, `loss` is the last step's, `saved` the last checkpoint's step."""
+    """A run between two steps: `step` steps are done, `loss` is the last step's."""
 
     run: Run
     logger: Logger
     stop: Interrupt
     display: Display
     step: int = 0
-    saved: int | None = None
     loss: Any = None
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         self.step = self.run.start
-        self.saved = self.run.start or None
+        self.saves = Saves(self.run, self.meter, self.run.start or None)
 
     @property
     def config(self) -> TrainConfig:
@@ -42,20 +44,37 @@ class Steps:
         return self.run.config
 
     def to_end(self) -> int:
-        """Trains until the last step or a signal; returns the number of steps done, all of them saved."""
+        """Trains until the last step or a signal; returns the number of steps done, all of them saved.
+
+        After an error that all processes know of, the checkpoint that is being written becomes whole, if it can.
+        """
+        try:
+            self._to_end()
+        except Exception as error:
+            if self.run.processes.count == 1 or isinstance(error, AgreedError | DivergedError):
+                with suppress(OSError, AgreedError):
+                    self.saves.wait()
+            raise
+        return self.step
+
+    def _to_end(self) -> None:
         self.evaluate()
         while self.step < self.config.steps and not self.stop.requested:
             self.train_step()
             if self.step % MEET_EVERY == 0:
                 self.stop.meet()
+            if self.step % MEET_EVERY == 0 or self.run.processes.count == 1:
+                self.saves.look()
             self.look_at_loss()
             if self.due(self.config.checkpoint_every):
-                self.save()
+                self.saves.begin(self.step)
             self.evaluate()
-        if self.saved != self.step:
-            self.save()
+        if self.saves.step != self.step:
+            self.saves.begin(self.step)
+        self.saves.wait()
         self.run.check_there()
-        return self.step
+        if self.saves.begun:
+            self.display.line(self.saves.told())
 
     def due(self, every: int) -> bool:
         """Whether an action with this interval in steps is due now. All are due after the last step."""
@@ -81,14 +100,6 @@ class Steps:
         if self.due(self.config.checkpoint_every) or self.due(self.config.eval_every) or self.stop.requested:
             check_finite(float(self.loss), self.step - 1)
             self.display.show(self.step, float(self.loss), self.meter.rate())
-
-    def save(self) -> None:
-        """Writes a checkpoint. Raises OSError if the folder is no longer the run's own."""
-        self.meter.pause()
-        self.run.learner.save(self.run.folder / "checkpoints", self.step, flat(self.config))
-        self.saved = self.step
-        self.run.check_there()
-        self.meter.resume()
 
     def evaluate(self) -> None:
         """If an evaluation is due and not yet written, evaluates both splits, writes the row and shows it."""

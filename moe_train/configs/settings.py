@@ -127,6 +127,12 @@ class TrainConfig(Start):
     """Keep the router's noise on when evaluating, as makeMoE does."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; another is written at the end and when interrupted."""
+    keep_checkpoints: int = 2
+    """The newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss; best.json names its step."""
+    async_checkpoints: bool = True
+    """Train on while a checkpoint is written (JAX only)."""
     logger: Literal["none", "mlflow"] = "none"
     """Also log settings and losses to a local MLflow store, mlflow.db in the output folder."""
     sample_length: int = 500
@@ -143,15 +149,16 @@ class TrainConfig(Start):
 # Settings that a resumed run may change; all others decide its numbers. `steps` may grow. The text is identified by its
 # sha256, so that its path may change.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "data", "num_devices", "mesh", "exchange", "remat", "checkpoint_every", "logger",
-    "sample_length", "sample_temperature", "sample_prompt",
+    "preset", "out", "resume", "data", "num_devices", "mesh", "exchange", "remat", "checkpoint_every",
+    "keep_checkpoints", "keep_best", "async_checkpoints", "logger", "sample_length", "sample_temperature",
+    "sample_prompt",
 }
 
 
 # Settings that runs of the first version did not store, and their values in those runs.
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
-    "mesh": None, "exchange": "xla",
+    "mesh": None, "exchange": "xla", "keep_checkpoints": 2, "keep_best": False, "async_checkpoints": True,
 }
 
 
@@ -195,8 +202,12 @@ def model_config(config: TrainConfig, vocab_size: int) -> MakeMoEConfig:
 def check(config: TrainConfig) -> None:
     """Raises ValueError for settings of a wrong type, out of range or in contradiction."""
     check_values(config)
-    for name in ("steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "sample_length"):
+    counts = ("steps", "batch_size", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+    for name in (*counts, "sample_length"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    together = not config.keep_best or config.checkpoint_every % config.eval_every == 0
+    multiple = f"a multiple of eval_every={config.eval_every}, as keep_best compares the losses of evaluations"
+    require(together, "checkpoint_every", config.checkpoint_every, multiple)
     for name, value in {"steps": config.steps, "batch_size": config.batch_size, **vars(config.model)}.items():
         require(not isinstance(value, int) or value < 2**31, name, value, f"at most {2**31 - 1}")
     require(0 <= config.seed < 2**32, "seed", config.seed, f"0 to {2**32 - 1}")

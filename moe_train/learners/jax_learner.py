@@ -32,7 +32,9 @@ from moe_train.configs.settings import OptimizerSettings
 from moe_train.learners.models import Model
 from moe_train.learners.optimizer import make_optimizer
 from moe_train.run import checkpoint
+from moe_train.run.keep import KEEP, Keep
 from moe_train.run.metrics import Evaluation
+from moe_train.run.saving import Saving
 from moe_train.run.together import Processes
 
 # Streams of the run's key, one per purpose.
@@ -180,8 +182,8 @@ class JaxLearner:
             load_balance_loss_L=mean["stats"].load_balance_loss.tolist(),
         )
 
-    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
-        checkpoint.save(folder, step, self._stored(), settings, self.processes)
+    def save(self, folder: Path, step: int, settings: dict[str, Any], keep: Keep = KEEP) -> Saving:
+        return checkpoint.begin(folder, step, self._stored(), settings, self.processes, keep)
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
         step, settings, stored = checkpoint.restore(folder, self._stored(), self.state, self.processes)

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moe_train.run.keep import Keep
 from moe_train.run.metrics import Evaluation
+from moe_train.run.saving import Saving
 
 
 class Learner(Protocol):
@@ -23,8 +25,8 @@ class Learner(Protocol):
     def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
         """Means over the batches, without dropout."""
 
-    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
-        """Writes a checkpoint whole or not at all."""
+    def save(self, folder: Path, step: int, settings: dict[str, Any], keep: Keep) -> Saving | None:
+        """Begins to write a checkpoint, whole or not at all; None if it is written. The next step may be taken."""
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
         """Loads the newest checkpoint; (step, settings). Raises ValueError if there is none, or it cannot be read."""

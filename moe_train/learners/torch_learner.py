@@ -19,6 +19,7 @@ from moe_train.learners.models import FreshMakeMoE
 from moe_train.learners.optimizer import learning_rate
 from moe_train.run import checkpoint
 from moe_train.run import folder as run_folder
+from moe_train.run.keep import KEEP, Keep
 from moe_train.run.metrics import Evaluation
 from torch_ref.generation.generate import generate
 from torch_ref.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss
@@ -109,13 +110,13 @@ class TorchLearner:
         shape = (self.model_config.num_layers, B, T1 - 1, self.model_config.num_experts)
         return Randomness(noise_BTE=torch.zeros(shape, device=self.torch_device))
 
-    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
+    def save(self, folder: Path, step: int, settings: dict[str, Any], keep: Keep = KEEP) -> None:
         folder.mkdir(exist_ok=True)
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "settings": settings}
         with whole(folder / f"{step}.pt") as part:
             _write(part, content)
-        for old in sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem))[: -checkpoint.KEEP]:
-            old.unlink()
+        for old in keep.removable(sorted(int(path.stem) for path in folder.glob("[0-9]*.pt"))):
+            (folder / f"{old}.pt").unlink()
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
         paths = sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem))

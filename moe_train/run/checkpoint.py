@@ -8,39 +8,77 @@ parts of the arrays, and process 0 does the rest; all must see the same folder.
 
 import hashlib
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jax_moe.disk import put_in_place, same_bits, sync, write_whole
-from jax_moe.porting.formats.orbax import plain, quiet, save_tree
+from jax_moe.disk import put_in_place, sync, write_whole
+from jax_moe.porting.formats.orbax import begin_tree, plain
+from moe_train.run.keep import KEEP, Keep
+from moe_train.run.read_back import on_host, shapes, verify
+from moe_train.run.saving import Saving
 from moe_train.run.together import ALONE, Processes
 
-KEEP = 2  # if the newest is damaged, the checkpoint before it is left
-BATCH_BYTES = 1 << 28  # arrays are read back in batches of this size
 
+def begin(
+    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE, keep: Keep = KEEP
+) -> Saving:
+    """Begins to write folder/step; then removes older ones. Returns once `state` may be donated to the next step.
 
-def save(
-    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE
-) -> None:
-    """Writes folder/step and keeps the newest two. Returns when it is written, as the next step donates `state`.
-
-    Raises OSError with one line if it cannot be written; earlier checkpoints stay.
+    Raises OSError with one line if it cannot be written, now or when its end is waited for; earlier checkpoints stay.
     """
     part = folder / f".{step}.part"
     new = part / "new"  # Orbax writes temporary files beside it, which are removed too
-    try:
-        processes.alone(lambda: _begin(folder, part))
-        processes.everywhere(lambda: save_tree(new, state, {"settings": settings}))
-        processes.everywhere(lambda: _verify(new, state, settings))
-        processes.alone(lambda: _put(new, folder, step))
-    finally:
+
+    def undo() -> None:
         if processes.first:
             shutil.rmtree(part, ignore_errors=True)
-    processes.alone(lambda: _finish(folder, step))
+
+    def start() -> Callable[[], None]:
+        with _naming(folder / str(step)):
+            return begin_tree(new, state, {"settings": settings})
+
+    def write() -> None:
+        with _naming(folder / str(step)):
+            written()
+        verify(new, copies, settings)
+
+    def put() -> None:
+        if processes.first:
+            _put(new, folder, step)
+            shutil.rmtree(part, ignore_errors=True)
+            _finish(folder, step, keep)
+
+    try:
+        processes.alone(lambda: _begin(folder, part))
+        copies = on_host(state)
+        written = processes.everywhere(start)
+    except BaseException:
+        undo()
+        raise
+    return Saving([write, put], processes, undo)
+
+
+def save(
+    folder: Path, step: int, state: Any, settings: dict[str, Any], processes: Processes = ALONE, keep: Keep = KEEP
+) -> None:
+    """As `begin`; returns when the checkpoint is whole."""
+    begin(folder, step, state, settings, processes, keep).wait()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the checkpoint in an error of the system that names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _begin(folder: Path, part: Path) -> None:
@@ -55,11 +93,11 @@ def _put(new: Path, folder: Path, step: int) -> None:
     put_in_place(new, folder / str(step))  # a previous folder is in the part then
 
 
-def _finish(folder: Path, step: int) -> None:
-    """Writes the sums, and removes the checkpoints before the newest two."""
+def _finish(folder: Path, step: int, keep: Keep) -> None:
+    """Writes the sums, and removes the checkpoints that are not kept."""
     digests = checksums(folder, step).items()
     write_whole(folder / f"{step}.sha256", "".join(f"{digest}  {name}\n" for name, digest in digests))
-    for old in saved_steps(folder)[:-KEEP]:
+    for old in keep.removable(saved_steps(folder)):
         (folder / f"{old}.sha256").unlink()
         shutil.rmtree(folder / str(old), ignore_errors=True)
 
@@ -78,56 +116,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(".") and ".sha256." in path.name:
             path.unlink(missing_ok=True)
-
-
-def _verify(path: Path, state: Any, settings: dict[str, Any]) -> None:
-    """Raises OSError unless names, shapes, dtypes and bits read back as written, a batch of arrays at a time."""
-    wrong: list[str] = []
-    with quiet(), plain(path) as source:
-        try:
-            about = ocp.checkpointables_metadata(source)
-            found, wanted = shapes(about.metadata["state"]), shapes(state)
-            wrong += sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-            if about.custom_metadata != {"settings": settings}:
-                wrong.append("settings")
-            leaves, structure = jax.tree.flatten(state)
-            names = list(wanted)
-            for batch in [] if wrong else _batches(leaves):
-                like = [_like(leaf) if i in batch else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
-                read = ocp.load_checkpointables(source, {"state": jax.tree.unflatten(structure, like)})["state"]
-                again = jax.tree.leaves(read, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)
-                wrong += [names[i] for i in batch if not _same(leaves[i], again[i])]
-        except Exception as error:  # Orbax raises exceptions of a dozen classes
-            wrong.append(" ".join(str(error).split())[:160] or type(error).__name__)
-    if wrong:
-        raise OSError(f"{path}: must read back as written; differs in {', '.join(wrong[:5])}")
-
-
-def _like(leaf: Any) -> Any:
-    """What Orbax is to read an array as: on the host, or where a part of it is in other processes, as it lies there."""
-    if getattr(leaf, "is_fully_addressable", True):
-        return np.empty(leaf.shape, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _same(leaf: Any, again: Any) -> bool:
-    """Whether the array, or this process's part of it, has the same bits."""
-    if getattr(leaf, "is_fully_addressable", True):
-        return same_bits(np.asarray(leaf), np.asarray(again))
-    pairs = zip(leaf.addressable_shards, again.addressable_shards, strict=True)
-    return all(same_bits(np.asarray(one.data), np.asarray(other.data)) for one, other in pairs)
-
-
-def _batches(leaves: list[Any]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    size = BATCH_BYTES
-    for number, leaf in enumerate(leaves):
-        if size + leaf.nbytes > BATCH_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(number)
-        size += leaf.nbytes
-    return batches
 
 
 def checksums(folder: Path, step: int) -> dict[str, str]:
@@ -172,13 +160,6 @@ def restore(
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         state = ocp.load_checkpointables(source, {"state": target})["state"]
     return steps[-1], about.custom_metadata["settings"], state
-
-
-def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """{path: (shape, dtype)} of every array."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def damaged(path: Path, reason: str) -> ValueError:

@@ -100,9 +100,9 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def never_saved(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run ended before its first checkpoint: it has none, and no metrics after the step where it is due."""
+    """Whether the run ended before its first checkpoint was whole, as it is at the latest where the second is due."""
     rows = metrics.read(folder) if (folder / metrics.FILE).exists() else []
-    return not saved_steps(folder) and all(row["step"] <= config.checkpoint_every for row in rows)
+    return not saved_steps(folder) and all(row["step"] < 2 * config.checkpoint_every for row in rows)
 
 
 def what_is_saved(folder: Path) -> str:

@@ -88,6 +88,8 @@ class Processes:
 
     def gather(self, text: str) -> list[str]:
         """The text of each process, in order."""
+        if self.count == 1:
+            return [text]
         import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 

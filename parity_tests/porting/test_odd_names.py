@@ -60,10 +60,10 @@ def test_a_temporary_folder_of_such_a_name_is_refused(tmp_path: Path, monkeypatc
 
 def test_what_does_not_read_back_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault: Orbax writes a wrong number. The checkpoint before it stays the newest."""
-    state, real = {"w": jnp.arange(6.0), "v": jnp.zeros(2)}, checkpoint.save_tree
+    state, real = {"w": jnp.arange(6.0), "v": jnp.zeros(2)}, checkpoint.begin_tree
     checkpoint.save(tmp_path, 5, state, {})
     for other in ({**state, "v": state["v"].at[1].set(1e-9)}, {"w": state["w"]}):
-        monkeypatch.setattr(checkpoint, "save_tree", lambda path, tree, about, other=other: real(path, other, about))
+        monkeypatch.setattr(checkpoint, "begin_tree", lambda path, tree, about, other=other: real(path, other, about))
         with pytest.raises(OSError, match="must read back as written; differs in v"):
             checkpoint.save(tmp_path, 6, state, {})
     assert {path.name for path in tmp_path.iterdir()} == {"5", "5.sha256"}

@@ -94,7 +94,8 @@ def test_a_killed_run(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["port", str(run), str(tmp_path / "folder")]) == 0
     assert "step 2 of 4 of the run" in capsys.readouterr().out
     check_exact(numbers(jax_moe.load(tmp_path / "folder")), early, "ported")
-    assert "belongs to" in fails(capsys, "inspect", run / "checkpoints" / "2")
+    check_exact(numbers(jax_moe.load(place / "fresh" / "checkpoints" / "2")), early, "an older step, by its folder")
+    assert "belongs to" in fails(capsys, "inspect", run / "checkpoints")
     with (run / "checkpoints" / "2.sha256").open("a") as sums:
         sums.write("0" * 64 + "  2/nothing\n")
     assert "must be a whole Orbax checkpoint" in fails(capsys, "inspect", run)
@@ -171,7 +172,7 @@ def test_a_run_keeps_a_correction_bias(tmp_path: Path, monkeypatch: pytest.Monke
     run, bias = Path("run"), {BIAS: np.asarray(model.moe.router.correction_bias[...])}
     learner = prepared(f"{TUNED} {SMALL} --out run".replace("prompt a", "prompt 1"))
     settings = flat(read_config(run)["config"])
-    learner.save(run / "checkpoints", 1, settings)
+    learner.save(run / "checkpoints", 1, settings).wait()
     check_exact(found(jax_moe.load(run)), bias, "read from the run's checkpoint")
     model.moe.router.correction_bias[...] += 1
     jax_moe.save_pretrained(model, Path("tiny"), model_type="corrected_moe", overwrite=True)

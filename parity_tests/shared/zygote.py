@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,25 +44,27 @@ class Zygote:
 
     def run(self, *arguments: object, kill_at: int = NEVER, most_bytes: int = -1) -> "Done":
         """Runs a command; with `most_bytes` no file can grow beyond that size, as on a full disk."""
-        return self.together([arguments], kill_at, most_bytes)[0]
+        return self.together([arguments], [kill_at], [most_bytes])[0]
 
     def together(
-        self, commands: Sequence[Sequence[object]], kill_at: int = NEVER, most_bytes: int = -1
+        self, commands: Sequence[Sequence[object]], kill_at: Sequence[int] = (), most_bytes: Sequence[int] = ()
     ) -> list["Done"]:
         """Runs commands at the same time, each in a child of its own."""
         assert self.process.stdin is not None and self.process.stdout is not None
         words = [[str(argument) for argument in arguments] for arguments in commands]
-        self.process.stdin.write(json.dumps([words, kill_at, most_bytes]) + "\n")
+        kills, sizes = kill_at or [NEVER] * len(words), most_bytes or [-1] * len(words)
+        self.process.stdin.write(json.dumps([words, list(kills), list(sizes)]) + "\n")
         self.process.stdin.flush()
         return [Done(*answer) for answer in json.loads(self.process.stdout.readline())]
 
 
 class Done(NamedTuple):
-    """Exit code or minus the signal, the printed text, and the number of moments (-1: killed)."""
+    """Exit code or minus the signal, the printed text, the number of moments (-1: killed), and when it ended."""
 
     status: int
     printed: str
     moments: int
+    seconds: float  # since the start
 
 
 def main(folder: Path, imports: str) -> None:
@@ -71,19 +74,23 @@ def main(folder: Path, imports: str) -> None:
     os.chdir(folder)
     for line in sys.stdin:
         commands, kill_at, most_bytes = json.loads(line)
-        answers, children = [], []
+        ended: dict[int, tuple[int, float]] = {}
+        children, since = [], time.monotonic()
         for number, arguments in enumerate(commands):
             printed, moments = (folder.parent / f"{folder.name}.{number}.{what}" for what in ("printed", "moments"))
             moments.unlink(missing_ok=True)
             child = os.fork()
             if child == 0:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
-                _command(getattr(sys.modules[name], function), arguments, kill_at, printed, moments)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes[number], resource.RLIM_INFINITY))
+                _command(getattr(sys.modules[name], function), arguments, kill_at[number], printed, moments)
             children.append((child, printed, moments))
+        for _ in children:
+            child, status = os.wait()
+            ended[child] = os.waitstatus_to_exitcode(status), time.monotonic() - since
+        answers = []
         for child, printed, moments in children:
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             seen = int(moments.read_text()) if moments.exists() else -1
-            answers.append((status, printed.read_text("utf-8"), seen))
+            answers.append((ended[child][0], printed.read_text("utf-8"), seen, ended[child][1]))
         print(json.dumps(answers), flush=True)
 
 

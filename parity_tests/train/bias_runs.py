@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
     """Raises MismatchError unless resumed, split and hand-worked biases are equal bit for bit."""
     whole, resumed, alone = made(folder, 4), made(folder, 4), made(folder, 1)
     before = trained(whole, range(STOP))
-    whole.save(folder / "checkpoints", STOP, flat(settings(folder, 4)))
+    whole.save(folder / "checkpoints", STOP, flat(settings(folder, 4))).wait()
     after = trained(whole, range(STOP, STEPS))
     assert resumed.restore(folder / "checkpoints")[0] == STOP
     check_exact(trained(resumed, range(0)), before, "restored")

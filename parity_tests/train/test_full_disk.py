@@ -187,7 +187,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path, read_only: Callable[[],
     run = a_run(tmp_path / "run")
     state = {"w": np.arange(3.0)}
     learner: Any = run.learner
-    learner.save = lambda folder, step, settings: checkpoint.save(folder, step, state, settings)
+    learner.save = lambda folder, step, settings, keep: checkpoint.save(folder, step, state, settings, keep=keep)
     learner.on_step = lambda step: read_only() if step == 6 else None
     error = ends_in_one_line(run)
     checkpoints = run.folder / "checkpoints"

@@ -1,4 +1,4 @@
-"""Eight kills (`make kills`: more): a training run ends as if never killed, and a port leaves one complete target.
+"""Some kills (`make kills`: more): a training run ends as if never killed, and a port leaves one complete target.
 
 Each kill is at a moment drawn from a seed, most of them while a checkpoint or the target is being written.
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.distributed import free_port, launched
 from jax_moe.porting.checkpoint import load
 from jax_moe.porting.formats.state_file import write_state
 from moe_train.run import checkpoint
 from moe_train.run import folder as run_folder
-from parity_tests.shared.zygote import Zygote
+from parity_tests.shared.zygote import NEVER, Done, Zygote
 from parity_tests.train.test_train_run import TEXT, numbers
 
 KILLS = int(os.environ.get("KILLS", "5"))
@@ -23,6 +24,13 @@ SETTINGS = (
     f"--data text.txt --steps {STEPS} --eval-every 50 --eval-batches 1 --checkpoint-every 1 --batch-size 4 "
     "--num-layers 1 --model-dim 8 --num-heads 1 --num-experts 2 --block-size 4 --warmup-steps 2 --sample-length 4"
 ).split()
+
+
+KILLS_OF_TWO = int(os.environ.get("KILLS_OF_TWO", "1"))
+STEPS_OF_TWO = 3 * KILLS_OF_TWO + 8  # each kill is before the third checkpoint after a start
+SETTINGS_OF_TWO = [*SETTINGS, "--steps", str(STEPS_OF_TWO), "--checkpoint-every", "2"]
+LATEST = (300, 30)  # of a kill, in moments of process 0 and of process 1; a save has about 110 and 10
+BOUND = 120  # seconds in which the other process ends; jax waits 100 for a sign of life, most often it is 0.2
 
 
 @pytest.fixture
@@ -60,6 +68,43 @@ def test_a_training_run(runs: Zygote) -> None:
     assert kept == {path.name for path in (killed / "checkpoints").iterdir()}
     hidden = [path.name for path in killed.iterdir() if path.name.startswith(".")]
     assert hidden == [], hidden
+
+
+def test_one_of_two_processes(runs: Zygote) -> None:
+    """The other process ends too, soon, and says which checkpoint is safe; both then go on from it."""
+
+    def both(words: list[str], kill_at: tuple[int, int] = (NEVER, NEVER)) -> list[Done]:
+        return runs.together(launched(2, free_port(), words), kill_at)
+
+    assert [done.status for done in both([*SETTINGS_OF_TWO, "--out", "whole"])] == [0, 0]
+    whole, killed = runs.folder / "whole", runs.folder / "killed"
+    draw, newest, words = np.random.default_rng(5), 0, [*SETTINGS_OF_TWO, "--out", "killed"]
+    for _ in range(KILLS_OF_TWO):
+        victim = int(draw.integers(2))
+        moment = int(draw.integers(1, LATEST[victim]))
+        ended = both(words, (moment, NEVER) if victim == 0 else (NEVER, moment))
+        dead, other = ended[victim], ended[1 - victim]
+        assert dead.status == -9, ended
+        assert other.seconds - dead.seconds < BOUND
+        ended_by_jax = other.status == -6  # process 0 has died, or process 1 before they had connected: jax aborts
+        said = [line for line in other.printed.splitlines() if line.startswith("error: ")]
+        assert ended_by_jax or (other.status == 1 and len(said) == 1), other
+        assert ended_by_jax or said[0].startswith("error: a process has ended or failed, the others cannot go"), other
+        assert "Traceback" not in other.printed
+        steps = run_folder.saved_steps(killed)
+        print(f"process {victim} at {moment}: {other.status}, {other.seconds - dead.seconds:.2f} s later; {steps}")
+        assert max(steps, default=0) >= newest, "a checkpoint was lost"
+        newest = max(steps, default=0)
+        for step in steps:
+            checkpoint.check_whole(killed / "checkpoints", step)
+        words = ["--resume", "--out", "killed"] if (killed / "config.json").exists() else words
+    ended = both(words)
+    assert [done.status for done in ended] == [0, 0], ended
+    assert newest < STEPS_OF_TWO and numbers(whole) == numbers(killed)
+    for name in ("model.safetensors", "sample.txt"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    kept = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert kept == {path.name for path in (killed / "checkpoints").iterdir()}
 
 
 @pytest.mark.parametrize("to", ["orbax", "file"])

@@ -28,6 +28,7 @@ from moe_train.configs.settings import ModelSettings, TrainConfig
 from moe_train.data import text as data
 from moe_train.run import folder as run_folder
 from moe_train.run import metrics
+from moe_train.run.keep import Keep
 from moe_train.run.logger import open_logger
 from moe_train.run.metrics import Evaluation
 from parity_tests.shared.quick import QUICK
@@ -256,7 +257,7 @@ class CountingLearner:
         self.evaluated = len(list(batches))
         return Evaluation(1 / (step + 1) + (use == "eval_val"), [0.0], [[0.25, 0.75]], [0.5], [1.0])
 
-    def save(self, folder: Path, step: int, settings: dict[str, Any]) -> None:
+    def save(self, folder: Path, step: int, settings: dict[str, Any], keep: Keep) -> None:
         assert step == self.steps
         self.saved.append(step)
 

@@ -1,4 +1,4 @@
-"""Opens a path: a Hugging Face folder, our own folder, a run of train/train.py, or a file."""
+"""Opens a path: a Hugging Face folder, our own folder, a run of train/train.py or a checkpoint in it, or a file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from jax_moe.porting.families import recognise
 from jax_moe.porting.formats.found import Found
 from jax_moe.porting.formats.hf_folder import is_hf_config, open_folder
 from jax_moe.porting.formats.own_folder import RUN, checked_about, instead, open_own
-from jax_moe.porting.formats.run_folder import CHECKPOINTS, open_run
+from jax_moe.porting.formats.run_folder import CHECKPOINTS, open_run, run_of
 from jax_moe.porting.formats.state_file import read_whole
 from jax_moe.porting.formats.wrapped import Opened, own_names
 from jax_moe.porting.tensors import in_memory
@@ -26,6 +26,9 @@ def open_path(path: Path, choices: Choices | None = None) -> Found:
         return open_file(path, choices or Choices())
     refuse_choices(choices)
     file = path / "config.json"
+    run = run_of(path)
+    if run is not None:
+        return open_run(run, checked_about(run / "config.json", read_text_and_json(run / "config.json")[1]), path)
     if not file.exists():
         raise ValueError(f"{path}: must be a checkpoint folder, has no config.json{instead(path)}{_hint(path)}")
     text, values = read_text_and_json(file)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,48 @@ def write_orbax(path: Path, arrays: Mapping[str, np.ndarray]) -> Sums:
 
 def save_tree(path: Path, tree: Any, metadata: dict[str, Any] | None = None) -> None:
     """Writes nested dicts of arrays as a new Orbax folder. Raises OSError with a message of one line."""
+    begin_tree(path, tree, metadata)()
+
+
+def begin_tree(path: Path, tree: Any, metadata: dict[str, Any] | None = None) -> Callable[[], None]:
+    """As `save_tree`, but returns once the arrays are on the host; what it returns waits for the end, in any thread.
+
+    Orbax and the libraries below it stay silent until then.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    with quiet(), plain(path) as target:
-        try:
-            ocp.save_checkpointables(target, {ITEM: tree}, custom_metadata=metadata)
-        except OSError:
-            raise
-        except Exception as error:  # from TensorStore, with the system's error number in its text
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            code = int(number[1]) if number else errno.EIO
-            reason = os.strerror(code) if number else " ".join(str(error).split())[:160]
-            raise OSError(code, reason) from None
+    with ExitStack() as stack:
+        target = _entered(stack, path)
+        written = ocp.save_checkpointables_async(target, {ITEM: tree}, custom_metadata=metadata)
+        rest = stack.pop_all()
+
+    def wait() -> None:
+        with rest:
+            written.result()
+
+    return wait
+
+
+def _entered(stack: ExitStack, path: Path) -> Path:
+    """The path for Orbax, inside all that its writing needs around it."""
+    stack.enter_context(quiet())
+    target = stack.enter_context(plain(path))
+    stack.enter_context(_in_one_line())
+    return target
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Turns every error of Orbax into an OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # from TensorStore, with the system's error number in its text
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        code = int(number[1]) if number else errno.EIO
+        reason = os.strerror(code) if number else " ".join(str(error).split())[:160]
+        raise OSError(code, reason) from None
 
 
 @contextmanager

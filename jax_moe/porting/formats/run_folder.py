@@ -29,9 +29,21 @@ from jax_moe.stored import kept_paths
 CHECKPOINTS, MODEL, PRETRAINED = "checkpoints", "model.safetensors", "pretrained"
 
 
-def open_run(path: Path, about: Mapping[str, Any]) -> Found:
-    """The run whose config.json is `about`. Raises ValueError if it has no weights yet, or they do not fit."""
+def run_of(path: Path) -> Path | None:
+    """The run whose checkpoint of one step is in the folder `path`, None if it is no such folder."""
+    run = path.parent.parent
+    inside = path.parent.name == CHECKPOINTS and path.name.isdecimal() and (run / "config.json").is_file()
+    return run if inside else None
+
+
+def open_run(path: Path, about: Mapping[str, Any], checkpoint: Path | None = None) -> Found:
+    """The run whose config.json is `about`; its newest weights, or those of `checkpoint`.
+
+    Raises ValueError if it has no weights yet, or they do not fit.
+    """
     weights = newest_weights(path, about)
+    if checkpoint is not None:
+        weights = RunWeights(checkpoint, int(checkpoint.name), weights.steps, False)
     if not is_finetune(about):
         return _open_makemoe(path, about, weights)
     if weights.final:
