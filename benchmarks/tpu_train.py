@@ -238,9 +238,9 @@ def show(found: dict[str, Any]) -> None:
         print(f"  {kind:20}{size / GIB:9.2f} GiB sent by a chip")
     print(f"  estimated cycles    {found['cycles']:9.3g}, {seconds['operations']:.2f} s; on the links at least "
           f"{seconds['links']:.2f} s")
-    print(f"  MFU                 {mfu['links hidden']:9.0%} if the links' time is hidden, "
+    print(f"  without an estimate {found['without_cycles']:9} operations, of which kernels may be large")
+    print(f"  MFU at most         {mfu['links hidden']:9.0%} if the links' time is hidden, "
           f"{mfu['nothing hidden']:.0%} if none is")
-    print(f"  without an estimate {found['without_cycles']:9} operations")
     print(f"compiled in {found['compile_s']:.0f} s; jax {found['jax']}, libtpu {found['libtpu']}; estimates")
 
 

@@ -20,6 +20,8 @@ class Launch:
     """Several processes that SLURM, GKE or a TPU pod has started: jax finds their coordinator and numbers."""
     coordinator_timeout: int = 300
     """Seconds in which all processes must have found each other."""
+    heartbeat_timeout: int = 100
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
 
     @property
     def alone(self) -> bool:
@@ -30,7 +32,8 @@ class Launch:
 def check_launch(launch: Launch) -> None:
     """Raises ValueError for options that do not describe one process or several."""
     check_values(launch)
-    require(launch.coordinator_timeout >= 1, "coordinator_timeout", launch.coordinator_timeout, "at least 1 second")
+    for name in ("coordinator_timeout", "heartbeat_timeout"):
+        require(getattr(launch, name) >= 1, name, getattr(launch, name), "at least 1 second")
     numbers = {"processes": launch.processes, "process_id": launch.process_id}
     if launch.coordinator is None:
         for name, value in numbers.items():

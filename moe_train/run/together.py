@@ -145,6 +145,7 @@ def meet(launch: Launch) -> Processes:
             jax.distributed.initialize(
                 launch.coordinator, launch.processes, launch.process_id,
                 initialization_timeout=launch.coordinator_timeout + GRACE,
+                heartbeat_timeout_seconds=launch.heartbeat_timeout,
             )
         except (ValueError, RuntimeError) as error:  # no cluster is found; the port is taken
             where = f"coordinator={launch.coordinator!r}: must be HOST:PORT of process 0, and a free port"
