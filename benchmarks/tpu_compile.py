@@ -14,7 +14,6 @@ With --train MODEL it compiles the whole training step of a published model for 
 import dataclasses
 import importlib.metadata
 import json
-import os
 import re
 import sys
 import time
@@ -22,12 +21,9 @@ from collections.abc import Callable
 from typing import Annotated, Any
 from unittest import mock
 
-# set before jax is imported, so that it does not look for a TPU
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import benchmarks.without_tpu  # noqa: F401  # before jax
 
+# isort: split
 import jax
 import jax.numpy as jnp
 import tyro

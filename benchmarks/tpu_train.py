@@ -1,7 +1,7 @@
 """What would a training step of a published model cost on a TPU pod? The TPU compiler estimates it, without a TPU.
 
     pip install libtpu==0.0.42.1        # the version that jax's extra `tpu` names
-    python -m benchmarks.tpu_compile --train mixtral-8x7b --topology v5p:4x4x4 --mesh data=8,expert=8
+    python -m benchmarks.tpu_train --train mixtral-8x7b --topology v5p:4x4x4 --mesh data=8,expert=8
 
 Compiles the whole step ahead of time for every chip of a topology: forward, backward and AdamW, fp32 master weights,
 bf16 products, rematerialisation, weights and optimizer split as `train.py --mesh` splits them. Prints the memory of a
@@ -29,6 +29,9 @@ from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
+import benchmarks.without_tpu  # noqa: F401  # before jax
+
+# isort: split
 import jax_moe
 from benchmarks.command import read_options
 from benchmarks.hlo import count
@@ -72,7 +75,7 @@ CHIPS = {
 class Options:
     """Which model, on which chips."""
 
-    train: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    train: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "mixtral-8x7b"
     """The published model, such as mixtral-8x7b, qwen3-30b-a3b or deepseek-v3."""
     topology: Annotated[str, tyro.conf.arg(metavar="CHIP:AxBxC")] = "v5p:2x2x4"
     """The chips, as TPU topologies are named."""
@@ -246,10 +249,14 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command."""
-    options = read_options(Options, "benchmarks.tpu_compile --train", __doc__)
+    options = read_options(Options, "benchmarks.tpu_train", __doc__)
     try:
         found = report(options)
     except jax.errors.JaxRuntimeError as error:
         print(f"error: {' '.join(str(error).split())[:600]}", file=sys.stderr)
         raise SystemExit(1) from None
     print(json.dumps(found, indent=1)) if options.json else show(found)
+
+
+if __name__ == "__main__":
+    main()

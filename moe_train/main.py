@@ -1,5 +1,6 @@
 """Training as a command: `python train/train.py` and `jax-moe train`."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -14,7 +15,9 @@ def command() -> NoReturn:
         from moe_train.loop import main
 
         status = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends anyway
     except KeyboardInterrupt:  # during an import, or a second Ctrl-C while the first is answered
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("stopped at once, nothing more was saved", file=sys.stderr)
         status = 130
     moe_train.run.interrupt.leave(status)

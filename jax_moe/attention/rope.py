@@ -130,7 +130,8 @@ def rotations(
     half_BTA = position_BT[..., None].astype(wide(dtype)) * frequency
     beside = config.pairs == "neighbours"
     angle_BTA = jnp.repeat(half_BTA, 2, axis=-1) if beside else jnp.concatenate([half_BTA, half_BTA], axis=-1)
-    return (jnp.cos(angle_BTA) * factor).astype(dtype), (jnp.sin(angle_BTA) * factor).astype(dtype)
+    kept = wide(dtype) if config.dtype == "float32" else dtype
+    return (jnp.cos(angle_BTA) * factor).astype(kept), (jnp.sin(angle_BTA) * factor).astype(kept)
 
 
 def rotate(
@@ -138,7 +139,8 @@ def rotate(
     pairs: Pairs = "halves",
 ) -> Float[Array, "B T H A"]:
     """Of the first W entries, as many as there are angles, pair i turned; the others pass. Its entries are i and
-    i + W/2, or the neighbours 2i and 2i + 1.
+    i + W/2, or the neighbours 2i and 2i + 1. Products and sum have the wider dtype of x and the angles, the answer that
+    of x.
     """
     width = cos_BTA.shape[-1]
     if width < x_BTHA.shape[-1]:
@@ -149,4 +151,5 @@ def rotate(
     else:
         first, second = jnp.split(x_BTHA, 2, axis=-1)
         turned_BTHA = jnp.concatenate([-second, first], axis=-1)
-    return x_BTHA * cos_BTA[:, :, None, :] + turned_BTHA * sin_BTA[:, :, None, :]
+    answer_BTHA = x_BTHA * cos_BTA[:, :, None, :] + turned_BTHA * sin_BTA[:, :, None, :]
+    return answer_BTHA.astype(x_BTHA.dtype)

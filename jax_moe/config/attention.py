@@ -22,6 +22,7 @@ Norm = Literal["none", "per_head", "full_width"]
 NormKind = Literal["rms", "rms_wide", "rms_centered", "layer"]
 NormOfHeads = Literal["before_rope", "after_rope"]
 Pairs = Literal["halves", "neighbours"]
+TurnedIn = Literal["input", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,9 @@ class RopeConfig:
     short_mscale: float = 1.0
     long_mscale: float = 1.0
     pairs: Pairs = "halves"  # entries i and i + A/2, or 2i and 2i + 1 (Ernie 4.5)
+    # Of cos, sin and their products with queries and keys: that of the tokens, or at least fp32, rounded after them
+    # (transformers' DeepSeek-V2, Llama 4, Ernie 4.5 and FlexOlmo)
+    dtype: TurnedIn = "input"
     # Of a head's entries, from the first: these are turned, the others pass (GLM-4.5). "proportional": of its pairs,
     # which are those of the whole head, at the whole head's frequencies (Gemma 4)
     fraction: float = 1.0
@@ -135,7 +139,8 @@ class RopeConfig:
         whose = "pairs" if self.kind == "proportional" else "a head"
         part = "" if self.fraction == 1 else f" of the first {self.fraction:g} of {whose}"
         pairs = "" if self.pairs == "halves" else ", neighbours paired"
-        base = f"rotary{part}{pairs}, base {self.theta:,.0f}"
+        wide = "" if self.dtype == "input" else ", in fp32"
+        base = f"rotary{part}{pairs}{wide}, base {self.theta:,.0f}"
         trained = f" from {self.original_max_positions:,} positions" if self.original_max_positions else ""
         if self.kind == "longrope":
             return f"{base}, each pair by factors of its own, others beyond {self.original_max_positions:,} (longrope)"

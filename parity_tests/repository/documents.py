@@ -152,6 +152,8 @@ def _check(words: list[str]) -> None:
         cli.parse(words[1:])
     elif words[1] == "train/train.py":
         loop.read_settings(words[2:])
+    elif words[1] == "-m" and words[2].startswith("benchmarks."):
+        pass  # their options are read by test_benchmarks
     elif words[1].startswith("examples/") and (ROOT / words[1]).exists():
         pass
     else:

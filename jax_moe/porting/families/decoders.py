@@ -203,11 +203,15 @@ def without_rope(layer: LayerConfig) -> LayerConfig:
     return replace(layer, attention=replace(attention, rope=None))
 
 
-def neighbours(layer: LayerConfig) -> LayerConfig:
-    """Ernie's: entries 2i and 2i + 1 are turned together."""
-    attention = layer.attention
-    assert isinstance(attention, GroupedAttentionConfig) and attention.rope is not None
-    return replace(layer, attention=replace(attention, rope=replace(attention.rope, pairs="neighbours")))
+def turned(**fields: Any) -> Callable[[LayerConfig], LayerConfig]:
+    """What no setting says of the rotation."""
+
+    def change(layer: LayerConfig) -> LayerConfig:
+        attention = layer.attention
+        assert isinstance(attention, GroupedAttentionConfig) and attention.rope is not None
+        return replace(layer, attention=replace(attention, rope=replace(attention.rope, **fields)))
+
+    return change
 
 
 def grouped(
@@ -259,7 +263,8 @@ AFTER = (
 )
 FLEX_OLMO = grouped(
     "FlexOlmoForCausalLM", BIASES, always(qk_norm="full_width", norm_place="after"), theta=5e5, max_positions=4096,
-    aux=0.01, names={"norms": AFTER, "order": ("self_attn.", "mlp.", *(row.theirs for row in AFTER))},
+    aux=0.01, change=turned(dtype="float32"),
+    names={"norms": AFTER, "order": ("self_attn.", "mlp.", *(row.theirs for row in AFTER))},
 )
 GRANITE_SHARED = Whole(
     "GraniteMoeSharedForCausalLM", read_granite, write_granite,
@@ -272,7 +277,8 @@ EXAONE = grouped(
 )
 ERNIE = grouped(
     "Ernie4_5_MoeForCausalLM", always(attention_dropout=0.0), Part(read_moe_range, write_moe_range), kv_heads=4,
-    theta=5e5, max_positions=131072, norm_eps=1e-5, tied=True, change=neighbours, names={"carried": ("model.mtp_",)},
+    theta=5e5, max_positions=131072, norm_eps=1e-5, tied=True, change=turned(pairs="neighbours", dtype="float32"),
+    names={"carried": ("model.mtp_",)},
 )
 NORM_NAMES = {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}
 HUNYUAN_ROWS = tuple(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jax_moe.config.attention import RopeConfig
+from jax_moe.config.attention import RopeConfig, TurnedIn
 from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
 from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.config.moe import MoEConfig
@@ -44,6 +44,7 @@ class Silent:
     norm_eps: float = 1e-6
     interleave: bool = True  # whether rope_interleave may say that halves are turned together
     temperature: bool = False  # whether queries grow with their position
+    turned_in: TurnedIn = "input"
 
 
 def read(silent: Silent, settings: Settings, moe: MoEConfig) -> DecoderConfig:
@@ -78,7 +79,7 @@ def _rope(silent: Silent, settings: Settings, max_positions: int) -> RopeConfig:
         inner = Settings(said, settings.errors, f"{name}.")
         inner.must_be("mscale_all_dim", 0.0, "scores are scaled by it where rope_type is yarn")
     neighbours = settings.flag("rope_interleave", True) if silent.interleave else True
-    return replace(rope, pairs="neighbours" if neighbours else "halves")
+    return replace(rope, pairs="neighbours" if neighbours else "halves", dtype=silent.turned_in)
 
 
 def _growing(settings: Settings, share: float) -> tuple[Settings, float]:
@@ -137,7 +138,8 @@ MISTRAL4_ROPE = {
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
 }
 DEEPSEEK_V2 = latent(
-    "DeepseekV2ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(0), 2048, interleave=False)
+    "DeepseekV2ForCausalLM",
+    Silent(widths(512, 64, 128, 128), 1536, first_dense(0), 2048, interleave=False, turned_in="float32"),
 )
 DEEPSEEK_V3 = latent("DeepseekV3ForCausalLM", Silent(widths(512, 64, 128, 128), 1536, first_dense(3), 4096))
 GLM4_LITE = latent(

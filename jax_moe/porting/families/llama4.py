@@ -39,7 +39,7 @@ def read(settings: Settings, moe: MoEConfig) -> DecoderConfig:
             return replace(layer, attention=replace(attention, rope=None, **growth))
         norm: dict[str, Any] = {"qk_norm": "per_head", "qk_norm_place": "after_rope", "qk_norm_scale": False}
         assert attention.rope is not None
-        rope = replace(attention.rope, pairs="neighbours")
+        rope = replace(attention.rope, pairs="neighbours", dtype="float32")
         return replace(layer, attention=replace(attention, rope=rope, **(norm if normed else {})))
 
     return replace(base, layers=tuple(own(i, layer) for i, layer in enumerate(base.layers)))
