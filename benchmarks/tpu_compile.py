@@ -21,9 +21,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 from unittest import mock
 
-import benchmarks.without_tpu  # noqa: F401  # before jax
-
-# isort: split
+import benchmarks.without_tpu  # isort: skip  # noqa: F401  # before jax
 import jax
 import jax.numpy as jnp
 import tyro

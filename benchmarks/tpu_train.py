@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 from unittest import mock
 
+import benchmarks.without_tpu  # isort: skip  # noqa: F401  # before jax
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,9 +30,6 @@ from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-import benchmarks.without_tpu  # noqa: F401  # before jax
-
-# isort: split
 import jax_moe
 from benchmarks.command import read_options
 from benchmarks.hlo import count
