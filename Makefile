@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check docs table families nightly fuzz kills mutations precision distributed clean
+.PHONY: train test check docs oldest table families nightly fuzz kills mutations precision distributed clean
 
 train: $(VENV)/.train
 	$(BIN)/python train/train.py $(ARGS)
@@ -19,6 +19,16 @@ check: $(VENV)/.test
 # The site, in build/site. Warnings are errors: links, names of the reference, pages that the navigation lacks.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+# With the oldest supported version of each dependency (oldest.txt), in an environment of its own.
+OLDEST = .venv-oldest
+oldest:
+	$(MAKE) VENV=$(OLDEST) $(OLDEST)/bin/python
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -e '.[test-jax]' -c oldest.txt
+	$(OLDEST)/bin/python -m pytest -n 2 parity_tests/samples parity_tests/cli parity_tests/porting/test_load_save.py \
+	  parity_tests/porting/test_samples.py parity_tests/train/test_train_run.py::test_a_run_writes_everything \
+	  parity_tests/train/test_saving.py parity_tests/train/test_train_settings.py parity_tests/layers/test_contract.py \
+	  parity_tests/repository/test_public_face.py $(ARGS)
 
 # docs/parity.md: the measured parity table, from a fresh run.
 table: $(VENV)/.test
