@@ -63,7 +63,8 @@ def _attention(value: dict, where: str) -> Any:
     """The contract of the kind that the object names."""
     kinds = {kind.kind: kind for kind in LayerAttention.__subclasses__()}
     if value.get("kind") not in kinds:
-        raise ValueError(f"{where}.kind={value.get('kind')!r}: must be one of {', '.join(map(repr, kinds))}")
+        said = shorten(repr(value.get("kind")))
+        raise ValueError(f"{where}.kind={said}: must be one of {', '.join(map(repr, kinds))}")
     fields = {name: field for name, field in value.items() if name != "kind"}
     return config_from_json(kinds[value["kind"]], fields, where)
 

@@ -6,12 +6,15 @@ from typing import Literal, TypeGuard, get_args, get_origin
 
 LEAST, MOST = 1e-30, 1e30  # bounds of a setting above 0: fp32 holds it and its product with ordinary numbers
 MAX_WORDS = 120  # characters of foreign text in a message
+LONGEST_VALUE = 1000  # characters of a value, which may be a path
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
-    """Raises ValueError "name=value: must be allowed" unless `holds`."""
+    """Raises ValueError "name=value: must be allowed" unless `holds`; of a very long value its ends."""
     if not holds:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+        said = repr(value)
+        said = said if len(said) <= LONGEST_VALUE else shorten(said)
+        raise ValueError(f"{name}={said}: must be {allowed}")
 
 
 def check_literals(config: object) -> None:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_moe.arrays import check_choices
-from jax_moe.config.checks import is_int
+from jax_moe.config.checks import is_int, shorten
 from jax_moe.config.moe import MoEConfig
 from jax_moe.disk import check_space, same_bits, writing
 from jax_moe.guarded import read_object
@@ -81,7 +81,8 @@ class Mixtures:
             names = ("num_hidden_layers",) if stack is None else stack.count
             count: Any = next((self.text[name] for name in names if self.text.get(name) is not None), None)
             if stack is not None and not (is_int(count) and count >= 0):
-                raise ValueError(f"{self.path / 'config.json'}: {names[0]}={count!r}: must be a number of layers")
+                said = f"{names[0]}={shorten(repr(count))}: must be a number of layers"
+                raise ValueError(f"{self.path / 'config.json'}: {said}")
             found.append((stack, count if is_int(count) else None))
         return found
 

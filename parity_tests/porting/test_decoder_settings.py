@@ -7,8 +7,9 @@ import pytest
 from jax_moe import DecoderConfig, presets
 from jax_moe.config.as_json import config_from_json, config_to_json
 from jax_moe.config.attention import RopeConfig
-from jax_moe.config.moe import MoEConfig
-from jax_moe.porting.families import FAMILIES
+from jax_moe.config.moe import MoEConfig, RouterConfig
+from jax_moe.porting.families import FAMILIES, family_named
+from parity_tests.porting.hf_mutations import base_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 11, "model_dim": 8, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
@@ -243,3 +244,30 @@ def test_gemma4_refuses_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         FAMILIES["gemma4"].config(GEMMA4 | changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "exaone_moe", "llama4", "gemma4", "qwen3_next", "dots1"])
+def test_a_very_long_value_is_cut(family: str) -> None:
+    """What a damaged file says is shown in part."""
+    said = []
+    for name in ("layer_types", "mlp_layer_types", "hidden_size", "rope_parameters", "hidden_act"):
+        try:
+            FAMILIES[family].config({"model_type": family, **base_of(family), name: ["x" * 50_000, "full_attention"]})
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) >= 3 and all(len(words) < 4000 and "x" * 1000 not in words for words in said)
+
+
+def test_a_very_long_model_type_is_cut() -> None:
+    with pytest.raises(ValueError, match="model_type='xxx") as caught:
+        family_named("x" * 50_000)
+    assert len(str(caught.value)) < 4000
+
+
+def test_a_very_long_argument_is_cut() -> None:
+    """Of a contract; a value of usual length is shown whole."""
+    with pytest.raises(ValueError, match="score='xxx") as caught:
+        RouterConfig(score="x" * 50_000)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 500
+    with pytest.raises(ValueError, match=f"'{'x' * 300}'"):
+        RouterConfig(score="x" * 300)  # type: ignore[arg-type]

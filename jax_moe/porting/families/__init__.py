@@ -52,7 +52,7 @@ def family_named(model_type: object) -> Family:
     if not isinstance(model_type, str) or model_type not in whole:
         alone = "; of this type the mixture of a layer is known, not the whole decoder"
         hint = alone if has_mixture(model_type) else ""
-        raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(whole)}{hint}")
+        raise ValueError(f"model_type={shorten(repr(model_type))}: must be one of {', '.join(whole)}{hint}")
     return FAMILIES[model_type]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
+from jax_moe.config.checks import shorten
 from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.decoders import SLIDES, WHOLE
@@ -72,7 +73,8 @@ def _types(settings: Settings, layers: int) -> list[str]:
     if named is None:
         return [WHOLE if (i + 1) % 6 == 0 or i == layers - 1 else SLIDES for i in range(layers)]
     if len(named) != layers or not {SLIDES, WHOLE}.issuperset(named) or named[-1] != WHOLE:
-        settings.errors.append(f"layer_types={named!r}: must be {layers} of {SLIDES}, {WHOLE}, the last {WHOLE}")
+        said = shorten(repr(named))
+        settings.errors.append(f"layer_types={said}: must be {layers} of {SLIDES}, {WHOLE}, the last {WHOLE}")
         return [WHOLE] * layers
     return named
 

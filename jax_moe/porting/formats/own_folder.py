@@ -113,7 +113,7 @@ def _open_decoder(path: Path, about: dict[str, Any]) -> Found:
     config = config_from_json(DecoderConfig, about.get("config"), f"{where}: config")
     said = about.get("origin")
     if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("model_type", "config_json")):
-        raise ValueError(f"{where}: origin={said!r}: must be an object with model_type and config_json")
+        raise ValueError(f"{where}: origin={shorten(repr(said))}: must be an object with model_type and config_json")
     origin = Origin(
         model_type=said["model_type"], config_json=said["config_json"], directory=str(path.absolute()),
         carried=carried_names(said, str(where)),
