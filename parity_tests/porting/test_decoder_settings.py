@@ -25,6 +25,7 @@ def mixture(name: str, **settings: Any) -> MoEConfig:
 FIRST = {"dense_layers": (0, 1), "dense_dim": 5}
 V3 = presets.glm4_moe(8, 6, 4, 2)
 HALF = RopeConfig(fraction=0.5)
+WIDE = {"rope": RopeConfig(dtype="float32")}
 PER_HEAD, FULL = {"qk_norm": "per_head"}, {"qk_norm": "full_width"}
 BIASES, SLIDING = {"qkv_bias": True, "output_bias": True}, {"sliding_window": 3, "sliding_layers": (0, 2)}
 MINIMAX = mixture("minimax_m2", num_local_experts=4, intermediate_size=6, num_experts_per_tok=2)
@@ -41,7 +42,7 @@ SAID: dict[str, tuple[dict[str, Any], ...]] = {
     "dots1": ({"moe": V3, **PER_HEAD, **BIASES, **FIRST}, {"moe": V3, **PER_HEAD, **SLIDING}),
     "solar_open": ({"moe": V3, "qkv_bias": True}, {"moe": V3}),
     "minimax_m2": ({"moe": MINIMAX, **FULL, "rope": HALF}, {"moe": MINIMAX, **FULL, "balance_loss_weight": 0.02}),
-    "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL, **BIASES, "norm_place": "after"},),
+    "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL, **BIASES, **WIDE, "norm_place": "after"},),
     "granitemoeshared": ({"moe": presets.granite_moe(8, 6, 4, 2), "attention_multiplier": 0.3, "logits_divisor": 2.0},),
     "hunyuan_v1_moe": ({"moe": HUNYUAN, **PER_HEAD, **BIASES, "qk_norm_place": "after_rope"},),
     "phimoe": (
@@ -56,7 +57,7 @@ UNSAID: dict[str, tuple[dict[str, Any], str]] = {
     "dots1": ({"moe": V3}, "qk_norm"),
     "solar_open": ({"moe": V3, "output_bias": True}, "output_bias"),
     "minimax_m2": ({"moe": MINIMAX, **FULL, "qk_norm_place": "after_rope"}, "qk_norm_place"),
-    "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL}, "norm_place"),
+    "flex_olmo": ({"moe": presets.olmoe(8, 6, 4, 2), **FULL, **WIDE}, "norm_place"),
     "gpt_oss": ({"moe": OSS, "norm": "rms_wide"}, "sinks"),
     "phimoe": ({"moe": PHI}, "norm"),
 }
