@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 UNKNOWN = 2**62  # a cost of more cycles than this is the compiler's word for none
-# How many bytes a chip sends for one byte of a collective's result, in a ring of many chips
-SENT = {
-    "all-gather": 1.0, "all-reduce": 2.0, "reduce-scatter": 1.0, "all-to-all": 1.0, "ragged-all-to-all": 1.0,
-    "collective-permute": 1.0,
+# What each of n chips of a ring sends for one byte of its result
+SENT: dict[str, Callable[[float], float]] = {
+    "all-gather": lambda n: 1 - 1 / n, "all-reduce": lambda n: 2 - 2 / n, "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: 1 - 1 / n, "ragged-all-to-all": lambda n: 1 - 1 / n, "collective-permute": lambda n: 1,
 }
 SIZES = {
     "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
@@ -20,6 +21,12 @@ ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 CALL = re.compile(r"(?:call|call-start|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
+SCATTERS = "all-reduce-scatter"  # begins the names of fusions that reduce and keep a chip's part
+GROUPS = re.compile(
+    r"replica_groups=(?:\{\{(?P<listed>[\d,]+)\}|\[(?P<sizes>[\d,]+)\]<=|"
+    r"mesh\[(?P<mesh>[^\]]*)\].*? \{(?P<axes>[^}]*)\})"
+)
 BOUND = re.compile(r"%([\w.\-]+) = s32\[\][^=]* constant\((\d+)\)")
 
 
@@ -52,12 +59,14 @@ def count(text: str) -> Counts:
         if name not in found:
             counts = found[name] = Counts()
             for line in lines.get(name, (False, []))[1]:
-                counts.add(_own(line))
-                loop, call = LOOP.search(line), CALL.search(line)
+                counts.add(_own(line, name.startswith(SCATTERS)))
+                loop, call, fusion = LOOP.search(line), CALL.search(line), FUSION.search(line)
                 if loop:
                     counts.add(total(loop[2]), _trips(lines.get(loop[1], (False, []))[1]))
                 elif call:
                     counts.add(total(call[1]))
+                elif fusion:  # its cycles stand in its own line
+                    counts.add(Counts(sent=total(fusion[1]).sent))
         return found[name]
 
     return total(entry)
@@ -77,7 +86,7 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     return found
 
 
-def _own(line: str) -> Counts:
+def _own(line: str, scatters: bool) -> Counts:
     cycles, collective = CYCLES.search(line), COLLECTIVE.search(line)
     counts = Counts()
     if cycles:
@@ -87,8 +96,26 @@ def _own(line: str) -> Counts:
         types, kind, begins = collective[1], collective[2], bool(collective[3])
         sizes = [_bytes(*array) for array in ARRAY.findall(types)]
         result = max(sizes, default=0.0) if begins else sum(sizes)  # one that begins names its operand too
-        counts.add(Counts(sent={kind: SENT[kind] * result}))
+        n = _chips(line)
+        if scatters and kind == "all-reduce":
+            kind, result = "reduce-scatter", result / n
+        counts.add(Counts(sent={kind: SENT[kind](n) * result}))
     return counts
+
+
+def _chips(line: str) -> int:
+    """How many chips a collective is among. Raises ValueError if its line does not say it."""
+    if "source_target_pairs" in line:
+        return 2
+    found = GROUPS.search(line)
+    if found is None:
+        raise ValueError(f"{line.strip()[:200]}: must name its replica_groups")
+    if found["listed"]:
+        return found["listed"].count(",") + 1
+    if found["sizes"]:
+        return int(found["sizes"].split(",")[-1])
+    sizes = dict(re.findall(r"('\w+')=(\d+)", found["mesh"]))
+    return math.prod(int(sizes[axis]) for axis in found["axes"].split(","))
 
 
 def _bytes(kind: str, dims: str) -> float:

@@ -162,7 +162,7 @@ def products_of_grid(config: MoEConfig, num_tokens: int) -> float:
     blocks, and columns rounded up to whole tiles.
     """
     R, E = num_tokens * config.top_k, config.num_networks
-    tm, td, tf = megablox._tiles(R, config.model_dim, config.expert_dim)
+    tm, td, tf = megablox.tiles(R, config.model_dim, config.expert_dim)
     D, F = config.model_dim, config.expert_dim
     return (-(-R // tm) + E - 1) * tm / R * (-(-D // td) * td / D) * (-(-F // tf) * tf / F)
 

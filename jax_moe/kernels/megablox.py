@@ -36,7 +36,8 @@ def _rows(R: int) -> int:
     return min(ROWS, -(-R // LANES) * LANES)
 
 
-def _tiles(R: int, inner: int, outer: int) -> tuple[int, int, int]:
+def tiles(R: int, inner: int, outer: int) -> tuple[int, int, int]:
+    """Of a product of R rows: rows of a tile, and its columns of both sides."""
     wide = [min(WIDTH, -(-size // LANES) * LANES) for size in (inner, outer)]
     return _rows(R), wide[0], wide[1]
 
@@ -51,7 +52,7 @@ def _by_rows(rows: Array, weights: Array, count_E: Array, interpret: bool, trans
 
     D, F = weights.shape[1:][::-1] if transposed else weights.shape[1:]
     return gmm(
-        rows, weights, count_E, preferred_element_type=rows.dtype, tiling=_tiles(rows.shape[0], D, F),
+        rows, weights, count_E, preferred_element_type=rows.dtype, tiling=tiles(rows.shape[0], D, F),
         transpose_rhs=transposed, interpret=interpret,
     )
 
@@ -67,7 +68,7 @@ def _backward(interpret: bool, saved: tuple[Array, ...], g_RF: Array) -> tuple[A
     by_x = _by_rows(g_RF, weight_EDF, count_E, interpret, transposed=True)
     by_weight = tgmm(
         x_RD.swapaxes(0, 1), g_RF, count_E, preferred_element_type=weight_EDF.dtype,
-        tiling=_tiles(x_RD.shape[0], *weight_EDF.shape[1:]), interpret=interpret,
+        tiling=tiles(x_RD.shape[0], *weight_EDF.shape[1:]), interpret=interpret,
     )
     return by_x, by_weight, None
 

@@ -1254,6 +1254,34 @@ OPTIMIZERS = [
         "BATCH = (DATA_AXIS, TENSOR_AXIS)",
         tests=("parity_tests/porting/test_pretrained_mesh.py::test_a_dim_is_split_by_its_letter",),
     ),
+    Mutation(
+        "rotation: products in the tokens' dtype where the family has fp32",
+        "jax_moe/attention/rope.py",
+        'kept = wide(dtype) if config.dtype == "float32" else dtype',
+        "kept = dtype",
+        tests=("parity_tests/porting/test_rotation_torch.py::test_the_numbers_of_transformers",),
+    ),
+    Mutation(
+        "kernels on TPU: what is left after the last expert's rows reaches the answer",
+        "jax_moe/kernels/megablox.py",
+        "rows = jnp.where(inside_R1, x_RD, 0)",
+        "rows = x_RD",
+        tests=("parity_tests/layers/test_megablox.py::test_products_and_gradients",),
+    ),
+    Mutation(
+        "mixtures: a decoder's layer is read from the encoder",
+        "jax_moe/porting/mixture.py",
+        "            if layer < (count or 0):\n                return stack, layer\n",
+        "            return stack, min(layer, (count or 1) - 1)\n",
+        tests=("parity_tests/families/test_stacks.py::test_layers_are_numbered_on",),
+    ),
+    Mutation(
+        "train.py: the best checkpoint is removed with the old ones",
+        "moe_train/run/keep.py",
+        "[step for step in steps[: -self.newest] if step != self.best]",
+        "steps[: -self.newest]",
+        tests=("parity_tests/train/test_saving.py",),
+    ),
 ]
 
 MUTATIONS = [*OPTIMIZERS, *CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]

@@ -17,8 +17,15 @@ TEXT = """HloModule step
 
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %a = bf16[8,8]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"7"}
-  %g = bf16[16,8]{1,0:T(8,128)} all-gather(%a), dimensions={0}
-  ROOT %s = (f32[4], f32[2]) all-reduce(%x, %y), to_apply=%sum
+  %g = bf16[16,8]{1,0:T(8,128)} all-gather(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %p = bf16[4,8] collective-permute(%g), source_target_pairs={{0,1},{1,0}}
+  %f = bf16[4,4] fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"estimated_cycles":"3"}
+  ROOT %s = (f32[4], f32[2]) all-reduce(%x, %y), replica_groups=mesh['x'=2,'y'=4], device_ids=([8]) {'x'}, to_apply=%sum
+}
+
+%all-reduce-scatter.1 (p: bf16[16,4]) -> bf16[4,4] {
+  %r = bf16[16,4]{1,0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %t = bf16[4,4]{1,0} dynamic-slice(%r, %i), dynamic_slice_sizes={4,4}
 }
 
 %condition (p: (s32[], bf16[4,8])) -> pred[] {
@@ -34,17 +41,25 @@ TEXT = """HloModule step
 ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
   %w = (s32[], bf16[4,8]) while(%t), condition=%condition, body=%body
   %o = ((f32[4]), f32[4], u32[]) call-start(%q), async_execution_thread="sparsecore", to_apply=%elsewhere
-  %b = (bf16[2,8], bf16[16,8]) all-gather-start(%q), dimensions={0}
+  %b = (bf16[2,8], bf16[16,8]) all-gather-start(%q), replica_groups=[1,8]<=[8], dimensions={0}
   ROOT %r = bf16[4,8] fusion(%w), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
 }
 """
 
 
 def test_loops_count_with_their_trips() -> None:
-    """Five trips of 7 cycles, 256 gathered bytes and 24 reduced ones, which are sent twice; 256 more in the entry."""
-    expected = Counts(5 * 7 + 100, 1, {"all-gather": 5 * 256.0 + 256, "all-reduce": 5 * 48.0})
-    assert count(TEXT) == expected
-    assert count(TEXT.replace("direction=LT", "direction=NE")).cycles == 107  # no bound that is known
+    """Five trips of 10 cycles; what a chip sends in each: 3/4 of 256 gathered bytes, 64 permuted ones, 3/4 of 128 that
+    are reduced and scattered, and twice half of 24 reduced ones; and 7/8 of 256 gathered bytes in the entry.
+    """
+    sent = {"all-gather": 5 * 192.0 + 224, "collective-permute": 5 * 64.0, "reduce-scatter": 5 * 96.0,
+            "all-reduce": 5 * 24.0}
+    assert count(TEXT) == Counts(5 * 10 + 100, 1, sent)
+    assert count(TEXT.replace("direction=LT", "direction=NE")).cycles == 110  # no bound that is known
+
+
+def test_a_collective_of_unknown_chips_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must name its replica_groups"):
+        count(TEXT.replace("replica_groups=[1,8]<=[8], ", ""))
 
 
 def test_operations_of_a_published_model() -> None:

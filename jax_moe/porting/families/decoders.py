@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
-from jax_moe.config.checks import is_number, shorten
+from jax_moe.config.checks import is_number
 from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import AFTER as LAST
@@ -75,7 +75,7 @@ def windows(types: Callable[[Settings, int], list[str]], window: int = 4096) -> 
         named = settings.strings("layer_types")
         named = types(settings, layers) if named is None else named
         if len(named) != layers or not {SLIDES, WHOLE}.issuperset(named):
-            settings.errors.append(f"layer_types={shorten(repr(named))}: must be {layers} of {WHOLE}, {SLIDES}")
+            settings.wrong("layer_types", f"{layers} of {WHOLE}, {SLIDES}", named)
         slides = tuple(i for i, kind in enumerate(named) if kind == SLIDES)
         return {
             "sliding_window": settings.integer("sliding_window", window, least=1) if slides else None,
@@ -138,7 +138,7 @@ def layer_kinds(silent: Callable[[Settings, int], list[str]]) -> Part:
         types, layers = settings.strings("mlp_layer_types"), settings.size("num_hidden_layers")
         types = silent(settings, layers) if types is None else types
         if len(types) != layers or not {DENSE, SPARSE}.issuperset(types):
-            settings.errors.append(f"mlp_layer_types={shorten(repr(types))}: must be {layers} of {DENSE}, {SPARSE}")
+            settings.wrong("mlp_layer_types", f"{layers} of {DENSE}, {SPARSE}", types)
         dense = tuple(i for i, kind in enumerate(types) if kind == DENSE)
         return {"dense_layers": dense, "dense_dim": settings.size("intermediate_size") if dense else 0}
 

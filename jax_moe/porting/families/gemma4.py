@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_moe.config.attention import GroupedAttentionConfig, RopeConfig
-from jax_moe.config.checks import shorten
 from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.decoders import SLIDES, WHOLE
@@ -73,8 +72,7 @@ def _types(settings: Settings, layers: int) -> list[str]:
     if named is None:
         return [WHOLE if (i + 1) % 6 == 0 or i == layers - 1 else SLIDES for i in range(layers)]
     if len(named) != layers or not {SLIDES, WHOLE}.issuperset(named) or named[-1] != WHOLE:
-        said = shorten(repr(named))
-        settings.errors.append(f"layer_types={said}: must be {layers} of {SLIDES}, {WHOLE}, the last {WHOLE}")
+        settings.wrong("layer_types", f"{layers} of {SLIDES}, {WHOLE}, the last {WHOLE}", named)
         return [WHOLE] * layers
     return named
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 from jax_moe.config.attention import GroupedAttentionConfig
-from jax_moe.config.checks import shorten
 from jax_moe.config.decoder import DecoderConfig, LayerConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.decoders import WHOLE
@@ -72,8 +71,7 @@ def _chunked(settings: Settings, turns: list[bool], some: bool) -> list[bool]:
         return [some and entry for entry in turns]
     allowed = {WHOLE, CHUNKS} if some else {WHOLE}
     if len(named) != len(turns) or not allowed.issuperset(named):
-        said = shorten(repr(named))
-        settings.errors.append(f"layer_types={said}: must be {len(turns)} of {', '.join(sorted(allowed))}")
+        settings.wrong("layer_types", f"{len(turns)} of {', '.join(sorted(allowed))}", named)
         return [False for _ in turns]
     return [entry == CHUNKS for entry in named]
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from jax_moe import presets
-from jax_moe.config.checks import shorten
 from jax_moe.config.models import DecoderConfig
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.family import (
@@ -48,7 +47,7 @@ def sliding(settings: Settings) -> dict[str, Any]:
         types = ["sliding_attention" if on and i % 2 == 0 and i < until else "full_attention" for i in range(layers)]
     known = {"sliding_attention", "full_attention"}
     if len(types) != layers or not known.issuperset(types):
-        settings.errors.append(f"layer_types={shorten(repr(types))}: must be {layers} of {', '.join(sorted(known))}")
+        settings.wrong("layer_types", f"{layers} of {', '.join(sorted(known))}", types)
     slides = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     if slides and not on:
         settings.errors.append("layer_types names sliding_attention: use_sliding_window must be true")

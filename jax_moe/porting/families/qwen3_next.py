@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from jax_moe.config.attention import GroupedAttentionConfig
-from jax_moe.config.checks import shorten
 from jax_moe.config.decoder import DecoderConfig, DenseConfig, LayerConfig
 from jax_moe.config.linear import LinearAttentionConfig
 from jax_moe.config.moe import MoEConfig
@@ -61,7 +60,7 @@ def _types(settings: Settings, layers: int) -> list[str]:
         every = settings.integer("full_attention_interval", 4, least=1)
         return [LINEAR if (i + 1) % every else WHOLE for i in range(layers)]
     if len(named) != layers or not {LINEAR, WHOLE}.issuperset(named):
-        settings.errors.append(f"layer_types={shorten(repr(named))}: must be {layers} of {WHOLE}, {LINEAR}")
+        settings.wrong("layer_types", f"{layers} of {WHOLE}, {LINEAR}", named)
     return named
 
 

@@ -33,9 +33,10 @@ class Settings:
         self.values, self.prefix = values, prefix
         self.errors: list[str] = [] if errors is None else errors
 
-    def wrong(self, name: str, allowed: str) -> None:
-        """Notes that a value is not what is allowed."""
-        self.errors.append(f"{self.prefix}{name}={shorten(repr(self.values.get(name)))}: must be {allowed}")
+    def wrong(self, name: str, allowed: str, value: Any = None) -> None:
+        """Notes that a value is not what is allowed: that of the setting, or what was read in its place."""
+        value = self.values.get(name) if value is None else value
+        self.errors.append(f"{self.prefix}{name}={shorten(repr(value))}: must be {allowed}")
 
     def take(self, name: str, kind: type, default: Any, null: Any = REFUSED) -> Any:
         """The value of that type; the default where it is absent or wrong."""
