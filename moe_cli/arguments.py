@@ -13,8 +13,16 @@ from jax_moe.config.choices import Choices
 Form = Literal["auto", "hf", "orbax", "torch", "folder"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compiles:
+    """A command that compiles programs."""
+
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/jax-moe, and take them from there."""
+
+
 @dataclass(frozen=True)
-class Port:
+class Port(Compiles):
     """Converts a checkpoint between PyTorch and JAX.
 
     SRC is a Hugging Face folder; a .pt or .safetensors file with the names of makeMoE, Mixtral's sparse block, a
@@ -67,7 +75,7 @@ class Inspect:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Compiles):
     """Generates text with a Hugging Face or makeMoE model: a folder, a file, or a run of train.py, finished or not.
 
     The text of a Hugging Face folder is printed token by token, until the model ends it. Its tokenizer.json is read by
@@ -95,7 +103,7 @@ class Generate:
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Compiles):
     """Shows which experts a text uses: load, drops, entropy, pairs, and the tokens that each expert takes most.
 
     DIR is what `generate` takes: a Hugging Face folder in any form, a makeMoE model, or a run of train.py. The model
@@ -128,7 +136,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Parity:
+class Parity(Compiles):
     """Runs a checkpoint in JAX and in PyTorch on one batch and compares them stage by stage.
 
     Names the first stage beyond tolerance, and distinguishes a choice of experts that flips at a near tie from a wrong

@@ -6,7 +6,7 @@ import sys
 
 import jax_moe
 from jax_moe.output import any_encoding
-from moe_cli.arguments import Generate, Inspect, Parity, Port, Routing, in_shell, parse
+from moe_cli.arguments import Compiles, Generate, Inspect, Parity, Port, Routing, in_shell, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +40,10 @@ def run(words: list[str]) -> int:
 
         train(words[1:])
     command = parse(words)
+    if isinstance(command, Compiles) and command.compilation_cache:
+        from jax_moe.programs import keep_programs
+
+        keep_programs()
     if isinstance(command, Port):
         from moe_cli.port import port
 

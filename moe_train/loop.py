@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax_moe.disk import write_whole
 from jax_moe.output import any_encoding
+from jax_moe.programs import keep_programs
 from moe_train import INSTALLED
 from moe_train.configs.launch import Launch
 from moe_train.options import read_launch, read_settings
@@ -28,6 +29,8 @@ def main() -> int:
     try:
         launch = read_launch(sys.argv[1:])
         processes = meet(launch)
+        if launch.compilation_cache:
+            keep_programs()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -53,12 +53,13 @@ MOST_MAPS = 35_000  # Linux gives a process 65,530; without more, XLA aborts the
 def pytest_configure(config: pytest.Config) -> None:
     """Workers share compiled programs: XLA's key of a program covers all that determines its code.
 
-    Commands that tests start as subprocesses do not share the folder: some are killed while they write.
+    Commands that tests start as subprocesses have a folder of their own: some are killed while they write.
     """
     for what in ("reading", "writing"):  # half written, or the folder was removed: the program is compiled
         config.addinivalue_line("filterwarnings", f"ignore:Error {what} persistent compilation cache entry")
     if PROGRAMS not in os.environ:
         os.environ[PROGRAMS] = folder = tempfile.mkdtemp(prefix="programs-")
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/of-commands"
         config.add_cleanup(lambda: (os.environ.pop(PROGRAMS), shutil.rmtree(folder, ignore_errors=True)))
     jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

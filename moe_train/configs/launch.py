@@ -1,4 +1,4 @@
-"""How the processes of one run find each other; nothing here changes a number of the run, and no run stores it."""
+"""How the processes of a run start and find each other; nothing here changes a number of the run, no run stores it."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ class Launch:
     """Seconds in which all processes must have found each other."""
     heartbeat_timeout: int = 100
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    compilation_cache: bool = True
+    """Keep compiled programs in ~/.cache/jax-moe, and take them from there (JAX only)."""
 
     @property
     def alone(self) -> bool:
