@@ -162,7 +162,8 @@ FREE_ON_RESUME = {
 # Settings that runs of the first version did not store, and their values in those runs.
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
-    "mesh": None, "exchange": "xla", "attention": "auto", "keep_checkpoints": 2, "keep_best": False, "async_checkpoints": True,
+    "mesh": None, "exchange": "xla", "attention": "auto", "keep_checkpoints": 2, "keep_best": False,
+    "async_checkpoints": True,
 }
 
 

@@ -109,8 +109,12 @@ def answers(way: Callable, scope: Scope, T: int) -> dict[str, np.ndarray]:
     """The answer and its gradients at what is no padding."""
     real = np.ones((2, T), bool) if scope.mask_BU is None else np.asarray(scope.mask_BU)
     probe = jnp.asarray(np.random.default_rng(1).normal(size=(2, T, 4, 16)) * real[..., None, None], jnp.float32)
-    run = jax.jit(lambda *given: jax.vjp(lambda *given: way(*given, scope, Softmax(0.3)), *given)[1](probe) + (
-        way(*given, scope, Softmax(0.3)),), compiler_options=QUICK)
+
+    def both(*given: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda *given: way(*given, scope, Softmax(0.3)), *given)
+        return *pull(probe), y
+
+    run = jax.jit(both, compiler_options=QUICK)
     return {name: np.asarray(x)[real] for name, x in zip(("q", "k", "v", "y"), run(*heads(T)), strict=True)}
 
 
@@ -155,7 +159,8 @@ def memory(way: str, T: int) -> int:
         return layer(x_BTD, positions, layer.shared(contract, positions, x_BTD.dtype))[0].sum()
 
     with attention_by(way):
-        lowered = jax.jit(jax.grad(rematerialised(loss, "dots"))).lower(layer, jax.ShapeDtypeStruct((1, T, 32), "float32"), mask_BT)
+        gradient = jax.jit(jax.grad(rematerialised(loss, "dots")))
+        lowered = gradient.lower(layer, jax.ShapeDtypeStruct((1, T, 32), "float32"), mask_BT)
         return lowered.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
 
 
@@ -172,7 +177,7 @@ def test_what_is_refused() -> None:
     dropping = Softmax(1.0, rate=0.5, key=jax.random.key(0))
     with pytest.raises(ValueError, match="attention='flash': must be one of auto, plain, blocks, kernel"):
         attention_by("flash")
-    with attention_by("blocks"), pytest.raises(ValueError, match="attention='blocks': .* with dropout"):
+    with attention_by("blocks"), pytest.raises(ValueError, match=r"attention='blocks': .* with dropout"):
         products.attend(*given, scope, dropping)
     with attention_by("kernel"), pytest.raises(ValueError, match="the kernel does not cover the device cpu"):
         products.attend(*given, scope, Softmax(1.0))

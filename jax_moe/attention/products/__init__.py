@@ -51,8 +51,8 @@ def chosen(
 ) -> str:
     """The way in use: "plain" for a single query, as in a step of generation, whatever is asked for.
 
-    "auto" is "plain" up to `LONG` pairs, then "kernel" where one covers this, else "blocks"; with dropout of the weights
-    always "plain", which alone draws it. Raises ValueError for another way that cannot compute this.
+    "auto" is "plain" up to `LONG` pairs, then "kernel" where one covers this, else "blocks"; with dropout of the
+    weights always "plain", which alone draws it. Raises ValueError for another way that cannot compute this.
     """
     name, T = _chosen.value, q_BTHA.shape[1]
     if T == 1:

@@ -121,7 +121,9 @@ def splash(
         rule = splash_attention_mask.CausalMask(size)
     run = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([rule] * H), head_shards=1, q_seq_shards=1, interpret=interpret,
-        block_sizes=splash_attention_kernel.BlockSizes(*[tile] * 8),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            tile, tile, tile, tile, tile, tile, tile, tile
+        ),
     )
     segments = None
     if scope.mask_BU is not None:
