@@ -16,14 +16,15 @@ from jax_moe.attention.linear import LinearAttention
 from jax_moe.attention.masks import visible_positions
 from jax_moe.attention.multihead import Attention
 from jax_moe.attention.positions import Positions
+from jax_moe.attention.products import attention_by
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention
 from jax_moe.config.latent import LatentAttentionConfig
 from jax_moe.config.linear import LinearAttentionConfig
 
 __all__ = [
-    "KINDS", "Attention", "GroupedAttention", "LatentAttention", "LinearAttention", "Positions", "kind_of", "rotate",
-    "rotations", "visible_positions",
+    "KINDS", "Attention", "GroupedAttention", "LatentAttention", "LinearAttention", "Positions", "attention_by",
+    "kind_of", "rotate", "rotations", "visible_positions",
 ]
 
 KINDS: dict[type[LayerAttention], Any] = {

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.activations import clamp_above
-from jax_moe.attention.masks import hidden
+from jax_moe.attention.masks import Scope
 from jax_moe.attention.positions import Positions, growth
+from jax_moe.attention.products import Softmax, attend
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.attention import GroupedAttentionConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
-from jax_moe.dropout import dropout
+from jax_moe.dims import Array, DTypeLike, Float, PRNGKeyArray
 from jax_moe.initializers import rounded
 from jax_moe.norms import RMSNorm, rms_norm
 from jax_moe.parameters import parameter
@@ -115,9 +115,9 @@ class GroupedAttention(nnx.Module):
             if not positions.whole:
                 k_BUJA, v_BUJA = (jax.lax.dynamic_index_in_dim(each, layer, keepdims=False) for each in cache)
         key = key if training else None
-        visible_BTU = positions.visible(self.config.window, self.config.chunk)
+        scope = positions.scope(self.config.window, self.config.chunk)
         gate_BTHA = jax.nn.sigmoid(self._project(x_BTD, "gate")) if self.config.output_gate else None
-        return self.attend(q_BTHA, k_BUJA, v_BUJA, visible_BTU, key, gate_BTHA), cache
+        return self.attend(q_BTHA, k_BUJA, v_BUJA, scope, key, gate_BTHA), cache
 
     def project(self, x_BTD: Float[Array, "B T D"], shared: Shared) -> Heads:
         """Queries, keys and values of these positions, the first two turned and normed."""
@@ -145,31 +145,19 @@ class GroupedAttention(nnx.Module):
         q_BTHA: Float[Array, "B T H A"],
         k_BUJA: Float[Array, "B U J A"],
         v_BUJA: Float[Array, "B U J A"],
-        visible_BTU: Bool[Array, "b T U"],
+        scope: Scope,
         key: PRNGKeyArray | None = None,
         gate_BTHA: Float[Array, "B T H A"] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the queries find among the keys, times the gate where there is one."""
         config, dtype = self.config, q_BTHA.dtype
-        B, T, H, A = q_BTHA.shape
-        q_BTJGA = q_BTHA.reshape(B, T, config.num_kv_heads, H // config.num_kv_heads, A)
-        scores_BJGTU = (jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA) * config.score_scale).astype(wide(dtype))
-        scores_BJGTU = hidden(scores_BJGTU, visible_BTU[:, None, None])
-        weights_BJGTU = dropout(self._softmax(scores_BJGTU).astype(dtype), config.dropout, key)
-        heads_BTHA = jnp.einsum("BJGTU,BUJA->BTJGA", weights_BJGTU, v_BUJA).reshape(B, T, H, A)
+        sinks_H = self.sinks[...] if config.sinks else None
+        softmax = Softmax(config.score_scale, sinks_H, config.dropout, key)
+        heads_BTHA = attend(q_BTHA, k_BUJA, v_BUJA, scope, softmax)
         if gate_BTHA is not None:
             heads_BTHA *= gate_BTHA
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype))
         return y_BTD + self.out_bias[...].astype(dtype) if config.output_bias else y_BTD
-
-    def _softmax(self, scores_BJGTU: Array) -> Array:
-        """Over the keys and, where the contract has sinks, one more logit whose share is dropped."""
-        if not self.config.sinks:
-            return jax.nn.softmax(scores_BJGTU, axis=-1)
-        B, J, G, T, U = scores_BJGTU.shape
-        sink_JG11 = self.sinks[...].astype(scores_BJGTU.dtype).reshape(J, G, 1, 1)
-        beside = jnp.broadcast_to(sink_JG11, (B, J, G, T, 1))
-        return jax.nn.softmax(jnp.concatenate([scores_BJGTU, beside], axis=-1), axis=-1)[..., :U]
 
     def _norm(self, y_BTHA: Array, name: str) -> Array:
         """Queries or keys normed, each head or over their full width."""

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_moe.attention.masks import hidden
+from jax_moe.attention.masks import Scope
 from jax_moe.attention.positions import Positions, growth
+from jax_moe.attention.products import Softmax, attend
 from jax_moe.attention.rope import rotate, rotations
 from jax_moe.config.latent import LatentAttentionConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
-from jax_moe.dropout import dropout
+from jax_moe.dims import Array, DTypeLike, Float, PRNGKeyArray
 from jax_moe.initializers import rounded
 from jax_moe.norms import RMSNorm
 from jax_moe.parameters import parameter
@@ -105,17 +105,17 @@ class LatentAttention(nnx.Module):
         Scores are in the input's dtype, their softmax in fp32 or wider. Dropout only with a key in training.
         """
         q_BTHA, latent_BUO = self.queries(x_BTD, shared), self.compress(x_BTD, shared)
-        visible_BTU, cache = positions.visible(None), None
+        scope, cache = positions.scope(None), None
         if memory is not None:
             cache, layer = memory
             place = [jnp.asarray(index, jnp.int32) for index in (layer, 0, positions.slot_T[0], 0)]
             cache = jax.lax.dynamic_update_slice(cache, latent_BUO[None], place)
         key = key if training else None
         if cache is None or positions.whole:
-            heads_BTHM = self.expanded(q_BTHA, latent_BUO, visible_BTU, key)
+            heads_BTHM = self.expanded(q_BTHA, latent_BUO, scope, key)
         else:
             latent_BUO = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-            heads_BTHM = self.absorbed(q_BTHA, latent_BUO, visible_BTU, key)
+            heads_BTHM = self.absorbed(q_BTHA, latent_BUO, scope, key)
         y_BTD = jnp.einsum("BTHM,HMD->BTD", heads_BTHM, self.out[...].astype(x_BTD.dtype))
         return self._biased(y_BTD, "out_bias"), cache
 
@@ -139,7 +139,7 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate([self.latent_norm(latent_BTZ), key_BTP], axis=-1)
 
     def expanded(
-        self, q_BTHA: Float[Array, "B T H A"], latent_BUO: Float[Array, "B U O"], visible_BTU: Bool[Array, "b T U"],
+        self, q_BTHA: Float[Array, "B T H A"], latent_BUO: Float[Array, "B U O"], scope: Scope,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T H M"]:
         """What the queries find among keys and values of every head, as it is written in the paper."""
@@ -148,11 +148,10 @@ class LatentAttention(nnx.Module):
         k_BUHX, v_BUHM = jnp.split(both_BUHO, [self.config.plain_dim], axis=-1)
         shared_BUHP = jnp.broadcast_to(key_BUP[:, :, None], (*k_BUHX.shape[:3], key_BUP.shape[-1]))
         k_BUHA = jnp.concatenate([k_BUHX, shared_BUHP], axis=-1)
-        weights_BHTU = self._weights(jnp.einsum("BTHA,BUHA->BHTU", q_BTHA, k_BUHA), visible_BTU, key)
-        return jnp.einsum("BHTU,BUHM->BTHM", weights_BHTU, v_BUHM)
+        return attend(q_BTHA, k_BUHA, v_BUHM, scope, self._softmax(key))
 
     def absorbed(
-        self, q_BTHA: Float[Array, "B T H A"], latent_BUO: Float[Array, "B U O"], visible_BTU: Bool[Array, "b T U"],
+        self, q_BTHA: Float[Array, "B T H A"], latent_BUO: Float[Array, "B U O"], scope: Scope,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T H M"]:
         """The same among the compressed vectors, all heads alike: q.(c up) = (q up^T).c, and (w c) up for w (c up)."""
@@ -160,16 +159,12 @@ class LatentAttention(nnx.Module):
         up_ZHX, up_ZHM = jnp.split(self.up[...].astype(q_BTHA.dtype), [config.plain_dim], axis=-1)
         q_BTHX, q_BTHP = jnp.split(q_BTHA, [config.plain_dim], axis=-1)
         q_BTHO = jnp.concatenate([jnp.einsum("BTHX,ZHX->BTHZ", q_BTHX, up_ZHX), q_BTHP], axis=-1)
-        weights_BHTU = self._weights(jnp.einsum("BTHO,BUO->BHTU", q_BTHO, latent_BUO), visible_BTU, key)
-        found_BTHZ = jnp.einsum("BHTU,BUZ->BTHZ", weights_BHTU, latent_BUO[..., : config.rank])
+        k_BU1O = latent_BUO[:, :, None]
+        found_BTHZ = attend(q_BTHO, k_BU1O, k_BU1O[..., : config.rank], scope, self._softmax(key))
         return jnp.einsum("BTHZ,ZHM->BTHM", found_BTHZ, up_ZHM)
 
-    def _weights(self, scores_BHTU: Array, visible_BTU: Array, key: PRNGKeyArray | None) -> Array:
-        """The softmax of scaled scores over what is visible, in their dtype."""
-        dtype = scores_BHTU.dtype
-        scores_BHTU = (scores_BHTU * self.config.score_scale).astype(wide(dtype))
-        scores_BHTU = hidden(scores_BHTU, visible_BTU[:, None])
-        return dropout(jax.nn.softmax(scores_BHTU, axis=-1).astype(dtype), self.config.dropout, key)
+    def _softmax(self, key: PRNGKeyArray | None) -> Softmax:
+        return Softmax(self.config.score_scale, rate=self.config.dropout, key=key)
 
     def _turned(self, x_BTHP: Array, shared: Shared) -> Array:
         rope = self.config.rope

@@ -1,19 +1,41 @@
 """Which positions a query may attend to."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from jax_moe.dims import Array, Bool, Float, Int
 
 
+class Scope(NamedTuple):
+    """What T queries may attend to among U keys, as a rule: an array of it [B, T, U] is made by `visible` alone."""
+
+    slot_T: Int[Array, " T"]
+    num_slots: int  # U
+    mask_BU: Bool[Array, "B U"] | None = None  # False at padding
+    window: int | None = None
+    chunk: int | None = None
+    causal: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether query and key number i stand at the same position."""
+        return self.num_slots == self.slot_T.shape[0]
+
+    def visible(self) -> Bool[Array, "b T U"]:
+        """Whether T may look at U, as `visible_positions` has it."""
+        return visible_positions(self.slot_T, self.num_slots, self.window, self.mask_BU, self.chunk, self.causal)
+
+
 def visible_positions(
     position_T: Int[Array, " T"], num_positions: int, window: int | None, mask_BU: Bool[Array, "B U"] | None,
-    chunk: int | None = None,
+    chunk: int | None = None, causal: bool = True,
 ) -> Bool[Array, "b T U"]:
-    """Whether T may look at U, one of `num_positions`: not ahead, not at padding, less than `window` back, in the same
-    chunk of `chunk` positions. Chunks are counted from a text's first position that is no padding.
+    """Whether T may look at U, one of `num_positions`: not ahead where it is causal, not at padding, less than `window`
+    back, in the same chunk of `chunk` positions. Chunks are counted from a text's first position that is no padding.
     """
     back_TU = position_T[:, None] - jnp.arange(num_positions)
-    visible_TU = back_TU >= 0
+    visible_TU = back_TU >= 0 if causal else jnp.ones(back_TU.shape, bool)
     if window is not None:
         visible_TU = visible_TU & (back_TU < window)
     visible_BTU = visible_TU[None] if mask_BU is None else visible_TU & mask_BU[:, None, :]

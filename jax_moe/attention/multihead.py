@@ -5,24 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_moe.arrays import checked, checked_input, dims_of_settings
-from jax_moe.attention.masks import hidden
+from jax_moe.attention.masks import Scope
+from jax_moe.attention.products import Softmax, attend
 from jax_moe.config.attention import AttentionConfig
-from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from jax_moe.dims import Array, Bool, DTypeLike, Float, PRNGKeyArray
 from jax_moe.dropout import dropout, fold
 from jax_moe.initializers import rounded, uniform
 from jax_moe.parameters import parameter
-
-
-def attention_weights(
-    q_BTHA: Float[Array, "B T H A"], k_BUHA: Float[Array, "B U H A"], config: AttentionConfig,
-    mask_BU: Bool[Array, "B U"] | None = None,
-) -> Float[Array, "B H T U"]:
-    """softmax(q k^T * scale) in fp32 or wider. Masked keys get the most negative finite number before the softmax."""
-    scores_BHTU = (jnp.einsum("BTHA,BUHA->BHTU", q_BTHA, k_BUHA) * config.score_scale).astype(wide(q_BTHA.dtype))
-    visible = jnp.ones((1, 1, 1, k_BUHA.shape[1]), bool) if mask_BU is None else mask_BU[:, None, None, :]
-    if config.causal:
-        visible = visible & jnp.tril(jnp.ones((q_BTHA.shape[1], k_BUHA.shape[1]), bool))
-    return jax.nn.softmax(hidden(scores_BHTU, visible), axis=-1)
 
 
 class Attention(nnx.Module):
@@ -75,8 +64,9 @@ class Attention(nnx.Module):
         else:
             kernel_D3HA = self.qkv[...]
         q, k, v = jnp.einsum("BTD,DPHA->PBTHA", x_BTD, kernel_D3HA.astype(dtype))
-        weights_BHTU = attention_weights(q, k, self.config, given.get("mask_BT")).astype(dtype)
-        weights_BHTU = dropout(weights_BHTU, rate, fold(key, 0), given.get("attention_keep_BHTU"))
-        heads_BTHA = jnp.einsum("BHTU,BUHA->BTHA", weights_BHTU, v)
+        scope = Scope(jnp.arange(x_BTD.shape[1]), x_BTD.shape[1], given.get("mask_BT"), causal=self.config.causal)
+        keep_BHTU = given.get("attention_keep_BHTU")
+        softmax = Softmax(self.config.score_scale, rate=rate, key=fold(key, 0), keep_BHTU=keep_BHTU)
+        heads_BTHA = attend(q, k, v, scope, softmax)
         y_BTD = jnp.einsum("BTHA,HAD->BTD", heads_BTHA, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
         return dropout(y_BTD, rate, fold(key, 1), given.get("output_keep_BTD"))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jax_moe.attention.masks import visible_positions
+from jax_moe.attention.masks import Scope
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
 
 
@@ -30,9 +30,9 @@ class Positions:
         """False where one of these tokens is padding. A step has none."""
         return self.mask_BU if self.whole else None
 
-    def visible(self, window: int | None, chunk: int | None = None) -> Bool[Array, "b T U"]:
-        """Whether T may look at U: not ahead, not at padding, less than `window` back, in the same `chunk`."""
-        return visible_positions(self.slot_T, self.num_slots, window, self.mask_BU, chunk)
+    def scope(self, window: int | None, chunk: int | None = None) -> Scope:
+        """What T may look at: not ahead, not at padding, less than `window` back, in the same `chunk`."""
+        return Scope(self.slot_T, self.num_slots, self.mask_BU, window, chunk)
 
 
 def whole_call(

@@ -10,6 +10,7 @@ from jax_moe.config.checks import require
 from jax_moe.config.exchange import Exchange
 from jax_moe.config.models import MakeMoEConfig
 from jax_moe.config.moe import Dispatcher
+from jax_moe.config.products import Products
 from moe_train.configs.launch import Launch
 from moe_train.configs.values import check_values, in_single, with_floats
 
@@ -113,6 +114,9 @@ class TrainConfig(Start):
     exchange: Exchange = "xla"
     """How tokens get to the devices of their experts: xla splits the program of one device; the others are exchanges of
     our own for a mesh with expert devices, all_to_all for a capacity, padded and ring for any model."""
+    attention: Products = "auto"
+    """How attention's products are computed (JAX only): plain holds all scores, blocks those of a block of queries,
+    kernel a GPU's or TPU's; auto is plain for short texts, blocks for long ones. Memory and speed change, and rounding."""
     precision: Literal["float32", "mixed"] = "float32"
     """mixed: activations and products in bf16; weights, gradients, optimizer, routing, norms and losses stay fp32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -149,7 +153,7 @@ class TrainConfig(Start):
 # Settings that a resumed run may change; all others decide its numbers. `steps` may grow. The text is identified by its
 # sha256, so that its path may change.
 FREE_ON_RESUME = {
-    "preset", "out", "resume", "data", "num_devices", "mesh", "exchange", "remat", "checkpoint_every",
+    "preset", "out", "resume", "data", "num_devices", "mesh", "exchange", "attention", "remat", "checkpoint_every",
     "keep_checkpoints", "keep_best", "async_checkpoints", "logger", "sample_length", "sample_temperature",
     "sample_prompt",
 }
@@ -158,7 +162,8 @@ FREE_ON_RESUME = {
 # Settings that runs of the first version did not store, and their values in those runs.
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
-    "mesh": None, "exchange": "xla", "keep_checkpoints": 2, "keep_best": False, "async_checkpoints": True,
+    "mesh": None, "exchange": "xla", "attention": "auto", "keep_checkpoints": 2, "keep_best": False,
+    "async_checkpoints": True,
 }
 
 
@@ -228,6 +233,10 @@ def check(config: TrainConfig) -> None:
 
         split = read_mesh(config.mesh).get(EXPERT_AXIS, 1) > 1 if config.mesh else False
         require(split, "exchange", config.exchange, "'xla' without expert devices, such as --mesh data=4,expert=2")
+    fits = config.framework == "jax" or config.attention == "auto"
+    require(fits, "attention", config.attention, "'auto' with framework='torch'")
+    drawn = config.attention in ("blocks", "kernel") and config.pretrained is None and config.model.dropout > 0
+    require(not drawn, "attention", config.attention, "'auto' or 'plain' for a makeMoE with dropout above 0")
     factor = config.model.capacity_factor
     require(factor is None or factor > 0, "capacity_factor", factor, "a number above 0, or none (nothing is dropped)")
     fresh = config.pretrained is None

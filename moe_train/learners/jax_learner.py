@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import jax_moe
+from jax_moe.attention import attention_by
 from jax_moe.config.precision import PRECISIONS
 from jax_moe.losses import MoEStats, chosen_experts, next_token_loss, pool_balance_loss, tokens_per_expert
 from jax_moe.models.stack import ModelOutput
@@ -144,10 +145,11 @@ class JaxLearner:
         return jax.tree.map(jnp.add, total, {"loss": loss, "stats": output.stats})
 
     def _on_mesh(self) -> contextlib.ExitStack:
-        """The context of the run's programs: its mesh, and how tokens get to their experts."""
+        """The context of the run's programs: its mesh, how tokens get to their experts, and how they attend."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
         stack.enter_context(exchange(self.config.exchange))
+        stack.enter_context(attention_by(self.config.attention))
         return stack
 
     def _put(self, tokens_BT1: np.ndarray) -> Array:

@@ -55,12 +55,12 @@ def cached_logits(model: Decoder, off: int = 0, blind: bool = False) -> np.ndarr
     def proceed(model: Decoder, token: jax.Array, slot: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         return decode(model, token, slot, start_B, cache)
 
-    real = Positions.visible
+    real = Positions.scope
     logits, cache = begin(model, jnp.asarray(TEXT[:, :PROMPT]))
     found = [logits]
     with pytest.MonkeyPatch.context() as patch:
         if blind:
-            patch.setattr(Positions, "visible", lambda self, *_: real(self, None))
+            patch.setattr(Positions, "scope", lambda self, *_: real(self, None))
         for slot in range(PROMPT, LENGTH):
             logits, cache = proceed(model, jnp.asarray(TEXT[:, slot]), jnp.asarray(slot + off, jnp.int32), cache)
             found.append(logits)

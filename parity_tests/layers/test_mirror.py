@@ -54,7 +54,6 @@ JAX_ONLY = {
         "ExpertTable.*": "torch has buffers",
         "Router.weight": "reads an nnx variable; torch parameters are tensors already",
     },
-    "attention/multihead.py": {"attention_weights": "all heads at once; torch has head_weights"},
     "models/block.py": {
         "Block.run": "hands out stages and choices; in torch MakeMoE alone does",
         "BlockOutput.*": "see Block.run",
@@ -102,7 +101,7 @@ TORCH_ONLY = {
     "arrays.py": {"check_moe_arrays": "see moe_arrays"},
     "attention/multihead.py": {
         "Head.*": "makeMoE stores one module a head",
-        "head_weights": "one head; jax has attention_weights",
+        "head_weights": "one head; jax has attention/products for all",
         "Attention.projected": "the two ways of storing projections, as a list of heads",
     },
     "models/block.py": {"block_forward": "serves Block and MakeMoEBlock, whose parameter names differ"},

@@ -496,9 +496,9 @@ JAX_LAYERS = [
     ),
     Mutation(
         "jax: attention sees the next token",
-        "jax_moe/attention/multihead.py",
-        "k_BUHA.shape[1]), bool))",
-        "k_BUHA.shape[1]), bool), 1)",
+        "jax_moe/attention/masks.py",
+        "back_TU >= 0 if causal",
+        "back_TU >= -1 if causal",
         rows=("attention, no dropout",),
     ),
     Mutation(
@@ -744,8 +744,8 @@ JAX_DECODER = [
     ),
     Mutation(
         "jax: attention sinks take no share",
-        "jax_moe/attention/grouped.py",
-        "if not self.config.sinks:",
+        "jax_moe/attention/products/plain.py",
+        "if sinks_H is None:",
         "if True:",
         family="gpt_oss",
         tests=("parity_tests/layers/test_sinks.py::test_a_sink_takes_its_share",),
@@ -830,6 +830,13 @@ JAX_DECODER = [
         "growth(position_BT + 1, config.temperature",
         "growth(position_BT, config.temperature",
         family="llama4",
+    ),
+    Mutation(
+        "jax: the first block's queries stand a position further",
+        "jax_moe/attention/products/blockwise.py",
+        "jnp.pad(scope.slot_T, (0, short))",
+        "jnp.pad(scope.slot_T, (0, short)).at[0].add(1)",
+        tests=("parity_tests/layers/test_long_texts.py::test_blocks",),
     ),
     Mutation(
         "jax: chunks are counted with the padding",

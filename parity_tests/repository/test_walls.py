@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config": (),
     "kernels": ("config", *SHARED, "routing", "dispatch", "experts"),
     "sharding": ("config", *SHARED, "routing", "dispatch", "experts", "kernels"),
-    "attention": ("config", *SHARED),
+    "attention": ("config", *SHARED, "sharding"),
     "models": ("config", *SHARED, *SENTENCE, "attention", "sharding"),
     "generation": ("config", *SHARED, *SENTENCE, "kernels", "attention", "models"),
     "porting": ("config", *SHARED, *SENTENCE, "attention", "models", "sharding"),
