@@ -96,27 +96,34 @@ def train(run: Run) -> int:
         return 0
     if config.pretrained is not None:
         run.learner.write(run.folder)
-    go_on = resume_command(run.folder) + ("" if processes.count == 1 else " with the options that start each process")
+    go_on = resume_command(run.folder, config.export)
+    go_on += "" if processes.count == 1 else " with the options that start each process"
     print(f"stopped and saved at step {done} of {config.steps}; to go on: {go_on}", flush=True)
     return INTERRUPTED
 
 
 def finish(run: Run) -> None:
-    """Writes plots, the trained model and a sample; prints the sample."""
+    """Writes plots, the trained model, its export and a sample; prints the sample."""
     config, folder, processes = run.config, run.folder, run.processes
     processes.alone(lambda: plot_run(folder, run.rows))
     run.learner.write(folder)
+    target = config.export
+    if target is not None:
+        from moe_train.run.export import export
+
+        processes.alone(lambda: export(folder, Path(target)))
     tokens = run.learner.sample(run.text.encode(config.sample_prompt), config.sample_length, config.sample_temperature)
     sample = run.text.decode(tokens)
     processes.alone(lambda: write_whole(folder / "sample.txt", sample + "\n"))
     run.check_there()
-    print(f"\n{sample}\n\nwrote {folder}", flush=True)
+    print(f"\n{sample}\n\nwrote {folder}" + (f" and {target}" if target else ""), flush=True)
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(folder: Path, export: str | None = None) -> str:
     """What the user types to continue."""
     command = INSTALLED if sys.argv[0] == INSTALLED else f"python {shlex.quote(sys.argv[0])}"
-    return f"{command} --resume --out {shlex.quote(str(folder))}"
+    again = "" if export is None else f" --export {shlex.quote(export)}"
+    return f"{command} --resume --out {shlex.quote(str(folder))}{again}"
 
 
 def _saved(run: Run | None) -> str:

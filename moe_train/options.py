@@ -79,7 +79,7 @@ def read_settings(arguments: list[str]) -> tuple[TrainConfig, TrainConfig | None
     saved = run_folder.read_config(folder)["config"] if start.resume and not asks_help else None
     preset = start.preset or (saved.preset if saved else "quick" if start.pretrained is None else "finetune")
     defaults = saved or PRESETS[preset or "quick"]
-    defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False)
+    defaults = dataclasses.replace(defaults, preset=preset, out=None, resume=False, export=None)
     config = tyro.cli(
         TrainConfig, prog=command_name(), args=arguments, default=defaults, config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,

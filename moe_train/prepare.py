@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_moe.config.checks import require
 from jax_moe.locks import Lock
-from moe_train.ahead import check_disk, check_end
+from moe_train.ahead import check_disk, check_end, check_export
 from moe_train.configs.adapt import EXPLICIT, Free
 from moe_train.configs.known import Known
 from moe_train.configs.settings import TrainConfig, check, flat
@@ -103,7 +103,10 @@ def _task(
 
 
 def _take_folder(task: Task, folder: Path, known: Known | None) -> tuple[Path, Lock]:
-    """The run's folder and its lock. Raises ValueError if a resumed run's text is not that of its start."""
+    """The run's folder and its lock. Raises ValueError if a resumed run's text is not that of its start, or if the
+    folder of --export cannot be written.
+    """
+    check_export(task.config, folder)
     if known is None:
         return run_folder.claim(folder, numbered=task.config.out is None)
     text = f"the text that {folder} was trained on, at any path (sha256 {(known.sha256 or '')[:12]}...)"

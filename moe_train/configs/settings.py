@@ -145,6 +145,8 @@ class TrainConfig(Start):
     """0 takes the likeliest token."""
     sample_prompt: str = "\n"
     """The beginning of the sample."""
+    export: str | None = None
+    """A new folder for the trained model, as of `jax-moe port RUN DIR`; --resume needs it anew."""
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     launch: Launch = field(default_factory=Launch)
@@ -155,7 +157,7 @@ class TrainConfig(Start):
 FREE_ON_RESUME = {
     "preset", "out", "resume", "data", "num_devices", "mesh", "exchange", "attention", "remat", "checkpoint_every",
     "keep_checkpoints", "keep_best", "async_checkpoints", "logger", "sample_length", "sample_temperature",
-    "sample_prompt",
+    "sample_prompt", "export",
 }
 
 
@@ -163,7 +165,7 @@ FREE_ON_RESUME = {
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
     "mesh": None, "exchange": "xla", "attention": "auto", "keep_checkpoints": 2, "keep_best": False,
-    "async_checkpoints": True,
+    "async_checkpoints": True, "export": None,
 }
 
 

@@ -33,6 +33,7 @@ from moe_train.configs.settings import OptimizerSettings
 from moe_train.learners.models import Model
 from moe_train.learners.optimizer import make_optimizer
 from moe_train.run import checkpoint
+from moe_train.run.export import write_newest
 from moe_train.run.keep import KEEP, Keep
 from moe_train.run.metrics import Evaluation
 from moe_train.run.saving import Saving
@@ -220,8 +221,7 @@ class JaxLearner:
         if self.processes.count == 1:
             self.model.write(self.module(), folder)
             return
-        params, rest = self._gathered((self.state["params"], self.rest))
-        self.processes.alone(lambda: self.model.write(self.module(params, rest), folder))
+        self.processes.alone(lambda: write_newest(folder))
 
     def _gathered(self, tree: Any) -> Any:
         """The tree, with several processes as whole arrays in the memory of each of them, one array after another."""

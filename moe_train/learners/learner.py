@@ -35,4 +35,7 @@ class Learner(Protocol):
         """The prompt and `length` new tokens."""
 
     def write(self, folder: Path) -> None:
-        """Writes the model into the run's folder: makeMoE's model.safetensors, or a folder of `save_pretrained`."""
+        """Writes the model into the run's folder: makeMoE's model.safetensors, or a folder of `save_pretrained`.
+
+        The newest checkpoint is of this step.
+        """

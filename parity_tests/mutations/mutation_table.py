@@ -1289,6 +1289,13 @@ OPTIMIZERS = [
         "steps[: -self.newest]",
         tests=("parity_tests/train/test_saving.py",),
     ),
+    Mutation(
+        "train.py: the model of several processes is that of an older checkpoint",
+        "moe_train/run/export.py",
+        "saved_steps(run)[-1]",
+        "saved_steps(run)[0]",
+        tests=("parity_tests/train/test_export.py::test_two_processes_export_the_last_checkpoint",),
+    ),
 ]
 
 MUTATIONS = [*OPTIMIZERS, *CONFIG, *JAX_ROUTING, *JAX_LAYERS, *JAX_LOSSES, *JAX_DECODER, *TORCH, *DISPATCH]

@@ -34,6 +34,7 @@ from moe_train.learners.jax_learner import JaxLearner
 from moe_train.learners.models import Pretrained
 from moe_train.learners.optimizer import learning_rate
 from moe_train.run import metrics
+from moe_train.run.export import export
 from moe_train.task import make_learner, read_task
 from parity_tests.shared.compare import MismatchError, check_close, check_exact
 from parity_tests.table.family_cases import draw_weights
@@ -96,7 +97,7 @@ def command(monkeypatch: pytest.MonkeyPatch, place: Path, words: str) -> int:
 def whole(place: Path) -> Path:
     """An uninterrupted run of six steps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert command(monkeypatch, place, f"{SETTINGS} {TRAINING} --out whole") == 0
+        assert command(monkeypatch, place, f"{SETTINGS} {TRAINING} --out whole --export exported") == 0
     return place / "whole"
 
 
@@ -125,11 +126,13 @@ def test_stopped_and_resumed_is_the_same_run(
         return step(self, number, tokens_BT1)
 
     monkeypatch.setattr(JaxLearner, "train_step", interrupted)
-    assert command(monkeypatch, place, f"{SETTINGS} {TRAINING} --out parts") == 130
-    assert "stopped and saved at step 5 of 6; to go on: python" in capsys.readouterr().out
+    assert command(monkeypatch, place, f"{SETTINGS} {TRAINING} --out parts --export first") == 130
+    assert "stopped and saved at step 5 of 6; to go on: python" in (said := capsys.readouterr().out)
+    assert said.endswith(" --resume --out parts --export first\n")
     halfway = (place / "parts" / "pretrained" / "model.safetensors").read_bytes()
     monkeypatch.setattr(JaxLearner, "train_step", step)
-    assert command(monkeypatch, place, "--resume --out parts") == 0
+    assert command(monkeypatch, place, "--resume --out parts --export second") == 0
+    assert not (place / "first").exists() and folder_bytes(place / "second") == folder_bytes(place / "exported")
     assert numbers(place / "parts") == numbers(whole)
     for name in ("pretrained/model.safetensors", "pretrained/config.json", "sample.txt"):
         assert (place / "parts" / name).read_bytes() == (whole / name).read_bytes(), name
@@ -137,8 +140,9 @@ def test_stopped_and_resumed_is_the_same_run(
 
 
 def test_transformers_loads_what_was_trained(whole: Path, place: Path) -> None:
-    """transformers' logits are the decoder's, the weights have changed, and the tokenizer is in the folder."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "pretrained", attn_implementation="eager").eval()
+    """transformers' logits of the export are the decoder's, the weights have changed, the tokenizer is there."""
+    exported = place / "exported"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager").eval()
     ours = jax_moe.load_pretrained(whole / "pretrained")
     tokens = np.random.default_rng(0).integers(0, 270, (2, 11))
     with torch.no_grad():
@@ -149,7 +153,21 @@ def test_transformers_loads_what_was_trained(whole: Path, place: Path) -> None:
     before = forward(jax_moe.load_pretrained(place / "tiny"), tokens)
     assert np.abs(np.asarray(before) - expected).max() > 0.1
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
-        assert (whole / "pretrained" / name).read_bytes() == (place / "tiny" / name).read_bytes()
+        for folder in (whole / "pretrained", exported):
+            assert (folder / name).read_bytes() == (place / "tiny" / name).read_bytes()
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_export_that_finds_its_folder_taken(whole: Path, place: Path) -> None:
+    """The run ends in one line that says how to write the export; what is there stays."""
+    before = folder_bytes(place / "tiny")
+    said = r"^the model is in .*checkpoints but could not be written: .*; `jax-moe port [^\n]*$"
+    with pytest.raises(OSError, match=said):
+        export(whole, place / "tiny")
+    assert folder_bytes(place / "tiny") == before
 
 
 def settings(place: Path, **changes: Any) -> TrainConfig:

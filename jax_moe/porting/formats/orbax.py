@@ -123,6 +123,21 @@ def sums_from_json(value: Any, where: str) -> Sums:
 
 
 @contextmanager
+def _by_this_process() -> Iterator[None]:
+    """Of several processes this one reads; Orbax would wait for the others."""
+    from orbax.checkpoint import v1 as ocp
+
+    if jax.process_count() == 1:
+        yield
+        return
+    here = jax.process_index()
+    with ocp.Context(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    ):
+        yield
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Silences Orbax and the libraries below it, which print pages of traceback before they raise an error.
 
@@ -178,7 +193,7 @@ def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, H
     _test(path, {name: digest for name, (size, digest) in sums.items() if size <= SMALL})
     with quiet():
         try:
-            with plain(path) as source:
+            with plain(path) as source, _by_this_process():
                 tree = ocp.checkpointables_metadata(source).metadata[ITEM]
             if not isinstance(tree, Mapping):
                 raise ValueError("its metadata cannot be read")
@@ -232,7 +247,7 @@ class _Reader:
             like = {**jax.tree.map(lambda _: ocp.PLACEHOLDER, self.others), self.within: like}
         with quiet():
             try:
-                with plain(self.path) as source:
+                with plain(self.path) as source, _by_this_process():
                     found = ocp.load_checkpointables(source, {ITEM: like})[ITEM]
                 return _flat(found if self.within is None else found[self.within])[wanted]
             except Exception as error:
