@@ -116,7 +116,7 @@ class TrainConfig(Start):
     our own for a mesh with expert devices, all_to_all for a capacity, padded and ring for any model."""
     attention: Products = "auto"
     """How attention's products are computed (JAX only): plain holds all scores, blocks those of a block of queries,
-    kernel a GPU's or TPU's; auto is plain for short texts, blocks for long ones. Memory and speed change, and rounding."""
+    kernel a GPU's or TPU's; auto is plain for short texts, blocks for long ones. Numbers differ by rounding."""
     precision: Literal["float32", "mixed"] = "float32"
     """mixed: activations and products in bf16; weights, gradients, optimizer, routing, norms and losses stay fp32."""
     remat: Literal["none", "dots", "full"] = "none"
