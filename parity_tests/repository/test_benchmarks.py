@@ -146,7 +146,7 @@ DOCUMENTED = sorted({(name, tuple(words)) for document in DOCUMENTS for name, wo
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in DOCUMENTED}))
 def test_documented_commands_and_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if name in ("generate", "train_step"):
+    if name in ("finetune_step", "generate", "train_step"):
         pytest.importorskip("torch", reason=f"benchmarks.{name} compares with PyTorch")
     with mock.patch.dict(os.environ):  # tpu_compile sets variables for the TPU compiler
         module = importlib.import_module(f"benchmarks.{name}")
@@ -187,3 +187,24 @@ def test_scaling_compares_equal_work_and_programs_of_equal_size() -> None:
         step, arguments = scaling.training_step(partial(scaling.makemoe, layers))
         sizes[layers] = jax.jit(step).lower(*arguments).as_text().count("\n")
     assert sizes[2] == sizes[3]
+
+
+def test_fine_tuning_steps_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both contestants train alike; with another learning rate the losses of the second step differ."""
+    pytest.importorskip("transformers", reason="benchmarks.finetune_step compares with transformers")
+    from benchmarks import finetune_step
+
+    monkeypatch.setattr(finetune_step, "LAYERS", 2)
+    monkeypatch.setattr(finetune_step, "POSITIONS", 16)
+    finetune_step.write_folder(finetune_step.Shape("qwen3_moe", 16, 8, 4, 2), tmp_path)
+
+    def losses(start: Callable[[Path], Callable[[int], float]]) -> list[float]:
+        step = start(tmp_path)
+        return [step(number) for number in range(2)]
+
+    found = losses(finetune_step.jax_step)
+    assert found == pytest.approx(losses(finetune_step.torch_step), rel=5e-7)  # measured 6.9e-8
+    monkeypatch.setattr(finetune_step, "LEARNING_RATE", 2e-3)
+    other = losses(finetune_step.torch_step)
+    assert found[0] == pytest.approx(other[0], rel=5e-7)
+    assert found[1] != pytest.approx(other[1], rel=5e-6)  # 2.5e-5
