@@ -90,7 +90,10 @@ def train(run: Run) -> int:
             show.line(run.note)
         if learner.compiles and run.start < config.steps:
             show.line(COMPILING)
-        done = Steps(run, logger, stop, show).to_end()
+        try:
+            done = Steps(run, logger, stop, show).to_end()
+        finally:
+            run.close()
         memory = learner.memory()
         if memory is not None:
             show.line(f"memory of a device, measured: {memory.held:,} bytes of weights and optimizer state")
