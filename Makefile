@@ -58,7 +58,7 @@ mutations: $(VENV)/.test
 precision: $(VENV)/.test
 	$(BIN)/python -m parity_tests.precision
 
-# A tiny model trained in 1, 2 and 4 processes on this machine: the curves side by side. ARGS="--processes 2" is shorter.
+# Tiny models trained in 1, 2 and 4 processes on this machine: the curves side by side. ARGS="--processes 2" is shorter.
 distributed: $(VENV)/.train
 	$(BIN)/python -m benchmarks.distributed $(ARGS)
 

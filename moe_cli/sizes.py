@@ -10,8 +10,9 @@ from jax.sharding import AbstractMesh
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.parameters import Declared
 from jax_moe.porting.tensors import Header
+from jax_moe.sharding.memory import numbers_on_device
 from jax_moe.sharding.mesh import AXES
-from jax_moe.sharding.rules import check_divides, weight_split
+from jax_moe.sharding.rules import check_divides
 
 ADAMW_BYTES = 16  # fp32: weight, gradient and two moments, 4 bytes each
 GIB = 2**30
@@ -96,7 +97,7 @@ def memory_on_mesh(
     """
     mesh = AbstractMesh(tuple(axes.get(axis, 1) for axis in AXES), AXES)
     check_divides(mesh, arrays)
-    parts = {name: math.prod(weight_split(mesh, array).shard_shape(array.shape)) for name, array in arrays.items()}
+    parts = numbers_on_device(mesh, arrays)
     weights = sum(number * itemsizes[name] for name, number in parts.items())
     return {"weights": weights, "training": ADAMW_BYTES * sum(parts.values())}
 

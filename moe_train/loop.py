@@ -85,11 +85,21 @@ def train(run: Run) -> int:
     with interrupt as stop, display(run.start, config.steps) if processes.first else Silent() as show:
         learner, text = run.learner, run.text
         show.line(f"{run.folder}: {learner.num_parameters:,} parameters, {learner.device}, {text.source}, {text.size}")
+        memory = learner.memory()
+        if memory is not None:
+            more = f"and {memory.gradients:,} of gradients in a step"
+            show.line(f"memory of a device: {memory.state:,} bytes of weights and optimizer state {more}")
         if run.note:
             show.line(run.note)
         if learner.compiles and run.start < config.steps:
             show.line(COMPILING)
-        done = Steps(run, logger, stop, show).to_end()
+        try:
+            done = Steps(run, logger, stop, show).to_end()
+        finally:
+            run.close()
+        memory = learner.memory()
+        if memory is not None:
+            show.line(f"memory of a device, measured: {memory.held:,} bytes of weights and optimizer state")
     processes.alone(lambda: logger.close(finished=done == config.steps))
     if done == config.steps:
         finish(run)

@@ -14,6 +14,7 @@ from moe_train.configs.known import Known
 from moe_train.configs.settings import TrainConfig, check, flat
 from moe_train.data import text as data
 from moe_train.data.tokens import Tokens
+from moe_train.data.windows import Windows, check_loader
 from moe_train.learners.learner import Learner
 from moe_train.learners.longer import lengthened
 from moe_train.run import folder as run_folder
@@ -27,7 +28,8 @@ from moe_train.task import Task, make_learner, read_task
 class Run:
     """A run that is ready to train. `rows` are the evaluations already written, `start` the steps already done.
 
-    `share` are the sequences of a batch that this process reads, None: all.
+    `share` are the sequences of a batch that this process reads, None: all. `windows` reads the batches of training
+    where Grain does.
     """
 
     config: TrainConfig
@@ -40,11 +42,19 @@ class Run:
     note: str | None = None
     processes: Processes = ALONE
     share: np.ndarray | None = None
+    windows: Windows | None = None
 
     def batch(self, use: data.Use, step: int, number: int = 0) -> np.ndarray:
         """Tokens [B, T + 1], or those of this process's share."""
         config, T = self.config, self.config.model.block_size
+        if use == "train" and self.windows is not None:
+            return self.windows.batch(step)
         return data.batch(self.text, config.seed, use, step, config.batch_size, T, number, self.share)
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        if self.windows is not None:
+            self.windows.close()
 
     def add_note(self, note: str | None) -> None:
         """Adds a line to what is shown at the start."""
@@ -91,6 +101,7 @@ def _task(
     """What is to be trained, checked by this process alone, and what a resumed run records of its text."""
     check(config)
     check_logger(config)
+    check_loader(config.data_loader)
     several = processes.count > 1
     require(not several or config.framework == "jax", "framework", config.framework, "'jax' with several processes")
     known = None
@@ -123,6 +134,9 @@ def _ready(
     processes.alone(lambda: check_disk(config, learner.num_parameters, folder))
     share = learner.rows if processes.count > 1 else None
     run = Run(config, folder, task.text, learner, 0, [], lock, task.note, processes, share)
+    if config.data_loader == "grain":
+        T = config.model.block_size
+        run.windows = Windows(task.text.train, config.seed, config.batch_size, T, config.steps, share)
     if saved is not None:
         _restore(run)
         run.add_note(lengthened(config, saved, run.start))

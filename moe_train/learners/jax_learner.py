@@ -24,12 +24,14 @@ from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
 from jax_moe.sharding.expert_parallel import exchange, exchange_in_use
 from jax_moe.sharding.inside import alone_together
+from jax_moe.sharding.memory import bytes_held, numbers_on_device
 from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
 from jax_moe.sharding.place import check_batch, put_batch, put_share, rows_here
 from jax_moe.sharding.rules import check_divides, replicated, split_tree
 from jax_moe.stored import stored_state
 from moe_train.configs import TrainConfig
 from moe_train.configs.settings import OptimizerSettings
+from moe_train.learners.learner import Memory
 from moe_train.learners.models import Model
 from moe_train.learners.optimizer import make_optimizer
 from moe_train.run import checkpoint
@@ -42,6 +44,8 @@ from moe_train.run.together import Processes
 # Streams of the run's key, one per purpose.
 INIT, STEP, EVALUATE, SAMPLE = range(4)
 _USES = {"eval_train": 0, "eval_val": 1}
+
+STATE_BYTES, GRADIENT_BYTES = 12, 4  # fp32, for each parameter: the weight and two moments; its gradient
 
 State = dict[str, Any]  # params and optimizer, as plain nested dicts of arrays
 
@@ -89,6 +93,7 @@ class JaxLearner:
         self.rest = jax.device_put(rest, whole)  # what no gradient trains
         arrays = declared(self.module(params))
         check_divides(self.mesh, arrays)
+        self.numbers = sum(numbers_on_device(self.mesh, arrays).values())
         self.optimizer = make_optimizer(config.optimizer, config.steps, arrays)
         parts = split_tree(self.mesh, jax.eval_shape(self.optimizer.init, params), arrays)
         self.state: State = {"params": params, "optimizer": jax.jit(self.optimizer.init, out_shardings=parts)(params)}
@@ -202,6 +207,12 @@ class JaxLearner:
     def _stored(self) -> State:
         """The content of a checkpoint: all stored variables of the model, trained or not, and the optimizer's state."""
         return {**self.state, "params": nnx.to_pure_dict(stored_state(self.module()))}
+
+    def memory(self) -> Memory | None:
+        if self.mesh.size == 1:
+            return None
+        held = map(int, self.processes.gather(str(bytes_held((self.state, self.rest)))))
+        return Memory(STATE_BYTES * self.numbers, GRADIENT_BYTES * self.numbers, max(held))
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         gathered = self._gathered((self.state["params"], self.rest))

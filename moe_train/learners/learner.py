@@ -1,6 +1,7 @@
 """The interface between a run and a framework."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,15 @@ import numpy as np
 from moe_train.run.keep import Keep
 from moe_train.run.metrics import Evaluation
 from moe_train.run.saving import Saving
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device: weights and optimizer state by the rules of the mesh, gradients, and the state measured."""
+
+    state: int
+    gradients: int
+    held: int
 
 
 class Learner(Protocol):
@@ -30,6 +40,9 @@ class Learner(Protocol):
 
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
         """Loads the newest checkpoint; (step, settings). Raises ValueError if there is none, or it cannot be read."""
+
+    def memory(self) -> Memory | None:
+        """What each device of a mesh holds between steps, the most of them; None for one device."""
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         """The prompt and `length` new tokens."""

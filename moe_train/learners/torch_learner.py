@@ -136,6 +136,9 @@ class TorchLearner:
             raise ValueError(f"{path}: must be of this model ({reason})") from None
         return int(path.stem), settings
 
+    def memory(self) -> None:
+        return None
+
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         self._seed(SAMPLE)
         tokens_BT = torch.tensor([prompt], dtype=torch.int64, device=self.torch_device)

@@ -1290,6 +1290,13 @@ OPTIMIZERS = [
         tests=("parity_tests/train/test_saving.py",),
     ),
     Mutation(
+        "train.py: a resumed run reads the windows of an epoch from its beginning",
+        "moe_train/data/windows.py",
+        "self.batches[step : self.stop]",
+        "self.batches[0 : self.stop]",
+        tests=("parity_tests/train/test_windows.py",),
+    ),
+    Mutation(
         "train.py: the model of several processes is that of an older checkpoint",
         "moe_train/run/export.py",
         "saved_steps(run)[-1]",

@@ -124,6 +124,15 @@ def test_a_share_that_is_read_twice_is_found(one: Path, monkeypatch: pytest.Monk
         same_curve(one, one.with_name("twice"))
 
 
+@pytest.mark.parametrize(
+    ("loss", "held", "wrong"), [(4e-7, 1_000_008, False), (5e-6, 1_000_008, True), (0.0, 1_000_200, True)]
+)
+def test_what_counts_as_a_difference(loss: float, held: int, wrong: bool) -> None:
+    runs = {1: {"largest_difference": 0.0, "memory": None}}
+    runs[2] = {"largest_difference": loss, "memory": [1_000_000, held]}
+    assert distributed.differs({"models": {"mixtral": runs}}) == wrong
+
+
 def test_a_share_of_a_batch() -> None:
     """The sequences that are asked for are those of the whole batch."""
     text = data.tokenize(TEXT, "here", 8)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from benchmarks.distributed import ends, free_port, launched, start
+from benchmarks.distributed import HELD, ends, free_port, launched, start
 from jax_moe.disk import same_bits
 from jax_moe.porting import checkpoint
 from moe_train import loop
@@ -46,6 +46,8 @@ def test_two_processes_export_the_last_checkpoint(tmp_path: Path) -> None:
     started = (start(launch, tmp_path, 2, flags) for launch in launched(2, free_port(), words))
     (status, out, error), other = ends(started)
     assert (status, error, other) == (0, "", (0, "", "")) and out.endswith("\nwrote run and empty\n")
+    ruled, held = (int(found[2].replace(",", "")) for found in HELD.finditer(out))
+    assert held == ruled + 8, "memory of a device as the rules say, and two counts of steps"
     exported, run = tmp_path / "empty", tmp_path / "run"
     assert same_weights(exported, run / "checkpoints" / "4")
     assert not same_weights(exported, run / "checkpoints" / "2"), "the comparison can fail"

@@ -264,6 +264,9 @@ class CountingLearner:
     def restore(self, folder: Path) -> tuple[int, dict[str, Any]]:
         raise AssertionError("never resumed")
 
+    def memory(self) -> None:
+        return None
+
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
         return prompt + [0] * length
 
