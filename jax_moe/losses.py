@@ -16,6 +16,7 @@ from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, wide
 from jax_moe.dispatch import Slots, merge_groups
 from jax_moe.routing import Routing, log_scores, safe_denominator
 from jax_moe.shapes import Dim
+from jax_moe.sharding.explicit import auto_inside
 from jax_moe.top_k import best_first
 
 SOFTMAX = RouterConfig()
@@ -46,6 +47,7 @@ def chosen_experts(stats: MoEStats, config: MoEConfig | None = None) -> Bool[Arr
     return chosen_E if config is None else chosen_E[..., : config.num_networks]
 
 
+@auto_inside("logits_BTV")
 def next_token_loss(
     logits_BTV: Float[Array, "B T V"], target_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"] | None = None
 ) -> Float[Array, ""]:

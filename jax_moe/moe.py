@@ -23,6 +23,7 @@ from jax_moe.parameters import parameter
 from jax_moe.router_network import RouterNetwork
 from jax_moe.routing import Routing, noise_scale, product_logits, route, router_logits
 from jax_moe.sharding.expert_parallel import exchange_in_use
+from jax_moe.sharding.explicit import auto_inside
 from jax_moe.stored import Kept
 
 
@@ -196,6 +197,7 @@ class MoE(nnx.Module):
         )
         return output.y_BTD, output.stats
 
+    @auto_inside("x_BTD", "y_BTD", "router_state_BTI")
     def run(
         self,
         x_BTD: Float[Array, "B T D"],

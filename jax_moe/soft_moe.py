@@ -15,6 +15,7 @@ from jax_moe.initializers import rounded
 from jax_moe.losses import MoEStats, masked_mean, router_entropy, router_probs, squared_cv
 from jax_moe.norms import layer_norm
 from jax_moe.parameters import declare, parameter, stacked
+from jax_moe.sharding.explicit import auto_inside
 
 UNIT_EPS = 1e-6  # added to a squared length under the root, as in V-MoE's soft router: a zero vector stays zero
 
@@ -144,6 +145,7 @@ class SoftMoE(nnx.Module):
         output = self.run(x_BTD, key=key, training=training, mask_BT=mask_BT)
         return output.y_BTD, output.stats
 
+    @auto_inside("x_BTD", "y_BTD")
     def run(
         self, x_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None, training: bool = True,
         mask_BT: Bool[Array, "B T"] | None = None, watch: bool = False,

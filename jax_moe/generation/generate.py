@@ -14,8 +14,10 @@ from jax_moe.generation.sampling import check_sampling
 from jax_moe.generation.window import generate_windowed
 from jax_moe.models.decoder import Decoder
 from jax_moe.models.makemoe import MakeMoE
+from jax_moe.sharding.explicit import auto_inside
 
 
+@auto_inside("tokens_BT", "tokens_BN")
 def generate(
     model: Decoder | MakeMoE,
     tokens_BT: Int[Array, "B T"] | Int[np.ndarray, "B T"],

@@ -14,6 +14,7 @@ from jax_moe.dropout import fold
 from jax_moe.losses import MoEStats
 from jax_moe.moe import MoE, MoEArrays
 from jax_moe.norms import layer_norm
+from jax_moe.sharding.explicit import auto_inside
 from jax_moe.soft_moe import SoftMoE
 
 
@@ -69,6 +70,7 @@ class Block(nnx.Module):
         )
         return output.y_BTD, output.stats
 
+    @auto_inside("x_BTD", "y_BTD", "expert_BTK")
     def run(
         self,
         x_BTD: Float[Array, "B T D"],

@@ -31,6 +31,7 @@ from jax_moe.parameters import of_role, parameter, stacked
 from jax_moe.remat import Remat
 from jax_moe.routing import update_correction_bias
 from jax_moe.shapes import Dim, dims_of
+from jax_moe.sharding.explicit import auto_inside
 from jax_moe.stored import Kept
 
 # The norms of a layer, by where they stand
@@ -108,6 +109,7 @@ class Decoder(nnx.Module):
             remat=remat,
         ).logits_BTV
 
+    @auto_inside("tokens_BT", "logits_BTV", "expert_LBTK")
     def run(
         self,
         tokens_BT: Int[Array, "B T"],

@@ -17,6 +17,7 @@ from jax_moe.norms import layer_norm
 from jax_moe.parameters import declare, stacked
 from jax_moe.remat import Remat
 from jax_moe.shapes import dims_of
+from jax_moe.sharding.explicit import auto_inside
 
 
 class Randomness(NamedTuple):
@@ -76,6 +77,7 @@ class MakeMoE(nnx.Module):
             capacity_limit=capacity_limit, remat=remat,
         ).logits_BTV
 
+    @auto_inside("tokens_BT", "logits_BTV", "expert_LBTK")
     def run(
         self,
         tokens_BT: Int[Array, "B T"],

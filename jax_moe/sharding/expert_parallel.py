@@ -94,7 +94,7 @@ def exchanged(inside: Callable) -> Callable:
         mesh = jax.sharding.get_abstract_mesh()
         axes = tuple(axis for axis in AXES if mesh.shape.get(axis, 1) > 1)
         G, S, D = x_GSD.shape
-        N, K = G * S, moves.config.top_k
+        N = G * S
         short = -N % mesh.size
 
         def rows(x: Array | None) -> Array | None:
@@ -104,7 +104,7 @@ def exchanged(inside: Callable) -> Callable:
             return jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)) if short else x
 
         kept_GSK = slots.slot_GSK < moves.capacity
-        keep_GSKD = moves.keep((G, S, K, D))
+        keep_GSKD = _masks(routing, slots, moves, D)
         tokens = [rows(x) for x in (x_GSD, routing.expert_GSK, slots.weight_GSK, kept_GSK, keep_GSKD)]
         n = (N + short) // mesh.size
         groups = min(G, (n + S - 2) // S + 1 if n % S and S % n else -(-n // S))
@@ -135,6 +135,18 @@ def exchanged(inside: Callable) -> Callable:
         return y_ND[:N].reshape(G, S, D)
 
     return dispatch
+
+
+def _masks(routing: Routing, slots: Slots, moves: Moves, width: int) -> Bool[Array, "G S K D"] | None:
+    """The dropout mask of every choice, drawn as on one device: with a capacity, as `gather` does, for every place."""
+    G, S, K = routing.expert_GSK.shape
+    E, C = moves.config.num_experts, moves.capacity
+    if moves.dropout_key is None or moves.config.capacity is None or C == 0:
+        return moves.keep((G, S, K, width))
+    keep_EGCD = moves.keep((E, G, C, width))
+    if keep_EGCD is None:
+        return None
+    return keep_EGCD[routing.expert_GSK, jnp.arange(G)[:, None, None], jnp.minimum(slots.slot_GSK, C - 1)]
 
 
 def _to_and_fro(x: Array) -> Array:

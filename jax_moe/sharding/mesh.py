@@ -46,7 +46,7 @@ def device_mesh(sizes: Mapping[str, int]) -> Mesh:
 
     With several processes it takes all devices of all of them, those of a process together on the last axes. Raises
     ValueError for an axis that is not here, a size below 1, and more devices than there are, or with several processes
-    fewer. Axes are Auto: under Explicit ones, jax.make_mesh's default, gathers raise.
+    fewer. Axes are Auto; layers and models run on Explicit ones too, jax.make_mesh's default (`sharding/explicit.py`).
     """
     require(sizes.keys() <= set(AXES), "mesh", ", ".join(sizes), f"of the axes {', '.join(AXES)}")
     devices, wanted = jax.devices(), 1

@@ -1262,6 +1262,20 @@ OPTIMIZERS = [
         tests=("parity_tests/porting/test_pretrained_mesh.py::test_a_dim_is_split_by_its_letter",),
     ),
     Mutation(
+        "meshes: an answer is whole where its input is split over Explicit axes",
+        "jax_moe/sharding/explicit.py",
+        'name = getattr(keys[0], "name", "") if keys else alone',
+        'name = ""',
+        tests=("parity_tests/sharding/test_meshes.py::test_explicit_axes_without_jit",),
+    ),
+    Mutation(
+        "meshes: with a capacity exchanged choices draw dropout in another order",
+        "jax_moe/sharding/expert_parallel.py",
+        "moves.dropout_key is None or moves.config.capacity is None or C == 0",
+        "True",
+        tests=("parity_tests/sharding/test_meshes.py::test_the_numbers_of_one_device[layers]",),
+    ),
+    Mutation(
         "rotation: products in the tokens' dtype where the family has fp32",
         "jax_moe/attention/rope.py",
         'kept = wide(dtype) if config.dtype == "float32" else dtype',

@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "sharding": ("config", *SHARED, "routing", "dispatch", "experts", "kernels"),
     "attention": ("config", *SHARED, "sharding"),
     "models": ("config", *SHARED, *SENTENCE, "attention", "sharding"),
-    "generation": ("config", *SHARED, *SENTENCE, "kernels", "attention", "models"),
+    "generation": ("config", *SHARED, *SENTENCE, "kernels", "attention", "models", "sharding"),
     "porting": ("config", *SHARED, *SENTENCE, "attention", "models", "sharding"),
 }
 # Inside porting, from the mapping language up; each may use those before it.

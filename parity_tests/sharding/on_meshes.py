@@ -1,13 +1,14 @@
 """Ten AdamW steps on meshes of up to eight virtual devices against the same steps on one, in fp64.
 
-`python -m parity_tests.sharding.on_meshes NAME` prints a line a mesh: the worst relative error of the first step's
-answers, statistics and losses, of its gradients by name, and of the weights after the last step; choices are compared
-exactly. Of a case with planted faults, a line a fault, too. A process has as many devices as its first use of JAX
-found, so that it is a program.
+`python -m parity_tests.sharding.on_meshes NAME ...` prints the name of each case and a line for each way to split it, a
+mesh with an exchange: the worst relative error of the first step's answers, statistics and losses, of its gradients by
+name, and of the weights after the last step; choices are compared exactly. A planted fault that is found has a line,
+too. A process has as many devices as its first use of JAX found, so that it is a program.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
 from jax_moe import presets, sharding
@@ -30,11 +32,7 @@ from parity_tests.shared.quick import QUICK
 
 STEPS = 10
 OPTIMIZER = adamw_as_torch(1e-2)
-EXCHANGES = ("all_to_all", "padded", "ring", "ragged")
-MESHES: dict[str, list[str]] = {
-    "layer": ["data=2,expert=4", "data=2,expert=2,tensor=2"],
-    "model": ["data=2,expert=2,tensor=2"],
-}
+FLAT, ALL = "data=2,expert=4", "data=2,expert=2,tensor=2"
 SIZES: dict[str, Any] = {
     "vocab_size": 11, "model_dim": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
 }
@@ -47,14 +45,39 @@ V3 = {
 }
 
 
+class Way(NamedTuple):
+    """How a case is split: the axes of its mesh, their kind, and the exchange."""
+
+    axes: str
+    exchange: str = "xla"
+    explicit: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.axes}/{self.exchange}{'/explicit' if self.explicit else ''}"
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of the first devices."""
+        mesh = sharding.device_mesh(sharding.read_mesh(self.axes))
+        kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+        return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=kinds) if self.explicit else mesh
+
+
+def by(axes: str, *exchanges: str) -> tuple[Way, ...]:
+    """One mesh with several exchanges."""
+    return tuple(Way(axes, exchange) for exchange in exchanges)
+
+
 class Case(NamedTuple):
-    """What is trained: how it is made, its inputs [B, T] and whether it is a single layer."""
+    """What is trained: how it is made, how it is split, its inputs [B, T], and for a layer what else it is given."""
 
     make: Callable[[], Any]
+    ways: tuple[Way, ...]
     batch_size: int = 8
     num_positions: int = 5
-    choices: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # replayed, of a layer
-    faults: tuple[tuple[str, str], ...] = ()  # planted, and what the message must name
+    choices: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # replayed
+    dropout: str = ""  # masks "given" or "drawn"
+    faults: tuple[tuple[str, Way, str], ...] = ()  # planted, where, and what the message must name
 
     @property
     def is_layer(self) -> bool:
@@ -76,28 +99,51 @@ def decoder(**settings: Any) -> Callable[[], Any]:
 MAKEMOE = jax_moe.MakeMoEConfig(
     vocab_size=11, block_size=5, model_dim=8, num_heads=4, num_layers=2, num_experts=4, dropout=0.0, noise=False,
 )
+MAKEMOE_LAYER = presets.makemoe(8, 6, 4, 2, noise=False, dropout=0.0)
+DROPOUT = replace(MAKEMOE_LAYER, expert=replace(MAKEMOE_LAYER.expert, dropout=0.5))
+ON_INPUT = replace(DROPOUT, num_experts=8, expert=replace(DROPOUT.expert, weight_on="input"))
 CASES = {
-    "layer, dropless": Case(layer(presets.mixtral(8, 6, 4, 2)), batch_size=3, num_positions=7),
+    "layer, dropless": Case(
+        layer(presets.mixtral(8, 6, 4, 2)),
+        (Way(FLAT), *by(ALL, "padded", "ragged"), Way(ALL, explicit=True), Way(ALL, "ring", explicit=True)),
+        batch_size=3, num_positions=7,
+    ),
     "layer, half of the choices dropped": Case(
-        layer(presets.makemoe(8, 6, 4, 2, noise=False, dropout=0.0).with_capacity("0.5", priority="probability")),
-        faults=(("experts swapped", "answers"), ("gradient scaled", "gradients: error 7 at router."),
-                ("rows swapped in the exchange", "answers")),
+        layer(MAKEMOE_LAYER.with_capacity("0.5", priority="probability")),
+        (*by(ALL, "xla", "all_to_all", "padded"), Way(ALL, "all_to_all", explicit=True)),
+        faults=(
+            ("experts swapped", Way(ALL, "all_to_all"), "answers"),
+            ("gradient scaled", Way(ALL, "all_to_all", explicit=True), "gradients: error 7 at router."),
+            ("rows swapped in the exchange", Way(ALL, "all_to_all"), "answers"),
+        ),
     ),
     # experts 0 and 1 stand on the same device of expert=2, and two or all but two of the others have nothing
     "layer, all tokens on one device": Case(
-        layer(presets.glm4_moe(8, 6, 4, 2, shared_dim=4)),
+        layer(presets.glm4_moe(8, 6, 4, 2, shared_dim=4)), by(ALL, "padded", "ring", "ragged"),
         choices=lambda draw, shape: np.stack([draw.permutation(2) for _ in range(np.prod(shape))]).reshape(*shape, 2),
     ),
-    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0))),
+    "layer, one expert on a device, dropout given": Case(
+        layer(ON_INPUT.with_capacity("1.0")), by("expert=8", "all_to_all", "padded", "ring", "ragged"), dropout="given",
+    ),
+    "layer, dropout drawn": Case(
+        layer(DROPOUT.with_capacity("1.0")), by(ALL, "all_to_all", "ring"), dropout="drawn",
+    ),
+    "layer, identity experts": Case(
+        layer(replace(presets.mixtral(8, 6, 6, 3), identity_experts=2)),
+        (Way(FLAT, "ring"), Way(ALL, "padded")), batch_size=3,
+    ),
+    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0)), by(ALL, "xla", "auto")),  # all_to_all
     "mixtral": Case(decoder(
         moe=presets.mixtral(8, 6, 4, 2), rope=RopeConfig(theta=1e3), sliding_window=3, sliding_layers=(0, 1),
         balance_loss_weight=0.1,
-    )),
+    ), (Way(ALL), Way(FLAT, "auto"), Way(ALL, "auto", explicit=True))),  # padded, ring
     "sigmoid scores and shared experts": Case(decoder(
         moe=presets.glm4_moe(8, 6, 4, 2, shared_dim=6), dense_layers=(0,), dense_dim=10, qk_norm="per_head",
         balance_loss_weight=0.1,
-    ), batch_size=4),
-    "latent attention": Case(lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0))),
+    ), by(ALL, "xla", "auto"), batch_size=4),  # ring
+    "latent attention": Case(
+        lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0)), (Way(ALL),)
+    ),
 }
 
 
@@ -113,7 +159,10 @@ class Outcome(NamedTuple):
 def objective(case: Case, module: Any, given: dict[str, Any]) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
     """What is minimised; and choices, answers and statistics."""
     if case.is_layer:
-        output = module.run(given["x"], expert_BTK=given.get("choices"), mask_BT=given["mask"])
+        key = jax.random.key(3) if case.dropout == "drawn" else None
+        output = module.run(
+            given["x"], key=key, expert_BTK=given.get("choices"), mask_BT=given["mask"], keep_BTKD=given.get("keep"),
+        )
         loss = (output.y_BTD * given["probe"]).sum() + output.stats.load_balance_loss + output.stats.router_z_loss
         found = {"y": output.y_BTD}
     else:
@@ -134,6 +183,8 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     mask = np.ones(shape, bool)
     mask[0, -2:] = False
     given = {"x": draw.normal(size=(*shape, 8)), "probe": draw.normal(size=(*shape, 8)), "mask": mask}
+    if case.dropout == "given":
+        given["keep"] = draw.random((*shape, 2, 8)) < 0.5
     return given | ({"choices": case.choices(draw, shape)} if case.choices else {})
 
 
@@ -155,14 +206,16 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: str = "xla") -> Outcome:
-    """The steps on a mesh, or on one device."""
+def run(case: Case, way: Way | None, fault: str = "") -> Outcome:
+    """The steps, split in that way or on one device."""
     module = filled(case.make)
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     arrays = jax_moe.declared(module)
     params, rest, given = wide(nnx.to_pure_dict(params)), wide(rest), inputs(case)
     state = jax.jit(OPTIMIZER.init, compiler_options=QUICK)(params)
     placed: Any = None
+    mesh = None if way is None else way.mesh
+    together = (lambda module: module) if way is None or way.explicit else alone_together
     if mesh is not None:
         sharding.check_divides(mesh, arrays)
         placed = (sharding.split_tree(mesh, params, arrays), sharding.split_tree(mesh, state, arrays))
@@ -176,7 +229,7 @@ def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: s
 
     def step(params: Any, state: Any, rest: Any, given: dict[str, Any]) -> Any:
         def loss(params: Any) -> Any:
-            return objective(case, alone_together(nnx.merge(graphdef, params, rest)), given)
+            return objective(case, together(nnx.merge(graphdef, params, rest)), given)
 
         (_, (exact, answers)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         if fault == "gradient scaled" and mesh is not None:
@@ -190,16 +243,26 @@ def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: s
     jitted = jax.jit(step, compiler_options=QUICK, out_shardings=out)
     first: Any = None
     for _ in range(STEPS):
-        if mesh is None:
+        if way is None:
             params, state, *found = jitted(params, state, rest, given)
         else:
-            with jax.set_mesh(mesh), sharding.exchange(exchange):
+            with jax.set_mesh(mesh), sharding.exchange(way.exchange):
                 params, state, *found = jitted(params, state, rest, given)
         first = first or found
     assert jitted._cache_size() == 1, "a step must not be compiled again"
+    if way is not None and way.explicit:
+        check_layout(first[1], given)
     exact, answers, gradients = (named(tree) for tree in first)
     answers |= {"dropped": answers.pop("dropped_fraction")}
     return Outcome(exact, answers, gradients, named(params))
+
+
+def check_layout(answers: dict[str, Any], given: dict[str, Any]) -> None:
+    """Asserts that answers are split over the sequences as the input is, and that all else is whole."""
+    for name, value in answers.items():
+        like = next(iter(given.values())).sharding.spec if name in ("y", "logits") else PartitionSpec()
+        spec = jax.typeof(value).sharding.spec
+        assert spec == PartitionSpec(*like, *(None,) * (value.ndim - len(like))), (name, spec)
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
@@ -219,31 +282,32 @@ def compared(found: Outcome, alone: Outcome, where: str) -> tuple[float, float, 
     return answers, gradients, check_close(found.weights, alone.weights, 1e-10, f"{where}: weights")
 
 
-def main(name: str) -> None:
-    """Prints a line a mesh, and a line for each fault that is found. Raises MismatchError as `compared`."""
+def main(*names: str) -> None:
+    """Prints the cases, each with a line a way and for each fault that is found. Raises MismatchError as `compared`."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
-    case = CASES[name]
-    alone = run(case, None)
-    for words in MESHES["layer" if case.is_layer else "model"]:
-        mesh = sharding.device_mesh(sharding.read_mesh(words))
-        print(words, *compared(run(case, mesh), alone, f"{name} on {words}"), flush=True)
     jax.lax.ragged_all_to_all, expert_parallel.has_ragged = ragged_on_cpu, lambda: True
     expert_parallel.SLACK = 1  # so that padded buffers are too small where all tokens are on one device
-    for exchange in EXCHANGES if case.is_layer else ():
-        try:
-            print(exchange, *compared(run(case, mesh, exchange=exchange), alone, f"{name} by {exchange}"), flush=True)
-        except ValueError as error:
-            print("refused:", error, flush=True)
+    for name in names:
+        print(f"{name}:", flush=True)
+        show(name, CASES[name])
+
+
+def show(name: str, case: Case) -> None:
+    """A line a way and a fault."""
+    alone = run(case, None)
+    for way in case.ways:
+        print(way, *compared(run(case, way), alone, f"{name}, {way}"), flush=True)
     right = expert_parallel._to_and_fro
-    for fault, names in case.faults:
+    for fault, way, names in case.faults:
         swapped = fault == "rows swapped in the exchange"
         expert_parallel._to_and_fro = (lambda x: jnp.flip(right(x), axis=0)) if swapped else right
         try:
-            compared(run(case, mesh, fault, exchange="all_to_all"), alone, fault)
+            compared(run(case, way, fault), alone, fault)
         except MismatchError as error:
             assert names in str(error), error
             print("found:", fault, flush=True)
+    expert_parallel._to_and_fro = right
 
 
 if __name__ == "__main__":

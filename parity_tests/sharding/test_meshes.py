@@ -1,18 +1,37 @@
 """Layers and models give the numbers of one device on any mesh: each in a process with eight virtual devices."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from parity_tests.sharding.on_meshes import CASES, EXCHANGES, MESHES
+import jax_moe
+from jax_moe import presets, sharding
+from jax_moe.config.moe import MoEConfig
+from jax_moe.sharding import explicit
+from jax_moe.sharding.mesh import AXES
+from parity_tests.sharding.on_meshes import CASES, named
+from parity_tests.shared.compare import check_close
 from parity_tests.shared.quick import LEVEL
 
 ROOT = Path(__file__).parents[2]
+# A process each, as its start takes seconds
+GROUPS = {
+    "layers": [name for name in CASES if name.startswith("layer, ")],
+    "models": [name for name in CASES if not name.startswith("layer, ")],
+}
 # Of the answers, the gradients and the weights after ten steps: relative, in fp64
-TOLERANCES = (1.2e-13, 2.9e-14, 5.4e-14)  # measured: 1.2e-14, 2.9e-15, 5.4e-15
+TOLERANCES = (1.2e-13, 2.9e-14, 5.4e-14)  # measured: 1.2e-14, 2.9e-15, 6.2e-15
 
 
 def on_meshes(*words: str) -> subprocess.CompletedProcess[str]:
@@ -25,24 +44,92 @@ def on_meshes(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_numbers_of_one_device(name: str) -> None:
-    """On every mesh of its kind; planted faults are found."""
-    done, case = on_meshes(name), CASES[name]
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    lines = done.stdout.splitlines()
-    meshes = MESHES["layer" if case.is_layer else "model"]
-    assert [line.split()[0] for line in lines[: len(meshes)]] == meshes
-    exchanges = EXCHANGES if case.is_layer else ()
-    results, lines = lines[: len(meshes) + len(exchanges)], lines[len(meshes) + len(exchanges) :]
-    if exchanges and results[len(meshes)].startswith("refused: exchange='all_to_all'"):  # there is no capacity
-        del results[len(meshes)]
-        exchanges = exchanges[1:]
-    assert [line.split()[0] for line in results[len(meshes) :]] == list(exchanges)
-    assert lines == [f"found: {fault}" for fault, _ in case.faults]
-    for line in results:
-        errors = map(float, line.split()[1:])
-        assert all(error <= limit for error, limit in zip(errors, TOLERANCES, strict=True)), line
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_numbers_of_one_device(group: str) -> None:
+    """On every mesh and by every exchange of the cases; planted faults are found."""
+    names = GROUPS[group]
+    done = on_meshes(*names)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    lines = iter(done.stdout.splitlines())
+    for name in names:
+        assert next(lines) == f"{name}:"
+        for way in CASES[name].ways:
+            said, *errors = next(lines).split()
+            assert said == str(way), (name, said)
+            assert all(float(error) <= limit for error, limit in zip(errors, TOLERANCES, strict=True)), (name, said)
+        assert [next(lines) for _ in CASES[name].faults] == [f"found: {fault}" for fault, _, _ in CASES[name].faults]
+    assert list(lines) == []
+
+
+def explicit_mesh() -> jax.sharding.Mesh:
+    """Of one device."""
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3, devices=jax.devices()[:1])
+
+
+def soft_moe() -> jax_moe.SoftMoE:
+    """A layer of soft slots."""
+    return jax_moe.SoftMoE(jax_moe.SoftMoEConfig(model_dim=8, num_experts=4, num_slots=2, hidden_dims=(6,)))
+
+
+DRAW = np.random.default_rng(0)
+VECTORS, TOKENS = DRAW.normal(size=(2, 5, 8)).astype("float32"), DRAW.integers(0, 11, (2, 5)).astype("int32")
+CALLS: dict[str, tuple[Callable[[], Any], str, np.ndarray]] = {
+    "SoftMoE": (lambda: soft_moe().run, "y_BTD", VECTORS),
+    "generate": (
+        lambda: partial(jax_moe.generate, CASES["mixtral"].make(), max_new_tokens=2, temperature=0), "", TOKENS,
+    ),
+    "loss": (lambda: lambda x_BTD: jax_moe.next_token_loss(x_BTD, jnp.asarray(TOKENS) % 8), "", VECTORS),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_explicit_axes_without_jit(name: str) -> None:
+    """Operations one by one give the same numbers, answers laid out as the input, and whole statistics."""
+    make, field, host = CALLS[name]
+    call, given = make(), jnp.asarray(host)
+    mesh = explicit_mesh()
+
+    def numbers(output: Any) -> dict[str, Any]:
+        return {"answer": getattr(output, field) if field else output, "stats": getattr(output, "stats", ())}
+
+    alone = numbers(call(given))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(given, NamedSharding(mesh, PartitionSpec("data")))
+        found = numbers(call(placed))
+        answer = found["answer"]
+        wanted = PartitionSpec("data", *(None,) * (answer.ndim - 1)) if answer.ndim else PartitionSpec()
+        assert jax.typeof(answer).sharding.spec == wanted
+        assert all(set(jax.typeof(value).sharding.spec) <= {None} for value in jax.tree.leaves(found["stats"]))
+        check_close(named(found), named(alone), 1e-6, name)
+
+
+def test_explicit_axes_need_the_call_with_auto_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a layer's tracing raises."""
+    layer = jax_moe.MoE(presets.mixtral(8, 6, 4, 2))
+    mesh = explicit_mesh()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(VECTORS, NamedSharding(mesh, PartitionSpec("data")))
+        assert jax.eval_shape(lambda x_BTD: layer(x_BTD), placed)[0].shape == VECTORS.shape
+        monkeypatch.setattr(explicit, "explicit_axes", lambda: ())
+        with pytest.raises(Exception, match="unsharded over the sorting dimension"):
+            jax.eval_shape(lambda x_BTD: layer(x_BTD), placed)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("all_to_all", presets.mixtral(8, 6, 4, 2), "exchange='all_to_all': must be padded, ring, ragged, xla or auto"),
+        ("ring", presets.mixtral(8, 6, 3, 2), "mesh expert=2: must be a divisor of 3, the experts of the layer"),
+        ("ragged", presets.mixtral(8, 6, 4, 2), "exchange='ragged': must be all_to_all, padded, ring, xla or auto on"),
+        ("gossip", presets.mixtral(8, 6, 4, 2), "exchange='gossip': must be one of xla"),
+    ],
+)
+def test_what_an_exchange_refuses(name: str, config: MoEConfig, message: str) -> None:
+    """In one line, before anything runs."""
+    mesh = jax.sharding.AbstractMesh((1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    refused = pytest.raises(ValueError, match=f"^{re.escape(message)}")
+    with jax.sharding.use_abstract_mesh(mesh), refused, sharding.exchange(name):
+        sharding.exchange_in_use(config)
 
 
 def test_faults_are_planted() -> None:
