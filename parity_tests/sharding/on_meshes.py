@@ -18,7 +18,10 @@ from flax import nnx
 
 import jax_moe
 from jax_moe import presets, sharding
+from jax_moe.attention import attention_by
+from jax_moe.attention.products import blockwise
 from jax_moe.config.attention import RopeConfig
+from jax_moe.config.products import Products
 from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import FAMILIES
@@ -55,11 +58,17 @@ class Case(NamedTuple):
     num_positions: int = 5
     choices: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # replayed, of a layer
     faults: tuple[tuple[str, str], ...] = ()  # planted, and what the message must name
+    beside: tuple[str, Products] | None = None  # one more mesh, and how attention is computed there
 
     @property
     def is_layer(self) -> bool:
         """Whether the inputs are vectors."""
         return isinstance(jax.eval_shape(self.make), jax_moe.MoE)
+
+    @property
+    def meshes(self) -> list[str]:
+        """Those it is trained on."""
+        return MESHES["layer" if self.is_layer else "model"] + ([self.beside[0]] if self.beside else [])
 
 
 def layer(config: Any) -> Callable[[], Any]:
@@ -82,6 +91,7 @@ CASES = {
         layer(presets.makemoe(8, 6, 4, 2, noise=False, dropout=0.0).with_capacity("0.5", priority="probability")),
         faults=(("experts swapped", "answers"), ("gradient scaled", "gradients: error 7 at router."),
                 ("rows swapped in the exchange", "answers")),
+        num_positions=6, beside=("expert=2,sequence=2,tensor=2", "auto"),
     ),
     # experts 0 and 1 stand on the same device of expert=2, and two or all but two of the others have nothing
     "layer, all tokens on one device": Case(
@@ -92,12 +102,15 @@ CASES = {
     "mixtral": Case(decoder(
         moe=presets.mixtral(8, 6, 4, 2), rope=RopeConfig(theta=1e3), sliding_window=3, sliding_layers=(0, 1),
         balance_loss_weight=0.1,
-    )),
+    ), num_positions=6, beside=("data=2,expert=2,sequence=2", "blocks")),
     "sigmoid scores and shared experts": Case(decoder(
         moe=presets.glm4_moe(8, 6, 4, 2, shared_dim=6), dense_layers=(0,), dense_dim=10, qk_norm="per_head",
         balance_loss_weight=0.1,
     ), batch_size=4),
-    "latent attention": Case(lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0))),
+    "latent attention": Case(
+        lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0)),
+        num_positions=6, beside=("data=2,expert=2,sequence=2", "plain"),
+    ),
 }
 
 
@@ -155,7 +168,9 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: str = "xla") -> Outcome:
+def run(
+    case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: str = "xla", way: Products = "auto"
+) -> Outcome:
     """The steps on a mesh, or on one device."""
     module = filled(case.make)
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
@@ -168,7 +183,8 @@ def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: s
         placed = (sharding.split_tree(mesh, params, arrays), sharding.split_tree(mesh, state, arrays))
         params, state = jax.device_put((params, state), placed)
         rest = jax.device_put(rest, sharding.replicated(mesh))
-        given = {name: jax.device_put(x, sharding.batch_split(mesh, x.shape[0])) for name, x in given.items()}
+        layout = {name: x.shape[:2] if case.is_layer else x.shape[:1] for name, x in given.items()}
+        given = {name: jax.device_put(x, sharding.batch_split(mesh, *layout[name])) for name, x in given.items()}
     if fault == "experts swapped":
         params = jax.tree_util.tree_map_with_path(
             lambda keys, x: jnp.flip(x, axis=x.ndim - 3) if "experts" in str(keys) else x, params
@@ -193,7 +209,7 @@ def run(case: Case, mesh: jax.sharding.Mesh | None, fault: str = "", exchange: s
         if mesh is None:
             params, state, *found = jitted(params, state, rest, given)
         else:
-            with jax.set_mesh(mesh), sharding.exchange(exchange):
+            with jax.set_mesh(mesh), sharding.exchange(exchange), attention_by(way):
                 params, state, *found = jitted(params, state, rest, given)
         first = first or found
     assert jitted._cache_size() == 1, "a step must not be compiled again"
@@ -225,9 +241,11 @@ def main(name: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     case = CASES[name]
     alone = run(case, None)
-    for words in MESHES["layer" if case.is_layer else "model"]:
+    blockwise.QUERIES = 4  # two of each of two devices: of their three positions the last block has one
+    for words in case.meshes:
         mesh = sharding.device_mesh(sharding.read_mesh(words))
-        print(words, *compared(run(case, mesh), alone, f"{name} on {words}"), flush=True)
+        way = case.beside[1] if case.beside and words == case.beside[0] else "auto"
+        print(words, *compared(run(case, mesh, way=way), alone, f"{name} on {words}"), flush=True)
     jax.lax.ragged_all_to_all, expert_parallel.has_ragged = ragged_on_cpu, lambda: True
     expert_parallel.SLACK = 1  # so that padded buffers are too small where all tokens are on one device
     for exchange in EXCHANGES if case.is_layer else ():
