@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_moe.dims import Array, Float, Int
 from jax_moe.losses import MoEStats
 from jax_moe.remat import Remat, rematerialised
-from jax_moe.sharding.inside import by_sequence, together
+from jax_moe.sharding.inside import as_batch, together
 
 
 class ModelOutput(NamedTuple):
@@ -77,7 +77,7 @@ def walk(
     from the whole stack when they are needed, which copies nothing but has no fast gradient. `remat`: what each unit
     keeps for a gradient.
     """
-    x = by_sequence(x)
+    x = as_batch(x)
     kinds = {plan: number for number, plan in enumerate(dict.fromkeys(plans))}
     first, start = 0, Counter[str]()
     handed_out: dict[str, list] = {}
@@ -114,7 +114,7 @@ def _unit_step(
             else:
                 own = {name: row_at(whole[name], numbers[name]) for name in plan.stacks}
             x, memory, found = step(x, memory, Layer(plan, together(own), numbers))
-            x = by_sequence(x)
+            x = as_batch(x)
             for name, value in found.items():
                 handed_out.setdefault(name, []).append(value)
             before.update(plan.stacks)

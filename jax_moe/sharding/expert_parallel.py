@@ -31,7 +31,8 @@ from jax_moe.experts import Weights, expert_ffn, take_experts
 from jax_moe.kernels import dropless_dispatch
 from jax_moe.kernels.moves import choice_of_place, combine_choices, places_to_choices, rows_at, tokens_to_places
 from jax_moe.routing import Routing
-from jax_moe.sharding.mesh import AXES, EXPERT_AXIS
+from jax_moe.sharding.mesh import AXES, EXPERT_AXIS, SEQUENCE_AXIS
+from jax_moe.sharding.rules import batch_split
 
 SLACK = 2  # a padded buffer over the even share of a device
 _chosen = jax.make_user_context("xla")  # part of the keys of jit's caches
@@ -97,10 +98,14 @@ def exchanged(inside: Callable) -> Callable:
         N = G * S
         short = -N % mesh.size
 
+        def put_together(x: Array) -> Array:
+            whole = mesh.shape.get(SEQUENCE_AXIS, 1) == 1
+            return x if whole else jax.lax.with_sharding_constraint(x, batch_split(mesh, N).spec)
+
         def rows(x: Array | None) -> Array | None:
             if x is None:
                 return None
-            x = x.reshape(N, *x.shape[2:])
+            x = put_together(x.reshape(N, *x.shape[2:]))
             return jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1)) if short else x
 
         kept_GSK = slots.slot_GSK < moves.capacity
@@ -132,7 +137,7 @@ def exchanged(inside: Callable) -> Callable:
         y_ND = jax.shard_map(
             share, mesh=mesh, in_specs=(split, PartitionSpec(EXPERT_AXIS)), out_specs=split, check_vma=False,
         )(tokens, dict(moves.weights))
-        return y_ND[:N].reshape(G, S, D)
+        return put_together(y_ND[:N]).reshape(G, S, D)
 
     return dispatch
 

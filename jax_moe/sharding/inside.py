@@ -1,6 +1,6 @@
 """What a program that runs on a mesh says of its arrays: where activations lie, and when weights are put together.
 
-Both look at the mesh that `jax.set_mesh` has set around the call and do nothing without one. They change where numbers
+All look at the mesh that `jax.set_mesh` has set around the call and do nothing without one. They change where numbers
 are, never which: XLA would find some way by itself, but might move activations where weights are cheaper to move.
 """
 
@@ -12,19 +12,41 @@ from jax.sharding import PartitionSpec
 
 from jax_moe.dims import Array
 from jax_moe.parameters import of_variable
-from jax_moe.sharding.mesh import DATA_AXIS
-from jax_moe.sharding.rules import RULES, batch_split, weight_split
+from jax_moe.sharding.mesh import DATA_AXIS, SEQUENCE_AXIS
+from jax_moe.sharding.rules import RULES, batch_split, position_devices, weight_split
 
 Module = TypeVar("Module", bound=nnx.Module)
 WITHOUT_DATA = {letter: axis for letter, axis in RULES.items() if axis != DATA_AXIS}
 
 
-def by_sequence(x: Array) -> Array:
-    """Activations [B, ...] with their sequences split over the mesh as those of a batch are."""
+def as_batch(x: Array) -> Array:
+    """Tokens or activations [B, T, ...] with sequences and positions split over the mesh as those of a batch are."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, batch_split(mesh, x.shape[0]).spec)
+    return jax.lax.with_sharding_constraint(x, batch_split(mesh, *x.shape[:2]).spec)
+
+
+def devices_of_positions(num_positions: int) -> int:
+    """The devices that share so many positions."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else position_devices(mesh, num_positions)
+
+
+def positions_split(x: Array, dim: int = 1) -> Array:
+    """The array with this dim split over the sequence axis, and the others as XLA has them."""
+    return _with_positions(x, dim, SEQUENCE_AXIS)
+
+
+def positions_whole(x: Array, dim: int = 1) -> Array:
+    """The array with this dim whole on every device, and the others as XLA has them."""
+    return _with_positions(x, dim, None)
+
+
+def _with_positions(x: Array, dim: int, axis: str | None) -> Array:
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[dim] = axis
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def together(tree: Any) -> Any:

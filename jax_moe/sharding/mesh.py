@@ -3,6 +3,7 @@
 - data: the batch is split over it; of weights and optimizer state the model's width is (as fully sharded data
   parallelism does), and put together where a layer needs it
 - expert: experts are split over it, and the batch as well
+- sequence: the positions of activations are split over it; weights, gradients and optimizer state are whole
 - tensor: heads, experts' width and vocabulary are split over it
 
 Programs are written for one device: XLA splits them, so capacity and drops are those of a single device on any mesh.
@@ -15,8 +16,8 @@ from jax.sharding import AxisType, Mesh
 
 from jax_moe.config.checks import require
 
-DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS = "data", "expert", "tensor"
-AXES = (DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS)
+DATA_AXIS, EXPERT_AXIS, SEQUENCE_AXIS, TENSOR_AXIS = "data", "expert", "sequence", "tensor"
+AXES = (DATA_AXIS, EXPERT_AXIS, SEQUENCE_AXIS, TENSOR_AXIS)
 FORM = "axes with their number of devices, such as data=4,expert=2"
 
 

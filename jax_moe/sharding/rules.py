@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax_moe.config.checks import require
 from jax_moe.config.parameters import Declared, Role
 from jax_moe.parameters import path_of
-from jax_moe.sharding.mesh import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS
+from jax_moe.sharding.mesh import DATA_AXIS, EXPERT_AXIS, SEQUENCE_AXIS, TENSOR_AXIS
 
 AnyMesh = Mesh | AbstractMesh
 Rules = Mapping[str, str]
@@ -72,8 +72,16 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_split(mesh: AnyMesh, batch_size: int) -> NamedSharding:
-    """The sequences of a batch, its first dim, split over the data axis, and the expert axis too where that divides."""
+def position_devices(mesh: AnyMesh, num_positions: int) -> int:
+    """The devices that share the positions of a sequence: those of the sequence axis, 1 where it does not divide."""
+    number = mesh.shape.get(SEQUENCE_AXIS, 1)
+    return number if num_positions % number == 0 else 1
+
+
+def batch_split(mesh: AnyMesh, batch_size: int, num_positions: int = 1) -> NamedSharding:
+    """The sequences of a batch, its first dim, split over the data axis, and the expert axis too where that divides;
+    the positions, its second dim, over the sequence axis where that divides.
+    """
     axes: list[str] = []
     parts = 1
     for axis in BATCH:
@@ -81,4 +89,6 @@ def batch_split(mesh: AnyMesh, batch_size: int) -> NamedSharding:
         if number > 1 and batch_size % (parts * number) == 0:
             axes.append(axis)
             parts *= number
-    return NamedSharding(mesh, PartitionSpec(tuple(axes))) if axes else replicated(mesh)
+    positions = (SEQUENCE_AXIS,) if position_devices(mesh, num_positions) > 1 else ()
+    split = PartitionSpec(tuple(axes) or None, *positions)
+    return NamedSharding(mesh, split) if axes or positions else replicated(mesh)

@@ -112,7 +112,8 @@ class TrainConfig(Start):
     num_devices: int | None = None
     """Devices to split a batch over; by default the most that divide it (JAX only). Changes rounding only."""
     mesh: str | None = None
-    """Axes of a mesh of devices, such as data=4,expert=2 or data=2,tensor=2, in place of --num-devices (JAX only)."""
+    """Axes of a mesh of devices, such as data=4,expert=2 or data=2,tensor=2, in place of --num-devices (JAX only).
+    sequence=2 splits the positions of a text, for long texts; a block that it does not divide stays whole."""
     exchange: Exchange = "xla"
     """How tokens get to the devices of their experts: xla splits the program of one device; the others are exchanges of
     our own for a mesh with expert devices, all_to_all for a capacity, padded and ring for any model."""

@@ -23,7 +23,7 @@ from jax_moe.parameters import declared
 from jax_moe.precision import cast_to_compute
 from jax_moe.shapes import role_and_dims
 from jax_moe.sharding.expert_parallel import exchange, exchange_in_use
-from jax_moe.sharding.inside import alone_together
+from jax_moe.sharding.inside import alone_together, as_batch
 from jax_moe.sharding.memory import bytes_held, numbers_on_device
 from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
 from jax_moe.sharding.place import check_batch, put_batch, put_share, rows_here
@@ -58,6 +58,11 @@ def objective(loss: Array, stats: MoEStats, model: Model, settings: OptimizerSet
     if settings.router_z_loss_weight:
         loss = loss + settings.router_z_loss_weight * stats.router_z_loss.mean()
     return loss
+
+
+def inputs_and_targets(tokens_BT1: Array) -> tuple[Array, Array]:
+    """The tokens [B, T] and those after them, with their positions split over the mesh."""
+    return as_batch(tokens_BT1[:, :-1]), as_batch(tokens_BT1[:, 1:])
 
 
 def choose_mesh(config: TrainConfig) -> Mesh:
@@ -120,9 +125,9 @@ class JaxLearner:
         key = jax.random.fold_in(jax.random.fold_in(self.key, STEP), step)
 
         def losses(params: State) -> tuple[Array, tuple[Array, ModelOutput]]:
-            tokens_BT, remat = tokens_BT1[:, :-1], self.config.remat
-            output = self._run(params, rest, tokens_BT, key=key, training=True, remat=remat)
-            loss = next_token_loss(output.logits_BTV, tokens_BT1[:, 1:])
+            tokens_BT, next_BT = inputs_and_targets(tokens_BT1)
+            output = self._run(params, rest, tokens_BT, key=key, training=True, remat=self.config.remat)
+            loss = next_token_loss(output.logits_BTV, next_BT)
             return objective(loss, output.stats, self.model, self.config.optimizer), (loss, output)
 
         (_, (loss, output)), gradient = jax.value_and_grad(losses, has_aux=True)(state["params"])
@@ -146,8 +151,9 @@ class JaxLearner:
         self, params: State, total: State, rest: Any, tokens_BT1: Array, key: Array, number: Array
     ) -> State:
         noise_key = jax.random.fold_in(key, number) if self.config.eval_noise else None
-        output = self._run(params, rest, tokens_BT1[:, :-1], key=noise_key, training=False)
-        loss = next_token_loss(output.logits_BTV, tokens_BT1[:, 1:])
+        tokens_BT, next_BT = inputs_and_targets(tokens_BT1)
+        output = self._run(params, rest, tokens_BT, key=noise_key, training=False)
+        loss = next_token_loss(output.logits_BTV, next_BT)
         return jax.tree.map(jnp.add, total, {"loss": loss, "stats": output.stats})
 
     def _on_mesh(self) -> contextlib.ExitStack:

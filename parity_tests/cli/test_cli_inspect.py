@@ -138,7 +138,7 @@ def test_inspect_on_chosen_devices_and_with_names(whole: Path, capsys: pytest.Ca
     for name, value in held.items():
         assert re.search(rf"^{re.escape(name)} +float32  {re.escape(str(list(value.shape)))}$", out, re.MULTILINE), name
     assert "devices=0: must be at least 1" in fails(capsys, "inspect", whole, "--devices", "0")
-    split = run(capsys, "inspect", whole, "--mesh", "expert=4")
+    split = run(capsys, "inspect", whole, "--mesh", "expert=4,sequence=2")
     assert re.search(rf"training +{16 * (total - experts * 3 / 4) / 1024:.1f} KiB\n", split)
     assert "mesh expert=3: must be a divisor of 4, the experts" in fails(capsys, "inspect", whole, "--mesh", "expert=3")
     assert "mesh='experts=2': must be of the axes" in fails(capsys, "inspect", whole, "--mesh", "experts=2")

@@ -181,6 +181,9 @@ def test_what_is_refused() -> None:
         products.attend(*given, scope, dropping)
     with attention_by("kernel"), pytest.raises(ValueError, match="the kernel does not cover the device cpu"):
         products.attend(*given, scope, Softmax(1.0))
+    mesh = jax.sharding.AbstractMesh((2,), ("sequence",))
+    with attention_by("kernel"), jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="'sequence'"):
+        products.attend(*given, scope, Softmax(1.0))
     with attention_by("kernel"):
         assert products.chosen(given[0][:, :1], *given[1:], Scope(jnp.arange(1), 8), Softmax(1.0)) == "plain"
     long, given = Scope(jnp.zeros(4096, jnp.int32), 4096), (jnp.zeros((1, 4096, 2, 1)),) * 3

@@ -119,11 +119,11 @@ def test_meshes_that_are_refused() -> None:
         sharding.expert_mesh(count, 2)
     with pytest.raises(ValueError, match="data=0: must be at least 1"):
         sharding.expert_mesh(1, 0)
-    with pytest.raises(ValueError, match="mesh='tokens': must be of the axes data, expert, tensor"):
+    with pytest.raises(ValueError, match="mesh='tokens': must be of the axes data, expert, sequence, tensor"):
         sharding.device_mesh({"tokens": 1})
     arrays = {"experts.up": Declared((6, 4, 4), "E D F", "expert"), "query": Declared((4, 6, 2), "D H A", "attention")}
-    for sizes, says in (((1, 4, 1), "mesh expert=4: must be a divisor of 6, the experts of the model"),
-                        ((1, 1, 4), "mesh tensor=4: must be a divisor of 6, the attention heads of the model")):
+    for sizes, says in (((1, 4, 1, 1), "mesh expert=4: must be a divisor of 6, the experts of the model"),
+                        ((1, 1, 1, 4), "mesh tensor=4: must be a divisor of 6, the attention heads of the model")):
         with pytest.raises(ValueError, match=says):
             sharding.check_divides(AbstractMesh(sizes, sharding.AXES), arrays)
     assert sharding.mesh_in_use() is None
@@ -149,7 +149,10 @@ def test_a_dim_is_split_by_its_letter() -> None:
     for size, axes in ((8, ("data", "expert")), (6, ("data",)), (3, None)):
         split = sharding.batch_split(mesh, size).spec
         assert split == (whole if axes is None else PartitionSpec(axes)), size
-    tensor = Declared((8, 4, 4), "E D F", "expert")
+    mesh = AbstractMesh((2, 4), ("data", "sequence"))
+    for shape, expected in (((2, 8), ("data", "sequence")), ((3, 8), (None, "sequence")), ((2, 9), ("data",))):
+        assert sharding.batch_split(mesh, *shape).spec == PartitionSpec(*expected), shape
+    mesh, tensor = AbstractMesh((2, 4, 2), ("data", "expert", "tensor")), Declared((8, 4, 4), "E D F", "expert")
     split = sharding.weight_split(mesh, tensor, {"E": "expert", "F": "data"})
     assert split.spec == PartitionSpec("expert", None, "data")
     refused = "dims='E D F': must have one dim at most on axis 'expert', which the rules give to E and F"

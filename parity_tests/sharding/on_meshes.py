@@ -20,7 +20,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_moe
 from jax_moe import presets, sharding
+from jax_moe.attention import attention_by
+from jax_moe.attention.products import blockwise
 from jax_moe.config.attention import RopeConfig
+from jax_moe.config.products import Products
 from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.optimizers import adamw_as_torch
 from jax_moe.porting.families import FAMILIES
@@ -32,7 +35,7 @@ from parity_tests.shared.quick import QUICK
 
 STEPS = 10
 OPTIMIZER = adamw_as_torch(1e-2)
-FLAT, ALL = "data=2,expert=4", "data=2,expert=2,tensor=2"
+FLAT, ALL, POSITIONS = "data=2,expert=4", "data=2,expert=2,tensor=2", "data=2,expert=2,sequence=2"
 SIZES: dict[str, Any] = {
     "vocab_size": 11, "model_dim": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
 }
@@ -46,14 +49,16 @@ V3 = {
 
 
 class Way(NamedTuple):
-    """How a case is split: the axes of its mesh, their kind, and the exchange."""
+    """How a case is split: the axes of its mesh, their kind, the exchange, and how attention is computed."""
 
     axes: str
     exchange: str = "xla"
     explicit: bool = False
+    attention: Products = "auto"
 
     def __str__(self) -> str:
-        return f"{self.axes}/{self.exchange}{'/explicit' if self.explicit else ''}"
+        attention = "" if self.attention == "auto" else f"/{self.attention}"
+        return f"{self.axes}/{self.exchange}{'/explicit' if self.explicit else ''}{attention}"
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -110,7 +115,9 @@ CASES = {
     ),
     "layer, half of the choices dropped": Case(
         layer(MAKEMOE_LAYER.with_capacity("0.5", priority="probability")),
-        (*by(ALL, "xla", "all_to_all", "padded"), Way(ALL, "all_to_all", explicit=True)),
+        (*by(ALL, "xla", "all_to_all", "padded"), Way(ALL, "all_to_all", explicit=True),
+         Way("expert=2,sequence=2,tensor=2", "auto")),
+        num_positions=6,
         faults=(
             ("experts swapped", Way(ALL, "all_to_all"), "answers"),
             ("gradient scaled", Way(ALL, "all_to_all", explicit=True), "gradients: error 7 at router."),
@@ -136,13 +143,15 @@ CASES = {
     "mixtral": Case(decoder(
         moe=presets.mixtral(8, 6, 4, 2), rope=RopeConfig(theta=1e3), sliding_window=3, sliding_layers=(0, 1),
         balance_loss_weight=0.1,
-    ), (Way(ALL), Way(FLAT, "auto"), Way(ALL, "auto", explicit=True))),  # padded, ring
+    ), (Way(ALL), Way(FLAT, "auto"), Way(ALL, "auto", explicit=True),  # padded, ring
+        Way(POSITIONS, attention="blocks")), num_positions=6),
     "sigmoid scores and shared experts": Case(decoder(
         moe=presets.glm4_moe(8, 6, 4, 2, shared_dim=6), dense_layers=(0,), dense_dim=10, qk_norm="per_head",
         balance_loss_weight=0.1,
     ), by(ALL, "xla", "auto"), batch_size=4),  # ring
     "latent attention": Case(
-        lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0)), (Way(ALL),)
+        lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0)),
+        (Way(ALL), Way(POSITIONS, attention="plain")), num_positions=6,
     ),
 }
 
@@ -246,7 +255,7 @@ def run(case: Case, way: Way | None, fault: str = "") -> Outcome:
         if way is None:
             params, state, *found = jitted(params, state, rest, given)
         else:
-            with jax.set_mesh(mesh), sharding.exchange(way.exchange):
+            with jax.set_mesh(mesh), sharding.exchange(way.exchange), attention_by(way.attention):
                 params, state, *found = jitted(params, state, rest, given)
         first = first or found
     assert jitted._cache_size() == 1, "a step must not be compiled again"
@@ -287,6 +296,7 @@ def main(*names: str) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.lax.ragged_all_to_all, expert_parallel.has_ragged = ragged_on_cpu, lambda: True
+    blockwise.QUERIES = 4  # two of each of two devices: of their three positions the last block has one
     expert_parallel.SLACK = 1  # so that padded buffers are too small where all tokens are on one device
     for name in names:
         print(f"{name}:", flush=True)

@@ -34,13 +34,13 @@ GROUPS = {
 TOLERANCES = (1.2e-13, 2.9e-14, 5.4e-14)  # measured: 1.2e-14, 2.9e-15, 6.2e-15
 
 
-def on_meshes(*words: str) -> subprocess.CompletedProcess[str]:
-    """The program of `on_meshes.py` with eight devices."""
+def with_eight_devices(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A program of this folder with eight devices."""
     flags = " ".join(f"--{name}={value}" for name, value in LEVEL.items())
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
     }
-    command = [sys.executable, "-W", "error", "-m", "parity_tests.sharding.on_meshes", *words]
+    command = [sys.executable, "-W", "error", "-m", f"parity_tests.sharding.{program}", *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -48,7 +48,7 @@ def on_meshes(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_numbers_of_one_device(group: str) -> None:
     """On every mesh and by every exchange of the cases; planted faults are found."""
     names = GROUPS[group]
-    done = on_meshes(*names)
+    done = with_eight_devices("on_meshes", *names)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     lines = iter(done.stdout.splitlines())
     for name in names:
@@ -63,7 +63,7 @@ def test_the_numbers_of_one_device(group: str) -> None:
 
 def explicit_mesh() -> jax.sharding.Mesh:
     """Of one device."""
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=jax.devices()[:1])
 
 
 def soft_moe() -> jax_moe.SoftMoE:
@@ -126,10 +126,18 @@ def test_explicit_axes_need_the_call_with_auto_axes(monkeypatch: pytest.MonkeyPa
 )
 def test_what_an_exchange_refuses(name: str, config: MoEConfig, message: str) -> None:
     """In one line, before anything runs."""
-    mesh = jax.sharding.AbstractMesh((1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     refused = pytest.raises(ValueError, match=f"^{re.escape(message)}")
     with jax.sharding.use_abstract_mesh(mesh), refused, sharding.exchange(name):
         sharding.exchange_in_use(config)
+
+
+def test_positions_that_four_devices_share_take_a_third_of_the_memory() -> None:
+    """At most 0.4 of a device's that has them alone (measured: 0.27); with the planted fault more (0.97)."""
+    done = with_eight_devices("memory_of_positions")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    alone, shared, fault = map(int, done.stdout.split())
+    assert shared <= 0.4 * alone < fault, (alone, shared, fault)
 
 
 def test_faults_are_planted() -> None:

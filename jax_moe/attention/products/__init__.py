@@ -17,6 +17,7 @@ from jax_moe.attention.products.plain import Softmax, plain
 from jax_moe.config.checks import require
 from jax_moe.config.products import Products
 from jax_moe.dims import Array, Float
+from jax_moe.sharding.inside import devices_of_positions, positions_split, positions_whole
 
 __all__ = ["Softmax", "attend", "attention_by", "blocks", "chosen", "kernel", "plain"]
 
@@ -41,8 +42,14 @@ def attend(
     q_BTHA: Float[Array, "B T H A"], k_BUJA: Float[Array, "B U J A"], v_BUJM: Float[Array, "B U J M"], scope: Scope,
     softmax: Softmax,
 ) -> Float[Array, "B T H M"]:
-    """What the queries find among the keys, computed in the way in use. Raises ValueError as `chosen`."""
-    return WAYS[chosen(q_BTHA, k_BUJA, v_BUJM, scope, softmax)](q_BTHA, k_BUJA, v_BUJM, scope, softmax)
+    """What the queries find among the keys, computed in the way in use. Raises ValueError as `chosen`.
+
+    Where devices share the positions, each has its own queries and all keys.
+    """
+    way = WAYS[chosen(q_BTHA, k_BUJA, v_BUJM, scope, softmax)]
+    if devices_of_positions(q_BTHA.shape[1]) > 1:
+        q_BTHA, k_BUJA, v_BUJM = positions_split(q_BTHA), positions_whole(k_BUJA), positions_whole(v_BUJM)
+    return way(q_BTHA, k_BUJA, v_BUJM, scope, softmax)
 
 
 def chosen(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax_moe.attention.masks import Scope
 from jax_moe.attention.products.plain import Softmax, plain
 from jax_moe.dims import Array, Float
+from jax_moe.sharding.inside import devices_of_positions, positions_split
 
 QUERIES = 256  # of a block
 
@@ -17,15 +18,35 @@ def blocks(
     q_BTHA: Float[Array, "B T H A"], k_BUJA: Float[Array, "B U J A"], v_BUJM: Float[Array, "B U J M"], scope: Scope,
     softmax: Softmax,
 ) -> Float[Array, "B T H M"]:
-    """`plain` of every block against all keys; the backward pass computes a block's scores again."""
+    """`plain` of every block against all keys; the backward pass computes a block's scores again.
+
+    Where X devices share the positions, each takes blocks of its own queries, X times as short, at the same time.
+    """
     B, T, H, A = q_BTHA.shape
-    n = -(-T // QUERIES)
-    short = n * QUERIES - T
-    q_NBTHA = jnp.pad(q_BTHA, ((0, 0), (0, short), (0, 0), (0, 0))).reshape(B, n, QUERIES, H, A).swapaxes(0, 1)
-    slot_NT = jnp.pad(scope.slot_T, (0, short)).reshape(n, QUERIES)
+    X = devices_of_positions(T)
+    if X == 1:
+        return _in_turn(QUERIES, q_BTHA, k_BUJA, v_BUJM, scope, softmax)
+
+    def part(q_BTHA: Array, slot_T: Array) -> Array:
+        return _in_turn(-(-QUERIES // X), q_BTHA, k_BUJA, v_BUJM, scope._replace(slot_T=slot_T), softmax)
+
+    q_XBTHA = positions_split(q_BTHA.reshape(B, X, T // X, H, A).swapaxes(0, 1), 0)
+    y_XBTHM = positions_split(jax.vmap(part)(q_XBTHA, scope.slot_T.reshape(X, T // X)), 0)
+    return y_XBTHM.swapaxes(0, 1).reshape(B, T, H, -1)
+
+
+def _in_turn(
+    queries: int, q_BTHA: Array, k_BUJA: Array, v_BUJM: Array, scope: Scope, softmax: Softmax
+) -> Float[Array, "B T H M"]:
+    """Blocks of so many queries."""
+    B, T, H, A = q_BTHA.shape
+    n = -(-T // queries)
+    short = n * queries - T
+    q_NBTHA = jnp.pad(q_BTHA, ((0, 0), (0, short), (0, 0), (0, 0))).reshape(B, n, queries, H, A).swapaxes(0, 1)
+    slot_NT = jnp.pad(scope.slot_T, (0, short)).reshape(n, queries)
     rule = scope.num_slots, scope.window, scope.chunk, scope.causal, softmax.scale
     floats, integers = (q_NBTHA, k_BUJA, v_BUJM, softmax.sinks_H), (slot_NT, scope.mask_BU)
-    return _mapped(rule, floats, integers).swapaxes(0, 1).reshape(B, n * QUERIES, H, -1)[:, :T]
+    return _mapped(rule, floats, integers).swapaxes(0, 1).reshape(B, n * queries, H, -1)[:, :T]
 
 
 def _each(rule: tuple, floats: tuple, integers: tuple) -> Array:

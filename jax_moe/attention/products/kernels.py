@@ -10,7 +10,8 @@ from jax.sharding import AxisType, PartitionSpec
 from jax_moe.attention.masks import Scope
 from jax_moe.attention.products.plain import Softmax
 from jax_moe.dims import Array, Float
-from jax_moe.sharding.mesh import TENSOR_AXIS
+from jax_moe.sharding.inside import devices_of_positions
+from jax_moe.sharding.mesh import SEQUENCE_AXIS, TENSOR_AXIS
 from jax_moe.sharding.rules import batch_split
 
 LANES, TILE = 128, 512  # of a TPU; the most queries and keys of a tile of the splash kernel
@@ -23,6 +24,8 @@ def missing(
     """What keeps the kernel of the devices here from computing this; empty: nothing."""
     if softmax.sinks_H is not None or softmax.drops:
         return "sinks" if softmax.sinks_H is not None else "dropout of attention's weights"
+    if devices_of_positions(q_BTHA.shape[1]) > 1:
+        return f"positions that devices of the axis {SEQUENCE_AXIS!r} share"
     if not (scope.whole and scope.causal):
         return "queries that are not the keys' positions" if scope.causal else "attention to later positions"
     backend = jax.default_backend()
