@@ -17,10 +17,13 @@ SIZES = {
 }
 HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 COLLECTIVE = re.compile(rf" = (\(?[^=]*?\)?) ({'|'.join(SENT)})(-start)?\(")
+COMMENT = re.compile(r"/\*.*?\*/")  # /*index=5*/ in a long tuple
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 CALL = re.compile(r"(?:call|call-start|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+BRANCHES = re.compile(r" conditional\(.*?(?:true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)|"
+                      r"branch_computations=\{([^}]*)\})")
 FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 SCATTERS = "all-reduce-scatter"  # begins the names of fusions that reduce and keep a chip's part
 GROUPS = re.compile(
@@ -49,7 +52,8 @@ class Counts:
 def count(text: str) -> Counts:
     """The entry computation's, with loops times their trip count and what it calls.
 
-    The trip count is that of the loop's condition, a counter below a constant; a loop without one counts once.
+    Of the branches of a conditional the one that sends least counts. The trip count is that of the loop's condition, a
+    counter below a constant; a loop without one counts once.
     """
     lines = _computations(text)
     entry = next((name for name, (is_entry, _) in lines.items() if is_entry), "")
@@ -60,11 +64,15 @@ def count(text: str) -> Counts:
             counts = found[name] = Counts()
             for line in lines.get(name, (False, []))[1]:
                 counts.add(_own(line, name.startswith(SCATTERS)))
+                branches = BRANCHES.search(line)
                 loop, call, fusion = LOOP.search(line), CALL.search(line), FUSION.search(line)
                 if loop:
                     counts.add(total(loop[2]), _trips(lines.get(loop[1], (False, []))[1]))
                 elif call:
                     counts.add(total(call[1]))
+                elif branches:
+                    names = [name.strip(" %") for part in branches.groups() if part for name in part.split(",")]
+                    counts.add(min(map(total, names), key=lambda branch: sum(branch.sent.values())))
                 elif fusion:  # its cycles stand in its own line
                     counts.add(Counts(sent=total(fusion[1]).sent))
         return found[name]
@@ -76,7 +84,7 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     """{computation: whether it is the entry, its lines}."""
     found: dict[str, tuple[bool, list[str]]] = {}
     name = ""
-    for line in text.splitlines():
+    for line in COMMENT.sub("", text).splitlines():
         head = None if line.startswith(" ") else HEAD.match(line)
         if head:
             name = head[2]

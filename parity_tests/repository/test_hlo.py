@@ -38,9 +38,19 @@ TEXT = """HloModule step
   ROOT %f = f32[4] fusion(%p), kind=kCustom, calls=%x, backend_config={"estimated_cycles":"9223372036854775807"}
 }
 
+%usual (p: f32[4]) -> f32[4] {
+  ROOT %e = (f32[4], /*index=1*/f32[4]) all-to-all(%p, %p), replica_groups={{0,1},{2,3}}
+}
+
+%larger (p: f32[4]) -> f32[4] {
+  ROOT %h = f32[8] all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+
 ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
   %w = (s32[], bf16[4,8]) while(%t), condition=%condition, body=%body
   %o = ((f32[4]), f32[4], u32[]) call-start(%q), async_execution_thread="sparsecore", to_apply=%elsewhere
+  %d = f32[] conditional(%q, %p, %t), true_computation=%usual, false_computation=%larger
+  %k = f32[] conditional(%q, %p, %t), branch_computations={%larger, %usual}
   %b = (bf16[2,8], bf16[16,8]) all-gather-start(%q), replica_groups=[1,8]<=[8], dimensions={0}
   ROOT %r = bf16[4,8] fusion(%w), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
 }
@@ -49,10 +59,11 @@ ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
 
 def test_loops_count_with_their_trips() -> None:
     """Five trips of 10 cycles; what a chip sends in each: 3/4 of 256 gathered bytes, 64 permuted ones, 3/4 of 128 that
-    are reduced and scattered, and twice half of 24 reduced ones; and 7/8 of 256 gathered bytes in the entry.
+    are reduced and scattered, and twice half of 24 reduced ones; and 7/8 of 256 gathered bytes in the entry. Of two
+    conditionals the branch that sends half of 32 bytes, not the one that sends 3/4 of them.
     """
     sent = {"all-gather": 5 * 192.0 + 224, "collective-permute": 5 * 64.0, "reduce-scatter": 5 * 96.0,
-            "all-reduce": 5 * 24.0}
+            "all-reduce": 5 * 24.0, "all-to-all": 2 * 16.0}
     assert count(TEXT) == Counts(5 * 10 + 100, 1, sent)
     assert count(TEXT.replace("direction=LT", "direction=NE")).cycles == 110  # no bound that is known
 
