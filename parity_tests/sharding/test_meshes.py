@@ -31,7 +31,7 @@ GROUPS = {
     "models": [name for name in CASES if not name.startswith("layer, ")],
 }
 # Of the answers, the gradients and the weights after ten steps: relative, in fp64
-TOLERANCES = (1.2e-13, 2.9e-14, 5.4e-14)  # measured: 1.2e-14, 2.9e-15, 6.2e-15
+TOLERANCES = (1.2e-13, 2.9e-14, 5.4e-14)  # measured: 1.2e-14, 2.9e-15, 9.3e-15
 
 
 def with_eight_devices(program: str, *words: str) -> subprocess.CompletedProcess[str]:
