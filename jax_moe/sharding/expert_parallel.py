@@ -9,9 +9,9 @@ capacity and drops are decided before, so answers do not depend on the exchange.
 - ring: all tokens to all expert devices, and the sums of their answers back (all-gather and reduce-scatter)
 - ragged: the rows alone (`jax.lax.ragged_all_to_all`, which XLA does not have on CPU)
 
-"xla", the default, has no region: XLA splits the program of one device. "auto" is all_to_all with a capacity, and
-otherwise ring or padded, whichever moves fewer rows. The experts' weights are whole on the tensor axis inside the
-region, where each of its devices takes its share of the tokens.
+"xla", the default, has no region: XLA splits the program of one device. "auto" is the one of all_to_all, ring and
+padded that moves the fewest rows (`fewest_rows`). The experts' weights are whole on the tensor axis inside the region,
+where each of its devices takes its share of the tokens.
 """
 
 from collections.abc import Callable
@@ -65,11 +65,8 @@ def exchange_in_use(config: MoEConfig) -> Callable | None:
     if name == "xla" or X == 1:
         return None
     E = config.num_networks
-    if name == "auto":
-        if E % X or any(kind != AxisType.Auto for kind in mesh.axis_types):
-            return None
-        few = "ring" if SLACK * config.top_k >= X else "padded"
-        name = few if config.capacity is None else "all_to_all"
+    if name == "auto" and (E % X or any(kind != AxisType.Auto for kind in mesh.axis_types)):
+        return None
     require(E % X == 0, f"mesh {EXPERT_AXIS}", X, f"a divisor of {E}, the experts of the layer")
     auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
     require(auto, "exchange", name, "'xla' on a mesh with axes that are not Auto")
@@ -77,7 +74,7 @@ def exchange_in_use(config: MoEConfig) -> Callable | None:
     require(fits, "exchange", name, "padded, ring, ragged, xla or auto for a contract without a capacity")
     without = "all_to_all, padded, ring, xla or auto on CPU, where XLA has no ragged all-to-all"
     require(name != "ragged" or has_ragged(), "exchange", name, without)
-    dispatch = exchanged(EXCHANGES[name])
+    dispatch = exchanged(name)
     return with_identity(dispatch) if config.identity_experts else dispatch
 
 
@@ -86,8 +83,25 @@ def has_ragged() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def exchanged(inside: Callable) -> Callable:
-    """The dispatcher that runs `inside` on every device's share of the tokens."""
+def fewest_rows(config: MoEConfig, num_devices: int, num_tokens: int, longest: int) -> str:
+    """The exchange that moves the fewest rows from each of X devices with n tokens, of those that can run the contract.
+
+    `longest` is the most choices of an expert that n tokens and the capacity allow.
+    """
+    rows = {"ring": num_devices * num_tokens, "padded": num_devices * _room(config, num_devices, num_tokens)[0]}
+    if config.capacity is not None:
+        rows = {"all_to_all": config.num_experts * longest, **rows}
+    return min(rows, key=rows.__getitem__)
+
+
+def _room(config: MoEConfig, num_devices: int, num_tokens: int) -> tuple[int, int]:
+    """The rows of a padded buffer for one device: `SLACK` times its even share, and all that can come."""
+    most = num_tokens * min(config.top_k, config.num_experts // num_devices)
+    return min(most, -(-SLACK * num_tokens * config.top_k // num_devices)), most
+
+
+def exchanged(name: str) -> Callable:
+    """The dispatcher that exchanges every device's share of the tokens in this way, or by `fewest_rows` for "auto"."""
 
     def dispatch(
         x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
@@ -114,6 +128,8 @@ def exchanged(inside: Callable) -> Callable:
         n = (N + short) // mesh.size
         groups = min(G, (n + S - 2) // S + 1 if n % S and S % n else -(-n // S))
         longest = min(n, moves.capacity * groups)
+        few = fewest_rows(moves.config, mesh.shape[EXPERT_AXIS], n, longest)
+        inside = EXCHANGES[few if name == "auto" else name]
 
         def share(tokens: list, weights: Weights) -> Array:
             x_ND, expert_NK, weight_NK, kept_NK, keep_NKD = tokens
@@ -200,11 +216,10 @@ def padded(
 ) -> Float[Array, "1 N D"]:
     """Buffers [X, r, D] of `SLACK` times the even share; where any device needs more, of all that can come."""
     expert_NK, kept_NK = routing.expert_GSK[0], slots.slot_GSK[0] == 0
-    n, K = expert_NK.shape
+    n = expert_NK.shape[0]
     e = there.num_experts
     X = moves.config.num_experts // e
-    most = n * min(K, e)
-    usual = min(most, -(-SLACK * n * K // X))
+    usual, most = _room(moves.config, X, n)
     rank_NK = _ranks(expert_NK // e, kept_NK, X)
 
     def with_rows(r: int) -> Callable:

@@ -114,9 +114,10 @@ class TrainConfig(Start):
     mesh: str | None = None
     """Axes of a mesh of devices, such as data=4,expert=2 or data=2,tensor=2, in place of --num-devices (JAX only).
     sequence=2 splits the positions of a text, for long texts; a block that it does not divide stays whole."""
-    exchange: Exchange = "xla"
+    exchange: Exchange = "auto"
     """How tokens get to the devices of their experts: xla splits the program of one device; the others are exchanges of
-    our own for a mesh with expert devices, all_to_all for a capacity, padded and ring for any model."""
+    our own for a mesh with expert devices, all_to_all for a capacity, padded and ring for any model. auto is the one
+    that moves the fewest rows."""
     attention: Products = "auto"
     """How attention's products are computed (JAX only): plain holds all scores, blocks those of a block of queries,
     kernel a GPU's or TPU's; auto is plain for short texts, blocks for long ones. Numbers differ by rounding."""
@@ -233,11 +234,11 @@ def check(config: TrainConfig) -> None:
         read_mesh(config.mesh)
         require(config.framework == "jax", "mesh", config.mesh, "None with framework='torch'")
         require(config.num_devices is None, "num_devices", config.num_devices, "left out with --mesh")
-    if config.exchange != "xla":
+    if config.exchange not in ("xla", "auto"):
         from jax_moe.sharding.mesh import EXPERT_AXIS, read_mesh
 
         split = read_mesh(config.mesh).get(EXPERT_AXIS, 1) > 1 if config.mesh else False
-        require(split, "exchange", config.exchange, "'xla' without expert devices, such as --mesh data=4,expert=2")
+        require(split, "exchange", config.exchange, "auto or xla without expert devices, as --mesh data=4,expert=2")
     fits = config.framework == "jax" or config.attention == "auto"
     require(fits, "attention", config.attention, "'auto' with framework='torch'")
     drawn = config.attention in ("blocks", "kernel") and config.pretrained is None and config.model.dropout > 0

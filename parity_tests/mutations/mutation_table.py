@@ -1276,6 +1276,13 @@ OPTIMIZERS = [
         tests=("parity_tests/sharding/test_meshes.py::test_the_numbers_of_one_device[layers]",),
     ),
     Mutation(
+        "meshes: auto takes all_to_all wherever there is a capacity",
+        "jax_moe/sharding/expert_parallel.py",
+        "rows = {\"all_to_all\": config.num_experts * longest, **rows}",
+        "rows = {\"all_to_all\": 0, **rows}",
+        tests=("parity_tests/sharding/test_meshes.py::test_auto_sends_the_least",),
+    ),
+    Mutation(
         "rotation: products in the tokens' dtype where the family has fp32",
         "jax_moe/attention/rope.py",
         'kept = wide(dtype) if config.dtype == "float32" else dtype',

@@ -139,7 +139,7 @@ CASES = {
         layer(replace(presets.mixtral(8, 6, 6, 3), identity_experts=2)),
         (Way(FLAT, "ring"), Way(ALL, "padded")), batch_size=3,
     ),
-    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0)), by(ALL, "xla", "auto")),  # all_to_all
+    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0)), by(ALL, "xla", "all_to_all")),
     "mixtral": Case(decoder(
         moe=presets.mixtral(8, 6, 4, 2), rope=RopeConfig(theta=1e3), sliding_window=3, sliding_layers=(0, 1),
         balance_loss_weight=0.1,

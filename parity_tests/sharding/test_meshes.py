@@ -19,6 +19,7 @@ import jax_moe
 from jax_moe import presets, sharding
 from jax_moe.config.moe import MoEConfig
 from jax_moe.sharding import explicit
+from jax_moe.sharding.expert_parallel import fewest_rows
 from jax_moe.sharding.mesh import AXES
 from parity_tests.sharding.on_meshes import CASES, named
 from parity_tests.shared.compare import check_close
@@ -138,6 +139,22 @@ def test_positions_that_four_devices_share_take_a_third_of_the_memory() -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     alone, shared, fault = map(int, done.stdout.split())
     assert shared <= 0.4 * alone < fault, (alone, shared, fault)
+
+
+@pytest.mark.parametrize(
+    ("group", "num_experts", "top_k", "wanted"),
+    [
+        ("", 8, 2, "padded"), ("", 64, 2, "padded"), ("", 64, 8, "ring"), ("batch", 8, 2, "padded"),
+        ("batch", 64, 2, "padded"), ("batch", 64, 8, "ring"), ("sequence", 8, 2, "all_to_all"),
+        ("sequence", 64, 2, "all_to_all"), ("sequence", 64, 8, "all_to_all"),
+    ],
+)
+def test_auto_sends_the_least(group: str, num_experts: int, top_k: int, wanted: str) -> None:
+    """The exchange that sends the fewest bytes in docs/scaling.md: 4096 tokens in 8 sequences on 8 devices."""
+    config = presets.mixtral(64, 64, num_experts, top_k)
+    config = config.with_capacity(1.0, group=group) if group else config
+    longest = min(512, config.expert_capacity(config.group_size(8, 512)))
+    assert fewest_rows(config, 8, 512, longest) == wanted
 
 
 def test_faults_are_planted() -> None:

@@ -142,7 +142,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("--mesh data=0", "mesh='data=0': must be at least one device on each axis"),
         ("--mesh data", "mesh='data': must be axes with their number of devices, such as data=4,expert=2"),
         ("--mesh data=2,data=2", "mesh='data=2,data=2': must be with data once"),
-        ("--exchange ring", "exchange='ring': must be 'xla' without expert devices, such as --mesh data=4,expert=2"),
+        ("--exchange ring", "exchange='ring': must be auto or xla without expert devices, as --mesh data=4,expert=2"),
         ("--mesh experts=2", "mesh='experts=2': must be of the axes data, expert, sequence, tensor"),
         ("--sample-prompt ~", "sample_prompt='~'"),
         ("--data nowhere.txt", "data='nowhere.txt': must be a readable text file"),
