@@ -194,7 +194,7 @@ class LinearAttention(nnx.Module):
         config, dtype = self.config, x_BTD.dtype
         B, T, _ = x_BTD.shape
         J, G, A, M = config.num_key_heads, config.served, config.key_dim, config.value_dim
-        mapped = [self._project(x_BTD, name).reshape(B, T, -1) for name in ("query", "key", "value")]
+        mapped = [jax.lax.collapse(self._project(x_BTD, name), 2) for name in ("query", "key", "value")]
         mixed_BTO = jnp.concatenate(mapped, axis=-1)
         named = (self.query_taps, self.key_taps, self.value_taps)
         taps_OC = jnp.concatenate([taps[...].reshape(-1, config.taps) for taps in named]).astype(dtype)

@@ -14,6 +14,11 @@ from jax_moe import (
     AttentionConfig,
     Block,
     BlockConfig,
+    Decoder,
+    DecoderConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    LinearAttentionConfig,
     MakeMoE,
     MakeMoEConfig,
     MoE,
@@ -23,6 +28,7 @@ from jax_moe import (
     losses,
     presets,
 )
+from jax_moe.attention import attention_by
 from parity_tests.porting.decoder_cases import decoder
 from parity_tests.shared.quick import QUICK
 
@@ -42,6 +48,12 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "soft block": (Block, BlockConfig(attention=dataclasses.replace(ATTENTION, causal=False), moe=SOFT)),
     **{name: (MoE, config) for name, config in SPARSE.items()},
 }
+KINDS = (
+    LatentAttentionConfig(
+        model_dim=8, num_heads=2, plain_dim=4, rope_dim=2, value_dim=5, rank=6,
+    ),
+    LinearAttentionConfig(model_dim=8, num_key_heads=2, num_value_heads=4, key_dim=4, value_dim=5),
+)
 SHAPES = [(0, 5), (2, 0), (0, 0)]
 TINY = MakeMoEConfig(vocab_size=5, block_size=4, model_dim=4, num_heads=2, num_layers=2, num_experts=2)
 
@@ -63,7 +75,9 @@ def test_layers_answer_with_nothing(name: str) -> None:
 @pytest.mark.usefixtures("quick")
 def test_models_and_generate() -> None:
     none, no_position = jnp.zeros((0, 3), jnp.int32), jnp.zeros((2, 0), jnp.int32)
-    for model, vocab_size in ((MakeMoE(TINY), 5), (decoder("olmoe"), 11)):
+    layers = tuple(LayerConfig(attention=kind, ffn=MIXTRAL) for kind in KINDS)
+    other = Decoder(DecoderConfig(vocab_size=7, model_dim=8, layers=layers), rngs=nnx.Rngs(0))
+    for model, vocab_size in ((MakeMoE(TINY), 5), (decoder("olmoe"), 11), (other, 7)):
         output = model.run(none)
         assert output.logits_BTV.shape == (0, 3, vocab_size)
         np.testing.assert_array_equal(output.stats.load_balance_loss, 0)
@@ -72,6 +86,16 @@ def test_models_and_generate() -> None:
             model(no_position)
         with pytest.raises(ValueError, match=r"^tokens_BT has 0 positions: must be "):
             generate(model, no_position, max_new_tokens=1, temperature=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "blocks"])
+def test_products_of_attention_over_nothing(name: str) -> None:
+    """Each way by its name: forward and gradient."""
+    layer = Attention(dataclasses.replace(ATTENTION, dropout=0.0), rngs=nnx.Rngs(0))
+    for shape in SHAPES:
+        with attention_by(name):
+            g_BTD = jax.jit(jax.grad(lambda x_BTD: layer(x_BTD).sum()))(jnp.zeros((*shape, 8)))
+        assert g_BTD.shape == (*shape, 8)
 
 
 def test_sizes_of_nothing() -> None:

@@ -56,13 +56,13 @@ def chosen(
     q_BTHA: Float[Array, "B T H A"], k_BUJA: Float[Array, "B U J A"], v_BUJM: Float[Array, "B U J M"], scope: Scope,
     softmax: Softmax,
 ) -> str:
-    """The way in use: "plain" for a single query, as in a step of generation, whatever is asked for.
+    """The way in use: "plain" for a single query, as in a step of generation, or none, whatever is asked for.
 
     "auto" is "plain" up to `LONG` pairs, then "blocks", as no kernel has been timed yet; with dropout of the weights
     always "plain", which alone draws it. Raises ValueError for another way that cannot compute this.
     """
-    name, T = _chosen.value, q_BTHA.shape[1]
-    if T == 1:
+    name, (B, T) = _chosen.value, q_BTHA.shape[:2]
+    if B == 0 or T <= 1:
         return "plain"
     if name == "auto":
         if T * scope.num_slots <= LONG or softmax.drops:

@@ -22,7 +22,7 @@ def blocks(
 
     Where X devices share the positions, each takes blocks of its own queries, X times as short, at the same time.
     """
-    B, T, H, A = q_BTHA.shape
+    (B, T, H, A), M = q_BTHA.shape, v_BUJM.shape[-1]
     X = devices_of_positions(T)
     if X == 1:
         return _in_turn(QUERIES, q_BTHA, k_BUJA, v_BUJM, scope, softmax)
@@ -32,21 +32,21 @@ def blocks(
 
     q_XBTHA = positions_split(q_BTHA.reshape(B, X, T // X, H, A).swapaxes(0, 1), 0)
     y_XBTHM = positions_split(jax.vmap(part)(q_XBTHA, scope.slot_T.reshape(X, T // X)), 0)
-    return y_XBTHM.swapaxes(0, 1).reshape(B, T, H, -1)
+    return y_XBTHM.swapaxes(0, 1).reshape(B, T, H, M)
 
 
 def _in_turn(
     queries: int, q_BTHA: Array, k_BUJA: Array, v_BUJM: Array, scope: Scope, softmax: Softmax
 ) -> Float[Array, "B T H M"]:
     """Blocks of so many queries."""
-    B, T, H, A = q_BTHA.shape
+    (B, T, H, A), M = q_BTHA.shape, v_BUJM.shape[-1]
     n = -(-T // queries)
     short = n * queries - T
     q_NBTHA = jnp.pad(q_BTHA, ((0, 0), (0, short), (0, 0), (0, 0))).reshape(B, n, queries, H, A).swapaxes(0, 1)
     slot_NT = jnp.pad(scope.slot_T, (0, short)).reshape(n, queries)
     rule = scope.num_slots, scope.window, scope.chunk, scope.causal, softmax.scale
     floats, integers = (q_NBTHA, k_BUJA, v_BUJM, softmax.sinks_H), (slot_NT, scope.mask_BU)
-    return _mapped(rule, floats, integers).swapaxes(0, 1).reshape(B, n * queries, H, -1)[:, :T]
+    return _mapped(rule, floats, integers).swapaxes(0, 1).reshape(B, n * queries, H, M)[:, :T]
 
 
 def _each(rule: tuple, floats: tuple, integers: tuple) -> Array:

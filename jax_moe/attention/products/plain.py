@@ -33,14 +33,14 @@ def plain(
 
     Scores are in the input's dtype, their softmax in fp32 or wider.
     """
-    dtype, (B, T, H, A), J = q_BTHA.dtype, q_BTHA.shape, k_BUJA.shape[2]
+    dtype, (B, T, H, A), (_, U, J, M) = q_BTHA.dtype, q_BTHA.shape, v_BUJM.shape
     q_BTJGA = q_BTHA.reshape(B, T, J, H // J, A)
-    scores_BHTU = jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA).reshape(B, H, T, -1) * softmax.scale
+    scores_BHTU = jnp.einsum("BTJGA,BUJA->BJGTU", q_BTJGA, k_BUJA).reshape(B, H, T, U) * softmax.scale
     scores_BHTU = hidden(scores_BHTU.astype(wide(dtype)), scope.visible()[:, None])
     weights_BHTU = _weights(scores_BHTU, softmax.sinks_H).astype(dtype)
     weights_BHTU = dropout(weights_BHTU, softmax.rate, softmax.key, softmax.keep_BHTU)
-    weights_BJGTU = weights_BHTU.reshape(B, J, H // J, T, -1)
-    return jnp.einsum("BJGTU,BUJM->BTJGM", weights_BJGTU, v_BUJM).reshape(B, T, H, -1)
+    weights_BJGTU = weights_BHTU.reshape(B, J, H // J, T, U)
+    return jnp.einsum("BJGTU,BUJM->BTJGM", weights_BJGTU, v_BUJM).reshape(B, T, H, M)
 
 
 def _weights(scores_BHTU: Array, sinks_H: Array | None) -> Array:
