@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jax_moe.config.checks import require
 from jax_moe.config.parameters import Declared
 from jax_moe.sharding.mesh import DATA_AXIS
-from jax_moe.sharding.rules import batch_split, weight_split
+from jax_moe.sharding.rules import batch_split, replicated, weight_split
 
 
 def place(part: Callable[[tuple[slice, ...]], np.ndarray], array: Declared, mesh: Mesh | None) -> jax.Array:
@@ -82,6 +82,11 @@ def put_batch(batch: np.ndarray, mesh: Mesh) -> Any:
     return jax.device_put(batch, batch_split(mesh, batch.shape[0]))
 
 
+def put_number(number: int, mesh: Mesh) -> jax.Array:
+    """A count on all devices, given to them by each process: nothing travels between processes."""
+    return _put((), replicated(mesh), lambda _: np.asarray(number, np.uint32))
+
+
 def put_share(share: np.ndarray, mesh: Mesh, batch_size: int) -> Any:
     """A batch on the devices of all processes, of which each gives its `rows_here`. Nothing travels between them."""
     rows = rows_here(mesh, batch_size)
@@ -89,4 +94,11 @@ def put_share(share: np.ndarray, mesh: Mesh, batch_size: int) -> Any:
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         return share if index is None else share[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
 
-    return jax.make_array_from_callback((batch_size, *share.shape[1:]), batch_split(mesh, batch_size), part)
+    return _put((batch_size, *share.shape[1:]), batch_split(mesh, batch_size), part)
+
+
+def _put(shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[Any], np.ndarray]) -> jax.Array:
+    """The array of windows `part(index)`, each put on its device of this process by name (explicit to jax's guard)."""
+    places = sharding.addressable_devices_indices_map(shape)
+    pieces = [jax.device_put(part(index), device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)

@@ -26,7 +26,7 @@ from jax_moe.sharding.expert_parallel import exchange, exchange_in_use
 from jax_moe.sharding.inside import alone_together, as_batch
 from jax_moe.sharding.memory import bytes_held, numbers_on_device
 from jax_moe.sharding.mesh import data_mesh, device_mesh, fitting_devices, read_mesh
-from jax_moe.sharding.place import check_batch, put_batch, put_share, rows_here
+from jax_moe.sharding.place import check_batch, put_batch, put_number, put_share, rows_here
 from jax_moe.sharding.rules import check_divides, replicated, split_tree
 from jax_moe.stored import stored_state
 from moe_train.configs import TrainConfig
@@ -173,7 +173,7 @@ class JaxLearner:
     def train_step(self, step: int, tokens_BT1: np.ndarray) -> Array:
         tokens = self._put(tokens_BT1)
         with self._on_mesh():
-            self.state, self.rest, loss = self._step(self.state, self.rest, tokens, np.uint32(step))
+            self.state, self.rest, loss = self._step(self.state, self.rest, tokens, put_number(step, self.mesh))
         return loss
 
     def evaluate(self, step: int, use: str, batches: Iterable[np.ndarray]) -> Evaluation:
@@ -186,7 +186,8 @@ class JaxLearner:
         for number, tokens_BT1 in enumerate(batches):
             tokens = self._put(tokens_BT1)
             with self._on_mesh():
-                total = self._evaluate(self.state["params"], total, self.rest, tokens, key, np.uint32(number))
+                place = put_number(number, self.mesh)
+                total = self._evaluate(self.state["params"], total, self.rest, tokens, key, place)
         mean = jax.tree.map(lambda x: np.asarray(x) / max(number + 1, 1), total)
         return Evaluation(
             loss=float(mean["loss"]),

@@ -141,6 +141,15 @@ def test_positions_that_four_devices_share_take_a_third_of_the_memory() -> None:
     assert shared <= 0.4 * alone < fault, (alone, shared, fault)
 
 
+def test_steps_after_the_first_compile_nothing_and_copy_nothing_but_the_batch() -> None:
+    """Neither from the host nor back; the programs of the first step are counted, and an unasked copy is found."""
+    done = with_eight_devices("copies_of_steps")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    first, later, guard = done.stdout.splitlines()
+    assert int(first) > 0 and int(later) == 0, (first, later)
+    assert guard.startswith("found: INVALID_ARGUMENT: Disallowed host-to-device transfer"), guard
+
+
 @pytest.mark.parametrize(
     ("group", "num_experts", "top_k", "wanted"),
     [
