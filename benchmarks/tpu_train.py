@@ -17,35 +17,28 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 from unittest import mock
 
 import benchmarks.without_tpu  # isort: skip  # noqa: F401  # before jax
 import jax
-import jax.numpy as jnp
-import optax
 import tyro
-from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-import jax_moe
 from benchmarks.command import read_options
 from benchmarks.hlo import count
 from benchmarks.published import PUBLISHED
+from benchmarks.sharded_step import training_step
 from benchmarks.timing import machine
 from jax_moe import sharding
 from jax_moe.config.checks import check_positive_ints, require
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.exchange import Exchange
-from jax_moe.losses import next_token_loss, pool_balance_loss
 from jax_moe.parameters import declared
 from jax_moe.porting.families import family_named
 from jax_moe.porting.state_dict import abstract_decoder
-from jax_moe.precision import PRECISIONS, cast_to_compute
 from jax_moe.sharding.mesh import AXES, read_mesh
-from jax_moe.sharding.rules import batch_split, check_divides, replicated, split_tree
 from moe_cli.sizes import GIB, count_parameters
 
 MODELS = {name.lower(): values for name, (values, _, _) in PUBLISHED.items()}
@@ -134,40 +127,6 @@ def contract(options: Options) -> DecoderConfig:
     )
 
 
-def training_step(config: DecoderConfig, mesh: Mesh, options: Options) -> tuple[Callable, tuple, Any]:
-    """(the step, its abstract arguments placed on the mesh, where its results lie)."""
-    module = abstract_decoder(config)
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    params, arrays, precision = nnx.to_pure_dict(params), declared(module), PRECISIONS["mixed"]
-    check_divides(mesh, arrays)
-    optimizer = jax_moe.adamw_as_torch(1e-4)
-
-    def loss_of(params: Any, rest: Any, tokens_BT1: jax.Array) -> jax.Array:
-        model = cast_to_compute(nnx.merge(graphdef, params, rest), precision)
-        output = model.run(tokens_BT1[:, :-1], training=True, remat=options.remat)
-        loss = next_token_loss(output.logits_BTV.astype(precision.output), tokens_BT1[:, 1:])
-        return loss + config.balance_loss_weight * pool_balance_loss(output.stats, config.moe)
-
-    def step(state: Any, rest: Any, tokens_BT1: jax.Array) -> tuple[Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(loss_of)(state["params"], rest, tokens_BT1)
-        update, moments = optimizer.update(gradient, state["optimizer"], state["params"])
-        return {"params": optax.apply_updates(state["params"], update), "optimizer": moments}, loss
-
-    def placed(tree: Any, where: Any) -> Any:
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where)
-
-    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), params)
-    state = {"params": params, "optimizer": jax.eval_shape(optimizer.init, params)}
-    where = {name: split_tree(mesh, tree, arrays) for name, tree in state.items()}
-    tokens = jax.ShapeDtypeStruct((options.batch, options.length + 1), jnp.int32)
-    whole = replicated(mesh)
-    arguments = (
-        placed(state, where), placed(rest, jax.tree.map(lambda _: whole, rest)),
-        placed(tokens, batch_split(mesh, options.batch)),
-    )
-    return step, arguments, (where, whole)
-
-
 def operations(config: DecoderConfig, tokens: int, length: int) -> float:
     """Of a step, as MFU counts them: 6 for each active weight and token, and the attention's products, half of them
     beyond the causal mask. The embedding is a lookup and counts nothing.
@@ -193,7 +152,7 @@ def compiled_step(options: Options, config: DecoderConfig) -> Any:
     mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     as_tpu = mock.patch.object(jax, "default_backend", lambda: "tpu")  # kernels are chosen by it
     with jax.set_mesh(mesh), sharding.exchange(options.exchange), as_tpu:
-        step, arguments, where = training_step(config, mesh, options)
+        step, arguments, where = training_step(config, mesh, options.batch, options.length, options.remat)
         traced = jax.jit(step, donate_argnums=0, out_shardings=where).trace(*arguments)
         return traced.lower(lowering_platforms=("tpu",)).compile()
 

@@ -8,10 +8,11 @@ import jax
 import pytest
 
 from benchmarks.hlo import Counts, count
+from benchmarks.sharded_step import training_step
 from jax_moe import sharding
 
 with mock.patch.dict(os.environ):  # it sets variables for the TPU compiler
-    from benchmarks.tpu_train import MODELS, Options, contract, operations, training_step
+    from benchmarks.tpu_train import MODELS, Options, contract, operations
 
 TEXT = """HloModule step
 
@@ -86,7 +87,7 @@ def test_the_step_is_traced(model: str) -> None:
     options = Options(model, topology="v5p:1x1x1", mesh="data=1", layers=4 if model == "deepseek-v3" else 1, length=64)
     mesh = sharding.device_mesh({"data": 1})
     with jax.set_mesh(mesh):
-        step, arguments, _ = training_step(contract(options), mesh, options)
+        step, arguments, _ = training_step(contract(options), mesh, options.batch, options.length, options.remat)
         state, loss = jax.eval_shape(step, *arguments)
     assert loss.shape == () and loss.dtype == "float32"
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (state, arguments[0])]
