@@ -34,6 +34,7 @@ class Moves(NamedTuple):
     capacity: int
     apply: Callable  # the experts, (x_ECD, expert_E or None) -> y_ECD; expert_E picks the weights for each row of E
     weights: Mapping[str, Array]  # the parameters of the same experts, for a dispatcher with a backward of its own
+    first_expert: Int[Array, ""] | int = 0  # the first of them among `weights`: not 0 in a stack of layers' experts
     dropout_key: PRNGKeyArray | None = None  # draws the dropout mask
     keep_GSKD: Bool[Array, "G S K D"] | None = None  # a given dropout mask
 

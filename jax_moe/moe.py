@@ -1,7 +1,7 @@
 """MoE: tokens -> routing -> dispatch -> experts -> combine, the four composed."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -13,10 +13,10 @@ from jax_moe.config.moe import MoEConfig
 from jax_moe.dims import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide
 from jax_moe.dispatch import Moves, Slots, assign_slots, merge_groups, round_weights, single_answers, split_groups
 from jax_moe.dropout import fold
-from jax_moe.experts import Experts, Weights, expert_ffn, make_experts, take_experts
+from jax_moe.experts import Experts, Weights, expert_ffn, make_experts
 from jax_moe.initializers import rounded, uniform
-from jax_moe.kernels import choose_dispatcher
-from jax_moe.kernels.chosen import are_few, experts_in_place
+from jax_moe.kernels import choose_dispatcher, reads_in_place
+from jax_moe.kernels.chosen import apply_experts
 from jax_moe.losses import MoEStats, layer_stats
 from jax_moe.norms import MixtureScale, rms_norm
 from jax_moe.parameters import parameter
@@ -219,10 +219,10 @@ class MoE(nnx.Module):
         x_GSD, routing, slots, capacity, mask_GS, state_BTI = self._route(x_BTD, given, limit, key, training)
         keep_BTKD = given.get("keep_BTKD")
         rate = self.config.expert.dropout
-        apply, weights = self._experts(x_BTD.shape[0] * x_BTD.shape[1], first_expert)
+        weights, first = self._experts(x_BTD, first_expert)
         moves = Moves(
-            config=replace(self.config, model_dim=self.config.inner_dim), capacity=capacity, apply=apply,
-            weights=weights,
+            config=replace(self.config, model_dim=self.config.inner_dim), capacity=capacity,
+            apply=partial(apply_experts, self.config.expert, weights, first), weights=weights, first_expert=first,
             dropout_key=fold(key, 1) if training and rate > 0 and keep_BTKD is None else None,
             keep_GSKD=None if keep_BTKD is None or rate == 0 else split_groups(keep_BTKD, x_GSD.shape[1]),
         )
@@ -343,15 +343,15 @@ class MoE(nnx.Module):
             noise_BTE = noise_BTE * noise_scale(router_logits(x_BTD, noise_kernel, weight("noise_bias"), dtype))
         return logits_BTE + noise_BTE, state_BTI
 
-    def _experts(self, num_tokens: int, first_expert: Array | None) -> tuple[Callable, Weights]:
-        """The layer's experts as a dispatcher applies them, and their parameters."""
-        weights, config = self.experts.weights(), self.config
-        if first_expert is not None and config.dispatcher == "auto" and are_few(num_tokens, config):
-            return experts_in_place(weights, first_expert, config.expert), weights
-        if first_expert is not None:
-            E = config.num_networks
-            weights = {name: jax.lax.dynamic_slice_in_dim(w, first_expert, E) for name, w in weights.items()}
-        return lambda x_ECD, expert_E: expert_ffn(x_ECD, take_experts(weights, expert_E), config.expert), weights
+    def _experts(self, x_BTD: Array, first_expert: Array | None) -> tuple[Weights, Array | int]:
+        """The parameters that a dispatcher reads, and where the layer's experts begin among them."""
+        weights = self.experts.weights()
+        if first_expert is None:
+            return weights, 0
+        if reads_in_place(x_BTD.shape[0] * x_BTD.shape[1], x_BTD.dtype, self.config):
+            return weights, first_expert
+        E = self.config.num_networks
+        return {name: jax.lax.dynamic_slice_in_dim(w, first_expert, E) for name, w in weights.items()}, 0
 
     def _to_experts(self, x_GSD: Array) -> Array:
         """What routed experts read: the tokens, or these normed or mapped into another width."""

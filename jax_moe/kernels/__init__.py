@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from jax_moe.config.moe import MoEConfig
-from jax_moe.dims import Array, Float
+from jax_moe.dims import Array, DTypeLike, Float
 from jax_moe.dispatch import Moves, Slots, einsum_dispatch, with_identity
 from jax_moe.kernels import devices
 from jax_moe.kernels.blocks import blocks_dispatch
@@ -19,7 +19,7 @@ DISPATCHERS: dict[str, Callable] = {
     "einsum": einsum_dispatch, "gather": gather_dispatch, "grouped": grouped_dispatch, "ragged": ragged_dispatch,
     "blocks": blocks_dispatch, "chosen": chosen_dispatch,
 }
-
+IN_PLACE = chosen_dispatch, grouped_dispatch
 
 # For a group of S tokens, one-hot products cost 4 * S * K * D operations per token and the experts 6 * K * D * F. While
 # 12 * S <= F they cost at most 1/18 of the experts, and on a TPU less than gathers (docs/performance.md).
@@ -38,13 +38,25 @@ def capacity_dispatch(
 def dropless_dispatch(
     x_GSD: Float[Array, "G S D"], routing: Routing, slots: Slots, moves: Moves
 ) -> Float[Array, "G S D"]:
+    """The dispatcher that `choose_dropless` gives for this input."""
+    dispatch = choose_dropless(x_GSD.shape[0] * x_GSD.shape[1], x_GSD.dtype, moves.config)
+    return dispatch(x_GSD, routing, slots, moves)
+
+
+def choose_dropless(num_tokens: int, dtype: DTypeLike, config: MoEConfig) -> Callable:
     """`chosen` for few tokens; else `grouped` on CPU, `blocks` on a Hopper GPU, and `ragged` on other accelerators."""
-    if are_few(x_GSD.shape[0] * x_GSD.shape[1], moves.config):
-        return chosen_dispatch(x_GSD, routing, slots, moves)
+    if are_few(num_tokens, config):
+        return chosen_dispatch
     if jax.default_backend() == "cpu":
-        return grouped_dispatch(x_GSD, routing, slots, moves)
-    kernel = devices.hopper_serves(x_GSD.dtype, moves.config.model_dim, moves.config.expert_dim)
-    return (blocks_dispatch if kernel else ragged_dispatch)(x_GSD, routing, slots, moves)
+        return grouped_dispatch
+    kernel = devices.hopper_serves(dtype, config.inner_dim, config.expert_dim)
+    return blocks_dispatch if kernel else ragged_dispatch
+
+
+def reads_in_place(num_tokens: int, dtype: DTypeLike, config: MoEConfig) -> bool:
+    """Whether the contract's dispatcher reads, of a stack of many layers' experts, the chosen ones alone."""
+    automatic = config.dispatcher == "auto"
+    return (choose_dropless(num_tokens, dtype, config) if automatic else DISPATCHERS[config.dispatcher]) in IN_PLACE
 
 
 def choose_dispatcher(config: MoEConfig) -> Callable:

@@ -5,7 +5,7 @@ choices than experts, as in generation. With more choices `grouped` reads each e
 rows.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -35,23 +35,39 @@ def chosen_dispatch(
     return combine_choices(y_R1D.reshape(G, S, K, D), slots, moves)
 
 
-def experts_in_place(weights: Weights, first: Int[Array, ""], config: ExpertConfig) -> Callable[[Array, Array], Array]:
-    """(x_R1D, expert_R) -> y_R1D, each row with its own expert, number `first` + expert_R of the weights.
+def apply_experts(
+    config: ExpertConfig, weights: Weights, first: Int[Array, ""] | int, x_ECD: Float[Array, "E C D"],
+    expert_E: Int[Array, " E"] | None,
+) -> Float[Array, "E C D"]:
+    """Every expert's answer to its rows; with `expert_E` row e is answered by expert `first` + expert_E[e]."""
+    if expert_E is None:
+        return expert_ffn(x_ECD, weights, config)
+    return _answers(config, weights, first + expert_E, x_ECD)
 
-    On CPU rows are computed one after the other: a gather of [R, D, F] would write all that it reads and read it again.
-    """
 
-    def one_by_one(x_R1D: Array, expert_R: Array) -> Array:
-        def row(each: tuple[Array, Array]) -> Array:
-            x_1D, expert = each
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _answers(config: ExpertConfig, weights: Weights, expert_E: Array, x_ECD: Array) -> Array:
+    """On CPU one after the other: a gather of [E, D, F] would write all that it reads and read it again."""
+
+    def one_by_one(weights: Weights, expert_E: Array, x_ECD: Array) -> Array:
+        def answer(each: tuple[Array, Array]) -> Array:
+            x_CD, expert = each
             own = {name: jax.lax.dynamic_slice_in_dim(w, expert, 1) for name, w in weights.items()}
-            return expert_ffn(x_1D[None], own, config)[0]
+            return expert_ffn(x_CD[None], own, config)[0]
 
-        return jax.lax.map(row, (x_R1D, expert_R))
+        return jax.lax.map(answer, (x_ECD, expert_E))
 
-    def together(x_R1D: Array, expert_R: Array) -> Array:
-        return expert_ffn(x_R1D, take_experts(weights, expert_R), config)
+    together = partial(_gathered, config)
+    return jax.lax.platform_dependent(weights, expert_E, x_ECD, cpu=one_by_one, default=together)
 
-    return lambda x_R1D, expert_R: jax.lax.platform_dependent(
-        x_R1D, first + expert_R, cpu=one_by_one, default=together
-    )
+
+def _gathered(config: ExpertConfig, weights: Weights, expert_E: Array, x_ECD: Array) -> Array:
+    return expert_ffn(x_ECD, take_experts(weights, expert_E), config)
+
+
+@_answers.defjvp
+def _(config: ExpertConfig, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Of the gather: the loop's gradient would hold a copy of all weights for each row."""
+    weights, expert_E, x_ECD = primals
+    moved = tangents[0], tangents[2]
+    return jax.jvp(lambda weights, x_ECD: _gathered(config, weights, expert_E, x_ECD), (weights, x_ECD), moved)

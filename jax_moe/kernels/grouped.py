@@ -69,6 +69,7 @@ def grouped_dispatch(
     K, E = config.top_k, config.num_experts
     sizes = tile_sizes(G * S * K, E)
     tiles = plan_tiles(routing, slots, moves.capacity, E, sizes)
+    tiles = tiles._replace(expert_I=tiles.expert_I + moves.first_expert)
     keep_SKD = moves.keep((G * S, K, D))
     x_SD, weight_SK = x_GSD.reshape(-1, D), slots.weight_GSK.reshape(-1, K)
     y_SD = grouped_experts(Plan(config.expert, sizes), x_SD, weight_SK, dict(moves.weights), tiles, keep_SKD)

@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
     size_E: Int[Array, " E"]  # which of the sizes the first tile has
     rest_E: Int[Array, " E"]  # rows of the first tile that hold a choice
     spare_E: Int[Array, " E"]  # rows of the first tile that hold none
-    tiles_E: Int[Array, " E"]  # number of tiles, at least 1
+    tiles_E: Int[Array, " E"]  # number of tiles; 0 without choices
 
 
 def tile_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def num_places(num_rows: int, num_experts: int, sizes: tuple[int, ...]) -> int:
 
 
 def plan_tiles(routing: Routing, slots: Slots, capacity: int, num_experts: int, sizes: tuple[int, ...]) -> Tiles:
-    """The tiles of all choices that own a slot; an expert without any gets an empty tile of the smallest size."""
+    """The tiles of all choices that own a slot; an expert without any has none: its weights are not read."""
     num_rows = slots.slot_GSK.size
     choices, count_E = rank_choices(routing, slots, capacity, num_experts)
     blocks = lay_out(count_E, sizes)
@@ -89,10 +89,10 @@ def rank_choices(
 def lay_out(count_E: Int[Array, " E"], sizes: tuple[int, ...]) -> Blocks:
     """Consecutive blocks of experts with these numbers of kept choices."""
     largest, size_N = sizes[-1], jnp.asarray(sizes, jnp.int32)
-    tiles_E = jnp.maximum(-(-count_E // largest), 1)
-    rest_E = count_E - (tiles_E - 1) * largest
+    tiles_E = -(-count_E // largest)
+    rest_E = count_E - jnp.maximum(tiles_E - 1, 0) * largest
     size_E = jnp.searchsorted(size_N, rest_E).astype(jnp.int32)
-    spare_E = size_N[size_E] - rest_E
+    spare_E = jnp.where(tiles_E > 0, size_N[size_E] - rest_E, 0)
     rows_E = count_E + spare_E
     return Blocks(jnp.cumsum(rows_E) - rows_E, size_E, rest_E, spare_E, tiles_E)
 

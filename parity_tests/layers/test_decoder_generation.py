@@ -27,6 +27,7 @@ TEXT = np.random.default_rng(1).integers(0, 19, (3, LENGTH)).astype(np.int32)
 MASK = np.arange(LENGTH) >= np.asarray(START)[:, None]
 MODELS: dict[str, dict[str, Any]] = {
     "windows": {"sliding_window": 3, "sliding_layers": (0, 2)},
+    "experts in one stack": {"moe": dataclasses.replace(presets.mixtral(12, 6, 4, 2), dispatcher="grouped")},
     "dense": {"dense_layers": (0, 2), "dense_dim": 5, "moe": presets.olmoe(12, 6, 8, 2)},
     "switched": {
         "num_layers": 2, "qkv_bias": True, "output_bias": True, "qk_norm": "full_width", "clip_qkv": 0.8,
@@ -263,7 +264,7 @@ def test_a_step_does_not_touch_experts_that_were_not_chosen() -> None:
         return np.asarray([program.cost_analysis()["bytes accessed"], program.memory_analysis().temp_size_in_bytes])
 
     few, many = (cost(compiled_step(num)) for num in (8, 64))
-    all_experts = cost(compiled_step(64, "grouped"))
+    all_experts = cost(compiled_step(64, "einsum"))
     expert = 3 * 32 * 64 * 4
     # the router's rows grow: 56 a layer, and the counts over E
     assert (many - few < 2 * expert).all(), f"{(many - few) / expert} experts' bytes more for 56 more experts"

@@ -1180,6 +1180,20 @@ DISPATCH = [
         rows=("mixtral",),
     ),
     Mutation(
+        "jax: every layer's step of generation reads the first layer's experts",
+        "jax_moe/kernels/grouped.py",
+        "tiles.expert_I + moves.first_expert",
+        "tiles.expert_I",
+        tests=("parity_tests/layers/test_decoder_generation.py::test_cached_logits_are_those_of_one_call",),
+    ),
+    Mutation(
+        "jax: an expert without choices shifts the rows of those after it",
+        "jax_moe/kernels/tiles.py",
+        "spare_E = jnp.where(tiles_E > 0, size_N[size_E] - rest_E, 0)",
+        "spare_E = size_N[size_E] - rest_E + (tiles_E == 0)",
+        tests=("parity_tests/layers/test_tiles.py::test_tiles_of_any_size",),
+    ),
+    Mutation(
         "jax: an expert's later tiles replace its gradient",
         "jax_moe/kernels/grouped.py",
         "expert, add=tile.full)",
