@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "tokenizers"))
 
 
-@pytest.mark.usefixtures("small_programs", "unchecked")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("page", [README, *SITE], ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_every_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -39,7 +39,7 @@ def test_every_page_is_listed() -> None:
 
 def test_blocks_are_found() -> None:
     found = [block for page in [README, *SITE] for block in blocks(page.name, page.read_text(encoding="utf-8"))]
-    assert sum(block.left_out is None for block in found) > 60
+    assert sum(block.left_out is None for block in found) > 40
     assert sum(block.printed is not None for block in found) > 15
 
 
