@@ -37,6 +37,11 @@ def test_every_page_is_listed() -> None:
     assert sorted(SITE) == sorted((ROOT / "docs").rglob("*.md"))
 
 
+def test_readme_is_short() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150 and [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
 def test_blocks_are_found() -> None:
     found = [block for page in [README, *SITE] for block in blocks(page.name, page.read_text(encoding="utf-8"))]
     assert sum(block.left_out is None for block in found) > 40
