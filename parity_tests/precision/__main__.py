@@ -1,8 +1,8 @@
 """docs/precision.md: errors of outputs and gradients in each framework and precision, and what flipped choices cost.
 
-`python -m parity_tests.precision` measures, then writes the page's tables and its plot. The truth is PyTorch in fp64, its
-weights and inputs representable in fp32. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with fp32
-master weights. Long because it measures, plots and writes one page.
+`python -m parity_tests.precision` measures, then writes the page's tables and its plot. The truth is PyTorch in fp64,
+its weights and inputs representable in fp32. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with
+fp32 master weights. Long because it measures, plots and writes one page.
 """
 
 import dataclasses

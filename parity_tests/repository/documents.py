@@ -1,4 +1,4 @@
-"""The code blocks of README.md and docs/, and how a test runs them: page by page, in order, in one folder and namespace.
+"""The code blocks of README.md and docs/, and how a test runs them: by page, in order, in one folder and namespace.
 
 Fenced Python and lines of shell commands (indented, or after `$ ` in a fence) are run. `<!-- not run: WHY -->` before a
 block leaves it out, but its options are checked; `<!-- run with: OPTIONS -->` adds options that shorten it.

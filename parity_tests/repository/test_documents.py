@@ -1,4 +1,4 @@
-"""Blocks of README.md and docs/ run as written, each page in a folder of its own; those left out are marked and checked."""
+"""Blocks of README.md and docs/ run as written, each page in a folder of its own; others are marked and checked."""
 
 import importlib.util
 import warnings
