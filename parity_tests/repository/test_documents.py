@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jax_moe import kernels
 from moe_train.data import text as data
 from parity_tests.repository.documents import README, ROOT, SITE, blocks, run
 
@@ -20,6 +21,8 @@ def test_every_block_runs(
 ) -> None:
     """Without PyTorch, blocks run up to the first that needs it, as later blocks build on it."""
     monkeypatch.chdir(tmp_path)
+    if page.stem != "scaling":  # its figures of memory are those of the dispatcher that users have
+        monkeypatch.setattr(kernels, "grouped_dispatch", kernels.einsum_dispatch)  # compiles in a third of the time
     text = page.read_text(encoding="utf-8")
     if "tinyshakespeare.txt" in text:
         (tmp_path / "tinyshakespeare.txt").write_text(data.plays()[:60_000], encoding="utf-8")
