@@ -42,8 +42,8 @@ def torch_loss(folder: Path, tokens_BT: np.ndarray) -> float:
         return float(model(torch.tensor(tokens_BT), labels=torch.tensor(tokens_BT)).loss)
 
 
-def main() -> None:
-    """Fine-tunes for 60 steps and compares the losses of both sides."""
+def main(steps: int = 60) -> None:
+    """Fine-tunes and compares the losses of both sides."""
     with tempfile.TemporaryDirectory() as place:
         source, tuned = Path(place) / "source", Path(place) / "tuned"
         make_folder(source)
@@ -65,9 +65,9 @@ def main() -> None:
             return optax.apply_updates(params, updates), state, loss
 
         state = optimizer.init(params)
-        for number in range(60):
+        for number in range(steps):
             params, state, loss = step(params, state, jnp.asarray(batch(number)))
-            if number % 20 == 0 or number == 59:
+            if number % 20 == 0 or number == steps - 1:
                 print(f"step {number:2}: loss {float(loss):.3f}")
 
         decoder = nnx.merge(graphdef, params, others)

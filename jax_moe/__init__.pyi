@@ -23,7 +23,9 @@ from . import parameters as parameters
 from . import porting as porting
 from . import precision as precision
 from . import presets as presets
+from . import programs as programs
 from . import remat as remat
+from . import router_network as router_network
 from . import routing as routing
 from . import shapes as shapes
 from . import sharding as sharding

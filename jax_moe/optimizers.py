@@ -71,7 +71,8 @@ def adamw_as_torch(
     expert has a step count. Then call `update(gradients, state, params, chosen=chosen_experts(stats))`, and to
     accumulate gradients over calls use `jax_moe.unchosen.accumulated` in place of `optax.MultiSteps`. The variables
     say which weights belong to experts; if params are plain arrays, give `declared`: the module, or
-    `jax_moe.declared(module)`.
+    `jax_moe.declared(module)`. Raises ValueError for another `unchosen`; with "skip" `init` raises it for plain arrays
+    without `declared`, and `update` without `chosen`.
     """
     require(unchosen in ("skip", "decay"), "unchosen", unchosen, "skip or decay")
     rate = in_full_precision(learning_rate) if callable(learning_rate) else learning_rate

@@ -8,6 +8,7 @@ from . import modules as modules
 from . import pages as pages
 from . import relative as relative
 from . import report as report
+from . import routing as routing
 from . import sides as sides
 from . import stages as stages
 from . import training as training

@@ -50,7 +50,7 @@ class RouterConfig:
     renormalise_eps: float = 1e-20  # for renormalise="eps" (default: DeepSeek-V3's) and "floor" (Ernie: 1e-12)
     logit_scale: float = 1.0  # multiplies the linear map's answer (Muse Spark: 0.18)
     input_norm: bool = False  # the linear map reads x / rms(x) * w / sqrt(D), with a learned w of its own (Gemma 4)
-    input_norm_eps: float = 1e-6
+    input_norm_eps: float = 1e-6  # of that norm
     expert_scale: bool = False  # a learned factor of each expert multiplies its weight at the end (Gemma 4)
     scale: float = 1.0  # multiplies the weights after renormalisation (routed_scaling_factor)
     learned_scale: bool = False  # a number that is trained multiplies them too (Inkling)
@@ -150,8 +150,8 @@ class CapacityConfig:
     choices in that order, then all second choices. Weights are those before drops, renormalised if the router does so.
     """
 
-    factor: float | str | Fraction = 1.0
-    rounding: Literal["floor", "ceil"] = "floor"
+    factor: float | str | Fraction = 1.0  # times the fair share S K / E; read as the decimal that is written
+    rounding: Literal["floor", "ceil"] = "floor"  # of that product, down (makeMoE) or up (Switch, V-MoE)
     multiple: int = 1  # round up to a multiple of this (V-MoE: 4)
     minimum: int = 0  # minimum number of slots (flaxformer: 4)
     clamp: bool = True  # at most S slots: a token goes to an expert only once
@@ -196,18 +196,18 @@ class CapacityConfig:
 class ExpertConfig:
     """The feed-forward network of every expert: act(x up + b) down + b, or (act(x gate) * (x up)) down."""
 
-    activation: Activation = "silu"
-    gated: bool = True  # as SwiGLU
-    bias: bool = False
+    activation: Activation = "silu"  # the function act of the forms above
+    gated: bool = True  # with a gate, as SwiGLU; else the first form above
+    bias: bool = False  # the biases of every map of an expert
     clamp: float | None = None  # bound of gate (above) and of up (above and below) (gpt-oss: 7)
     clamp_on: Literal["gate", "activation"] = "gate"  # of gate, or of its activation (Step)
     gate_softcap: float | None = None  # c tanh(gate / c) * sigmoid(gate), for silu's gate * sigmoid(gate) (Inkling 2)
-    up_softcap: float | None = None  # c in c tanh(up / c)
+    up_softcap: float | None = None  # c tanh(up / c) in place of up (Inkling 2)
     up_offset: float = 0.0  # added to up before the product (gpt-oss: 1)
     weight_on: Literal["output", "input"] = "output"  # what the routing weight multiplies (input: Llama 4)
     dropout: float = 0.0  # on an expert's answer (makeMoE)
     answer_norm: MixtureNorm = "none"  # of a routed expert's answer, before weight and dropout; all share its scale
-    answer_norm_eps: float = 1e-8  # (Muse Spark's)
+    answer_norm_eps: float = 1e-8  # of that norm (default: Muse Spark's)
     # Width of the shared expert, which every token goes to, or of each that the router weighs; 0: none
     shared_dim: int = 0
     shared_gate: bool = False  # multiplies its answer by sigmoid(x . gate) (Qwen2-MoE)
@@ -266,16 +266,16 @@ class AroundConfig:
     expert with norms of its own.
     """
 
-    latent_dim: int = 0  # 0: the model's width, and no maps (Nemotron-H, Muse Spark)
+    latent_dim: int = 0  # above 0: maps to this width and back around the experts (Nemotron-H, Muse Spark)
     latent_norm: MixtureNorm = "none"  # of what the maps hand the experts (Muse Spark)
-    latent_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # of that norm
     output_norm: MixtureNorm = "none"  # of the whole answer, shared expert included (A.X K1)
-    output_norm_eps: float = 1e-6
+    output_norm_eps: float = 1e-6  # of that norm
     input_norm: MixtureNorm = "none"  # of what routed experts read; the router's is its own (Gemma 4)
     routed_norm: MixtureNorm = "none"  # of the routed experts' weighted sum (Gemma 4)
     shared_input_norm: MixtureNorm = "none"  # of what the shared expert reads (Gemma 4)
     shared_norm: MixtureNorm = "none"  # of the shared expert's answer, behind its gate (Gemma 4)
-    norm_eps: float = 1e-6  # of these four
+    norm_eps: float = 1e-6  # of the four norms above
 
     def __post_init__(self) -> None:
         check_literals(self)

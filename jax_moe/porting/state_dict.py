@@ -80,7 +80,10 @@ def to_torch(layer: nnx.Module, tree: Any = None, *, layout: str | None = None) 
 
 
 def from_torch_tree(layer: nnx.Module, state: Mapping[str, Any], *, layout: str | None = None) -> dict[Any, Any]:
-    """The inverse of `to_torch(layer, tree)`: a nested dict shaped like the layer's parameters, dtypes as given."""
+    """The inverse of `to_torch(layer, tree)`: a nested dict shaped like the layer's parameters, dtypes as given.
+
+    Raises PortError, with all missing, unexpected and misshapen names.
+    """
     arrays = {str(name): to_numpy(value) for name, value in state.items()}
     plan = tree_plan(layer, arrays, layout)
     check(plan, arrays, f"tree does not fit {type(layer).__name__} (layout {plan.table.name})", constants=False)

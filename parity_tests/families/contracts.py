@@ -7,6 +7,7 @@ A model type's defaults are those of its configuration class in transformers; pu
 
 import dataclasses
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -22,13 +23,13 @@ PARTS = ("router", "capacity", "expert", "around", "balance")
 PLAIN = MoEConfig(model_dim=1, expert_dim=1, num_experts=1, top_k=1)
 BEGIN = """# What each model type chose
 
-The contract of the mixture of every model type of `transformers` {version} whose configuration class describes one,
-with that class's defaults; a published model may differ in a setting, and `jax-moe inspect` prints its own. Named are
-the fields that differ from the plain contract: a softmax over all experts, the best K, weights as they are, no
-capacity, gated SiLU experts without biases. [The contract](contract.md) explains the fields. A row is a contract,
-sizes aside; types in one row have the same. `-` under balance loss is the loss of the plain contract;
-[the model types](../families.md) say where transformers computes none, and have measured errors.
-Written by `python -m parity_tests.families.contracts --update`.
+A row is the contract of a mixture, sizes aside; model types in one row have the same. It names the fields that differ
+from the plain contract, which is a softmax over all experts, the best K, weights as they are, no capacity, and gated
+SiLU experts without biases. [The contract](contract.md) explains every field. `-` under balance loss is the loss of the
+plain contract; [model types](../families.md) says where `transformers` computes none, and has measured errors.
+
+The values are the defaults of the configuration classes of `transformers` {version}. A published model may differ in a
+setting: `jax-moe inspect` prints its own. `python -m parity_tests.families.contracts --update` writes this page.
 
 | model types | router | experts | around the experts, capacity, layer | balance loss |
 |---|---|---|---|---|
@@ -92,7 +93,8 @@ def page() -> str:
         rows[row(contract)].append(f"`{name}`")
     table = "".join(f"| {', '.join(names)} | {cells} |\n" for cells, names in rows.items())
     rest = ", ".join(f"`{name}`" for name in without)
-    return f"{BEGIN.format(version=transformers.__version__)}{table}\nThe defaults of {rest} describe no mixture.\n"
+    end = textwrap.fill(f"The defaults of these classes describe no mixture: {rest}.", 120, break_on_hyphens=False)
+    return f"{BEGIN.format(version=transformers.__version__)}{table}\n{end}\n"
 
 
 if __name__ == "__main__":

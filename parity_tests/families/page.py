@@ -1,6 +1,7 @@
 """docs/families.md: a row a model type, a column a check, the measured error or the reason in words."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,18 +15,23 @@ NUMBER = re.compile(r"0|\d(\.\d)?e-\d\d")
 VERSION = re.compile(r"(?<=`transformers` )\d+\.\d+\.\d+")
 INTRODUCTION = """# Model types
 
-The mixture of experts of every model type of `transformers`, compared with the module in `transformers` {version}
-itself on tiny random weights, two odd shapes each. `jax_moe.load_moe(directory, layer)` reads it from a checkpoint
-folder, `jax_moe.save_moe` puts it back. A number is the largest relative error, 0 is bit for bit. `make families`
-measures anew.
+The table says which model types port, and how exactly. Its rows are the model types of `transformers` {version} with
+routed experts. `jax_moe.load_moe(directory, layer)` reads the mixture of one layer from a checkpoint folder, and
+`jax_moe.save_moe` puts it back; where the last column says yes, `jax_moe.load_pretrained` reads the whole model too
+([how](huggingface.md)).
 
-- choices: the chosen experts of every token, in fp64 and fp32, exact
-- output, gradients: the answer; the gradient of the input and of every parameter by its name on disk
-- torch_ref: the answer of `torch_ref` with the same weights by the same rows
-- balance loss: of one layer, as `transformers` counts it
-- round trip: the contract through config.json, the weights through their names on disk
-- own folder: written by the model's own `save_pretrained`, read by `load_moe`, put back by `save_moe`
-- decoder: whether the whole model ports (docs/parity.md has its measured rows)
+Each mixture is compared with the module in `transformers` itself, on tiny random weights of two odd shapes. A number is
+the largest relative error; 0 is bit for bit. `make families` measures anew.
+
+| column | what is compared |
+|---|---|
+| choices | the chosen experts of every token, in fp64 and fp32, exactly |
+| output, gradients | the answer; the gradient of the input, and of every parameter by its name on disk |
+| torch_ref | the answer of `torch_ref` with the same weights, by the same rows |
+| balance loss | that of one layer, as `transformers` counts it |
+| round trip | the contract through config.json, the weights through their names on disk |
+| own folder | a folder written by the model's own `save_pretrained`, read by `load_moe`, put back by `save_moe` |
+| decoder | whether the whole model ports; [the parity table](parity.md#hugging-face-families) has its measured rows |
 
 """
 
@@ -48,13 +54,20 @@ def number(error: float) -> str:
     return "0" if error == 0 else f"{error:.1e}"
 
 
+def bullet(name: str, words: str) -> str:
+    """A line of a list, wrapped."""
+    return textwrap.fill(
+        f"- `{name}`: {words}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
 def page(measured: Mapping[str, Mapping[str, float]], version: str) -> str:
     """The whole document."""
     lines = [INTRODUCTION.format(version=version) + "\n".join(header())]
     lines += [row(name, measured[name]) for name in sorted(CASES)]
-    lines += ["", "Known in part:", "", *(f"- `{name}`: {words}" for name, words in sorted(IN_PART.items()))]
-    lines += ["", "Found in the reference:", "", *(f"- `{name}`: {words}" for name, words in sorted(FINDINGS.items()))]
-    lines += ["", "Not compared, and why:", "", "| model type | why |", "|---|---|"]
+    lines += ["", "## Known in part", "", *(bullet(name, words) for name, words in sorted(IN_PART.items()))]
+    lines += ["", "## Found in the reference", "", *(bullet(name, words) for name, words in sorted(FINDINGS.items()))]
+    lines += ["", "## Not compared", "", "| model type | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in sorted(GAPS.items())]
     return "\n".join(lines) + "\n"
 

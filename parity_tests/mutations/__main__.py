@@ -202,8 +202,10 @@ def render(verdicts: list[Verdict]) -> str:
     caught = sum(verdict.caught for verdict in verdicts)
     lines = [
         "# Mutations", "",
-        f"{caught} of {len(verdicts)} small changes of the sources are caught by a fast check: rows of the parity",
-        "table in fp64, pencil answers, or a family against `transformers`. Each is made alone, in a copy.",
+        "A mutation is a small mistake, planted alone in a copy of the sources: a sign, a bound, a factor left out. A",
+        "test that misses it would miss the same mistake by a person. Fast checks must catch each: rows of",
+        "[the parity table](parity.md) in fp64, answers worked by hand, or a family against `transformers`.", "",
+        f"**{caught} of {len(verdicts)} are caught.** The last column is the first line of the error.",
         f"Written by `python -m parity_tests.mutations --update`, {datetime.date.today():%Y-%m-%d}, {versions}.", "",
     ]
     survivors = [verdict for verdict in verdicts if not verdict.caught]

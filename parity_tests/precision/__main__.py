@@ -1,8 +1,8 @@
 """docs/precision.md: errors of outputs and gradients in each framework and precision, and what flipped choices cost.
 
-`python -m parity_tests.precision` measures, then writes the page and its plot. The truth is PyTorch in fp64, its
-weights and inputs representable in fp32. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with fp32
-master weights. Long because it measures, plots and writes one page.
+`python -m parity_tests.precision` measures, then writes the page's tables and its plot. The truth is PyTorch in fp64,
+its weights and inputs representable in fp32. "mixed" is bf16 with the router's weights and arithmetic in fp32, as with
+fp32 master weights. Long because it measures, plots and writes one page.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from parity_tests.table.sides import tensor
 
 ROOT = Path(__file__).parents[2]
 PAGE, PLOT = ROOT / "docs" / "precision.md", ROOT / "docs" / "precision.png"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 MODES = ("float64", "float32", "bfloat16", "mixed")
 DTYPE = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "mixed": jnp.bfloat16}
 LAYER = presets.mixtral(model_dim=64, expert_dim=128, num_experts=8, top_k=2)
@@ -302,29 +303,14 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def render(results: dict[str, tuple[Subject, dict[str, dict[str, Cell | None]]]]) -> str:
-    """The page."""
+    """What is measured: the tables of the page."""
     versions = (
         ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "transformers"))
     )
-    lines = [
-        "# Precision", "",
-        "How far each framework's output, and the gradient of all its parameters, is from the truth (PyTorch in fp64",
-        "on the same fp32 weights), by norm, on CPU. The sum of the output under fixed signs is differentiated.",
-        "Each has two errors: on its own choices, then with the truth's choices replayed. The difference is the cost",
-        "of *flips*: choices that rounding changes at a near tie, as a share of tokens and layers. A flip changes the",
-        "expert, so it outweighs all other rounding of that token. A flip is no fault of either framework.", "",
-        "- fp64: all of it. fp32: all of it. bf16: weights, activations and the router's linear map in bf16;",
-        "  scores, weights of choices and sums over them in fp32.",
-        "- mixed: bf16, but the router's weights and linear map in fp32, as with fp32 master weights.",
-        "- `transformers` computes its router in the dtype of its weights: it has no mixed row.",
-        "- PyTorch in fp64 is the truth itself: its error there is 0 by definition.",
-        "- GPU: not run; everything here is CPU.", "",
-        f"Written by `python -m parity_tests.precision`, {datetime.date.today():%Y-%m-%d}, {versions}.", "",
-        "![Errors by precision, with and without the truth's choices](precision.png)", "",
-    ]
+    lines = [f"Written by `python -m parity_tests.precision`, {datetime.date.today():%Y-%m-%d}, {versions}.", ""]
     for name, (subject, cells) in results.items():
         lines += [
-            f"## {name}", "",
+            f"### {name}", "",
             "| precision | side | output | output, replayed | gradient | gradient, replayed | flips |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -388,7 +374,9 @@ def main() -> None:
                 flush=True,
             )
     plot(results)
-    PAGE.write_text(render(results))
+    text = PAGE.read_text(encoding="utf-8")
+    (head, _), (_, tail) = text.split(BEGIN), text.split(END)
+    PAGE.write_text(f"{head}{BEGIN}\n{render(results)}{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "router_only": ({"trained": nnx.Param}, {}, "the same bits as before"),
     "soft_moe_vectors": ({"steps": 1}, {}, "the larger circle is found"),
     "port_makemoe": ({}, {"silent": lambda tokens_BT: None}, "the same logits"),  # the noise stays on
+    "finetune_folder": ({"steps": 1}, {}, "learned to count"),
 }
 
 

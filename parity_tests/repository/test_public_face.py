@@ -55,6 +55,12 @@ def test_what_training_needs_is_at_the_top() -> None:
     assert contracts | {"Precision", "presets", "sharding"} <= set(jax_moe.__all__)
 
 
+def test_the_citation_has_the_version() -> None:
+    import jax_moe
+
+    assert f"\nversion: {jax_moe.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_every_shipped_package_is_marked_as_typed() -> None:
     assert len(SHIPPED) == 5 and all((ROOT / package / "py.typed").exists() for package in SHIPPED)
 

@@ -13,7 +13,7 @@ from parity_tests.repository.documents import README, ROOT, SITE
 from parity_tests.repository.fields import field_comments
 
 NAMES = re.findall(r"^::: (\S+)$", "\n".join(p.read_text(encoding="utf-8") for p in SITE), re.MULTILINE)
-LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s\"]+)")  # of links and pictures
 
 
 def slug(heading: str) -> str:
@@ -23,7 +23,7 @@ def slug(heading: str) -> str:
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    """Relative links of a page to files or headings that are not there."""
+    """Relative links of a page to files, pictures or headings that are not there."""
     found = []
     for link in LINK.findall(text):
         if link.startswith(("http", "#")):
@@ -46,7 +46,9 @@ def test_links(page: Path) -> None:
 
 def test_a_broken_link_is_found() -> None:
     text = "[a](start/install.md), [b](nowhere.md), [c](start/concepts.md#letters), [d](start/concepts.md#nothing)"
-    assert broken_links(ROOT / "docs" / "index.md", text) == ["nowhere.md", "start/concepts.md#nothing"]
+    text += '![e](data_flow.svg) ![f](none.svg) <img src="routing.png" width="9"> <img src="none.png">'
+    broken = ["nowhere.md", "start/concepts.md#nothing", "none.svg", "none.png"]
+    assert broken_links(ROOT / "docs" / "index.md", text) == broken
 
 
 @pytest.mark.parametrize("package", ["jax_moe", "torch_ref", "moe_parity"])

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from parity_tests.table.cases import CASES
@@ -28,6 +29,11 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text(text)
     os.replace(beside, path)
+
+
+def wrapped(text: str) -> str:
+    """The text in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def cell(column: Column, value: float | str) -> str:
@@ -63,11 +69,12 @@ def on_device() -> list[str]:
         missing = [case.name for case in CASES if case.name not in found["rows"]]
         cells = (cell(COLUMN[title], max(values)) for title, values in numbers.items())
         lines += [
-            "", f"On an accelerator (`python -m parity_tests.table.on_device`): {found['device']}, {found['driver']}, "
-            f"{found['date']}, {versions}; JAX there, PyTorch on the CPU.", "",
+            "", f"## {found['device']}", "",
+            wrapped(f"`python -m parity_tests.table.on_device`: {found['driver']}, {found['date']}, {versions}."),
+            "JAX runs on the device, PyTorch on the CPU.", "",
             "| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles),
             f"| worst of {len(found['rows'])} rows | " + " | ".join(cells) + " |",
-            *(["", "Not measured there yet: " + "; ".join(missing) + "."] if missing else []),
+            *(["", wrapped("Not measured there yet: " + "; ".join(missing) + ".")] if missing else []),
         ]
     return lines
 
@@ -78,22 +85,29 @@ def render() -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     reasons = sorted({value for row in found["cells"].values() for value in row.values() if isinstance(value, str)})
     lines = [
-        f"Measured {found['date']} on {found['machine']} with {versions}. Numbers are worst relative errors, "
-        "JAX against PyTorch (bf16: both against fp64); the first eight columns and the AdamW steps are in fp64.",
+        wrapped(f"Measured {found['date']} on {found['machine']} with {versions}."),
+        "",
+        "## Layers and models",
+        "",
+        "Numbers are worst relative errors, JAX against `torch_ref` (bf16: both against fp64). The first eight columns",
+        "and the AdamW steps are in fp64.",
         "",
         *grid(COLUMNS, {case.name: found["cells"].get(case.name, {}) for case in CASES}),
         "",
-        "A dash: " + "; ".join(reasons) + ".",
+        wrapped("A dash: " + "; ".join(reasons) + "."),
         "",
-        "Hugging Face families, tiny random models: our `Decoder` against `transformers`. The first four columns are "
-        "in fp64 (the reference with every float32 that it names widened); loss and gradients include "
-        "the balance loss.",
+        "## Hugging Face families",
+        "",
+        "Tiny random models: our `Decoder` against `transformers`. The first four columns are in fp64 (the reference",
+        "with every float32 that it names widened); loss and gradients include the balance loss.",
         "",
         *grid(FAMILY_COLUMNS, {case.name: found["families"].get(case.name, {}) for case in FAMILY_CASES}),
         "",
-        "Whole training runs of tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout "
-        "masks, AdamW with clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes "
-        "50 steps in PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
+        "## Whole training runs",
+        "",
+        "Tiny models in fp64, JAX against PyTorch: the same weights, texts, noise and dropout masks, AdamW with",
+        "clipping, warm-up, cosine decay and accumulated gradients. The run that crosses over makes 50 steps in",
+        "PyTorch, 50 in JAX and 100 in PyTorch, with its optimizer state.",
         "",
         *grid(RUN_COLUMNS, {case.name: found.get("runs", {}).get(case.name, {}) for case in RUN_CASES}),
         *on_device(),
