@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ import numpy as np
 
 from benchmarks.command import begin, read_options
 from benchmarks.contestant import TOLERANCE, difference
-from benchmarks.layer_contestants import layer
-from benchmarks.shapes import Numbers, Shape
+from benchmarks.layer_contestants import answer_of
+from benchmarks.shapes import Numbers, Shape, weights_of
 from benchmarks.timing import alternate, median_ratio
 from jax_moe.config.checks import check_positive_ints
 
@@ -72,15 +73,16 @@ def readers(size: int) -> dict[str, Callable[[], object]]:
 def measure(shape: Shape, rounds: int) -> Row:
     """Medians in ms and their ratios. Raises ValueError if the dispatchers differ."""
     numbers = shape.numbers("float32")
-    layers = {name: layer(shape, numbers, name) for name in DISPATCHERS}
-    answers = {name: each.values() for name, each in layers.items() if each.values is not None}
-    for name, found in answers.items():
-        error, where = difference(found, answers["grouped"])
+    arguments = weights_of(numbers), numbers["x"]
+    layers = {name: jax.jit(answer_of(shape, name)).lower(*arguments).compile() for name in DISPATCHERS}
+    for name, run in layers.items():
+        error, _ = difference({"answer": run(*arguments)}, {"answer": layers["grouped"](*arguments)})
         if not error <= TOLERANCE["float32"]:
-            raise ValueError(f"{where} of {name} differs from grouped by {error:.1e}")
+            raise ValueError(f"the answer of {name} differs from grouped's by {error:.1e}")
     touched = experts_touched(shape, numbers)
     reading = readers(3 * touched * D * F)
-    runs = {name: each.forward for name, each in layers.items()} | reading
+    forward = {name: partial(_wait_for, run, arguments) for name, run in layers.items()}
+    runs = forward | reading
     seconds = alternate(runs, rounds, warmup=2)
     ms = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     fastest = min(reading, key=ms.__getitem__)
@@ -89,6 +91,10 @@ def measure(shape: Shape, rounds: int) -> Row:
         "chosen / grouped": median_ratio(seconds, "chosen", "grouped"),
         "auto / bound": median_ratio(seconds, "auto", fastest),
     }
+
+
+def _wait_for(run: Callable, arguments: tuple) -> None:
+    jax.block_until_ready(run(*arguments))
 
 
 def main(arguments: list[str] | None = None) -> int:

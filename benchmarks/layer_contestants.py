@@ -27,8 +27,8 @@ TRITON = "jax_ragged_dot_use_gpu_pallas_triton_lowering"  # a setting of jax 0.1
 LONGEST = 2.0  # seconds of a forward with backward at the rate of a large product; more is hopeless on an accelerator
 
 
-def layer(shape: Shape, numbers: Numbers, dispatcher: str) -> Contestant:
-    """Our layer with this dispatcher."""
+def answer_of(shape: Shape, dispatcher: str) -> Callable[[dict, jax.Array], jax.Array]:
+    """(weights, x) -> the answer of our layer with this dispatcher."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: jax_moe.MoE(shape.config(dispatcher))))
 
     def answer(weights: dict, x: jax.Array) -> jax.Array:
@@ -36,7 +36,12 @@ def layer(shape: Shape, numbers: Numbers, dispatcher: str) -> Contestant:
         params = {"router": {"kernel": weights["router"]}, "experts": experts}
         return nnx.merge(graphdef, params)(x[None])[0][0]
 
-    return jitted(answer, weights_of(numbers), numbers["x"], numbers["probe"])
+    return answer
+
+
+def layer(shape: Shape, numbers: Numbers, dispatcher: str) -> Contestant:
+    """Our layer with this dispatcher."""
+    return jitted(answer_of(shape, dispatcher), weights_of(numbers), numbers["x"], numbers["probe"])
 
 
 @contextmanager

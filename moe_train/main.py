@@ -11,7 +11,15 @@ def command() -> NoReturn:
         import moe_train.run.interrupt  # first: an interrupt during the next imports needs it
         from moe_train.options import answer_help
 
-        answer_help(sys.argv[1:])
+        try:
+            answer_help(sys.argv[1:])
+        except SystemExit as ended:
+            moe_train.run.interrupt.leave(ended.code if isinstance(ended.code, int) else 0)
+        except BrokenPipeError:  # the reader of the pipe, such as head, has stopped
+            moe_train.run.interrupt.leave(0)
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            moe_train.run.interrupt.leave(1)
         from moe_train.loop import main
 
         status = main()

@@ -230,3 +230,16 @@ def test_an_emoji_in_a_sample_on_an_ascii_terminal(runs: Zygote) -> None:
     process = script(runs, *words, PYTHONIOENCODING="ascii", PYTHONUTF8="1")
     out, error = process.communicate(timeout=100)
     assert (process.returncode, error) == (0, "") and "\\U0001f600" in out and out.endswith("wrote faces\n")
+
+
+def test_help_that_is_not_read_to_its_end() -> None:
+    """A reader that stops, as `head` does, is no error; a full disk is one line."""
+    command = [sys.executable, *SCRIPT, "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
