@@ -32,7 +32,7 @@ from benchmarks.layer_contestants import layer
 from benchmarks.shapes import Shape
 from benchmarks.timing import alternate, device, machine, median_ratio
 from jax_moe import sharding
-from jax_moe.config.checks import check_positive_ints, require
+from jax_moe.config.checks import check_positive_ints
 
 PAIRS = {
     "experts": [("128 experts", Shape(T, D, F, 128, 8), "8 experts", Shape(T, D, F, 8, 8))
@@ -65,13 +65,7 @@ class Options:
     @property
     def questions(self) -> set[str]:
         """The questions to answer."""
-        named = read_names("only", self.only, WANTED)
-        devices, needed = jax.device_count(), math.prod(MESH.values())
-        if named is None:
-            return set(WANTED) - (set() if devices >= needed else {"mesh"})
-        flag = f"--xla_force_host_platform_device_count={needed}"
-        require("mesh" not in named or devices >= needed, "only", "mesh", f"left out with {devices} devices ({flag})")
-        return named
+        return read_names("only", self.only, WANTED) or set(WANTED)
 
 
 def compare_layers(question: str, large: str, large_shape: Shape, small: str, small_shape: Shape, rounds: int) -> Row:
@@ -159,11 +153,15 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     asked = read_options(Options, "benchmarks.scaling", __doc__, arguments)
     jax.config.update("jax_enable_compilation_cache", False)
+    devices, needed = jax.device_count(), math.prod(MESH.values())
+    if asked.only and "mesh" in asked.questions and devices < needed:
+        flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        sys.exit(f"only='mesh': must be left out with {devices} device{'s' * (devices > 1)} ({flag})")
     pairs = [(question, pair) for question in PAIRS if question in asked.questions for pair in PAIRS[question]]
     rows = [compare_layers(question, *pair, asked.rounds) for question, pair in pairs]
     if "layers" in asked.questions:
         rows += [compare_depths(name, make) for name, make in (("a small Mixtral", mixtral), ("makeMoE", makemoe))]
-    if "mesh" in asked.questions:
+    if "mesh" in asked.questions and devices >= needed:
         rows.append(compare_depths_on_mesh())
     about = device() | machine()
     if asked.json:

@@ -104,7 +104,6 @@ def test_a_wrong_contestant_is_not_timed_and_all_is_kept(
             "plot='no/such/folder.png': must be in a folder that exists",
         ),
         (scaling.main, ["--only", "heads"], "only='heads': must be one of experts, tokens, layers, mesh"),
-        (scaling.main, ["--only", "mesh"], "only='mesh': must be left out with 1 devices"),
         (scaling.main, ["--rounds", "many"], "--rounds"),
         (scaling.main, ["more"], "Unrecognized options: more"),
     ],
@@ -177,6 +176,11 @@ def test_a_device_that_jax_does_not_find_is_refused(capsys: pytest.CaptureFixtur
     assert ended.value.code == 2
     printed = capsys.readouterr()
     assert printed.err == "device='tpu': must be cpu, which jax finds here\n" and printed.out == ""
+
+
+def test_a_mesh_needs_its_devices() -> None:
+    with pytest.raises(SystemExit, match=r"^only='mesh': must be left out with 1 device \(XLA_FLAGS="):
+        scaling.main(["--only", "mesh"])
 
 
 def test_scaling_compares_equal_work_and_programs_of_equal_size() -> None:
