@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test check docs oldest table families nightly fuzz kills mutations precision distributed clean
+.PHONY: train test check docs oldest table families nightly fuzz stress coverage kills mutations precision distributed clean
 
 train: $(VENV)/.train
 	$(BIN)/python train/train.py $(ARGS)
@@ -48,6 +48,20 @@ nightly: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m parity_tests.fuzz $(ARGS)
 
+# The tests in three random orders each: with an error at the first NaN, with 64-bit numbers on, and on eight devices.
+# Hours; ARGS="parity_tests/layers" is shorter.
+FAST = --xla_backend_optimization_level=0
+stress: $(VENV)/.stress
+	set -e; for seed in 1 2 3; do for how in JAX_DEBUG_NANS=1 JAX_ENABLE_X64=1 \
+	  "XLA_FLAGS=$(FAST) --xla_force_host_platform_device_count=8"; do \
+	  echo "== $$how, order $$seed"; \
+	  env "$$how" $(BIN)/python -m pytest -n 2 -q -p random_order --random-order --random-order-seed $$seed $(ARGS); \
+	done; done
+
+# The lines of the packages that no test runs, those of subprocesses included.
+coverage: $(VENV)/.stress
+	$(BIN)/python -m pytest -n 2 -q --cov --cov-report=term-missing:skip-covered $(ARGS)
+
 # A training run and a port, each killed at 200 moments, and a training run in two processes, killed in one at 50.
 kills: $(VENV)/.test
 	KILLS=200 KILLS_OF_TWO=50 $(BIN)/python -m pytest parity_tests/train/test_kills.py
@@ -76,6 +90,10 @@ $(VENV)/.train: $(BIN)/python pyproject.toml
 $(VENV)/.test: $(VENV)/.train
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,check]'
+	touch $@
+
+$(VENV)/.stress: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[stress]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.train
