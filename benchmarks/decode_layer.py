@@ -58,10 +58,10 @@ def experts_touched(shape: Shape, numbers: Numbers) -> int:
     return np.unique(np.asarray(expert_TK)).size
 
 
-def readers(size: int) -> dict[str, Callable[[], object]]:
-    """{way: reads that many fp32 numbers once}."""
-    numbers = jax.random.normal(jax.random.key(0, impl="rbg"), (size // D, D))
-    vector = jnp.ones(D)
+def readers(rows: int, width: int) -> dict[str, Callable[[], object]]:
+    """{way: reads an fp32 array of that shape once}."""
+    numbers = jax.random.normal(jax.random.key(0, impl="rbg"), (rows, width))
+    vector = jnp.ones(width)
     total, product, largest = jax.jit(jnp.sum), jax.jit(jnp.matmul), jax.jit(lambda x: x.max(axis=0))
     return {
         "reading, sum": lambda: jax.block_until_ready(total(numbers)),
@@ -80,14 +80,15 @@ def measure(shape: Shape, rounds: int) -> Row:
         if not error <= TOLERANCE["float32"]:
             raise ValueError(f"the answer of {name} differs from grouped's by {error:.1e}")
     touched = experts_touched(shape, numbers)
-    reading = readers(3 * touched * D * F)
+    reading = readers(3 * touched * shape.F, shape.D)
     forward = {name: partial(_wait_for, run, arguments) for name, run in layers.items()}
     runs = forward | reading
     seconds = alternate(runs, rounds, warmup=2)
     ms = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     fastest = min(reading, key=ms.__getitem__)
     return {
-        "B": shape.T, "E": shape.E, "touched": touched, "ms": ms, "GB/s": 12 * touched * D * F / 1e6 / ms[fastest],
+        "B": shape.T, "E": shape.E, "touched": touched, "ms": ms,
+        "GB/s": 12 * touched * shape.D * shape.F / 1e6 / ms[fastest],
         "chosen / grouped": median_ratio(seconds, "chosen", "grouped"),
         "auto / bound": median_ratio(seconds, "auto", fastest),
     }

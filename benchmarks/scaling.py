@@ -156,7 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     devices, needed = jax.device_count(), math.prod(MESH.values())
     if asked.only and "mesh" in asked.questions and devices < needed:
         flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
-        sys.exit(f"only='mesh': must be left out with {devices} device{'s' * (devices > 1)} ({flag})")
+        print(f"only='mesh': must be left out with {devices} device{'s' * (devices > 1)} ({flag})", file=sys.stderr)
+        return 2
     pairs = [(question, pair) for question in PAIRS if question in asked.questions for pair in PAIRS[question]]
     rows = [compare_layers(question, *pair, asked.rounds) for question, pair in pairs]
     if "layers" in asked.questions:

@@ -186,8 +186,8 @@ class JaxLearner:
         for number, tokens_BT1 in enumerate(batches):
             tokens = self._put(tokens_BT1)
             with self._on_mesh():
-                place = put_number(number, self.mesh)
-                total = self._evaluate(self.state["params"], total, self.rest, tokens, key, place)
+                i = put_number(number, self.mesh)
+                total = self._evaluate(self.state["params"], total, self.rest, tokens, key, i)
         mean = jax.tree.map(lambda x: np.asarray(x) / max(number + 1, 1), total)
         return Evaluation(
             loss=float(mean["loss"]),

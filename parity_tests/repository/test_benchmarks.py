@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import layer_contestants, moe_layer, scaling, shapes, timing
+from benchmarks import decode_layer, layer_contestants, moe_layer, scaling, shapes, timing
 from benchmarks.command import read_options
 from benchmarks.contestant import TOLERANCE
 from benchmarks.layer_contestants import ENTRIES, Entry
@@ -178,9 +178,31 @@ def test_a_device_that_jax_does_not_find_is_refused(capsys: pytest.CaptureFixtur
     assert printed.err == "device='tpu': must be cpu, which jax finds here\n" and printed.out == ""
 
 
-def test_a_mesh_needs_its_devices() -> None:
-    with pytest.raises(SystemExit, match=r"^only='mesh': must be left out with 1 device \(XLA_FLAGS="):
-        scaling.main(["--only", "mesh"])
+def test_a_mesh_needs_its_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.main(["--only", "mesh"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("only='mesh': must be left out with 1 device (XLA_FLAGS=") and printed.out == ""
+
+
+def test_dispatchers_that_decode_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = decode_layer.measure(Shape(3, 16, 24, 8, 2), rounds=1)
+    assert 1 < row["touched"] <= 6 and set(decode_layer.DISPATCHERS) < set(row["ms"])
+    real = decode_layer.answer_of
+    monkeypatch.setattr(
+        decode_layer, "answer_of",
+        lambda shape, name: lambda weights, x: real(shape, name)(weights, x) * (1.001 if name == "chosen" else 1),
+    )
+    with pytest.raises(ValueError, match="the answer of chosen differs from grouped's by 1"):
+        decode_layer.measure(Shape(3, 16, 24, 8, 2), rounds=1)
+
+
+def test_the_bytes_of_weak_scaling_in_theory() -> None:
+    """By hand: what one device on the data axis sends, and 3/4 of six bytes for each number that it holds."""
+    with mock.patch.dict(os.environ):  # it sets variables for the TPU compiler
+        from benchmarks import weak_scaling
+    with mock.patch.object(weak_scaling, "numbers_of_chip", lambda row: 1000):
+        rows = [{"options": {"mesh": f"data={n},expert=8"}, "sent": {"all-to-all": 70.0}} for n in (1, 4)]
+        assert [weak_scaling.in_theory(rows[0], row) for row in rows] == [70, 70 + 4500]
 
 
 def test_scaling_compares_equal_work_and_programs_of_equal_size() -> None:
