@@ -47,4 +47,5 @@ def test_padding_may_hold_anything(name: str, padding: float) -> None:
 
 
 def test_nan_in_a_token_shows() -> None:
-    assert np.isnan(answers(LAYERS["grouped"], np.nan, np.ones_like(MASK))["loss"])
+    with jax.debug_nans(False):  # the planted NaN is wanted here, also where `make stress` lets none pass
+        assert np.isnan(answers(LAYERS["grouped"], np.nan, np.ones_like(MASK))["loss"])
