@@ -18,11 +18,11 @@ from . import models as models
 from . import moe as moe
 from . import norms as norms
 from . import optimizers as optimizers
-from . import output as output
 from . import parameters as parameters
 from . import porting as porting
 from . import precision as precision
 from . import presets as presets
+from . import process as process
 from . import programs as programs
 from . import remat as remat
 from . import router_network as router_network

@@ -5,16 +5,18 @@ import signal
 import sys
 
 import jax_moe
-from jax_moe.output import any_encoding
+from jax_moe import process
 from moe_cli.arguments import Compiles, Generate, Inspect, Parity, Port, Routing, in_shell, parse
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0; 1 for wrong input (one line on stderr); 2 for a wrong command line.
 
-    130 after Ctrl-C. Without `arguments` it is the process's own command: after Ctrl-C it ignores a second Ctrl-C.
+    130 after Ctrl-C. Without `arguments` it is the process's own command: a second Ctrl-C ends it at once.
     """
-    any_encoding()
+    process.any_encoding()
+    if arguments is None:
+        process.own()
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:  # the reader of the pipe, such as head, has stopped
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"jax-moe: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
-        return 130
+        return process.INTERRUPTED
 
 
 def run(words: list[str]) -> int:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from jax_moe.disk import write_whole
-from jax_moe.output import any_encoding
+from jax_moe.process import INTERRUPTED, any_encoding
 from jax_moe.programs import keep_programs
 from moe_train import INSTALLED
 from moe_train.configs.launch import Launch
@@ -19,7 +19,6 @@ from moe_train.run.progress import Silent, display
 from moe_train.run.together import AgreedError, InterruptOfAny, Processes, leave_at_once, meet
 from moe_train.steps import DivergedError, Steps
 
-INTERRUPTED = 130
 COMPILING = "compiling: seconds for a small model, minutes for a large one"
 
 

@@ -4,22 +4,25 @@ import signal
 import sys
 from typing import NoReturn
 
+from jax_moe import process
+from moe_train.run.interrupt import leave
+
 
 def command() -> NoReturn:
     """Trains as sys.argv says, and ends the process."""
+    process.own()
     try:
-        import moe_train.run.interrupt  # first: an interrupt during the next imports needs it
         from moe_train.options import answer_help
 
         try:
             answer_help(sys.argv[1:])
         except SystemExit as ended:
-            moe_train.run.interrupt.leave(ended.code if isinstance(ended.code, int) else 0)
+            leave(ended.code if isinstance(ended.code, int) else 0)
         except BrokenPipeError:  # the reader of the pipe, such as head, has stopped
-            moe_train.run.interrupt.leave(0)
+            leave(0)
         except OSError as error:
             print(f"error: {error}", file=sys.stderr)
-            moe_train.run.interrupt.leave(1)
+            leave(1)
         from moe_train.loop import main
 
         status = main()
@@ -27,5 +30,5 @@ def command() -> NoReturn:
     except KeyboardInterrupt:  # during an import, or a second Ctrl-C while the first is answered
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("stopped at once, nothing more was saved", file=sys.stderr)
-        status = 130
-    moe_train.run.interrupt.leave(status)
+        status = process.INTERRUPTED
+    leave(status)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jax_moe.disk import whole
-from jax_moe.output import any_encoding
+from jax_moe.process import any_encoding
 from moe_train.run import metrics
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")

@@ -19,7 +19,7 @@ CORE = {"numpy", "jax", "flax", "jaxtyping", *STDLIB}
 # Rooms not named here belong to SHARED or SENTENCE: files at the top that all rooms above config share.
 SHARED = (
     "dims", "shapes", "arrays", "norms", "activations", "dropout", "precision", "remat", "stored", "parameters",
-    "top_k", "output", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
+    "top_k", "process", "locks", "disk", "guarded", "unchosen", "optimizers", "presets", "initializers", "arguments",
     "programs",
 )
 SENTENCE = ("routing", "router_network", "dispatch", "experts", "losses", "moe", "soft_moe")

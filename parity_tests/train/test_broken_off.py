@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_moe import output
+from jax_moe import process
 from jax_moe.locks import Lock
 from jax_moe.porting.formats.orbax import quiet
 from moe_train import loop
@@ -163,6 +163,31 @@ def test_ctrl_c_again_and_again(runs: Zygote) -> None:
     assert error == "" or (error.startswith("stopped at once") and error.count("\n") == 1), error
 
 
+OWN = """
+import asyncio, gc, os, signal
+from jax_moe import process
+
+async def left_behind(): pass
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+process.own()
+left_behind()
+gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("answered", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still there", flush=True)
+"""
+
+
+def test_a_command_owns_its_process() -> None:
+    """While Ctrl-C is answered, another is no second KeyboardInterrupt; what a library leaves behind is not shown."""
+    done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "answered\n", "")
+
+
 def test_a_folder_that_goes_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,12 +241,12 @@ def test_output_never_fails_for_its_encoding(monkeypatch: pytest.MonkeyPatch) ->
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
-    output.any_encoding()
+    process.any_encoding()
     for stream in streams:
         print("caf\u00e9 \U0001f600 \udc80", file=stream, flush=True)
         assert stream.buffer.getvalue() == b"caf\\xe9 \\U0001f600 \\udc80\n"  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    output.any_encoding()
+    process.any_encoding()
 
 
 def test_an_emoji_in_a_sample_on_an_ascii_terminal(runs: Zygote) -> None:
