@@ -39,10 +39,12 @@ families: $(VENV)/.test
 	$(BIN)/python -m parity_tests.families --update
 	$(BIN)/python -m parity_tests.families.contracts --update
 
-# Every cell of the parity table, and more drawn contracts, new on every run.
+# Every cell of the parity table, more drawn contracts, new on every run, and every split of eight virtual devices.
 nightly: $(VENV)/.test
 	PARITY_TABLE_EVERY_CELL=1 SHAPES_EVERYWHERE=1 $(BIN)/python -m pytest -n 2 parity_tests/table/test_parity.py parity_tests/table/test_hf_families.py
 	HYPOTHESIS_PROFILE=nightly SHAPES_EVERYWHERE=1 $(BIN)/python -m pytest parity_tests/table/test_hypothesis.py
+	JAX_PLATFORMS=cpu XLA_FLAGS="$(FAST) --xla_force_host_platform_device_count=8" \
+	  $(BIN)/python -m parity_tests.sharding.on_meshes --every
 
 # Damaged files for every reader: make fuzz ARGS="--count 1000000 --seed 7"
 fuzz: $(VENV)/.test

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 class Options:
     """What is read and drawn."""
 
-    results: Path = RESULTS / "2026-11-27-tpu-train.json"
+    results: Path = RESULTS / "2026-11-28-tpu-train.json"
     """A list of what `benchmarks.tpu_train --json` printed."""
     model: str = "mixtral-8x7b"
     """The model whose steps are compared."""

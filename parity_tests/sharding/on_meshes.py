@@ -3,9 +3,13 @@
 `python -m parity_tests.sharding.on_meshes NAME ...` prints the name of each case and a line for each way to split it, a
 mesh with an exchange: the worst relative error of the first step's answers, statistics and losses, of its gradients by
 name, and of the weights after the last step; choices are compared exactly. A planted fault that is found has a line,
-too. A process has as many devices as its first use of JAX found, so that it is a program.
+too. A process has as many devices as its first use of JAX found, so that it is a program. With `--every` before the
+names (none: all cases) the ways are every split of 1, 2, 4 and 8 devices over the axes that divides experts and heads,
+each with Auto axes and the exchange that `auto` takes, and with Explicit axes as XLA splits them; the worst errors come
+last.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,7 +143,8 @@ CASES = {
         layer(replace(presets.mixtral(8, 6, 6, 3), identity_experts=2)),
         (Way(FLAT, "ring"), Way(ALL, "padded")), batch_size=3,
     ),
-    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0)), by(ALL, "xla", "all_to_all")),
+    "makemoe": Case(lambda: jax_moe.MakeMoE(MAKEMOE, rngs=nnx.Rngs(0)),
+                    (Way(ALL, explicit=True), Way(ALL, "all_to_all"))),
     "mixtral": Case(decoder(
         moe=presets.mixtral(8, 6, 4, 2), rope=RopeConfig(theta=1e3), sliding_window=3, sliding_layers=(0, 1),
         balance_loss_weight=0.1,
@@ -151,9 +156,25 @@ CASES = {
     ), by(ALL, "xla", "auto"), batch_size=4),  # ring
     "latent attention": Case(
         lambda: jax_moe.Decoder(FAMILIES["deepseek_v3"].config(V3), rngs=nnx.Rngs(0)),
-        (Way(ALL), Way(POSITIONS, attention="plain")), num_positions=6,
+        (Way(ALL, explicit=True), Way(POSITIONS, attention="plain")), num_positions=6,
     ),
 }
+
+
+def every_way(case: Case) -> list[Way]:
+    """Every split of eight devices or fewer that divides the case's experts and heads, with Auto and Explicit axes."""
+    arrays = jax_moe.declared(jax.eval_shape(case.make))
+    ways = []
+    for sizes in itertools.product((1, 2, 4, 8), repeat=len(sharding.AXES)):
+        mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+        try:
+            sharding.check_divides(mesh, arrays)
+        except ValueError:
+            continue
+        if mesh.size <= 8:
+            axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "data=1"
+            ways += [Way(axes, "auto"), Way(axes, explicit=True)]
+    return ways
 
 
 class Outcome(NamedTuple):
@@ -291,23 +312,29 @@ def compared(found: Outcome, alone: Outcome, where: str) -> tuple[float, float, 
     return answers, gradients, check_close(found.weights, alone.weights, 1e-10, f"{where}: weights")
 
 
-def main(*names: str) -> None:
+def main(*words: str) -> None:
     """Prints the cases, each with a line a way and for each fault that is found. Raises MismatchError as `compared`."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.lax.ragged_all_to_all, expert_parallel.has_ragged = ragged_on_cpu, lambda: True
     blockwise.QUERIES = 4  # two of each of two devices: of their three positions the last block has one
     expert_parallel.SLACK = 1  # so that padded buffers are too small where all tokens are on one device
-    for name in names:
+    every = words[:1] == ("--every",)
+    errors = []
+    for name in words[every:] or CASES:
         print(f"{name}:", flush=True)
-        show(name, CASES[name])
+        case = CASES[name]
+        errors += show(name, case._replace(ways=tuple(every_way(case)), faults=()) if every else case)
+    if every:
+        print(len(errors), "ways, worst:", *(f"{max(kind):.1e}" for kind in zip(*errors, strict=True)))
 
 
-def show(name: str, case: Case) -> None:
-    """A line a way and a fault."""
-    alone = run(case, None)
+def show(name: str, case: Case) -> list[tuple[float, float, float]]:
+    """Prints a line a way and a fault; the errors of the ways."""
+    alone, errors = run(case, None), []
     for way in case.ways:
-        print(way, *compared(run(case, way), alone, f"{name}, {way}"), flush=True)
+        errors.append(compared(run(case, way), alone, f"{name}, {way}"))
+        print(way, *errors[-1], flush=True)
     right = expert_parallel._to_and_fro
     for fault, way, names in case.faults:
         swapped = fault == "rows swapped in the exchange"
@@ -318,6 +345,7 @@ def show(name: str, case: Case) -> None:
             assert names in str(error), error
             print("found:", fault, flush=True)
     expert_parallel._to_and_fro = right
+    return errors
 
 
 if __name__ == "__main__":
