@@ -36,14 +36,14 @@ def same_weights(folder: Path, step: Path) -> bool:
 
 
 def test_two_processes_export_the_last_checkpoint(tmp_path: Path) -> None:
-    """A Mixtral on the mesh data=2,expert=2, a device pair in each process."""
+    """A Mixtral on the mesh expert=2,sequence=2, a device pair in each process."""
     np.save(tmp_path / "tokens.npy", np.arange(400, dtype=np.uint16) % 11)
     jax_moe.save_pretrained(decoder("mixtral"), tmp_path / "tiny", model_type="mixtral")
     (tmp_path / "tiny" / "tokenizer_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
-    words = f"--data tokens.npy --pretrained tiny --mesh data=2,expert=2 {SETTINGS} --out run --export empty".split()
+    words = f"--data tokens.npy --pretrained tiny --mesh expert=2,sequence=2 {SETTINGS} --out run --export empty"
     flags = " ".join(word for word in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in word)
-    started = (start(launch, tmp_path, 2, flags) for launch in launched(2, free_port(), words))
+    started = (start(launch, tmp_path, 2, flags) for launch in launched(2, free_port(), words.split()))
     (status, out, error), other = ends(started)
     assert (status, error, other) == (0, "", (0, "", "")) and out.endswith("\nwrote run and empty\n")
     ruled, held = (int(found[2].replace(",", "")) for found in HELD.finditer(out))
