@@ -222,14 +222,20 @@ class JaxLearner:
         return Memory(STATE_BYTES * self.numbers, GRADIENT_BYTES * self.numbers, max(held))
 
     def sample(self, prompt: list[int], length: int, temperature: float) -> list[int]:
-        gathered = self._gathered((self.state["params"], self.rest))
-        if not self.processes.first:
-            return prompt
-        alone = jax.device_put(gathered, jax.local_devices()[0])
-        tokens_BT = jax_moe.generate(
-            self.module(*alone), np.asarray([prompt], np.int32), max_new_tokens=length, temperature=temperature,
-            key=jax.random.fold_in(self.key, SAMPLE),
-        )
+        """On the mesh, where the weights lie, if the model may be larger than a device; else on the first device."""
+        key, given = jax.random.fold_in(self.key, SAMPLE), np.asarray([prompt], np.int32)
+        if self.model.fits_alone:
+            gathered = self._gathered((self.state["params"], self.rest))
+            if not self.processes.first:
+                return prompt
+            module = self.module(*jax.device_put(gathered, jax.local_devices()[0]))
+            tokens_BT = jax_moe.generate(module, given, max_new_tokens=length, temperature=temperature, key=key)
+        else:
+            with self._on_mesh():
+                tokens_BT = jax_moe.generate(
+                    self.module(), given, max_new_tokens=length, temperature=temperature, key=key
+                )
+                tokens_BT = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(tokens_BT)
         return np.asarray(tokens_BT)[0].tolist()
 
     def weights(self) -> dict[str, np.ndarray]:

@@ -38,6 +38,10 @@ class Model(Protocol):
     def balance_loss_weight(self) -> float:
         """The weight of the balance loss if the settings leave it to the model."""
 
+    @property
+    def fits_alone(self) -> bool:
+        """Whether one device surely holds the model, so that it can be sampled without the others."""
+
     def start(self, key: Array, mesh: Mesh) -> tuple[nnx.GraphDef, Tree, Any]:
         """(structure, initial weights split over the mesh, variables that are not trained)."""
 
@@ -49,6 +53,7 @@ class FreshMakeMoE:
     """`jax_moe.MakeMoE` from random weights, or from those of `weights`; written under makeMoE's names."""
 
     balance_loss_weight = 0.0
+    fits_alone = True
 
     def __init__(self, config: MakeMoEConfig, weights: jax_moe.MakeMoE | None = None):
         self.config, self.moe, self.num_mixtures, self.weights = config, config.moe, config.num_layers, weights
@@ -75,6 +80,8 @@ class FreshMakeMoE:
 
 class Pretrained:
     """`jax_moe.Decoder` from a folder: trained in fp32, each tensor written in its dtype in that folder."""
+
+    fits_alone = False
 
     def __init__(self, directory: Path):
         self.directory = directory
