@@ -4,6 +4,7 @@ import asyncio
 import gc
 import io
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,25 @@ def test_a_request_beyond_the_machine_says_how_many_bytes(monkeypatch: pytest.Mo
     guarded.require_memory(1000, "x")
     with pytest.raises(ValueError, match="x needs about 12,000 bytes of memory: must be at most 1,000"):
         guarded.require_memory(12_000, "x")
+
+
+def test_what_orbax_gives_up_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error is ours alone: no warning of a coroutine that nobody awaited comes with it."""
+    from orbax.checkpoint import v1 as ocp
+
+    async def metadata() -> None:
+        """Never awaited."""
+
+    def fails(path: Path) -> None:
+        metadata()
+        raise KeyError("damaged")
+
+    sums = write_orbax(tmp_path / "x", {"a": np.ones(2, np.float32)})
+    monkeypatch.setattr(ocp, "checkpointables_metadata", fails)
+    with warnings.catch_warnings(record=True) as shown, pytest.raises(ValueError, match="must be a whole Orbax check"):
+        warnings.simplefilter("always")
+        read_orbax(tmp_path / "x", sums)
+    assert shown == []
 
 
 def test_an_array_of_orbax_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

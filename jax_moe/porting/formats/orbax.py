@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -160,9 +161,18 @@ def quiet() -> Iterator[None]:
                 logging.getLogger(name).addFilter(
                     lambda record: record.thread not in late and "orbax/checkpoint" not in record.getMessage()
                 )
-            gc.collect()  # asyncio logs tasks that nobody awaited when they are collected: now, while it is muted
+            with _unwarned():
+                gc.collect()  # asyncio logs tasks that nobody awaited when they are collected: now, while it is muted
             raise
     sys.unraisablehook = hook
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without the warnings of coroutines that Orbax gives up after an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+        yield
 
 
 @contextmanager
@@ -191,7 +201,7 @@ def read_orbax(path: Path, sums: Sums, within: str | None = None) -> dict[str, H
     if wrong:
         raise damaged(path, f"missing or of another size: {', '.join(wrong[:20])}")
     _test(path, {name: digest for name, (size, digest) in sums.items() if size <= SMALL})
-    with quiet():
+    with quiet(), _unwarned():
         try:
             with plain(path) as source, _by_this_process():
                 tree = ocp.checkpointables_metadata(source).metadata[ITEM]
@@ -245,7 +255,7 @@ class _Reader:
         like: Any = unflatten_dict(others | {wanted: np.empty(leaf.shape, leaf.dtype)}, sep=".")
         if self.within is not None:
             like = {**jax.tree.map(lambda _: ocp.PLACEHOLDER, self.others), self.within: like}
-        with quiet():
+        with quiet(), _unwarned():
             try:
                 with plain(self.path) as source, _by_this_process():
                     found = ocp.load_checkpointables(source, {ITEM: like})[ITEM]
