@@ -150,7 +150,8 @@ def times(config: MoEConfig, names: tuple[str, ...], tokens: int, rounds: int) -
             rows = rows_sent(config, name, tokens)
             if rows is not None:
                 add(f"{name} alone", *collectives(name, rows, config.model_dim))
-        seconds = alternate(contestants, rounds, warmup=2)
+        xla = {"xla": contestants.pop("xla")}  # by itself: it takes and gives back much memory, which slows the others
+        seconds = alternate(contestants, rounds, warmup=2) | alternate(xla, rounds, warmup=2)
     return {name: 1000 * statistics.median(found) for name, found in seconds.items()}
 
 

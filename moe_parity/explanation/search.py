@@ -84,7 +84,12 @@ def explain(
             tried.append(Explanation((first.name, second.name), distance(ours, answer), limit))
             if tried[-1].matches:
                 break
-    return sorted(tried, key=lambda each: (not each.matches, len(each.conventions) if each.matches else 0, each.error))
+    return sorted(tried, key=_rank)
+
+
+def _rank(each: Explanation) -> tuple[bool, int, float]:
+    """Errors that are surely rounding rank alike, in the order tried: which is smaller differs between machines."""
+    return not each.matches, len(each.conventions) if each.matches else 0, max(each.error, each.explained / 10)
 
 
 def likely_pairs(telling: Sequence[tuple[Convention, float]]) -> list[tuple[Convention, Convention]]:

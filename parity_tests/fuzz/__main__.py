@@ -267,8 +267,9 @@ def _made() -> dict[str, Any]:
 def fuzz(count: int, seed: int, show: Callable[[str], None] = lambda line: None) -> list[str]:
     """Tries `count` inputs, shared by the kinds; returns a line per finding, with its seed and number."""
     found: list[str] = []
-    chosen = list(kinds().items())
-    for number in range(count):
+    chosen, number, tried = list(kinds().items()), -1, 0
+    while tried < count:
+        number += 1
         turn, place = divmod(number, len(chosen))
         name, kind = chosen[place]
         if int(turn * kind.share) == int((turn - 1) * kind.share):  # a slow kind gets its share of the turns
@@ -279,8 +280,9 @@ def fuzz(count: int, seed: int, show: Callable[[str], None] = lambda line: None)
         if said is not None:
             found.append(f"{name}, seed {seed}, number {number}: {said}")
             show(found[-1])
-        if number % 10_000 == 9_999:
-            show(f"{number + 1:,} inputs, {len(found)} findings")
+        tried += 1
+        if tried % 10_000 == 0 or tried == count:
+            show(f"{tried:,} inputs, {len(found)} findings")
     return found
 
 

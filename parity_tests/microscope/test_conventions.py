@@ -1,6 +1,7 @@
 """Every known convention planted into one side is named by a comparison with the unchanged side."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 import jax_moe
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.moe import BalanceConfig, CapacityConfig, ExpertConfig, MoEConfig, RouterConfig
+from moe_parity.explanation import search
 from moe_parity.explanation.conventions import changed, conventions_of
 from moe_parity.explanation.search import Answer, distance, explain, explain_traces, in_words, our_answer
 from moe_parity.stages import Place
@@ -96,6 +98,23 @@ def test_ties_are_told_from_each_other() -> None:
     theirs = planted(even, "ties to the higher expert index")
     tried = explain(even, theirs, X)
     assert [attempt.conventions for attempt in tried if attempt.matches] == [("ties to the higher expert index",)]
+
+
+def test_rounding_does_not_decide_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conventions that are the same function here are named in the order of the list, whichever rounds less."""
+    only = [c for c in conventions_of(moe(SMALL)) if c.name in ("router.renormalise='sum'", "router.renormalise='eps'")]
+    theirs = planted(moe(SMALL), "router.renormalise='sum'")
+    for less in (0, 1):
+        rounding = iter([3e-7, 1e-7] if less else [1e-7, 3e-7])
+
+        def rounded(ours: Answer, theirs: Answer, rounding: Iterator[float] = rounding) -> float:
+            found = distance(ours, theirs)
+            return found if found > 1e-5 else next(rounding)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "distance", rounded)
+            tried = explain(moe(SMALL), theirs, X, candidates=only)
+        assert [each.conventions[0] for each in tried[:2]] == [c.name for c in only]
 
 
 def test_conventions_of_a_decoder_in_fp64() -> None:
