@@ -7,6 +7,7 @@ from typing import Literal, TypeGuard, get_args, get_origin
 LEAST, MOST = 1e-30, 1e30  # bounds of a setting above 0: fp32 holds it and its product with ordinary numbers
 MAX_WORDS = 120  # characters of foreign text in a message
 LONGEST_VALUE = 1000  # characters of a value, which may be a path
+MOST_LAYERS = 10_000
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -31,6 +32,13 @@ def is_int(value: object) -> bool:
 def check_positive_ints(**values: object) -> None:
     for name, value in values.items():
         require(is_int(value) and value >= 1, name, value, "an integer of at least 1")  # type: ignore[operator]
+
+
+def check_depth(**layers: object) -> None:
+    """Raises ValueError for a number of layers that no model has: lists of that length are made."""
+    check_positive_ints(**layers)
+    for name, value in layers.items():
+        require(value <= MOST_LAYERS, name, value, f"at most {MOST_LAYERS:,}")  # type: ignore[operator]
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -10,7 +10,16 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from jax_moe.config.attention import GroupedAttentionConfig, LayerAttention, Norm, NormKind, NormOfHeads, RopeConfig
-from jax_moe.config.checks import LEAST, check_flags, check_literals, check_positive_ints, check_within, is_int, require
+from jax_moe.config.checks import (
+    LEAST,
+    check_depth,
+    check_flags,
+    check_literals,
+    check_positive_ints,
+    check_within,
+    is_int,
+    require,
+)
 from jax_moe.config.moe import ExpertConfig, MoEConfig
 
 NormPlace = Literal["before", "after", "around", "around_attention"]
@@ -286,7 +295,7 @@ class GroupedDecoder:
 
     def config(self) -> DecoderConfig:
         """The decoder, layer by layer. Raises ValueError, by name, for what does not fit together."""
-        check_positive_ints(num_layers=self.num_layers)
+        check_depth(num_layers=self.num_layers)
         for name in ("dense_layers", "sliding_layers"):
             layers = getattr(self, name)
             require(isinstance(layers, tuple), name, layers, "a tuple of layer numbers")

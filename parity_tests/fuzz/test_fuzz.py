@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from parity_tests.fuzz.__main__ import Kind, damaged, finding, fuzz, kinds, write_files
+from parity_tests.fuzz.__main__ import damaged, finding, fuzz, write_files
+from parity_tests.fuzz.kinds import Kind, kinds
 
 COUNT = int(os.environ.get("FUZZ", "2000"))
 

@@ -202,7 +202,8 @@ def test_a_damaged_config_is_refused_or_loads(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000: must fit the weights, which are 22 tensors"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000: must be at most 10,000"),
+        ({"num_hidden_layers": 9999}, "num_hidden_layers=9999: must fit the weights, which are 22 tensors"),
         (
             {"num_local_experts": 10**12},
             r"num_layers \* num_experts=1000000000000: must fit the weights, which are \d+ numbers",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from jax_moe.config.attention import RopeKind
-from jax_moe.config.checks import require
+from jax_moe.config.checks import check_depth, is_int, require
 from jax_moe.config.decoder import DecoderConfig, differences
 from jax_moe.config.moe import MoEConfig
 from jax_moe.porting.families.choices import StateDict
@@ -169,18 +169,20 @@ class Family:
 
     def text_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The text model's own settings of a config.json, its model type the family's. Raises ValueError if there are
-        none.
+        none, and for more layers than any model has.
         """
         assert self.mixture is not None
         model_type, found = values.get("model_type"), dict[str, Any](values)
         way = self.mixture.types.get(model_type) if isinstance(model_type, str) else None
         if way is None:
+            _check_layers(found)
             return found
         for word in filter(None, way.split(".")):
             inner = found.get(word)
             require(isinstance(inner, dict), word, inner, "an object with the text model's settings")
             outer = {name: found[name] for name in ("quantization_config",) if name in found}
             found = {**inner, **outer}  # type: ignore[dict-item]
+        _check_layers(found)
         return {**found, "model_type": self.name}
 
     def is_nested(self, values: Mapping[str, Any]) -> bool:
@@ -305,6 +307,12 @@ def read_around(
         "tied_embeddings": settings.flag("tie_word_embeddings", tied),
         "balance_loss_weight": 0.0 if aux is None else settings.number("router_aux_loss_coef", aux),
     }
+
+
+def _check_layers(values: Mapping[str, Any]) -> None:
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        if is_int(values.get(name)) and values[name] > 0:  # other values are refused where they are read
+            check_depth(**{name: values[name]})
 
 
 def read_decoder(
