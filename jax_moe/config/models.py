@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_moe.config.attention import AttentionConfig
-from jax_moe.config.checks import check_above_zero, check_depth, check_flags, check_positive_ints, require
+from jax_moe.config.checks import check_above_zero, check_flags, check_positive_ints, require
 from jax_moe.config.decoder import DecoderConfig
 from jax_moe.config.moe import Dispatcher, MoEConfig, SoftMoEConfig, makemoe
 
@@ -67,7 +67,6 @@ class MakeMoEConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "block_size", "model_dim", "num_heads", "num_layers", "num_experts", "top_k")
         check_positive_ints(**{name: getattr(self, name) for name in sizes})
-        check_depth(num_layers=self.num_layers)
         check_flags(self, "noise")
         _ = self.block  # raises ValueError for invalid parts
 

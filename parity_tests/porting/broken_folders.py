@@ -101,7 +101,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "too many layers": (lambda f: edit_config(f, num_hidden_layers=4, layer_types=None), r"missing: .*layers\.3\."),
     "layers without end": (
         lambda f: edit_config(f, num_hidden_layers=10**12, layer_types=None),
-        r"config.json: num_hidden_layers=10{12}: must fit",
+        r"config.json: num_hidden_layers=10{12}: must be at most 10,000",
     ),
     "experts without end": (
         lambda f: edit_config(f, num_experts=10**12), r"num_layers \* num_experts=20{12}: must fit the weig"
