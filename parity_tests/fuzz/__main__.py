@@ -78,7 +78,7 @@ def damaged(data: bytes, draw: np.random.Generator) -> bytes:
             (size,) = struct.unpack("<Q", data[:8])
             header = _json_changed(data[8 : 8 + size], draw)
             return struct.pack("<Q", len(header)) + header + data[8 + size :]
-    if data.isascii() and data[:1].isalpha() | (data[:2] == b"--") and draw.random() < 0.7:
+    if data.isascii() and (data[:1].isalpha() or data[:2] == b"--") and draw.random() < 0.7:
         return _words_changed(data, draw)
     if data[:4] == b"PK\3\4" and draw.random() < 0.7:
         return _pickle_changed(data, draw)

@@ -89,13 +89,15 @@ def _commands() -> dict[str, Kind]:
         except SystemExit as ended:
             if ended.code not in (0, 2) or "Traceback" in said.getvalue():
                 raise RuntimeError(f"status {ended.code}: {said.getvalue()}") from None
+            if ended.code:
+                raise ValueError("refused") from None
 
     lines = {
-        "jax-moe port": "port model.safetensors out --to torch --num-heads 4 --capacity-factor 1.25 --overwrite",
+        "jax-moe port": "port model.safetensors out --to torch --capacity-factor 1.25 --overwrite",
         "jax-moe inspect": "inspect folder --mesh data=2,expert=4 --names",
         "jax-moe generate": "generate folder --prompt Once --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --seed 3",
         "train.py": "--out fuzzed --steps 100 --learning-rate 3e-4 --mesh data=1 --top-k 2 --capacity-factor none "
-        "--attention blocks --exchange auto --precision bf16 --data text.txt",
+        "--attention blocks --exchange auto --precision mixed --data text.txt",
     }
     readers = {name: read_train if name == "train.py" else parse for name in lines}
     made = {name: "\n".join(line.split()).encode() for name, line in lines.items()}
